@@ -1,0 +1,95 @@
+"""Chunk plans: which frames each chunk of a stage covers. Integers only, and the only place that adds frame numbers.
+
+A plan is a tuple of records. Every frame of the video belongs to at least one chunk and is produced exactly once:
+the last chunk shifts back (overlapping more) instead of frames being cut off or invented.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from streamt2v.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Frames [start, stop) handled at once; [new_start, stop) are those that no earlier chunk covers."""
+
+    index: int
+    start: int
+    stop: int
+    new_start: int
+
+    @property
+    def size(self) -> int:
+        """Frames handled at once."""
+        return self.stop - self.start
+
+    @property
+    def num_new(self) -> int:
+        """Frames this chunk adds to the video."""
+        return self.stop - self.new_start
+
+
+def check_chunking(size: int, overlap: int, what: str) -> None:
+    """Raise ConfigError unless 0 <= overlap < size and size >= 1."""
+    if size < 1:
+        raise ConfigError(f"{what}: chunk is {size}, it must be at least 1 frame")
+    if not 0 <= overlap < size:
+        raise ConfigError(f"{what}: overlap is {overlap}, it must lie in 0..{size - 1} for chunks of {size} frames")
+
+
+def streaming_plan(num_frames: int, size: int, overlap: int) -> tuple[Chunk, ...]:
+    """Plan the streaming stage: chunk 0 is the initializer's, later ones repeat `overlap` frames and add the rest.
+
+    Chunks are generated whole even when the video ends inside one: the last record's `stop` is cut to the video's
+    end, so `num_new` says how many of its new frames are kept.
+
+    Args:
+        num_frames: frames of the video, >= 1.
+        size: frames denoised at once (F = 16 in the paper).
+        overlap: conditioning frames (8 in the paper).
+
+    Raises:
+        ConfigError: sizes out of range.
+    """
+    if num_frames < 1:
+        raise ConfigError(f"frames is {num_frames}, a video needs at least 1 frame")
+    check_chunking(size, overlap, "streaming")
+    chunks = [Chunk(0, 0, min(size, num_frames), 0)]
+    while chunks[-1].stop < num_frames:
+        new_start = chunks[-1].stop
+        stop = min(new_start + size - overlap, num_frames)
+        chunks.append(Chunk(len(chunks), new_start - overlap, stop, new_start))
+    return tuple(chunks)
+
+
+def refinement_plan(num_frames: int, size: int, overlap: int) -> tuple[Chunk, ...]:
+    """Plan the refinement stage: chunks of exactly `size` frames, the last one shifted back to end with the video.
+
+    A video shorter than a chunk is one chunk of its own length.
+
+    Raises:
+        ConfigError: sizes out of range.
+    """
+    if num_frames < 1:
+        raise ConfigError(f"frames is {num_frames}, a video needs at least 1 frame")
+    check_chunking(size, overlap, "refinement")
+    chunks = [Chunk(0, 0, min(size, num_frames), 0)]
+    while chunks[-1].stop < num_frames:
+        previous = chunks[-1]
+        start = min(previous.start + size - overlap, num_frames - size)
+        chunks.append(Chunk(len(chunks), start, start + size, previous.stop))
+    return tuple(chunks)
+
+
+def covering(plan: Sequence[Chunk], frame: int) -> tuple[int, ...]:
+    """Return the indices of the chunks that cover `frame`, in order. Starts and stops both grow along a plan."""
+    first = bisect_right(plan, frame, key=lambda chunk: chunk.stop)
+    after = bisect_right(plan, frame, key=lambda chunk: chunk.start)
+    return tuple(range(first, after))
+
+
+def seams(plan: Sequence[Chunk]) -> tuple[int, ...]:
+    """Return the frames at which a later chunk's new frames begin: where a seam would show."""
+    return tuple(chunk.new_start for chunk in plan[1:])

@@ -1,0 +1,284 @@
+"""The configuration of a run: frozen dataclasses, TOML in and out, overrides by dotted key.
+
+Precedence: defaults (the published values) < family preset < `--preset` < `--quality` < `--config` < `--set` < flags.
+Every value is checked against the range written beside it; an unknown key is an error that names the nearest one.
+"""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast, get_args, get_type_hints
+
+from streamt2v.chunks import check_chunking
+from streamt2v.errors import ConfigError
+
+Fit = Literal["contain", "cover", "pad"]
+Blending = Literal["randomized", "shared", "independent"]
+Variant = Literal["published", "corrected"]
+Order = Literal["diagonal", "sweep"]
+Quality = Literal["reference", "balanced", "fast"]
+
+
+def _value(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class InitializeConfig:
+    """Stage 1: prompt, or picture and prompt, to the first chunk."""
+
+    num_inference_steps: int = _value(50, "denoising steps", 1, 1000)
+    guidance_scale: float = _value(9.0, "classifier-free guidance; 1 switches it off", 1, 100)
+    guidance_rescale: float = _value(
+        0.0, "share of the guided prediction's std brought back to the conditional one's", 0, 1
+    )
+    guidance_stop: float = _value(0.0, "share of the noise range, from its clean end, that is denoised unguided", 0, 1)
+    eta: float = _value(0.0, "DDIM's share of fresh noise per step", 0, 1)
+    image_guidance_scale: float = _value(3.0, "guidance when starting from a picture", 1, 100)
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """Stage 2: the autoregressive streaming stage."""
+
+    chunk: int = _value(16, "frames denoised at once", 1, 1024)
+    overlap: int = _value(8, "conditioning frames, re-created by the next chunk", 0, 1023)
+    height: int = _value(256, "rows of the base video, pixels", 8, 8192)
+    width: int = _value(256, "columns of the base video, pixels", 8, 8192)
+    num_inference_steps: int = _value(50, "denoising steps", 1, 1000)
+    guidance_scale: float = _value(7.5, "classifier-free guidance; 1 switches it off", 1, 100)
+    guidance_rescale: float = _value(
+        0.0, "share of the guided prediction's std brought back to the conditional one's", 0, 1
+    )
+    guidance_stop: float = _value(0.0, "share of the noise range, from its clean end, that is denoised unguided", 0, 1)
+    eta: float = _value(1.0, "DDIM's share of fresh noise per step", 0, 1)
+    final_noise: Variant = _value(
+        "corrected", "published: noise is also added after the last step; corrected: it is not"
+    )
+    cam: bool = _value(True, "condition on the last frames (conditional attention module)")
+    apm: bool = _value(True, "condition on the anchor frame (appearance preservation module)")
+
+
+@dataclass(frozen=True)
+class RefineConfig:
+    """Stage 3: SDEdit in overlapping chunks with randomized blending."""
+
+    enabled: bool = _value(True, "run the refinement stage")
+    chunk: int = _value(24, "frames refined at once", 1, 1024)
+    overlap: int = _value(8, "frames shared by neighbouring chunks", 0, 1023)
+    num_inference_steps: int = _value(30, "denoising steps", 1, 1000)
+    noise_level: int = _value(600, "timestep t' up to which the clip is noised, of 1000", 1, 1000)
+    guidance_scale: float = _value(7.5, "classifier-free guidance; 1 switches it off", 1, 100)
+    guidance_rescale: float = _value(
+        0.2, "share of the guided prediction's std brought back to the conditional one's", 0, 1
+    )
+    stochastic: bool = _value(True, "DPM-Solver++ as SDE (fresh noise at every step) or as ODE")
+    blending: Blending = _value("randomized", "randomized blending, shared noise only, or independent chunks")
+    cut_range: Variant = _value("corrected", "published: cut in 0..overlap-1; corrected: 0..overlap, as in the paper")
+    start_scale: Variant = _value(
+        "corrected", "published: starts at sigma times the trained input scale; corrected: at the trained one"
+    )
+    order: Order = _value("diagonal", "diagonal: constant memory; sweep: all chunks, then the next step (same result)")
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """The written video."""
+
+    width: int = _value(1280, "box width, pixels", 16, 16384)
+    height: int = _value(720, "box height, pixels", 16, 16384)
+    fit: Fit = _value("contain", "contain keeps the aspect ratio, cover crops, pad adds borders")
+    fps: float = _value(8.0, "frames per second", 0.01, 1000)
+    crf: int = _value(18, "H.264 quality: lower is better and larger", 0, 51)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides the frames of a run."""
+
+    model: str = _value("demo", "model family, a name of weights.toml")
+    prompt: str = _value("", "what to show")
+    negative_prompt: str = _value("", "what to avoid")
+    image: str = _value("", "picture to start from")
+    num_frames: int = _value(24, "frames of the output video", 1, 10_000_000)
+    seed: int = _value(0, "seed of every random draw", 0, 2**63 - 1)
+    initialize: InitializeConfig = field(default_factory=InitializeConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    refine: RefineConfig = field(default_factory=RefineConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        for key, spec, value in _leaves(self):
+            _check(key, spec, value)
+        check_chunking(self.stream.chunk, self.stream.overlap, "stream")
+        check_chunking(self.refine.chunk, self.refine.overlap, "refine")
+
+
+def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """Yield (dotted key, {type, help, low, high}, value) of every leaf."""
+    hints = get_type_hints(type(config))
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name, {"type": hints[item.name], **item.metadata}, value
+
+
+def describe() -> dict[str, dict[str, Any]]:
+    """Return {dotted key: {type, help, low, high, default}} of every option."""
+    return {key: {**spec, "default": value} for key, spec, value in _leaves(RunConfig())}
+
+
+def _check(key: str, spec: dict[str, Any], value: Any) -> None:
+    choices = get_args(spec["type"])
+    expected = str if choices else spec["type"]
+    if type(value) is not expected:
+        raise ConfigError(f"{key} is {value!r}, it must be of type {expected.__name__}")
+    if choices and value not in choices:
+        raise ConfigError(f"{key} is {value!r}, it must be one of {', '.join(choices)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key} is {value}, it must be a finite number")
+    low, high = spec["low"], spec["high"]
+    if (low is not None and value < low) or (high is not None and value > high):
+        raise ConfigError(f"{key} is {value}, it must lie in {low}..{high}")
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """Return a hint that names the known word nearest to `word`, or all of them when none is near."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+
+
+def parse_value(key: str, text: str) -> Any:
+    """Turn the text of `--set key=text` into a value of the key's type.
+
+    Raises:
+        ConfigError: unknown key, or text that is not of the key's type.
+    """
+    options = describe()
+    if key not in options:
+        raise ConfigError(f"unknown setting {key!r}", nearest(key, list(options)))
+    kind = options[key]["type"]
+    if kind is bool:
+        words = {
+            "true": True,
+            "on": True,
+            "yes": True,
+            "1": True,
+            "false": False,
+            "off": False,
+            "no": False,
+            "0": False,
+        }
+        if text.lower() not in words:
+            raise ConfigError(f"{key} is {text!r}, it must be true or false")
+        return words[text.lower()]
+    if kind not in (int, float):
+        return text
+    try:
+        return kind(text)
+    except ValueError:
+        raise ConfigError(f"{key} is {text!r}, it must be of type {kind.__name__}") from None
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested tables into {dotted key: value}."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def merge(*layers: Mapping[str, Any]) -> RunConfig:
+    """Build a config from layers of {dotted key: value}, later ones winning.
+
+    Raises:
+        ConfigError: unknown key, wrong type or out of range; the key is named.
+    """
+    options = describe()
+    tables: dict[str, dict[str, Any]] = {}
+    for layer in layers:
+        for key, given in layer.items():
+            if key not in options:
+                raise ConfigError(f"unknown setting {key!r}", nearest(key, list(options)))
+            # A whole number is a valid float in TOML and on the command line.
+            value = float(given) if options[key]["type"] is float and type(given) is int else given
+            section, _, name = key.rpartition(".")
+            tables.setdefault(section, {})[name] = value
+    sections = {"initialize": InitializeConfig, "stream": StreamConfig, "refine": RefineConfig, "output": OutputConfig}
+    parts: dict[str, Any] = {name: build(**tables.get(name, {})) for name, build in sections.items()}
+    return RunConfig(**tables.get("", {}), **parts)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        ConfigError: missing, unreadable or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the config file {path}: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+
+
+def preset(name: str, quality: str | None = None) -> dict[str, Any]:
+    """Return {dotted key: value} of a shipped preset, with one of its `quality` tables on top.
+
+    Raises:
+        ConfigError: no such preset, or the preset has no such quality.
+    """
+    folder = Path(__file__).parent / "presets"
+    known = sorted(path.stem for path in folder.glob("*.toml"))
+    if name not in known:
+        raise ConfigError(f"unknown preset {name!r}", nearest(name, known))
+    table = read_toml(folder / f"{name}.toml")
+    qualities = cast("dict[str, dict[str, Any]]", table.pop("quality", {}))
+    if quality is None:
+        return flatten(table)
+    if quality not in qualities:
+        raise ConfigError(f"unknown quality {quality!r} of preset {name}", nearest(quality, sorted(qualities)))
+    return {**flatten(table), **flatten(qualities[quality])}
+
+
+def to_flat(config: RunConfig) -> dict[str, Any]:
+    """Return {dotted key: value} of every leaf, in order."""
+    return {key: value for key, _, value in _leaves(config)}
+
+
+def to_toml(config: RunConfig) -> str:
+    """Write a config as TOML that `merge(flatten(...))` reads back to an equal config."""
+    lines: list[str] = []
+    current = ""
+    for key, value in to_flat(config).items():
+        section, _, name = key.rpartition(".")
+        if section != current:
+            lines += ["", f"[{section}]"]
+            current = section
+        lines.append(f"{name} = {_toml_value(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    escaped = "".join(_toml_character(character) for character in value)
+    return f'"{escaped}"'
+
+
+def _toml_character(character: str) -> str:
+    if character in '"\\':
+        return "\\" + character
+    return f"\\u{ord(character):04x}" if ord(character) < 32 or ord(character) == 127 else character

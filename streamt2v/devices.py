@@ -1,0 +1,184 @@
+"""The device a run computes on: its name, its number format, its memory. No other file decides any of these.
+
+| device | format | why |
+|---|---|---|
+| cpu | float32 | half precision is emulated there (bfloat16 matrix products took 2.6 times as long) |
+| cuda | float16 | what the published weights are stored in and were run in; bfloat16 on request |
+| mps | float32 | half precision was never compared there |
+
+Torch is imported when a device is resolved, not with this module.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from streamt2v.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+FORMATS = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that is there: `name` as torch spells it ("cpu", "cuda:0", "mps") and the number format for it."""
+
+    name: str
+    dtype: torch.dtype
+
+    @property
+    def kind(self) -> str:
+        """The name without its index."""
+        return self.name.partition(":")[0]
+
+
+def resolve(name: str = "auto", number_format: str = "auto") -> Device:
+    """Find a device by name.
+
+    Args:
+        name: "auto" (the first CUDA device, else MPS, else the CPU), "cpu", "cuda", "cuda:N" or "mps".
+        number_format: "auto" (the table above), "float32", "float16" or "bfloat16".
+
+    Raises:
+        ConfigError: the name means nothing, or this machine has no such device.
+    """
+    import torch
+
+    kind, _, index = name.partition(":")
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if kind not in ("cpu", "cuda", "mps") or (":" in name and not (kind == "cuda" and index.isdecimal())):
+        raise ConfigError(f"{name!r} is no device", "devices are auto, cpu, cuda, cuda:0, cuda:1, ... and mps")
+    if kind == "mps" and not has_mps:
+        raise ConfigError("this machine has no mps device", "use --device cpu")
+    if kind == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(index or 0) >= count:
+            why = "" if torch.version.cuda or torch.version.hip else "; the installed torch is a CPU build"
+            found = f"{count} CUDA device{'s' if count != 1 else ''}"
+            raise ConfigError(f"{name!r} is not there: torch finds {found}{why}", "use --device cpu, or auto")
+    return Device(f"cuda:{int(index or 0)}" if kind == "cuda" else kind, _dtype(kind, number_format))
+
+
+def _dtype(kind: str, number_format: str) -> torch.dtype:
+    import torch
+
+    if number_format == "auto":
+        return torch.float16 if kind == "cuda" else torch.float32
+    if number_format not in FORMATS:
+        raise ConfigError(f"{number_format!r} is no number format", f"formats are auto, {', '.join(FORMATS)}")
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[number_format]
+
+
+def describe(device: Device) -> str:
+    """One line for people: the device, its size and its number format."""
+    import torch
+
+    form = str(device.dtype).removeprefix("torch.")
+    if device.kind == "cuda":
+        facts = torch.cuda.get_device_properties(device.name)
+        return f"{facts.name} ({device.name}), {facts.total_memory / 2**30:.0f} GiB, {form}"
+    return f"{device.name}, {usable_cpus()} cores, {free_memory() / 2**30:.1f} GiB free, {form}"
+
+
+def usable_cpus() -> int:
+    """Cores that this process may use: its affinity, and the quota of its container when there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = _first_line("/sys/fs/cgroup/cpu.max").partition(" ")
+    if quota.isdecimal() and period.isdecimal():
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
+def set_threads(threads: int | None = None) -> int:
+    """Fix the number of threads of CPU maths, and return it; None means OMP_NUM_THREADS, else all usable cores.
+
+    The number is part of what makes a run repeatable: sums split over other numbers of threads round differently.
+
+    Raises:
+        ConfigError: fewer than one thread is asked for.
+    """
+    import torch
+
+    if threads is not None and threads < 1:
+        raise ConfigError(f"{threads} threads cannot compute", "use --threads 1 or more")
+    if threads is None:
+        asked = os.environ.get("OMP_NUM_THREADS", "")
+        threads = int(asked) if asked.isdecimal() and int(asked) > 0 else usable_cpus()
+    torch.set_num_threads(threads)
+    return threads
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep freed blocks for the next tensor; returns whether it can (glibc only).
+
+    By default glibc gives large blocks back to the system at once and asks for them again, zeroed page by page:
+    decoding one 1280x720 frame took 1.7 s instead of 3.7 s with this set, for about a third more memory at the peak.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # names of these limits in malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(mallopt(mmap_threshold, 2**30)) and bool(mallopt(trim_threshold, 2**31 - 1))
+
+
+def free_memory(device: Device | None = None) -> int:
+    """Bytes that can still be allocated on a device; None means the host, or its container if that is smaller."""
+    if device is not None and device.kind == "cuda":
+        import torch
+
+        free: int = torch.cuda.mem_get_info(device.name)[0]
+        return free
+    limits = [_available_on_host()]
+    limit, used = _first_line("/sys/fs/cgroup/memory.max"), _first_line("/sys/fs/cgroup/memory.current")
+    if limit.isdecimal() and used.isdecimal():
+        # Cached file pages count as used there although they give way.
+        limits.append(int(limit) - int(used) + _field("/sys/fs/cgroup/memory.stat", "inactive_file"))
+    return max(0, min(limits))
+
+
+def _available_on_host() -> int:
+    available = _field("/proc/meminfo", "MemAvailable:") * 1024
+    if available:
+        return available
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # no such file (macOS): all memory there is
+
+
+def peak_memory(device: Device | None = None) -> int:
+    """Largest number of bytes this process has held so far on a device; None means the host."""
+    if device is not None and device.kind == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device.name))
+    # The kernel's own mark starts anew with the program; ru_maxrss would count a larger parent process too.
+    mark = _field("/proc/self/status", "VmHWM:") * 1024
+    if mark:
+        return mark
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _first_line(path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8").partition("\n")[0].strip()
+    except OSError:
+        return ""
+
+
+def _field(path: str, name: str) -> int:
+    """The first number behind `name` in a file of the system; 0 when there is none."""
+    try:
+        rows = [line.split() for line in Path(path).read_text("utf-8").splitlines() if line.startswith(name)]
+    except OSError:
+        return 0
+    return int(rows[0][1]) if rows else 0

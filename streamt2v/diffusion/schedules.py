@@ -1,0 +1,196 @@
+"""Noise schedules: how much signal and noise a latent holds at each training timestep, and which timesteps to visit.
+
+A noisy latent is x_t = alpha_t x_0 + sigma_t n with alpha^2 + sigma^2 = 1; alpha_bar = alpha^2. In variance-exploding
+coordinates x_t / alpha_t = x_0 + rho_t n, rho = sigma / alpha.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from streamt2v.errors import ConfigError
+
+KINDS = ("scaled_linear", "linear", "cosine_logsnr")
+PREDICTIONS = ("epsilon", "v", "sample")
+SPACINGS = ("leading", "trailing")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """What defines a noise schedule; the defaults are those of the published streaming stage."""
+
+    kind: str = "scaled_linear"
+    """scaled_linear (linear in sqrt(beta)), linear, or cosine_logsnr (the published refiner)."""
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    num_train_timesteps: int = 1000
+    prediction: str = "epsilon"
+    """What the network outputs: epsilon, v or sample."""
+    spacing: str = "leading"
+    """Which timesteps a sampler visits: leading (from `steps_offset` upwards) or trailing (from the last downwards)."""
+    steps_offset: int = 1
+    zero_terminal_snr: bool = False
+    """Stretch the schedule so that the last timestep is pure noise."""
+    final_alpha_one: bool = False
+    """Whether the last DDIM step arrives at alpha_bar = 1 rather than at that of timestep 0 (as published)."""
+    logsnr_min: float = -15.0
+    """Range and shift of cosine_logsnr: log-SNR between min and max, lowered by 2 ln(scale)."""
+    logsnr_max: float = 15.0
+    scale_min: float = 2.0
+    scale_max: float = 4.0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("kind", KINDS), ("prediction", PREDICTIONS), ("spacing", SPACINGS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"schedule {name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if self.num_train_timesteps < 2:
+            raise ConfigError(f"num_train_timesteps must be at least 2, not {self.num_train_timesteps}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from parsed JSON; unknown keys raise ConfigError."""
+        if unknown := sorted(set(values) - {field.name for field in fields(cls)}):
+            raise ConfigError(f"unknown schedule setting {unknown[0]!r}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready mapping that `from_dict` accepts."""
+        return asdict(self)
+
+
+REFINER_SCHEDULE = ScheduleConfig(kind="cosine_logsnr", prediction="v", spacing="trailing", zero_terminal_snr=True)
+"""The schedule of the published refiner, MS-Vid2Vid-XL."""
+
+
+class NoiseSchedule:
+    """A schedule as float32 tables over the training timesteps: `alpha_bars`, `alphas`, `sigmas`, each [T]."""
+
+    def __init__(self, config: ScheduleConfig) -> None:
+        self.config = config
+        if config.kind == "cosine_logsnr":
+            self.sigmas = _cosine_sigmas(config)
+            self.alpha_bars = 1 - self.sigmas**2
+            self.alphas = self.alpha_bars.sqrt()
+        else:
+            self.alpha_bars = _alpha_bars_from_betas(config)
+            self.alphas = self.alpha_bars.sqrt()
+            self.sigmas = (1 - self.alpha_bars).sqrt()
+
+    def timesteps(self, num_steps: int) -> Tensor:
+        """Return the training timesteps a sampler visits, int64 [N] in descending order.
+
+        Args:
+            num_steps: 1..num_train_timesteps.
+        """
+        total = self.config.num_train_timesteps
+        if not 1 <= num_steps <= total:
+            raise ConfigError(f"the number of steps must lie in 1..{total}, not {num_steps}")
+        if self.config.spacing == "leading":
+            grid = [index * (total // num_steps) + self.config.steps_offset for index in reversed(range(num_steps))]
+            # With very many steps the offset would point behind the table.
+            return torch.tensor(grid).clamp(max=total - 1)
+        return torch.tensor([round(total - index * total / num_steps) - 1 for index in range(num_steps)])
+
+    def ddim_grid(self, num_steps: int) -> tuple[Tensor, Tensor]:
+        """Return timesteps int64 [N] and the alpha_bars [N+1] a DDIM sampler passes, the one it arrives at last."""
+        timesteps = self.timesteps(num_steps)
+        final = torch.ones(1) if self.config.final_alpha_one else self.alpha_bars[:1]
+        return timesteps, torch.cat([self.alpha_bars[timesteps], final])
+
+    def log_rho(self) -> Tensor:
+        """Return ln(sigma / alpha) of every timestep, float32 [T]; infinite where nothing but noise is left."""
+        return self.sigmas.log() - self.alphas.log()
+
+    def add_noise(self, clean: Tensor, noise: Tensor, timestep: Tensor | int) -> Tensor:
+        """Return x_t = alpha_t x_0 + sigma_t n for a timestep or one per batch item [B]."""
+        alpha, sigma = self._at(timestep, clean)
+        return alpha * clean + sigma * noise
+
+    def velocity(self, clean: Tensor, noise: Tensor, timestep: Tensor | int) -> Tensor:
+        """Return the training target v = alpha_t n - sigma_t x_0."""
+        alpha, sigma = self._at(timestep, clean)
+        return alpha * noise - sigma * clean
+
+    def target(self, clean: Tensor, noise: Tensor, timestep: Tensor | int) -> Tensor:
+        """Return what the network is trained to output, by `config.prediction`."""
+        if self.config.prediction == "v":
+            return self.velocity(clean, noise, timestep)
+        return noise if self.config.prediction == "epsilon" else clean
+
+    def to_x0_eps(self, output: Tensor, noisy: Tensor, timestep: Tensor | int) -> tuple[Tensor, Tensor]:
+        """Turn a network output at x_t into its estimates of the clean latent and of the noise."""
+        alpha, sigma = self._at(timestep, noisy)
+        if self.config.prediction == "v":
+            return alpha * noisy - sigma * output, alpha * output + sigma * noisy
+        if self.config.prediction == "epsilon":
+            return (noisy - sigma * output) / alpha, output
+        return output, (noisy - alpha * output) / sigma
+
+    def _at(self, timestep: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Look up alpha and sigma, shaped to multiply with `like` [B, ...] in float32 or wider."""
+        index = torch.as_tensor(timestep, device=like.device)
+        shape = (-1, *[1] * (like.ndim - 1)) if index.ndim else ()
+        alpha, sigma = self.alphas.to(like.device)[index], self.sigmas.to(like.device)[index]
+        return alpha.reshape(shape), sigma.reshape(shape)
+
+
+def sdedit_grid(schedule: NoiseSchedule, start_timestep_count: int, num_steps: int) -> tuple[Tensor, Tensor]:
+    """Return the refiner's timesteps int64 [N] and noise levels rho float32 [N+1], the last of which is 0.
+
+    t_j = (T' - 1) - j T' / (N + 1) for j = 0..N-1: evenly spaced downwards, the last but one level left out, so that
+    the final step jumps from t_{N-1} to the clean latent. rho at fractional t interpolates ln rho linearly.
+
+    Args:
+        schedule: the refiner's schedule.
+        start_timestep_count: T', the timesteps below the start (600: the video is noised to timestep 599).
+        num_steps: N >= 1, always obeyed.
+    """
+    total = schedule.config.num_train_timesteps
+    if not 1 <= start_timestep_count <= total:
+        raise ConfigError(f"the start of refinement must lie in 1..{total} timesteps, not {start_timestep_count}")
+    if num_steps < 1:
+        raise ConfigError(f"the number of refinement steps must be at least 1, not {num_steps}")
+    levels = num_steps + 1
+    times = [max(start_timestep_count - 1 - index * start_timestep_count / levels, 0.0) for index in range(num_steps)]
+    log_rho = schedule.log_rho().double()
+    below = [math.floor(time) for time in times]
+    above = [math.ceil(time) for time in times]
+    share = torch.tensor([time - floor for time, floor in zip(times, below, strict=True)], dtype=torch.float64)
+    # torch.lerp would turn 0 * infinity into NaN at the pure-noise end.
+    visited = torch.where(share > 0, log_rho[below] * (1 - share) + log_rho[above] * share, log_rho[below])
+    rho = torch.cat([visited.exp().float(), torch.zeros(1)])
+    return torch.tensor([round(time) for time in times]), rho
+
+
+def _alpha_bars_from_betas(config: ScheduleConfig) -> Tensor:
+    """Multiply up alpha_bar = prod(1 - beta); with zero terminal SNR, shift and scale its root (arXiv 2305.08891)."""
+    steps = config.num_train_timesteps
+    if config.kind == "scaled_linear":
+        betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, steps, dtype=torch.float32) ** 2
+    else:
+        betas = torch.linspace(config.beta_start, config.beta_end, steps, dtype=torch.float32)
+    alpha_bars = torch.cumprod(1 - betas, dim=0)
+    if config.zero_terminal_snr:
+        roots = alpha_bars.sqrt()
+        alpha_bars = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
+    return alpha_bars
+
+
+def _cosine_sigmas(config: ScheduleConfig) -> Tensor:
+    """Return sigma of the shifted cosine log-SNR schedule, optionally stretched to end at 1.
+
+    In float32 like the published tables: near pure noise alpha hangs on the last digits of sigma.
+    """
+    u = torch.linspace(1, 0, config.num_train_timesteps, dtype=torch.float32)
+    start, end = math.atan(math.exp(-config.logsnr_min / 2)), math.atan(math.exp(-config.logsnr_max / 2))
+    logsnr = -2 * torch.tan(start + u * (end - start)).log()
+    shift_min, shift_max = 2 * math.log(config.scale_min), 2 * math.log(config.scale_max)
+    sigmas = torch.sigmoid(-(u * (logsnr - shift_min) + (1 - u) * (logsnr - shift_max))).sqrt()
+    if config.zero_terminal_snr:
+        low, high = sigmas[0], sigmas[-1]
+        sigmas = low + (1 - low) / (high - low) * (sigmas - low)
+    return sigmas

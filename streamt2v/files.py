@@ -1,0 +1,154 @@
+"""Writing files so that a crash, a full disk or a second process never leaves a half file under a real name.
+
+Every byte the package writes goes through this file (or, from the ffmpeg binary, into a temporary name that `replacing`
+hands out), so one place turns system errors into sentences and one place can be made to fail in tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from streamt2v.errors import OutputError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_WRITE = os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0)
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free bytes of the file system that holds a path, or would hold it (0 if that cannot be told)."""
+    for parent in (path, *path.absolute().parents):
+        with contextlib.suppress(OSError):
+            return shutil.disk_usage(parent).free
+    return 0
+
+
+def require_space(path: Path, needed: int, purpose: str) -> None:
+    """Refuse to start what the disk cannot hold.
+
+    Raises:
+        OutputError: fewer than `needed` bytes are free where `path` is or will be.
+    """
+    free = free_bytes(path)
+    if free < needed:
+        raise OutputError(
+            f"{purpose} needs about {needed / 1e6:.0f} MB at {path}, {free / 1e6:.0f} MB are free",
+            "free some space, or choose another place with -o",
+        )
+
+
+def explain(path: Path, error: OSError) -> OutputError:
+    """Turn a system error on writing `path` into an OutputError with the reason and what to do."""
+    if error.errno in _FULL:
+        message = f"no space left for {path} ({free_bytes(path) / 1e6:.0f} MB free)"
+        return OutputError(message, "free some space; a run continues with --resume")
+    if error.errno in _DENIED:
+        return OutputError(f"cannot write {path}: permission denied or read-only", "choose another place with -o")
+    return OutputError(f"cannot write {path}: {error.strerror or error}")
+
+
+@contextlib.contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn every OSError of the body into an OutputError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise explain(path, error) from error
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and its parents, durably; an existing one is fine."""
+    with output_errors(path):
+        if not path.is_dir():
+            path.mkdir(parents=True, exist_ok=True)
+            sync_directory(path.parent)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return the hidden name beside `path` under which it grows; fixed, so that the next writer clears a leftover."""
+    return path.with_name(f".{path.name}.part")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Hand out a temporary name; when the body ends well, sync that file and rename it to `path` in one step.
+
+    Raises:
+        OutputError: anything failed; whatever was under `path` before is untouched and the temporary file is gone.
+    """
+    temporary = temporary_name(path)
+    with output_errors(path):
+        # Unlinked, not truncated: a child of a killed process may still be writing into the old inode.
+        temporary.unlink(missing_ok=True)
+        try:
+            yield temporary
+            with temporary.open("r+b") as file:  # Windows syncs only what is open for writing
+                os.fsync(file.fileno())
+            os.replace(temporary, path)  # noqa: PTH105 - so that tests can make `os` of this module fail
+            sync_directory(path.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+def sync_directory(path: Path) -> None:
+    """Make a rename or removal in a directory survive a power cut, where the system can (Windows cannot)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write a whole file atomically and durably."""
+    with replacing(path) as temporary:
+        descriptor = os.open(temporary, _WRITE | os.O_EXCL, 0o666)
+        try:
+            _write_all(descriptor, data)
+        finally:
+            os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as readable UTF-8 JSON, atomically."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def append_bytes(path: Path, data: bytes | memoryview, at: int) -> int:
+    """Cut a file to `at` bytes, append `data` durably and return the new size; on failure the file is cut back.
+
+    Raises:
+        OutputError: the write failed; the first `at` bytes are as before.
+    """
+    with output_errors(path):
+        descriptor = os.open(path, _WRITE, 0o666)
+        try:
+            os.ftruncate(descriptor, at)
+            os.lseek(descriptor, at, os.SEEK_SET)
+            try:
+                _write_all(descriptor, data)
+                os.fsync(descriptor)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(descriptor, at)
+                raise
+        finally:
+            os.close(descriptor)
+    return at + len(data)
+
+
+def _write_all(descriptor: int, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]

@@ -1,0 +1,224 @@
+"""Frames: uint8 arrays <-> float tensors, resizing, fitting into a box, letterboxing, re-chunking of a stream.
+
+uint8 frames are numpy arrays [F,H,W,3] in RGB, float frames are tensors [F,3,H,W] in [-1,1]. A frame stream is an
+iterator of uint8 arrays of any lengths: the one thing that crosses stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from streamt2v.errors import ConfigError, NumericsError, VideoError
+
+Frames: TypeAlias = npt.NDArray[np.uint8]
+FitMode: TypeAlias = Literal["contain", "cover", "pad"]
+Fill: TypeAlias = Literal["edge", "black"]
+
+
+def to_float(frames: Frames, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+    """Turn uint8 frames [F,H,W,3] into float frames [F,3,H,W] in [-1,1].
+
+    The bytes are moved to `device` before they are widened: a quarter of the traffic.
+    """
+    tensor = torch.from_numpy(np.array(frames)).to(device).permute(0, 3, 1, 2)
+    return tensor.to(dtype).div_(127.5).sub_(1.0).contiguous()
+
+
+def to_u8(frames: Tensor) -> Frames:
+    """Turn float frames [F,3,H,W] in [-1,1] into uint8 frames [F,H,W,3]: clamped, then rounded to the nearest level.
+
+    Raises:
+        NumericsError: a value is NaN or infinite (the cast would silently make it black or white).
+    """
+    wide = frames.detach().to(torch.float32)
+    # One reduction instead of a mask as large as the frames; a finite sum of values near [-1,1] cannot hide an Inf.
+    if not torch.isfinite(wide.sum()):
+        raise NumericsError("the decoded frames hold NaN or Inf", "half precision may be too narrow: use float32")
+    levels = wide.add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+    array: Frames = levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return array
+
+
+def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize float frames [F,3,h,w] to [F,3,H,W] with the antialiased bicubic filter, clamped to [-1,1].
+
+    One rule serves both directions: the kernel is widened by the scale when shrinking (so nothing aliases) and is the
+    plain interpolating cubic when enlarging (so nothing is blurred twice), per axis; an unchanged size is the identity.
+
+    Args:
+        frames: [F,3,h,w] in [-1,1].
+        size: (H, W) in pixels.
+    """
+    if tuple(frames.shape[-2:]) == tuple(size):
+        return frames
+    # CPU kernels have no half-precision bicubic of useful accuracy; the frames are small next to the networks.
+    wide = functional.interpolate(frames.float(), size=size, mode="bicubic", align_corners=False, antialias=True)
+    return wide.clamp_(-1.0, 1.0).to(frames.dtype)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Where a source lands in an output: the source is scaled to the content size and placed at (top, left).
+
+    `height`, `width` (output, even) and `content_height`, `content_width` are pixels. `top` and `left` are >= 0 where
+    bars are needed and <= 0 where the content is cropped.
+    """
+
+    height: int
+    width: int
+    content_height: int
+    content_width: int
+    top: int
+    left: int
+
+
+def _nearest_even(numerator: int, denominator: int) -> int:
+    """Round a positive fraction to the nearest even integer, at least 2."""
+    return max(2, 2 * ((numerator + denominator) // (2 * denominator)))
+
+
+def fit_into(source: tuple[int, int], box: tuple[int, int], mode: FitMode = "contain") -> Fit:
+    """Plan how frames of one size go into a box; every output size is even, because yuv420p needs it.
+
+    `contain` keeps the aspect ratio (within one pixel) and shrinks the output; `pad` does the same and adds bars up to
+    the box; `cover` fills the box and crops the middle of the longer side. An odd box loses one pixel.
+
+    Args:
+        source: (H, W) of the source, >= 1.
+        box: (H, W) of the box, >= 2.
+        mode: contain, cover or pad.
+
+    Raises:
+        ConfigError: a size is too small or the mode is unknown.
+    """
+    (source_h, source_w), (box_h, box_w) = source, (box[0] - box[0] % 2, box[1] - box[1] % 2)
+    if min(source) < 1 or min(box) < 2:
+        raise ConfigError(f"cannot fit {source_w}x{source_h} frames into a {box[1]}x{box[0]} box")
+    wide = source_w * box_h > source_h * box_w  # the source is wider than the box
+    if mode == "cover":
+        content_h = box_h if wide else -(-source_h * box_w // source_w)
+        content_w = -(-source_w * box_h // source_h) if wide else box_w
+        return Fit(box_h, box_w, content_h, content_w, (box_h - content_h) // 2, (box_w - content_w) // 2)
+    content_h = _nearest_even(source_h * box_w, source_w) if wide else box_h
+    content_w = box_w if wide else _nearest_even(source_w * box_h, source_h)
+    if mode == "contain":
+        return Fit(content_h, content_w, content_h, content_w, 0, 0)
+    if mode == "pad":
+        return Fit(box_h, box_w, content_h, content_w, (box_h - content_h) // 2, (box_w - content_w) // 2)
+    raise ConfigError(f"unknown fit {mode!r}", "use contain, cover or pad")
+
+
+def apply_fit(frames: Tensor, fit: Fit, fill: Fill = "black") -> Tensor:
+    """Scale, crop and pad float frames [F,3,h,w] into the output [F,3,fit.height,fit.width] of a plan."""
+    content = resize(frames, (fit.content_height, fit.content_width))
+    top, left = max(0, -fit.top), max(0, -fit.left)
+    content = content[..., top : top + fit.height, left : left + fit.width]
+    return _pad(content, (fit.height, fit.width), max(0, fit.top), max(0, fit.left), fill)
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle inside a canvas, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def letterbox(frames: Tensor, canvas: tuple[int, int], fill: Fill = "edge", align: int = 1) -> tuple[Tensor, Box]:
+    """Place float frames [F,3,h,w] in the middle of a canvas [F,3,H,W]; `crop` with the box is the exact inverse.
+
+    Replicating the edge keeps the statistics of the picture, where black bars pull a network's colours at the border.
+
+    Args:
+        frames: [F,3,h,w] in [-1,1].
+        canvas: (H, W) in pixels, not smaller than the frames.
+        fill: edge replicates the border pixels, black is -1.
+        align: the offsets are multiples of this, so that the box can be cut out of a latent grid too.
+
+    Raises:
+        ConfigError: the canvas is smaller than the frames.
+    """
+    height, width = frames.shape[-2:]
+    if canvas[0] < height or canvas[1] < width:
+        raise ConfigError(f"frames of {width}x{height} do not fit a canvas of {canvas[1]}x{canvas[0]}")
+    top, left = (canvas[0] - height) // 2 // align * align, (canvas[1] - width) // 2 // align * align
+    return _pad(frames, canvas, top, left, fill), Box(top, left, height, width)
+
+
+def crop(frames: Tensor, box: Box) -> Tensor:
+    """Cut a box out of float frames [F,3,H,W]: the exact inverse of `letterbox`."""
+    return frames[..., box.top : box.top + box.height, box.left : box.left + box.width]
+
+
+def _pad(frames: Tensor, canvas: tuple[int, int], top: int, left: int, fill: Fill) -> Tensor:
+    height, width = frames.shape[-2:]
+    amounts = (left, canvas[1] - width - left, top, canvas[0] - height - top)
+    if not any(amounts):
+        return frames
+    if fill == "edge":
+        return functional.pad(frames, amounts, mode="replicate")
+    return functional.pad(frames, amounts, value=-1.0)
+
+
+class Reader:
+    """Hands out exact numbers of frames of a stream, in order."""
+
+    def __init__(self, source: Iterator[Frames]) -> None:
+        self.source = source
+        self.held: list[Frames] = []
+
+    def read(self, count: int) -> Frames:
+        """Return the next `count` frames. Raises VideoError when the stream ends early."""
+        taken: list[Frames] = []
+        left = count
+        while left > 0:
+            part = self.held.pop() if self.held else next(self.source, None)
+            if part is None:
+                raise VideoError(f"the video ended {left} frames early")
+            taken.append(part[:left])
+            if len(part) > left:
+                self.held.append(part[left:])
+            left -= len(taken[-1])
+        return np.concatenate(taken)
+
+
+def skip(source: Iterator[Frames], count: int) -> Iterator[Frames]:
+    """Leave out the first `count` frames of a stream."""
+    for part in source:
+        if count < len(part):
+            yield part[count:]
+        count = max(0, count - len(part))
+
+
+def contact_sheet(frames: Frames, columns: int = 0, gap: int = 4, background: int = 24) -> Frames:
+    """Lay frames out row by row on one picture.
+
+    Args:
+        frames: [F,H,W,3].
+        columns: pictures in a row; 0 makes the sheet about as many rows as columns.
+        gap: pixels between pictures and around them.
+        background: grey level of the gaps, 0-255.
+
+    Returns:
+        uint8 image [rows * (H + gap) + gap, columns * (W + gap) + gap, 3].
+    """
+    count, height, width, _ = frames.shape
+    if count < 1:
+        raise ConfigError("a contact sheet needs at least 1 frame")
+    columns = min(count, columns or int(np.ceil(np.sqrt(count))))
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), background, np.uint8)
+    for index, frame in enumerate(frames):
+        top, left = gap + index // columns * (height + gap), gap + index % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = frame
+    return sheet

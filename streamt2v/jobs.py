@@ -1,0 +1,178 @@
+"""A job: what to make, from what, where to; and everything that can be checked before torch is imported."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from streamt2v import __version__, files, planning, runs, vocabulary, weights
+from streamt2v.config import RunConfig, to_flat
+from streamt2v.errors import ConfigError, OutputError
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command: what to make, from what, where to, and how the run behaves."""
+
+    command: str
+    config: RunConfig
+    output: Path
+    source: Path | None = None
+    device: str = "auto"
+    threads: int | None = None
+    resume: bool = False
+    overwrite: bool = False
+    keep_run: bool = False
+    preview: Path | None = None
+    native_size: bool = False
+    """Write the base frames at their own size, whatever the box (`--no-refine` without `--size`)."""
+
+    @property
+    def run_path(self) -> Path:
+        """The run directory, beside the output."""
+        return runs.directory_for(self.output)
+
+    def recipe(self) -> dict[str, Any]:
+        """Return what decides the frames: a run may only be resumed by a job with an equal recipe."""
+        return {
+            "command": self.command,
+            "version": __version__,
+            "config": to_flat(self.config),
+            "native_size": self.native_size,
+            "source": None if self.source is None else _fingerprint(self.source),
+            "image": _fingerprint(Path(self.config.image)) if self.config.image else None,
+            "weights": {file.path: file.sha256 for file in weights.family(self.config.model).files},
+        }
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was made."""
+
+    output: str
+    frames: int
+    width: int
+    height: int
+    fps: float
+    seconds: float
+    seed: int
+    model: str
+    peak_memory_mb: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the result for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What `refine` needs to know of its input."""
+
+    frames: int
+    fps: float
+    prompt: str
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    status = path.stat()
+    return {"name": path.name, "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+
+
+def inspect_source(path: Path) -> Source:
+    """Probe a video and read the prompt that made it, if it carries one.
+
+    Raises:
+        VideoError: not a readable video.
+    """
+    from streamt2v import video
+
+    found = video.probe(path)
+    recipe = recipe_of(found.comment)
+    return Source(found.frames, float(found.fps), str(recipe.get("config", {}).get("prompt", "")))
+
+
+def recipe_of(comment: str) -> dict[str, Any]:
+    try:
+        recipe = json.loads(comment)
+    except ValueError:
+        return {}
+    return recipe if isinstance(recipe, dict) and "streamt2v" in recipe else {}
+
+
+def describe_video(path: Path) -> dict[str, Any]:
+    """Return size, length and the recipe stored in a video.
+
+    Raises:
+        VideoError: not a readable video.
+    """
+    from streamt2v import video
+
+    found = video.probe(path)
+    facts = {"frames": found.frames, "width": found.width, "height": found.height, "fps": float(found.fps)}
+    recipe = recipe_of(found.comment)
+    return {"video": facts, "recipe": recipe or "none: not made by streamt2v"}
+
+
+# ---------------------------------------------------------------------------------------------- cheap checks
+
+
+def check(job: Job) -> list[str]:
+    """Check everything that is cheap to check and return notices for the user.
+
+    Raises:
+        ConfigError, InputError, OutputError, WeightsError: what would make the run fail later.
+    """
+    if job.command == "generate" and not job.config.prompt.strip():
+        raise ConfigError("the prompt is empty", 'try "a red ball bouncing over the sea at sunset"')
+    if job.config.image:
+        from streamt2v import video
+
+        video.read_image(Path(job.config.image))
+    if job.command == "refine" and not job.config.refine.enabled:
+        raise ConfigError("refine.enabled is false, so there is nothing to do")
+    planning.plan(job.config)
+    _check_output(job)
+    files.require_space(job.output, _disk_bytes(job.config), "this run")
+    family = weights.family(job.config.model)
+    weights.require(family)
+    return _prompt_notices(job, family.vocabulary_path())
+
+
+def _check_output(job: Job) -> None:
+    if job.output.suffix.lower() != ".mp4":
+        raise ConfigError(f"the output {job.output} must end in .mp4")
+    if job.source is not None and job.output.resolve() == job.source.resolve():
+        raise ConfigError(f"the output {job.output} is the input", "choose another name with -o")
+    if job.output.is_dir():
+        raise OutputError(f"{job.output} is a folder", "give a file name with -o")
+    if job.output.exists() and not (job.overwrite or job.resume):
+        raise OutputError(f"{job.output} exists already", "choose another name with -o, or --overwrite")
+    runs.check_writable(job.output.parent)
+    if job.preview is not None:
+        if job.preview.suffix.lower() != ".png":
+            raise ConfigError(f"the preview {job.preview} must end in .png")
+        runs.check_writable(job.preview.parent)
+    if runs.exists(job.run_path) and not (job.resume or job.overwrite):
+        raise OutputError(
+            f"an unfinished run lies in {job.run_path}", "continue it with --resume, or start again with --overwrite"
+        )
+
+
+def _disk_bytes(config: RunConfig) -> int:
+    """Estimate what run directory and output take: lossless base frames at half their size, the video twice."""
+    stream, output = config.stream, config.output
+    return config.num_frames * (stream.height * stream.width * 3 // 2 + output.height * output.width // 4)
+
+
+def _prompt_notices(job: Job, words: Path | None) -> list[str]:
+    if words is None:
+        return []
+    known = vocabulary.load(words)
+    unknown = known.unknown_words(f"{job.config.prompt} {job.config.negative_prompt}")
+    if not unknown:
+        return []
+    plural = "words" if len(unknown) > 1 else "word"
+    return [
+        f"model {job.config.model} does not know the {plural} {', '.join(unknown)}",
+        f"  it knows {known.hint()}",
+    ]

@@ -1,0 +1,369 @@
+"""Joins the three stages with the run directory: a stream of frames from stage to stage, one output file.
+
+Frames are pulled: the writer asks the refiner, the refiner asks the streaming stage. So refined frames appear while the
+stream is still running, and memory does not grow with length. Every stage leaves its small state in the run directory,
+written after the frames it belongs to: a run that dies at any instant continues from there.
+"""
+
+import json
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from streamt2v import __version__, devices, frames, planning, runs, video, weights
+from streamt2v.chunks import covering, refinement_plan, seams, streaming_plan
+from streamt2v.config import to_flat
+from streamt2v.diffusion.noise import SeededDraws
+from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from streamt2v.errors import Interrupted, OutputError
+from streamt2v.frames import Frames
+from streamt2v.jobs import Job, Result, check, recipe_of
+from streamt2v.models.encoders import decode_latents, encode_frames, encode_text, latent_size
+from streamt2v.models.refiner import legal_canvas
+from streamt2v.models.unet3d import TextContext
+from streamt2v.progress import Report
+from streamt2v.stages import initialize, stream
+from streamt2v.stages.denoise import Branches, Sampling
+from streamt2v.stages.refine import Denoiser, Refiner, RefineState
+
+STREAM, REFINE = "stream", "refine"
+PREVIEW_FRAMES = 24
+
+
+def run(job: Job, report: Report) -> Result:
+    """Make the video of a job.
+
+    Raises:
+        StreamT2VError: what `jobs.check` finds, and what shows only while running (disk full, bad numbers, a signal).
+    """
+    check(job)
+    began = time.monotonic()
+    if job.resume and job.output.exists() and not runs.exists(job.run_path):
+        return _finished_before(job)
+    devices.set_threads(job.threads)
+    devices.keep_freed_memory()
+    with runs.RunDirectory.open(job.run_path, job.recipe(), resume=job.resume) as directory:
+        maker = _Maker(job, report, directory)
+        try:
+            width, height = maker.make()
+        except (KeyboardInterrupt, Interrupted) as stop:
+            raise _interrupted(job, maker, stop) from None
+        maker.finish()
+        seconds = time.monotonic() - began
+        maker.remember(seconds)
+    if not job.keep_run:
+        directory.remove()
+    return _result(job, width, height, seconds)
+
+
+def _finished_before(job: Job) -> Result:
+    found = video.probe(job.output)
+    if recipe_of(found.comment).get("config") != to_flat(job.config):
+        raise OutputError(f"{job.output} was made with other settings", "choose another name with -o, or --overwrite")
+    return _result(job, found.width, found.height, 0.0)
+
+
+def _result(job: Job, width: int, height: int, seconds: float) -> Result:
+    config = job.config
+    return Result(
+        str(job.output), config.num_frames, width, height, config.output.fps, round(seconds, 2), config.seed,
+        config.model, round(devices.peak_memory() / 2**20, 1),
+    )  # fmt: skip
+
+
+def _interrupted(job: Job, maker: "_Maker", stop: BaseException) -> Interrupted:
+    partial = maker.save_partial()
+    message = "interrupted" if partial is None else f"interrupted; what is finished is in {partial}"
+    code = stop.exit_code if isinstance(stop, Interrupted) else 130
+    return Interrupted(message, "run the same command with --resume to continue", code)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes from base frames to output frames: the visible content, the canvas it is refined on, the output."""
+
+    fit: frames.Fit
+    canvas: tuple[int, int]
+
+    @property
+    def content(self) -> tuple[int, int]:
+        """(H, W) of the part of the picture that will be seen."""
+        return min(self.fit.content_height, self.fit.height), min(self.fit.content_width, self.fit.width)
+
+    @property
+    def _crop(self) -> tuple[int, int]:
+        """(top, left) of the content inside the scaled picture, where `cover` cuts it."""
+        return max(0, -self.fit.top), max(0, -self.fit.left)
+
+    def content_of(self, canvas: Tensor) -> Tensor:
+        """Cut the content out of the canvas again."""
+        (height, width), (content_height, content_width) = self.canvas, self.content
+        top, left = (height - content_height) // 2, (width - content_width) // 2
+        return frames.crop(canvas, frames.Box(top, left, content_height, content_width))
+
+    def into_canvas(self, images: Tensor) -> Tensor:
+        """Scale and crop base frames [F, 3, h, w] to the content and place it on the canvas."""
+        scaled = frames.resize(images, (self.fit.content_height, self.fit.content_width))
+        top, left = self._crop
+        content = scaled[..., top : top + self.content[0], left : left + self.content[1]]
+        return frames.letterbox(content, self.canvas)[0]
+
+    def output(self, content: Tensor) -> Frames:
+        """Turn content [F, 3, H, W] into output frames; `pad` adds its bars here, so that no network sees them."""
+        fit = self.fit
+        bars = frames.Fit(fit.height, fit.width, *self.content, max(0, fit.top), max(0, fit.left))
+        return frames.to_u8(frames.apply_fit(content, bars))
+
+
+class _Preview:
+    """A contact sheet of frames evenly spaced over the video, renewed while it grows."""
+
+    def __init__(self, path: Path | None, num_frames: int) -> None:
+        self.path = path
+        count = min(PREVIEW_FRAMES, num_frames)
+        self.wanted = {index * (num_frames - 1) // max(1, count - 1) for index in range(count)}
+        self.shown: list[Frames] = []
+
+    def add(self, start: int, group: Frames) -> None:
+        """Take what is wanted of frames start.. and rewrite the sheet when something was."""
+        chosen = [group[i] for i in range(len(group)) if start + i in self.wanted]
+        if self.path is None or not chosen:
+            return
+        small = frames.resize(frames.to_float(np.stack(chosen)), _thumbnail(group.shape[1], group.shape[2]))
+        self.shown.extend(frames.to_u8(small))
+        video.write_image(self.path, frames.contact_sheet(np.stack(self.shown)))
+
+
+def _thumbnail(height: int, width: int) -> tuple[int, int]:
+    scale = min(1.0, 320 / width)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+class _Maker:
+    """One run: loads what it needs, pulls frames through the stages, records what is finished."""
+
+    def __init__(self, job: Job, report: Report, directory: runs.RunDirectory) -> None:
+        self.job, self.config, self.report, self.directory = job, job.config, report, directory
+        self.device = devices.resolve(job.device)
+        self.family = weights.family(job.config.model)
+        self.draws = SeededDraws(self.config.seed)
+        self.num_frames = self.config.num_frames
+        self.stream_plan = streaming_plan(self.num_frames, self.config.stream.chunk, self.config.stream.overlap)
+        self.refine_plan = refinement_plan(self.num_frames, self.config.refine.chunk, self.config.refine.overlap)
+        self.networks: dict[Path, Any] = {}
+        self.load_seconds = self.stream_seconds = 0.0
+        self.writer: video.SegmentWriter | None = None
+        # Before any frame is read: the store drops what no state accounts for.
+        self.stream_state = directory.resume_point("stream")
+
+    # -- output
+
+    def make(self) -> tuple[int, int]:
+        """Produce every frame; return (width, height)."""
+        geometry = self._geometry()
+        state = self.directory.load_state("output")
+        mark = None if state is None else video.SegmentMark(**state.meta["mark"])
+        fps = Fraction(self.config.output.fps).limit_denominator(1001)
+        self.writer = video.SegmentWriter(
+            self.directory.partial_path, geometry.fit.height, geometry.fit.width, fps,
+            crf=self.config.output.crf, resume=mark,
+        )  # fmt: skip
+        preview = _Preview(self.job.preview, self.num_frames)
+        if self.config.refine.enabled:
+            groups = self._refined(
+                geometry, None if state is None else RefineState.from_tensors(state.torch(), self.device.name)
+            )
+        else:
+            groups = ((group, {}) for group in self._unrefined(geometry, self.writer.mark.frames))
+        for group, tensors in groups:
+            start = self.writer.mark.frames
+            mark = self.writer.append(group)
+            self.directory.save_state("output", tensors, {"mark": asdict(mark)})
+            preview.add(start, group)
+        return geometry.fit.width, geometry.fit.height
+
+    def finish(self) -> None:
+        """Give the output its name."""
+        assert self.writer is not None
+        self.writer.finish(self.job.output, json.dumps(self._metadata(), ensure_ascii=False), self.job.source)
+
+    def save_partial(self) -> Path | None:
+        """Write what is finished beside the output's name; None when nothing is."""
+        if self.writer is None or not self.writer.mark.frames:
+            return None
+        partial = self.job.output.with_name(f"{self.job.output.stem}.partial.mp4")
+        self.writer.finish(partial, json.dumps(self._metadata(), ensure_ascii=False), self.job.source)
+        return partial
+
+    def _metadata(self) -> dict[str, object]:
+        recipe = self.job.recipe()
+        chunks = {STREAM: seams(self.stream_plan), REFINE: seams(self.refine_plan)}
+        libraries = {"python": platform.python_version(), "torch": torch.__version__}
+        return {"streamt2v": __version__, **recipe, "seams": chunks, "device": self.device.name, "libraries": libraries}
+
+    def remember(self, seconds: float) -> None:
+        """Keep this run's speed for `plan`."""
+        if self.job.command != "generate" or self.job.resume:
+            return
+        refine_seconds = seconds - self.load_seconds - self.stream_seconds
+        measured = {
+            "load_seconds": self.load_seconds,
+            "stream_seconds_per_chunk": self.stream_seconds / len(self.stream_plan),
+            "refine_seconds_per_chunk": refine_seconds / len(self.refine_plan),
+            "peak_memory_bytes": devices.peak_memory(),
+        }
+        planning.remember(self.config, measured)
+
+    # -- sizes
+
+    def _base_size(self) -> tuple[int, int]:
+        if self.job.source is None:
+            return self.config.stream.height, self.config.stream.width
+        found = video.probe(self.job.source)
+        return found.height, found.width
+
+    def _geometry(self) -> Geometry:
+        base, output = self._base_size(), self.config.output
+        box = base if self.job.native_size else (output.height, output.width)
+        fit = frames.fit_into(base, box, output.fit)
+        content = Geometry(fit, (0, 0)).content
+        return Geometry(fit, content)
+
+    # -- stage 3
+
+    def _unrefined(self, geometry: Geometry, start: int) -> Iterator[Frames]:
+        for group in self._base_frames(start):
+            content = geometry.into_canvas(frames.to_float(group))
+            yield geometry.output(content)
+
+    def _refined(self, geometry: Geometry, state: RefineState | None) -> Iterator[tuple[Frames, dict[str, Tensor]]]:
+        """Yield (output frames, state after them) group by group."""
+        settings, device = self.config.refine, self.device.name
+        vae, unet = self._load("refine.vae"), self._load("refine.unet")
+        schedule = self._schedule("refine.unet")
+        denoiser = Denoiser(unet, schedule, Branches.of(unet.prepare(self._text("refine"))))
+        geometry = Geometry(geometry.fit, legal_canvas(*geometry.content, unet.config))
+        reader = frames.Reader(self._base_frames(0 if state is None else state.encoded))
+
+        def encode(start: int, stop: int) -> Tensor:
+            return encode_frames(vae, geometry.into_canvas(frames.to_float(reader.read(stop - start), device)), None)
+
+        refiner = Refiner(denoiser, self.refine_plan, settings, self.draws, encode, state)
+        assert self.writer is not None
+        self.report.start(REFINE, self.num_frames, self.writer.mark.frames)
+        for latents in refiner.run():
+            # One frame at a time: decoded floats of a whole group would be the largest thing in memory.
+            pictures = (decode_latents(vae, latent.unsqueeze(0)) for latent in latents)
+            yield (
+                np.concatenate([geometry.output(geometry.content_of(picture)) for picture in pictures]),
+                refiner.state.tensors(),
+            )
+            done = self.writer.mark.frames
+            self.report.advance(REFINE, done, max(covering(self.refine_plan, done - 1)) + 1, len(self.refine_plan))
+
+    # -- stages 1 and 2
+
+    def _base_frames(self, start: int) -> Iterator[Frames]:
+        """Yield base frames from `start` on: what is stored, then what the first two stages make; or the source's."""
+        if self.job.source is not None:
+            yield from frames.skip(video.read_frames(self.job.source), start)
+            return
+        yield from self.directory.base_frames(start)
+        if self.directory.num_base_frames < self.num_frames:
+            yield from self._stream()
+
+    def _stream(self) -> Iterator[Frames]:
+        """Continue the base video from the stored state, or begin it; store every chunk before passing it on."""
+        config, num_stored = self.config.stream, self.directory.num_base_frames
+        self.report.start(STREAM, self.num_frames, num_stored)
+        models = self._stream_models()
+        text = self._text("stream")
+        shape = (models.unet.config.out_channels, *latent_size(models.vae, config.height, config.width))
+        noise = stream.chunk_noise(self.draws, config.chunk, shape, self.device.name)
+        stored = self.stream_state
+        if stored is None:
+            began = time.monotonic()
+            first = self._first_chunk(models, text, noise)
+            state = stream.StreamState.after_first_chunk(first, config.overlap)
+            yield self._store(0, first[: self.num_frames], state, began)
+        else:
+            tensors = {name: tensor.to(self.device.name) for name, tensor in stored.torch().items()}
+            state = stream.StreamState(stored.meta["next_chunk"], tensors["conditioning_frames"], tensors["anchor"])
+        left = self.stream_plan[state.next_chunk :]
+        if not left:
+            return
+        sampling = Sampling(
+            config.num_inference_steps, config.guidance_scale, config.guidance_rescale, config.guidance_stop,
+            config.eta, config.final_noise == "published",
+        )  # fmt: skip
+        streamer = stream.Streamer(models, text, state.anchor, sampling, noise)
+        began = time.monotonic()
+        for chunk, (new, after) in zip(left, streamer.run(state, left), strict=True):
+            yield self._store(chunk.index, new, after, began)
+            began = time.monotonic()
+
+    def _store(self, index: int, new: Tensor, state: stream.StreamState, began: float) -> Frames:
+        """Store the new frames of one chunk and the state after it; return the frames as uint8."""
+        images = frames.to_u8(new)
+        self.directory.append_base(index, images)
+        tensors = {"conditioning_frames": state.conditioning_frames, "anchor": state.anchor}
+        self.directory.save_state("stream", tensors, {"next_chunk": state.next_chunk})
+        self.stream_seconds += time.monotonic() - began
+        self.report.advance(STREAM, self.directory.num_base_frames, index + 1, len(self.stream_plan))
+        return images
+
+    def _first_chunk(self, models: stream.StreamModels, text: TextContext, noise: stream.NoiseOfChunk) -> Tensor:
+        """Run the initializer: frames [F, 3, H, W] in [-1, 1]."""
+        config, size = self.config.initialize, self.config.stream.chunk
+        guidance = config.image_guidance_scale if self.config.image else config.guidance_scale
+        sampling = Sampling(
+            config.num_inference_steps, guidance, config.guidance_rescale, config.guidance_stop, config.eta
+        )
+        if not self.config.image:
+            return initialize.from_text(models, text, sampling, noise, size)
+        picture = frames.to_float(video.read_image(Path(self.config.image))[None], self.device.name)
+        base = (self.config.stream.height, self.config.stream.width)
+        picture = frames.apply_fit(picture, frames.fit_into((picture.shape[-2], picture.shape[-1]), base, "cover"))
+        unet = self._load("initialize.image")
+        return initialize.from_image(models, unet, picture[0], text, sampling, noise, size)
+
+    # -- networks
+
+    def _stream_models(self) -> stream.StreamModels:
+        config, family = self.config.stream, self.family
+        apm = config.apm and family.has("stream.apm")
+        return stream.StreamModels(
+            unet=self._load("stream.unet"),
+            schedule=self._schedule("stream.unet"),
+            vae=self._load("stream.vae"),
+            cam=self._load("stream.cam") if config.cam else None,
+            apm=self._load("stream.apm") if apm else None,
+            image_encoder=self._load("stream.image") if apm or self.config.image else None,
+        )
+
+    def _load(self, role: str) -> Any:
+        began = time.monotonic()
+        path = self.family.path(role)
+        if path not in self.networks:
+            self.report.note(f"loading {role}")
+            self.networks[path] = weights.load(self.family, role, self.device.name, torch.float32)
+        self.load_seconds += time.monotonic() - began
+        return self.networks[path]
+
+    def _schedule(self, role: str) -> NoiseSchedule:
+        _, _, schedule = weights.read_header(self.family.path(role))
+        return NoiseSchedule(ScheduleConfig.from_dict(schedule or {}))
+
+    @torch.inference_mode()
+    def _text(self, stage: str) -> TextContext:
+        """Encode the negative and the positive prompt for one stage: rows (negative, positive)."""
+        tokenizer, encoder = self._load(f"{stage}.tokenizer"), self._load(f"{stage}.text")
+        return encode_text(tokenizer, encoder, [self.config.negative_prompt, self.config.prompt])

@@ -1,0 +1,237 @@
+"""Stage 3, refinement: SDEdit in overlapping chunks with randomized blending, for any length at constant memory.
+
+Every denoising step blends the chunks anew (arXiv 2403.14773 section 4.3): in an overlap a random cut decides up to
+which frame the left chunk's clean estimate is used. Step s of a chunk needs only step s-1 of the chunks that share
+frames with it. So the stage need not sweep over the whole video once a step: chunk k runs step s as soon as chunk k+1
+has run step s-1, and a window of about as many chunks as there are steps slides along the video (diagonal order). A
+chunk-step is a function of the latents at its level and of addressed draws, so both orders give the same numbers.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from streamt2v.chunks import Chunk, covering
+from streamt2v.config import Blending, RefineConfig
+from streamt2v.diffusion import blend, guidance, solvers
+from streamt2v.diffusion.noise import Draws
+from streamt2v.diffusion.schedules import NoiseSchedule, sdedit_grid
+from streamt2v.models.unet3d import UNet3D
+from streamt2v.stages.denoise import Branches
+
+Encode = Callable[[int, int], Tensor]
+"""(start, stop) -> clean latents [F, C, h, w] of these frames of the source; asked once for every frame, in order."""
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """The refiner network with its schedule and its text."""
+
+    unet: UNet3D
+    schedule: NoiseSchedule
+    text: Branches
+
+
+@dataclass
+class RefineState:
+    """Everything in flight: per slot the latents at its own step, the last and the next clean estimate.
+
+    A slot is a frame of the video; without blending between chunks it is a frame of one chunk. `steps_done[k]` counts
+    the steps that chunk k has run, `finished` the slots handed on, `encoded` the frames taken from the source. A
+    slot's level is the number of steps that all chunks covering it have run. `clean` keeps the source's latents that a
+    later chunk without blending starts from again.
+    """
+
+    steps_done: list[int] = field(default_factory=list)
+    finished: int = 0
+    encoded: int = 0
+    latents: dict[int, Tensor] = field(default_factory=dict)
+    previous: dict[int, Tensor] = field(default_factory=dict)
+    pending: dict[int, Tensor] = field(default_factory=dict)
+    clean: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def admitted(self) -> int:
+        """Slots filled so far."""
+        return max(self.latents, default=self.finished - 1) + 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the state as named tensors, for a file."""
+        named = {"steps_done": torch.tensor(self.steps_done), "counts": torch.tensor([self.finished, self.encoded])}
+        for name in _STACKS:
+            values: dict[int, Tensor] = getattr(self, name)
+            if values:
+                named[name] = torch.stack(list(values.values()))
+                named[f"{name}.slots"] = torch.tensor(list(values))
+        return named
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], device: str = "cpu") -> "RefineState":
+        """Rebuild a state from `tensors`."""
+        stacks = {
+            name: dict(zip(tensors[f"{name}.slots"].tolist(), tensors[name].to(device), strict=True))
+            for name in _STACKS
+            if name in tensors
+        }
+        finished, encoded = tensors["counts"].tolist()
+        return cls(tensors["steps_done"].tolist(), finished, encoded, **stacks)
+
+
+_STACKS = ("latents", "previous", "pending", "clean")
+
+
+def _slots(plan: Sequence[Chunk], blending: Blending) -> tuple[tuple[Chunk, ...], list[int]]:
+    """Return the chunks in slots, and the frame of every slot.
+
+    With randomized blending a slot is a frame. Without blending every chunk has slots of its own.
+    """
+    if blending == "randomized":
+        return tuple(plan), list(range(plan[-1].stop))
+    frames = [frame for chunk in plan for frame in range(chunk.start, chunk.stop)]
+    ends = list(accumulate(chunk.size for chunk in plan))
+    apart = (Chunk(chunk.index, end - chunk.size, end, end - chunk.size) for chunk, end in zip(plan, ends, strict=True))
+    return tuple(apart), frames
+
+
+class Refiner:
+    """Runs the chunk-steps of a plan and yields latents of frames as soon as they are final."""
+
+    def __init__(
+        self, denoiser: Denoiser, plan: Sequence[Chunk], settings: RefineConfig, draws: Draws, encode: Encode,
+        state: RefineState | None = None,
+    ) -> None:  # fmt: skip
+        self.denoiser, self.settings, self.draws, self.encode = denoiser, settings, draws, encode
+        self.source_plan = plan
+        self.plan, self.frames = _slots(plan, settings.blending)
+        self.state = state or RefineState(steps_done=[0] * len(plan))
+        self.timesteps, self.rho = sdedit_grid(denoiser.schedule, settings.noise_level, settings.num_inference_steps)
+
+    def run(self) -> Iterator[Tensor]:
+        """Yield the final latents [n, C, h, w] of one group of frames after the other, in order.
+
+        A group is what one chunk is the last to cover, so the groups do not depend on the order of the chunk-steps.
+        """
+        state = self.state
+        while state.finished < len(self.frames):
+            chunk = self._next_ready()
+            if chunk is None:
+                self._admit()
+                continue
+            self._run_step(chunk)
+            while (stop := self._final_stop()) > state.finished:
+                slots = range(state.finished, stop)
+                final = {slot: state.latents.pop(slot) for slot in slots}
+                for slot in slots:
+                    del state.previous[slot]
+                state.finished = stop
+                yield torch.stack([latents for slot, latents in final.items() if self._is_shown(slot)])
+
+    def _is_shown(self, slot: int) -> bool:
+        """Tell whether the output takes a slot: without blending, the frames a chunk adds."""
+        last = max(covering(self.plan, slot))
+        return self.settings.blending == "randomized" or self.frames[slot] >= self.source_plan[last].new_start
+
+    def _level(self, slot: int) -> int:
+        return min(self.state.steps_done[index] for index in covering(self.plan, slot))
+
+    def _next_ready(self) -> Chunk | None:
+        """Return the chunk to advance: the leftmost that can (diagonal), or the least advanced one (sweep)."""
+        admitted, done = self.state.admitted, self.state.steps_done
+        if self.settings.order == "sweep" and admitted < len(self.frames):
+            return None
+        ready = [
+            chunk
+            for chunk in self.plan
+            if chunk.stop <= admitted
+            and done[chunk.index] < len(self.timesteps)
+            and all(self._level(slot) == done[chunk.index] for slot in range(chunk.start, chunk.stop))
+        ]
+        if self.settings.order == "sweep":
+            return min(ready, key=lambda chunk: (done[chunk.index], chunk.index), default=None)
+        return ready[0] if ready else None
+
+    def _admit(self) -> None:
+        """Take in the frames of the next chunk: encode, noise to the start level."""
+        state, start = self.state, self.state.admitted
+        chunk = next(chunk for chunk in self.plan if chunk.stop > start)
+        last_frame = self.frames[chunk.stop - 1]
+        if state.encoded <= last_frame:
+            new = range(state.encoded, last_frame + 1)
+            state.clean.update(zip(new, self.encode(new.start, new.stop), strict=True))
+            state.encoded = new.stop
+        for slot in range(start, chunk.stop):
+            clean = state.clean[self.frames[slot]]
+            noise = self.draws.normal("refine.start", self._address(slot), clean.shape).to(clean)
+            state.latents[slot] = self._start(clean, noise)
+        state.clean = {} if self.settings.blending == "randomized" else {
+            frame: latents for frame, latents in state.clean.items() if frame >= self.source_plan[chunk.index].start
+        }  # fmt: skip
+
+    def _address(self, slot: int) -> tuple[int, ...]:
+        """Return where a slot's noise is drawn: by frame, so that chunks share it, or apart for independent chunks."""
+        return (-1, slot) if self.settings.blending == "independent" else (self.frames[slot],)
+
+    def _start(self, clean: Tensor, noise: Tensor) -> Tensor:
+        """Noise clean latents to the start level t' - 1, in variance-exploding coordinates x_t / alpha_t.
+
+        The published code multiplies by rho where it should divide by alpha, so that its network first sees an input
+        sigma times as large as in training.
+        """
+        schedule, level = self.denoiser.schedule, self.settings.noise_level - 1
+        noisy = schedule.add_noise(clean, noise, level)
+        return noisy * self.rho[0] if self.settings.start_scale == "published" else noisy / schedule.alphas[level]
+
+    @torch.inference_mode()
+    def _run_step(self, chunk: Chunk) -> None:
+        step = self.state.steps_done[chunk.index]
+        slots = range(chunk.start, chunk.stop)
+        estimate = self._clean_estimate(torch.stack([self.state.latents[slot] for slot in slots]), step)
+
+        def draw_cut(low: int, high: int, index: int) -> int:
+            return self.draws.integer("refine.cut", (index, step), low, high)
+
+        for slot, clean in zip(slots, estimate, strict=True):
+            if blend.owner(self.plan, slot, draw_cut, cut_range=self.settings.cut_range) == chunk.index:
+                self.state.pending[slot] = clean
+        self.state.steps_done[chunk.index] += 1
+        for slot in slots:
+            if self._level(slot) > step:
+                self._advance(slot, step)
+
+    def _clean_estimate(self, latents: Tensor, step: int) -> Tensor:
+        """Predict the clean latents of one chunk: [F, C, h, w] -> [F, C, h, w]."""
+        scaled = (latents / (self.rho[step] ** 2 + 1) ** 0.5).transpose(0, 1).unsqueeze(0)  # [1, C, F, h, w]
+        timestep = int(self.timesteps[step])
+        unet, text, scale = self.denoiser.unet, self.denoiser.text, self.settings.guidance_scale
+        if scale == 1.0:
+            output = unet(scaled, timestep, text.conditional)
+        else:
+            unconditional, conditional = unet(scaled.expand(2, -1, -1, -1, -1), timestep, text.both).chunk(2)
+            output = guidance.combine(unconditional, conditional, scale, self.settings.guidance_rescale)
+        x0, _ = self.denoiser.schedule.to_x0_eps(output, scaled, timestep)
+        return x0[0].transpose(0, 1)
+
+    def _advance(self, slot: int, step: int) -> None:
+        """Bring one frame to the next noise level with its blended clean estimate."""
+        clean = self.state.pending.pop(slot)
+        stochastic = self.settings.stochastic and self.rho[step + 1] > 0
+        noise = None
+        if stochastic:
+            noise = self.draws.normal("refine.step", (*self._address(slot), step), clean.shape).to(clean)
+        self.state.latents[slot] = solvers.dpmpp_2m_step(
+            self.state.latents[slot], clean, self.state.previous.get(slot), self.rho, step, noise
+        )
+        self.state.previous[slot] = clean
+
+    def _final_stop(self) -> int:
+        """Return the end of the next group of slots when all of it is final, else the slots finished so far."""
+        finished = self.state.finished
+        if finished == len(self.frames):
+            return finished
+        last = max(covering(self.plan, finished))
+        group = [slot for slot in range(finished, self.plan[last].stop) if max(covering(self.plan, slot)) == last]
+        complete = all(self._level(slot) == len(self.timesteps) for slot in group)
+        return group[-1] + 1 if complete else finished

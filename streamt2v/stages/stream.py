@@ -1,0 +1,132 @@
+"""Stage 2, streaming: from a first chunk on, every step re-creates the last frames shown and adds new ones, for ever.
+
+Three signals condition each chunk (arXiv 2403.14773 section 4): the text, the last frames through CAM, and one anchor
+frame through APM. The state between chunks is small and explicit: the last frames and the anchor, as floats.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from streamt2v.chunks import Chunk
+from streamt2v.diffusion.noise import Draws, per_frame
+from streamt2v.diffusion.schedules import NoiseSchedule
+from streamt2v.models.apm import AppearanceTokens
+from streamt2v.models.cam import ConditionalAttention
+from streamt2v.models.encoders import decode_latents, embed_image
+from streamt2v.models.unet3d import TextContext, UNet3D
+from streamt2v.stages.denoise import Branches, ChunkNoise, Observe, Predict, Sampling, denoise
+
+NoiseOfChunk = Callable[[Chunk], ChunkNoise]
+
+
+@dataclass(frozen=True)
+class StreamModels:
+    """The networks of the stage; `cam` None switches CAM off, `apm` None switches APM off."""
+
+    unet: UNet3D
+    schedule: NoiseSchedule
+    vae: torch.nn.Module
+    cam: ConditionalAttention | None = None
+    apm: AppearanceTokens | None = None
+    image_encoder: torch.nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """What the next chunk needs: its index, the last frames [Fc, 3, H, W] and the anchor frame [3, H, W] in [-1, 1]."""
+
+    next_chunk: int
+    conditioning_frames: Tensor
+    anchor: Tensor
+
+    @classmethod
+    def after_first_chunk(cls, frames: Tensor, overlap: int) -> "StreamState":
+        """Start from the initializer's frames [F, 3, H, W] in [-1, 1]; the anchor is the very first one."""
+        return cls(1, frames[len(frames) - overlap :], frames[0])
+
+
+def chunk_noise(draws: Draws, chunk_size: int, latent_shape: Sequence[int], device: str = "cpu") -> NoiseOfChunk:
+    """Return the addressed noise of every chunk: frame f of the video draws the same whichever chunk denoises it.
+
+    Args:
+        draws: the run's random source.
+        chunk_size: frames denoised at once.
+        latent_shape: (C, h, w) of one frame.
+        device: where the numbers are wanted; they are drawn on the CPU.
+    """
+
+    def noise(chunk: Chunk) -> ChunkNoise:
+        frames = range(chunk.start, chunk.start + chunk_size)
+
+        def draw(purpose: str, *address: int) -> Tensor:
+            drawn = per_frame(draws, purpose, frames, latent_shape, *address)  # [F, C, h, w]
+            return drawn.transpose(0, 1).unsqueeze(0).to(device)  # [1, C, F, h, w]
+
+        return ChunkNoise(draw("stream.start"), lambda step: draw("stream.step", step))
+
+    return noise
+
+
+def anchor_tokens(models: StreamModels, anchor: Tensor) -> Tensor | None:
+    """Turn the anchor [3, H, W] into APM's tokens for both branches [2, tokens, D]; None with APM off.
+
+    The unconditional branch sees a grey image (zeros in [-1, 1]). Source: arXiv 2403.14773 section 4.2.
+    """
+    if models.apm is None or models.image_encoder is None:
+        return None
+    pair = torch.stack([torch.zeros_like(anchor), anchor])
+    tokens: Tensor = models.apm(embed_image(models.image_encoder, pair))
+    return tokens
+
+
+def cam_predictor(models: StreamModels, denoiser: Branches, extractor: Branches | None, frames: Tensor) -> Predict:
+    """Return the network with CAM looking at conditioning frames [Fc, 3, H, W]; both branches see the same frames."""
+    if models.cam is None or extractor is None:
+        return lambda latents, timestep, guided: models.unet(latents, timestep, denoiser.pick(guided))
+    cam = models.cam
+    # The pixel stack depends on neither step nor branch: once per chunk.
+    embedded = cam.embed_frames(frames.unsqueeze(0))  # [1, C, Fc, h, w]
+
+    def predict(latents: Tensor, timestep: int, guided: bool) -> Tensor:
+        features = cam(latents[:, :, : len(frames)], timestep, extractor.pick(guided), embedded)
+        return models.unet(latents, timestep, denoiser.pick(guided), features)  # type: ignore[no-any-return]
+
+    return predict
+
+
+class Streamer:
+    """Generates chunk after chunk; text and anchor are prepared once."""
+
+    def __init__(
+        self, models: StreamModels, text: TextContext, anchor: Tensor, sampling: Sampling, noise: NoiseOfChunk
+    ) -> None:
+        self.models, self.sampling, self.noise = models, sampling, noise
+        with torch.inference_mode():
+            self.denoiser = Branches.of(models.unet.prepare(text, anchor_tokens(models, anchor)))
+            self.extractor = None if models.cam is None else Branches.of(models.cam.prepare(text))
+
+    @torch.inference_mode()
+    def chunk_latents(self, chunk: Chunk, conditioning_frames: Tensor, observe: Observe | None = None) -> Tensor:
+        """Sample one chunk: conditioning frames [Fc, 3, H, W] in [-1, 1] -> latents [1, C, F, h, w].
+
+        The first Fc frames of the result re-create the conditioning frames, the others are new.
+        """
+        predict = cam_predictor(self.models, self.denoiser, self.extractor, conditioning_frames)
+        return denoise(predict, self.models.schedule, self.noise(chunk), self.sampling, observe)
+
+    @torch.inference_mode()
+    def run(self, state: StreamState, chunks: Sequence[Chunk]) -> Iterator[tuple[Tensor, StreamState]]:
+        """Yield (new frames [n, 3, H, W] in [-1, 1], state after them) for each of `chunks`, which continue the state.
+
+        Only the frames that the chunk adds are decoded.
+        """
+        for chunk in chunks:
+            overlap = chunk.new_start - chunk.start
+            latents = self.chunk_latents(chunk, state.conditioning_frames)
+            new = decode_latents(self.models.vae, latents[0, :, overlap:].transpose(0, 1))
+            shown = torch.cat([state.conditioning_frames, new])
+            state = StreamState(chunk.index + 1, shown[len(shown) - overlap :], state.anchor)
+            yield new[: chunk.num_new], state

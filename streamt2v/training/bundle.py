@@ -1,0 +1,73 @@
+"""The demo's files: building fresh networks, reading and writing them in one folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from streamt2v.errors import WeightsError
+from streamt2v.training.captions import build_tokenizer, vocabulary
+from streamt2v.training.losses import DEMO_SCHEDULE
+from streamt2v.weights import save_module
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def write(
+    folder: Path, name: str, network: nn.Module, config: dict[str, Any] | None = None, denoiser: bool = False
+) -> None:
+    """Write folder/name.safetensors in half precision; denoisers carry the demo's noise schedule."""
+    schedule = DEMO_SCHEDULE.to_dict() if denoiser else None
+    save_module(folder / f"{name}.safetensors", network, config, schedule)
+
+
+def read(folder: Path, name: str, network: Network) -> Network:
+    """Load folder/name.safetensors into a network of the same sizes, as float32.
+
+    Raises:
+        WeightsError: the file is missing or does not fit.
+    """
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        raise WeightsError(f"training needs {path}", f"train that part first: streamt2v train ... --out {folder}")
+    try:
+        network.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    except RuntimeError as error:
+        raise WeightsError(f"{path} does not fit the network: {str(error).splitlines()[0]}") from error
+    return network
+
+
+def write_words(folder: Path) -> PreTrainedTokenizerFast:
+    """Write tokenizer.json and vocabulary.json; returns the tokenizer."""
+    tokenizer = build_tokenizer()
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "vocabulary.json").write_text(json.dumps(vocabulary(), indent=1) + "\n", encoding="utf-8")
+    return tokenizer
+
+
+def freeze(network: Network, device: str = "cpu") -> Network:
+    """Evaluation mode without gradients, on a device."""
+    return network.to(device).eval().requires_grad_(False)
+
+
+def parameters_in(network: nn.Module, *parts: str) -> list[nn.Parameter]:
+    """Parameters whose name contains one of the parts."""
+    return [p for name, p in network.named_parameters() if any(part in name for part in parts)]
+
+
+def count(network: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in network.parameters())
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator, and the global one seeded too (initial weights come from it)."""
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)

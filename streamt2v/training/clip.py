@@ -1,0 +1,160 @@
+"""Training of the demo's text and image encoders: one shared space in which every attribute value has its own axis.
+
+The world's captions are sums of independent attributes. Both encoders learn to place a caption or a picture at the
+sum of fixed orthogonal codes, one per attribute value. So changing one word moves the pooled vector equally far
+whichever attribute it names (jointly trained encoders let direction words collapse), and matching pictures and captions
+point the same way.
+"""
+# The libraries' modules are typed as Any.
+# mypy: disable-error-code="no-any-return, no-untyped-call"
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    PreTrainedTokenizerFast,
+)
+
+from streamt2v.models.encoders import embed_image
+from streamt2v.training.captions import MAX_TOKENS, UNSPECIFIED, canonical, compose, parse, tokenise
+from streamt2v.training.world import ATTRIBUTES, render, sample_scenes
+
+DIM = 128
+IMAGE_SIZE = 64
+UNSEEN = 2  # position of the motion in the labels: a single frame does not show it
+_SIZES = [len(words) for words in ATTRIBUTES.values()]
+
+
+def build_text(vocab_size: int) -> CLIPTextModelWithProjection:
+    """A fresh two-layer text encoder for the tokenizer of `captions`: pad 0, start 1, end 3."""
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=vocab_size,
+            hidden_size=DIM,
+            intermediate_size=4 * DIM,
+            projection_dim=DIM,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            hidden_act="gelu",
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=3,
+        )
+    )
+
+
+def build_vision() -> CLIPVisionModelWithProjection:
+    """A fresh two-layer image encoder on 64 x 64 pixels in patches of 8."""
+    return CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=DIM,
+            intermediate_size=4 * DIM,
+            projection_dim=DIM,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=IMAGE_SIZE,
+            patch_size=8,
+            hidden_act="gelu",
+        )
+    )
+
+
+def attribute_codes() -> Tensor:
+    """Fixed orthogonal codes [sum of attribute sizes, DIM], so long that captions have unit variance per feature."""
+    square, _ = torch.linalg.qr(torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(7)))
+    codes: Tensor = square[: sum(_SIZES)] * (DIM / len(_SIZES)) ** 0.5
+    return codes
+
+
+def code_loss(embeddings: Tensor, labels: Tensor, codes: Tensor) -> Tensor:
+    """Squared distance to the sum of the labels' codes plus cross-entropy per attribute.
+
+    Args:
+        embeddings: [B, DIM].
+        labels: [B, 5], UNSPECIFIED where the attribute is absent.
+        codes: result of `attribute_codes`.
+    """
+    target = torch.zeros_like(embeddings)
+    entropy = embeddings.new_zeros(())
+    offset = 0
+    for column, size in enumerate(_SIZES):
+        table, label = codes[offset : offset + size], labels[:, column]
+        given = label != UNSPECIFIED
+        target[given] += table[label[given]]
+        if given.any():
+            entropy = entropy + functional.cross_entropy(embeddings[given] @ table.T, label[given])
+        offset += size
+    return functional.mse_loss(embeddings, target) + 0.2 * entropy
+
+
+def noisy_caption(labels: list[int], generator: torch.Generator) -> str:
+    """A caption, in one case of six with a word that the tokenizer does not know, which must not matter."""
+    words = compose(labels, generator).split()
+    if torch.rand((), generator=generator) < 1 / 6:
+        words.insert(int(torch.randint(len(words) + 1, (), generator=generator)), "?")
+    return " ".join(words)
+
+
+def clip_loss(
+    text: CLIPTextModelWithProjection,
+    vision: CLIPVisionModelWithProjection,
+    tokenizer: PreTrainedTokenizerFast,
+    codes: Tensor,
+    generator: torch.Generator,
+    batch: int = 32,
+) -> Tensor:
+    """One training loss of both encoders, on 4 * batch captions and batch pictures."""
+    scenes = sample_scenes(batch, generator)
+    captions = [noisy_caption(row, generator) for row in sample_scenes(4 * batch, generator).labels().tolist()]
+    parsed = torch.tensor([parse(caption) for caption in captions], device=codes.device)
+    ids = tokenise(tokenizer, captions).to(codes.device)
+    loss = code_loss(text(input_ids=ids).text_embeds, parsed, codes)
+    frames = torch.randint(0, 200, (batch, 1), generator=generator)
+    pixels = render(scenes.to(codes.device), frames)[:, 0]
+    labels = scenes.labels().to(codes.device)
+    labels[:, UNSEEN] = UNSPECIFIED
+    pixels = pixels + 0.1 * torch.rand(()) * torch.randn(pixels.shape, device=pixels.device)
+    return loss + code_loss(embed_image(vision, pixels), labels, codes)
+
+
+@torch.no_grad()
+def swap_distances(text: CLIPTextModelWithProjection, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
+    """How far swapping one attribute's word moves the pooled vector, relative to its length, per attribute."""
+    generator = torch.Generator().manual_seed(3)
+    rows = sample_scenes(64, generator).labels().tolist()
+    device = text.device
+
+    def embed(labels: list[list[int]]) -> Tensor:
+        output: Tensor = text(input_ids=tokenise(tokenizer, [canonical(r) for r in labels]).to(device)).text_embeds
+        return output
+
+    plain = embed(rows)
+    result = {}
+    for column, (name, size) in enumerate(zip(ATTRIBUTES, _SIZES, strict=True)):
+        swapped = [[(v + 1) % size if i == column else v for i, v in enumerate(r)] for r in rows]
+        result[name] = float(((embed(swapped) - plain).norm(dim=1) / plain.norm(dim=1)).mean())
+    return result
+
+
+@torch.no_grad()
+def image_accuracy(vision: CLIPVisionModelWithProjection, codes: Tensor, count: int = 128) -> dict[str, float]:
+    """Share of held-out pictures whose attribute is nearest to the right code, for the attributes one frame shows."""
+    generator = torch.Generator().manual_seed(77)
+    scenes = sample_scenes(count, generator)
+    frames = torch.randint(0, 200, (count, 1), generator=generator)
+    pixels = render(scenes.to(codes.device), frames)[:, 0]
+    embeddings = embed_image(vision, pixels)
+    result, offset = {}, 0
+    for column, (name, size) in enumerate(zip(ATTRIBUTES, _SIZES, strict=True)):
+        if column != UNSEEN:
+            guess = (embeddings @ codes[offset : offset + size].T).argmax(1).cpu()
+            result[name] = float((guess == scenes.labels()[:, column]).float().mean())
+        offset += size
+    return result

@@ -1,0 +1,64 @@
+"""`train`: one part of the demo, by name, for some minutes or steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from streamt2v.errors import ConfigError
+from streamt2v.training import bundle, engine
+from streamt2v.training.parts import JOBS, Workshop
+
+PARTS = tuple(JOBS)
+
+
+def train(
+    part: str,
+    *,
+    minutes: float | None,
+    steps: int | None,
+    out: Path,
+    device: str = "cpu",
+    seed: int = 0,
+    resume_from: Path | None = None,
+    log: Callable[[str], None] = lambda line: None,
+) -> dict[str, float]:
+    """Train one part and write its weights into `out`.
+
+    Later parts need earlier ones in `out`: vae and clip come first, then base, then cam, then apm; image_to_video needs
+    base, refiner needs vae and clip, judge needs nothing.
+
+    Args:
+        part: one of `PARTS`.
+        minutes: wall-clock limit; the learning rate is annealed towards it.
+        steps: step limit, instead or in addition.
+        out: folder of the weights files, tokenizer, vocabulary, sample sheets and the clip cache.
+        device: "cpu" or "cuda".
+        seed: of the initial weights and every draw.
+        resume_from: folder with the part's weights to continue from; None starts afresh.
+        log: receives lines of progress.
+
+    Returns:
+        steps, first_loss, loss, seconds.
+
+    Raises:
+        ConfigError: unknown part, or no limit.
+        WeightsError: a part that this one builds on is missing.
+        NumericsError: training diverged.
+    """
+    if part not in JOBS:
+        raise ConfigError(f"there is no part {part!r} to train", f"parts: {', '.join(PARTS)}")
+    if minutes is None and steps is None:
+        raise ConfigError("training needs a limit", "give minutes or steps")
+    out.mkdir(parents=True, exist_ok=True)
+    bundle.write_words(out)
+    workshop = Workshop(out, device, bundle.seeded(seed), resume_from)
+    threads = torch.get_num_threads()
+    if device == "cpu":
+        torch.set_num_threads(1)  # narrow networks: a second thread waits more than it works
+    try:
+        return engine.run(JOBS[part](workshop), out, minutes, steps, log)
+    finally:
+        torch.set_num_threads(threads)

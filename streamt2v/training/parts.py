@@ -1,0 +1,270 @@
+"""One training job for each part of the demo; `loop.train` picks one by name."""
+# The libraries' modules are typed as Any.
+# mypy: disable-error-code="no-any-return, no-untyped-call"
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CLIPVisionModelWithProjection
+
+from streamt2v.models.apm import AppearanceTokens
+from streamt2v.models.cam import ConditionalAttention, init_from_unet
+from streamt2v.models.unet3d import UNet3D
+from streamt2v.training import bundle, denoisers, judge, vae
+from streamt2v.training.captions import build_tokenizer
+from streamt2v.training.clip import (
+    DIM,
+    attribute_codes,
+    build_text,
+    build_vision,
+    clip_loss,
+    image_accuracy,
+    swap_distances,
+)
+from streamt2v.training.data import Clips, ClipSource, TextSource, make_clips, make_windows
+from streamt2v.training.engine import Job
+from streamt2v.training.sheets import streaming_sheet, text_sheet
+from streamt2v.training.world import sample_scenes
+
+MERGERS, MIXING = "cam_mergers.", ".apm."
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where a job works: `out` holds the parts made so far and takes the new one; `resume` holds one to continue."""
+
+    out: Path
+    device: str
+    generator: torch.Generator
+    resume: Path | None = None
+
+    def resumed(self, name: str, network: Any) -> Any:
+        """Load weights to continue from, if any, and move the network to the device."""
+        if self.resume is not None:
+            bundle.read(self.resume, name, network)
+        return network.to(self.device)
+
+    def frozen(self, name: str, network: Any) -> Any:
+        """Load a finished part."""
+        return bundle.freeze(bundle.read(self.out, name, network), self.device)
+
+    def vae(self) -> Any:
+        """The finished VAE."""
+        return self.frozen("vae", vae.build_vae())
+
+    def vision(self) -> CLIPVisionModelWithProjection:
+        """The finished image encoder."""
+        return self.frozen("vision", build_vision())
+
+    def text(self) -> TextSource:
+        """The finished text encoder."""
+        tokenizer = build_tokenizer()
+        return TextSource(tokenizer, self.frozen("text", build_text(len(tokenizer))))
+
+    def clips(self, name: str, make: Callable[[], Clips], enough: int = 3000) -> ClipSource:
+        """Clips kept in a folder beside the weights."""
+        return ClipSource(self.out / "clips" / name, self.generator, self.device, make, enough)
+
+
+def vae_job(shop: Workshop) -> Job:
+    """The VAE; whitened when it is saved."""
+    network = shop.resumed("vae", vae.build_vae())
+
+    def save(folder: Path) -> None:
+        white = copy.deepcopy(network).eval()
+        vae.whiten(white, vae.held_out(96, 5).to(shop.device))
+        bundle.write(folder, "vae", white, vae.vae_config())
+
+    def loss(progress: float) -> torch.Tensor:
+        pixels, mask = vae.training_frames(sample_scenes(8, shop.generator), shop.generator)
+        return vae.vae_loss(network, pixels.to(shop.device), mask.to(shop.device), shop.generator)
+
+    return Job(
+        loss,
+        list(network.parameters()),
+        save,
+        lambda folder: f"PSNR {vae.psnr(network, vae.held_out().to(shop.device)):.2f} dB",
+        adam=bundle.parameters_in(network, "conv_in.weight", "conv_out.weight"),
+        learning_rate=2e-3,
+        average=0.998,
+        autocast=shop.device == "cpu",
+    )
+
+
+def clip_job(shop: Workshop) -> Job:
+    """Text and image encoder together."""
+    tokenizer = bundle.write_words(shop.out)
+    text = shop.resumed("text", build_text(len(tokenizer)))
+    vision = shop.resumed("vision", build_vision())
+    codes = attribute_codes().to(shop.device)
+
+    def save(folder: Path) -> None:
+        bundle.write(folder, "text", text)
+        bundle.write(folder, "vision", vision)
+
+    return Job(
+        lambda progress: clip_loss(text, vision, tokenizer, codes, shop.generator),
+        [*text.parameters(), *vision.parameters()],
+        save,
+        lambda folder: f"swap distances {swap_distances(text, tokenizer)}, images {image_accuracy(vision, codes)}",
+        adam=[*bundle.parameters_in(text, "embedding"), *bundle.parameters_in(vision, "embedding")],
+        learning_rate=2e-3,
+    )
+
+
+def base_job(shop: Workshop) -> Job:
+    """The base video model: a fifth of the time on single images, then clips; resumed, clips only.
+
+    CAM's mergers and APM's mixing are in the same file, untouched: they belong to the next two jobs.
+    """
+    network = shop.resumed("unet", UNet3D(denoisers.BASE))
+    text, decoder = shop.text(), shop.vae()
+    source = shop.clips("start", lambda: make_clips(decoder, 10, shop.generator, late=0.2))
+    images_until = 0.2 if shop.resume is None else 0.0
+
+    def loss(progress: float) -> torch.Tensor:
+        if progress < images_until:
+            return denoisers.image_loss(network, source, text, shop.generator)
+        clip_progress = (progress - images_until) / (1 - images_until)
+        return denoisers.video_loss(network, source, text, shop.generator, clip_progress)
+
+    other = {id(p) for p in bundle.parameters_in(network, MERGERS, MIXING)}
+    return Job(
+        loss,
+        [p for p in network.parameters() if id(p) not in other],
+        lambda folder: bundle.write(folder, "unet", network, denoisers.BASE.to_dict(), denoiser=True),
+        lambda folder: text_sheet(folder / "base.png", network, text, decoder),
+        adam=_rims(network) + bundle.parameters_in(network, "frame_codes"),
+        learning_rate=2e-3,
+    )
+
+
+def cam_job(shop: Workshop) -> Job:
+    """CAM and its mergers, the base frozen: the paper's first phase."""
+    return _streaming_job(shop, with_apm=False)
+
+
+def apm_job(shop: Workshop) -> Job:
+    """CAM, mergers, APM's mixing and token network, the base frozen: the paper's second phase."""
+    return _streaming_job(shop, with_apm=True)
+
+
+def _streaming_job(shop: Workshop, with_apm: bool) -> Job:
+    unet = bundle.read(shop.out, "unet", UNet3D(denoisers.BASE)).to(shop.device)
+    cam = ConditionalAttention(denoisers.CAM)
+    continued = shop.resume or (shop.out if with_apm else None)
+    if continued is None:
+        init_from_unet(cam, unet)
+    else:
+        bundle.read(continued, "cam", cam)
+    cam.to(shop.device)
+    apm = AppearanceTokens(DIM, 2 * DIM, denoisers.IMAGE_TOKENS, DIM)
+    if with_apm and shop.resume is not None and (shop.resume / "apm.safetensors").is_file():
+        bundle.read(shop.resume, "apm", apm)
+    apm.to(shop.device)
+    text, decoder, vision = shop.text(), shop.vae(), shop.vision()
+    source = shop.clips("late", lambda: make_clips(decoder, 10, shop.generator, late=1.0))
+    parts = (apm, vision) if with_apm else None
+    open_parts = (MERGERS, MIXING) if with_apm else (MERGERS,)
+    unet.requires_grad_(False)
+    trained = [*bundle.parameters_in(unet, *open_parts), *cam.parameters(), *(apm.parameters() if with_apm else ())]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+
+    def save(folder: Path) -> None:
+        bundle.write(folder, "unet", unet, denoisers.BASE.to_dict(), denoiser=True)
+        bundle.write(folder, "cam", cam, denoisers.CAM.to_dict())
+        if with_apm:
+            bundle.write(folder, "apm", apm, apm.config)
+
+    return Job(
+        lambda progress: denoisers.streaming_loss(unet, cam, parts, decoder, source, text, shop.generator),
+        trained,
+        save,
+        lambda folder: streaming_sheet(folder / "streaming.png", unet, cam, parts, text, decoder),
+        adam=[*_rims(cam), *bundle.parameters_in(unet, MIXING), *bundle.parameters_in(unet, "_codes")],
+        learning_rate=1e-3,
+    )
+
+
+def image_to_video_job(shop: Workshop) -> Job:
+    """A copy of the base that also sees the latents of its first frame."""
+    network = UNet3D(denoisers.IMAGE_TO_VIDEO)
+    if shop.resume is not None:
+        bundle.read(shop.resume, "image_to_video", network)
+    else:
+        start = bundle.read(shop.out, "unet", UNet3D(denoisers.BASE)).state_dict()
+        state = {key: value for key, value in start.items() if MERGERS not in key and MIXING not in key}
+        state["conv_in.weight"] = torch.cat([start["conv_in.weight"], torch.zeros_like(start["conv_in.weight"])], 1)
+        network.load_state_dict(state)
+    network.to(shop.device)
+    text, decoder, vision = shop.text(), shop.vae(), shop.vision()
+    source = shop.clips("late", lambda: make_clips(decoder, 10, shop.generator, late=1.0))
+    return Job(
+        lambda progress: denoisers.image_to_video_loss(network, vision, source, text, shop.generator),
+        list(network.parameters()),
+        lambda folder: bundle.write(
+            folder, "image_to_video", network, denoisers.IMAGE_TO_VIDEO.to_dict(), denoiser=True
+        ),
+        adam=_rims(network) + bundle.parameters_in(network, "frame_codes"),
+    )
+
+
+def refiner_job(shop: Workshop) -> Job:
+    """The refiner, on 8-frame windows and one in four of 24 frames."""
+    network = shop.resumed("refiner", UNet3D(denoisers.REFINER))
+    text, decoder = shop.text(), shop.vae()
+    short = shop.clips("windows8", lambda: make_windows(decoder, 4, 8, (144, 256), shop.generator), 800)
+    long = shop.clips("windows24", lambda: make_windows(decoder, 2, 24, (144, 256), shop.generator), 100)
+
+    def loss(progress: float) -> torch.Tensor:
+        many = bool(torch.rand((), generator=shop.generator) < 0.2)
+        source, batch = (long, 1) if many else (short, 3)
+        return denoisers.refiner_loss(network, source, text, shop.generator, batch)
+
+    return Job(
+        loss,
+        list(network.parameters()),
+        lambda folder: bundle.write(folder, "refiner", network, denoisers.REFINER.to_dict(), denoiser=True),
+        adam=_rims(network),
+        learning_rate=2e-3,
+    )
+
+
+def judge_job(shop: Workshop) -> Job:
+    """The judge of generated clips."""
+    network = judge.Judge()
+    if shop.resume is not None:
+        network = judge.load_judge(shop.resume).train()
+    network.to(shop.device)
+    return Job(
+        lambda progress: judge.judge_loss(network, shop.generator),
+        list(network.parameters()),
+        lambda folder: judge.save_judge(network, folder),
+        lambda folder: f"held-out accuracy {judge.held_out_accuracy(network)}",
+        adam=list(network.heads.parameters()),
+    )
+
+
+def _rims(network: UNet3D | ConditionalAttention) -> list[nn.Parameter]:
+    """First and last convolutions, whose shapes do not suit Muon."""
+    return bundle.parameters_in(network, "conv_in.weight", "conv_out.weight")
+
+
+JOBS: dict[str, Callable[[Workshop], Job]] = {
+    "vae": vae_job,
+    "clip": clip_job,
+    "base": base_job,
+    "cam": cam_job,
+    "apm": apm_job,
+    "image_to_video": image_to_video_job,
+    "refiner": refiner_job,
+    "judge": judge_job,
+}

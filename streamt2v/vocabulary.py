@@ -1,0 +1,42 @@
+"""What words a family knows: families trained on a small world ship a list, others take any text."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The words of a family by attribute, words without meaning to it, what synonyms stand for, and example prompts."""
+
+    attributes: dict[str, tuple[str, ...]]
+    ignored: frozenset[str]
+    canonical: dict[str, str]
+    examples: tuple[str, ...]
+
+    def unknown_words(self, prompt: str) -> tuple[str, ...]:
+        """Return the words of a prompt that the family was never trained on, in order, each once."""
+        known = {word for phrases in self.attributes.values() for phrase in phrases for word in words_of(phrase)}
+        unknown = (word for word in words_of(prompt) if word not in known and word not in self.ignored)
+        return tuple(dict.fromkeys(unknown))
+
+    def hint(self) -> str:
+        """Return one line with all it knows, each thing by its first name."""
+        first = {
+            name: dict.fromkeys(self.canonical.get(p, p) for p in phrases) for name, phrases in self.attributes.items()
+        }
+        return "; ".join(f"{name}: {', '.join(phrases)}" for name, phrases in first.items())
+
+
+def words_of(text: str) -> list[str]:
+    """Split a text into lower-case words."""
+    return re.findall(r"\w+", text.lower())
+
+
+def load(path: Path) -> Vocabulary:
+    """Read a vocabulary file."""
+    table = json.loads(path.read_text(encoding="utf-8"))
+    attributes = {name: tuple(phrases) for name, phrases in table["attributes"].items()}
+    ignored, examples = frozenset(table.get("ignored", ())), tuple(table.get("examples", ()))
+    return Vocabulary(attributes, ignored, table.get("canonical", {}), examples)

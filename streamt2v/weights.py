@@ -1,0 +1,487 @@
+"""Weights files: find them in `weights.toml`, check them, and load them strictly into the network they name.
+
+A weights file is a safetensors file whose metadata says what it is: `format` ("streamt2v/1"), `class` (a name of
+`NETWORKS`), `config` (the arguments of that class as JSON) and, for denoisers, `schedule` (the noise schedule as JSON).
+Nothing else is trusted: a tensor that is missing, extra or of another shape is refused before it reaches a network.
+Torch and the libraries are imported when a file is loaded, not with this module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import json
+import math
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamt2v import files
+from streamt2v.errors import ConfigError, OutputError, WeightsError
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGE = Path(__file__).resolve().parent
+FORMAT = "streamt2v/1"
+MAX_HEADER_BYTES = 16 * 2**20
+MAX_TENSORS = 20_000
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+# class name -> (module, class, module and name of its config class, None where the config is the keyword arguments)
+NETWORKS: Mapping[str, tuple[str, str, tuple[str, str] | None]] = {
+    "UNet3D": ("streamt2v.models.unet3d", "UNet3D", ("streamt2v.models.unet3d", "UNet3DConfig")),
+    "ConditionalAttention": ("streamt2v.models.cam", "ConditionalAttention", ("streamt2v.models.cam", "CamConfig")),
+    "AppearanceTokens": ("streamt2v.models.apm", "AppearanceTokens", None),
+    "AutoencoderKL": ("diffusers.models.autoencoders.autoencoder_kl", "AutoencoderKL", None),
+    "CLIPTextModelWithProjection": (
+        "transformers.models.clip.modeling_clip",
+        "CLIPTextModelWithProjection",
+        ("transformers.models.clip.configuration_clip", "CLIPTextConfig"),
+    ),
+    "CLIPVisionModelWithProjection": (
+        "transformers.models.clip.modeling_clip",
+        "CLIPVisionModelWithProjection",
+        ("transformers.models.clip.configuration_clip", "CLIPVisionConfig"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file row of `weights.toml`: path relative to the package folder, size, SHA-256 (hex), licence, what it is.
+
+    `tokens` is for tokenizers only: keyword arguments such as `pad_token` that their file does not carry.
+    """
+
+    path: str
+    bytes: int
+    sha256: str
+    licence: str
+    what: str
+    tokens: Mapping[str, str | int] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: which file plays which role ("stream.unet", "refine.vae", ...), its preset and its vocabulary."""
+
+    name: str
+    title: str
+    licence: str
+    preset: str
+    vocabulary: str
+    components: Mapping[str, str]
+    files: tuple[WeightFile, ...]
+    root: Path
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files of the family together, in bytes."""
+        return sum(file.bytes for file in self.files)
+
+    def path(self, role: str) -> Path:
+        """Absolute path of the file that plays `role`. Raises WeightsError when the family has no such role."""
+        if role not in self.components:
+            known = ", ".join(sorted(self.components))
+            raise WeightsError(f"the model family {self.name!r} has no {role!r}", f"it has: {known}")
+        return self.root / self.components[role]
+
+    def has(self, role: str) -> bool:
+        """Whether the family names a file for `role`; optional parts (such as APM) may be absent."""
+        return role in self.components
+
+    def vocabulary_path(self) -> Path | None:
+        """Absolute path of the list of words that the family knows, or None when it takes any text."""
+        return self.root / self.vocabulary if self.vocabulary else None
+
+
+# ---------------------------------------------------------------------------------------------- the list of weights
+
+
+def _manifest(root: Path) -> Path:
+    """`weights.toml` lies in the package folder of a wheel, and one level above it in a checkout."""
+    inside = root / "weights.toml"
+    return inside if inside.is_file() else root.parent / "weights.toml"
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in table.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _inside(root: Path, path: str) -> str:
+    """Return `path` unchanged when it stays inside `root`; the list of weights may name no other place."""
+    if not (root / path).resolve().is_relative_to(root.resolve()):
+        raise WeightsError(f"weights.toml names {path!r}, which lies outside the package")
+    return path
+
+
+def families(root: Path = PACKAGE) -> dict[str, Family]:
+    """All model families that `weights.toml` lists, by name; `root` is the folder their files lie in.
+
+    Raises:
+        WeightsError: the list is missing, unreadable or of another schema.
+    """
+    manifest = _manifest(root)
+    if not manifest.is_file():
+        raise WeightsError(f"the list of weights is missing: {manifest}", "install streamt2v again")
+    try:
+        raw = tomllib.loads(manifest.read_text("utf-8"))
+        if raw["schema"] != 1:
+            raise WeightsError(f"{manifest} has schema {raw['schema']}, this version reads 1", "update streamt2v")
+        rows = {row["path"]: WeightFile(**{**row, "path": _inside(root, row["path"])}) for row in raw["files"]}
+        found = {}
+        for name, table in raw["families"].items():
+            roles = _flatten(table["components"])
+            used = dict.fromkeys([*roles.values(), *filter(None, [table["vocabulary"]])])
+            head = {key: table[key] for key in ("title", "licence", "preset", "vocabulary")}
+            listed = tuple(rows[path] for path in used)
+            found[name] = Family(name=name, components=roles, files=listed, root=root, **head)
+        return found
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{manifest} cannot be used: {error}", "install streamt2v again") from error
+
+
+def family(name: str, root: Path = PACKAGE) -> Family:
+    """One family by name. Raises ConfigError that names the known ones, nearest first."""
+    known = families(root)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        meant = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"there is no model {name!r}", f"{meant}known models: {', '.join(sorted(known))}")
+    return known[name]
+
+
+def default_family(root: Path = PACKAGE) -> str:
+    """Name of the best family whose files are all here: `weights.toml` lists the best first. Else the last one."""
+    known = families(root)
+    complete = [name for name, listed in known.items() if not missing(listed)]
+    return complete[0] if complete else list(known)[-1]
+
+
+def missing(chosen: Family) -> list[str]:
+    """Cheap check: one sentence for each file of the family that is absent or of another size than recorded."""
+    found = []
+    for file in chosen.files:
+        path = chosen.root / file.path
+        if not path.is_file():
+            found.append(f"{file.path} is missing")
+        elif path.stat().st_size != file.bytes:
+            found.append(f"{file.path} has {path.stat().st_size:,} bytes, {file.bytes:,} are recorded")
+    return found
+
+
+def require(chosen: Family) -> None:
+    """Refuse a family whose files are not all here. Raises WeightsError naming the first that is not."""
+    _refuse(chosen, missing(chosen))
+
+
+def verify(chosen: Family) -> None:
+    """Check size and SHA-256 of every file of the family. Raises WeightsError naming the first that differs."""
+    require(chosen)
+    digests = {file.path: sha256_of(chosen.root / file.path) for file in chosen.files}
+    _refuse(chosen, [f"{file.path} is damaged" for file in chosen.files if digests[file.path] != file.sha256])
+
+
+def _refuse(chosen: Family, problems: list[str]) -> None:
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        message = f"the weights of {chosen.name!r} are not as recorded: {problems[0]}{more}"
+        raise WeightsError(message, "install streamt2v again; after training, record the new files")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file as hex digits, read as a stream."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def record(root: Path = PACKAGE) -> list[str]:
+    """Write size and SHA-256 of the files that are present into `weights.toml`; returns the paths whose row changed.
+
+    Everything above the first `[[files]]` row is kept as it stands; rows of absent files keep what they say.
+    """
+    manifest = _manifest(root)
+    text = manifest.read_text("utf-8")
+    rows = tomllib.loads(text)["files"]
+    changed = []
+    for row in rows:
+        path = root / _inside(root, row["path"])
+        if path.is_file():
+            new = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            if new != {key: row[key] for key in new}:
+                changed.append(row["path"])
+            row |= new
+    head = text.partition("[[files]]")[0]
+    body = "\n".join("[[files]]\n" + "".join(f"{key} = {_toml(value)}\n" for key, value in row.items()) for row in rows)
+    if changed:
+        files.write_bytes(manifest, (head + body).encode())
+    return changed
+
+
+def _toml(value: str | int | Mapping[str, str | int]) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_toml(inner)}" for key, inner in value.items()) + " }"
+    return json.dumps(value, ensure_ascii=False)  # TOML's basic strings and integers are JSON's
+
+
+# ------------------------------------------------------------------------------------------------------- one file
+
+
+def _read_index(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...]]]]:
+    """Metadata, and (dtype, shape) by tensor name, of a safetensors file; checked against the file's size."""
+    hint = "run `streamt2v weights verify`"
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or not 2 <= length <= MAX_HEADER_BYTES:
+                raise WeightsError(f"{path} is not a safetensors file", hint)
+            raw = stream.read(length)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror or error}", hint) from error
+    if len(raw) < length:
+        raise WeightsError(f"{path} is cut short: {size:,} bytes, its header alone needs {length + 8:,}", hint)
+    try:
+        table = json.loads(raw)
+        metadata = {str(key): str(value) for key, value in table.pop("__metadata__", {}).items()}
+        index = {name: (row["dtype"], tuple(map(int, row["shape"]))) for name, row in table.items()}
+        ends = [int(row["data_offsets"][1]) for row in table.values()]
+        needed = sum(ITEM_BYTES[dtype] * math.prod(shape) for dtype, shape in index.values())
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise WeightsError(f"{path} is not a safetensors file: its header is damaged", hint) from error
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        problem = "is cut short" if size < expected else "has bytes after its end"
+        raise WeightsError(f"{path} {problem}: {size:,} bytes, its header says {expected:,}", hint)
+    if needed != max(ends, default=0) or len(index) > MAX_TENSORS:
+        raise WeightsError(f"{path} is damaged: shapes and sizes in its header disagree", hint)
+    return metadata, index
+
+
+def _read_metadata(path: Path, metadata: Mapping[str, str]) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
+    if metadata.get("format") != FORMAT:
+        found = metadata.get("format", "none")
+        raise WeightsError(f"{path} is not a weights file of streamt2v: format {found!r}, expected {FORMAT!r}")
+    try:
+        config = json.loads(metadata["config"])
+        schedule = json.loads(metadata["schedule"]) if "schedule" in metadata else None
+        if not isinstance(config, dict) or not isinstance(schedule, dict | None):
+            raise ValueError("config and schedule must be tables")
+        return metadata["class"], config, schedule
+    except (KeyError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} has damaged metadata: {error}") from error
+
+
+def read_header(path: Path) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
+    """Class name, config and noise schedule (None when it has none) of a weights file, without importing torch.
+
+    Raises:
+        WeightsError: the file is absent, cut short, no safetensors file, or not one of ours.
+    """
+    return _read_metadata(path, _read_index(path)[0])
+
+
+def _config_of(module: torch.nn.Module) -> dict[str, Any]:
+    """The arguments that build `module` again: its dataclass, or the public part of a library's config."""
+    config: Any = module.config
+    if hasattr(config, "to_diff_dict"):  # transformers: without what every config of the library carries
+        from transformers import PretrainedConfig
+
+        usual = PretrainedConfig().to_dict() | {"model_type": config.model_type, "architectures": config.architectures}
+        return {key: value for key, value in config.to_dict().items() if usual.get(key, config) != value}
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return dataclasses.asdict(config)
+    return {key: value for key, value in dict(config).items() if not key.startswith("_")}  # diffusers
+
+
+def save_module(
+    path: Path,
+    module: torch.nn.Module,
+    config: Mapping[str, Any] | None = None,
+    schedule: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a network with all that is needed to build it again; the file appears whole or not at all.
+
+    Args:
+        path: the safetensors file to write; its folder is made.
+        module: a network of one of the classes of `NETWORKS`.
+        config: JSON-able arguments of the class; None takes them from `module.config`.
+        schedule: JSON-able noise schedule of a denoiser.
+        dtype: storage type of floating-point tensors; None means float16.
+
+    Raises:
+        WeightsError: the class is unknown, the config describes another network, or a value is not finite in the
+            storage type.
+        OutputError: the file cannot be written.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    name = type(module).__name__
+    _network(name, path)
+    stored = dtype or torch.float16
+    tensors = {}
+    for key, value in module.state_dict().items():
+        tensor = value.detach().to("cpu", stored if value.is_floating_point() else value.dtype).contiguous().clone()
+        if not torch.isfinite(tensor).all():
+            raise WeightsError(f"{key} of {name} has values that are not finite in {stored}: not saved")
+        tensors[key] = tensor
+    arguments = _config_of(module) if config is None else dict(config)
+    described = _build(path, name, json.loads(json.dumps(arguments))).state_dict()
+    shapes = [{key: tuple(value.shape) for key, value in state.items()} for state in (described, tensors)]
+    _check_keys(path, name, *shapes)
+    metadata = {"format": FORMAT, "class": name, "config": json.dumps(arguments)}
+    if schedule is not None:
+        metadata["schedule"] = json.dumps(dict(schedule))
+    files.make_directory(path.parent)
+    with files.replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+            temporary.chmod(0o644)  # the library makes files that only their owner may read
+        except SafetensorError as error:  # what the library makes of a full disk
+            raise OutputError(f"cannot write {path}: {error}", "free some space") from error
+
+
+def _network(name: str, path: Path) -> tuple[str, str, tuple[str, str] | None]:
+    if name not in NETWORKS:
+        raise WeightsError(f"{path} holds a network of unknown class {name!r}", f"known: {', '.join(NETWORKS)}")
+    return NETWORKS[name]
+
+
+def _quiet(package: str) -> None:
+    """Turn off what a model library would print while loading: our own checks are stricter than its warnings."""
+    logging = importlib.import_module(f"{package}.utils.logging")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _build(path: Path, name: str, config: Mapping[str, Any]) -> torch.nn.Module:
+    """Construct the network without memory for its parameters; constant buffers are computed as usual.
+
+    A plain meta device would also swallow buffers that no file stores (position numbers, frequency tables). Every layer
+    takes the memory of its parameters from `torch.empty`, so sending only that call to the meta device keeps them.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    random = (torch.Tensor.normal_, torch.Tensor.uniform_)
+
+    class ParametersOnMeta(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            named = dict(kwargs or {})
+            if func in random or getattr(func, "__module__", "") == "torch.nn.init":
+                filled = args[0] if args else named["tensor"]
+                if filled.is_meta:  # there is nothing to fill, and torch would import sympy (1.4 s) to find that out
+                    return filled
+            if func is torch.empty and named.get("device") is None:
+                named["device"] = "meta"
+            return func(*args, **named)
+
+    module_name, class_name, config_class = _network(name, path)
+    package = module_name.split(".")[0]
+    if package != __package__:
+        _quiet(package)
+    network = getattr(importlib.import_module(module_name), class_name)
+    try:
+        if config_class is None:
+            arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+            with ParametersOnMeta():
+                return typing.cast("torch.nn.Module", network(**arguments))
+        built = getattr(importlib.import_module(config_class[0]), config_class[1]).from_dict(dict(config))
+        with ParametersOnMeta():
+            return typing.cast("torch.nn.Module", network(built))
+    except (TypeError, ValueError, KeyError, ConfigError) as error:
+        raise WeightsError(f"{path} does not describe a {name}: {error}") from error
+
+
+def load_module(path: Path, device: str | torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """Build the network that a weights file names and give it exactly the file's tensors.
+
+    Returns the network in evaluation mode with gradients off (training switches both back on).
+
+    Args:
+        path: a file written by `save_module`.
+        device: where the tensors go.
+        dtype: type of all floating-point tensors.
+
+    Raises:
+        WeightsError: the file is absent, damaged, of an unknown class, or its tensors are not exactly the network's.
+    """
+    metadata, index = _read_index(path)
+    name, config, _ = _read_metadata(path, metadata)
+    module = _build(path, name, config)
+    wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    _check_keys(path, name, wanted, {key: shape for key, (_, shape) in index.items()})
+
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path, device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}", "run `streamt2v weights verify`") from error
+    converted = {key: tensors[key].to(dtype) if tensors[key].is_floating_point() else tensors[key] for key in wanted}
+    module.load_state_dict(converted, strict=True, assign=True)
+    for key, buffer in module.named_buffers():
+        if buffer.is_meta:
+            raise WeightsError(f"{name} has a buffer {key!r} that no file fills: this is a bug of the network")
+    return module.to(device).requires_grad_(False).eval()
+
+
+def _check_keys(
+    path: Path, name: str, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> None:
+    hint = "the file belongs to another version or was damaged: run `streamt2v weights verify`"
+    for key, shape in wanted.items():
+        if key not in found:
+            raise WeightsError(f"{path} lacks the tensor {key!r} of {name}", hint)
+        if found[key] != shape:
+            raise WeightsError(f"{path}: {key!r} has shape {list(found[key])}, {name} needs {list(shape)}", hint)
+    for key in found:
+        if key not in wanted:
+            raise WeightsError(f"{path} has a tensor {key!r} that {name} does not know", hint)
+
+
+def load_tokenizer(path: Path, tokens: Mapping[str, str | int] | None = None) -> Any:
+    """A fast tokenizer from its `tokenizer.json`; `tokens` names what the file does not carry (pad, begin, end).
+
+    Raises:
+        WeightsError: the file is absent or no tokenizer.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path} is missing", "install streamt2v again")
+    _quiet("transformers")
+    import transformers
+
+    fast: Any = transformers.PreTrainedTokenizerFast  # the class itself has another name in every major version
+    try:
+        return fast(tokenizer_file=str(path), **dict(tokens or {}))
+    except Exception as error:  # the tokenizers library raises a bare Exception for a file that it cannot read
+        raise WeightsError(f"{path} is no tokenizer: {error}", "run `streamt2v weights verify`") from error
+
+
+def load(chosen: Family, role: str, device: str | torch.device, dtype: torch.dtype) -> Any:
+    """The network (or, for a ".tokenizer" role, the tokenizer) that plays `role` in a family.
+
+    Raises:
+        WeightsError: the family has no such role, the file's SHA-256 is not the recorded one, or it does not load
+            (see `load_module`).
+    """
+    path = chosen.path(role)
+    row = next(file for file in chosen.files if file.path == chosen.components[role])
+    if path.is_file() and sha256_of(path) != row.sha256:
+        raise WeightsError(f"{path} is damaged: its SHA-256 is not the recorded one", "install streamt2v again")
+    return load_tokenizer(path, row.tokens) if path.suffix == ".json" else load_module(path, device, dtype)

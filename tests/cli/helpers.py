@@ -1,0 +1,55 @@
+"""Small, fast runs of the shipped weights, and what tests ask of the videos they make."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamt2v import video
+from streamt2v.cli import main
+
+PROMPT = "a red ball bouncing over the sea at sunset"
+# Two steps at a thumbnail's size: every part of the machinery runs, nothing worth looking at comes out.
+TINY = [
+    *("--steps", "1", "--refine-steps", "2", "--size", "80x48", "--seed", "7", "--device", "cpu", "--threads", "1"),
+    *("--set", "stream.height=24", "--set", "stream.width=40", "--quiet"),
+]
+
+
+def call(*arguments: object) -> int:
+    """Run the command line in this process and return its exit code."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return int(stop.value.code or 0)
+
+
+def generate(output: Path, frames: int, *more: object) -> int:
+    return call("generate", PROMPT, "--frames", frames, "-o", output, *TINY, *more)
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    """Start the command line as its own process."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "streamt2v", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def digest(path: Path) -> tuple[int, str]:
+    """Count the frames of a video and hash its RGB values."""
+    count, sha = 0, hashlib.sha256()
+    for frames in video.read_frames(path):
+        count += len(frames)
+        sha.update(frames.tobytes())
+    return count, sha.hexdigest()
+
+
+def result(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """Parse the one JSON object on stdout."""
+    parsed: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return parsed

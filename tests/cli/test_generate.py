@@ -1,0 +1,188 @@
+"""`generate` and `refine` end to end on the shipped weights: exact counts, seeds, options, metadata."""
+
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from streamt2v import video
+from tests.cli.helpers import PROMPT, TINY, call, digest, generate, result
+
+
+@pytest.mark.parametrize("frames", [1, 7, 15, 16, 17, 24, 25, 40, 41, 100])
+@pytest.mark.parametrize("refine", [True, False])
+def test_exact_frame_counts(frames: int, refine: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.mp4"
+    assert generate(path, frames, "--json", *([] if refine else ["--no-refine"])) == 0
+    said = result(capsys)
+    assert (said["frames"], said["width"], said["height"], said["output"]) == (frames, 80, 48, str(path))
+    assert digest(path)[0] == frames
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("refine", [True, False])
+def test_exact_frame_counts_of_long_videos(refine: bool, tmp_path: Path) -> None:
+    path = tmp_path / "out.mp4"
+    assert generate(path, 241, *([] if refine else ["--no-refine"])) == 0
+    assert digest(path)[0] == 241
+
+
+def _clip(path: Path, frames: int, fps: Fraction, sound: bool) -> None:
+    """Write a moving gradient, with a tone when `sound`."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "20"})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        audio = container.add_stream("aac", rate=16000) if sound else None
+        for index in range(frames):
+            image = np.broadcast_to((np.arange(96) * 2 + index * 3).astype(np.uint8)[None, :, None], (64, 96, 3))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+        container.mux(stream.encode(None))
+        if audio is not None:
+            samples = (np.sin(np.arange(int(16000 * frames / fps)) * 0.1) * 8000).astype(np.int16)
+            tone = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
+            tone.sample_rate = 16000
+            container.mux(audio.encode(tone))
+            container.mux(audio.encode(None))
+
+
+@pytest.mark.parametrize("frames", [1, 5, 23, 24, 25, 40, 57])
+def test_refine_keeps_count_rate_and_sound(frames: int, tmp_path: Path) -> None:
+    source, path = tmp_path / "in.mp4", tmp_path / "out.mp4"
+    fps = Fraction(30000, 1001) if frames == 25 else Fraction(8)
+    _clip(source, frames, fps, sound=frames >= 5)
+    assert call("refine", source, "-o", path, "--refine-steps", 1, "--size", "96x64", "--seed", 1, "--quiet") == 0
+    made = video.probe(path)
+    assert (made.frames, made.fps, made.has_audio) == (frames, fps, frames >= 5)
+    assert (made.width, made.height) == (96, 64)
+    assert digest(path)[0] == frames
+
+
+def test_one_seed_repeats_and_another_differs(tmp_path: Path) -> None:
+    first, again, other = (tmp_path / f"{name}.mp4" for name in "abc")
+    assert generate(first, 25) == generate(again, 25) == generate(other, 25, "--seed", 8) == 0
+    assert digest(first) == digest(again) != digest(other)
+
+
+def test_a_longer_video_begins_like_a_shorter_one(tmp_path: Path) -> None:
+    short, long = tmp_path / "short.mp4", tmp_path / "long.mp4"
+    assert generate(short, 20, "--no-refine", "--set", "output.crf=0") == 0
+    assert generate(long, 40, "--no-refine", "--set", "output.crf=0") == 0
+    first = np.concatenate(list(video.read_frames(short)))
+    assert np.array_equal(first, np.concatenate(list(video.read_frames(long)))[:20])
+
+
+def test_sweep_gives_the_same_frames(tmp_path: Path) -> None:
+    diagonal, sweep = tmp_path / "diagonal.mp4", tmp_path / "sweep.mp4"
+    assert generate(diagonal, 57) == generate(sweep, 57, "--set", "refine.order=sweep") == 0
+    assert digest(diagonal) == digest(sweep)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--steps", 2], ["--guidance", 5], ["--negative", "blue star"], ["--refine-steps", 3], ["--chunk", 12],
+        ["--overlap", 3], ["--no-refine"], ["--set", "stream.cam=false"], ["--set", "stream.apm=false"],
+        ["--set", "stream.eta=1", "--steps", 2], ["--set", "stream.guidance_stop=0.5", "--steps", 2],
+        ["--set", "output.crf=40"],
+        ["--set", "stream.guidance_rescale=0", "--guidance", 4], ["--set", "refine.guidance_scale=3"],
+        ["--set", "refine.noise_level=300"], ["--set", "refine.blending=independent"],
+        ["--set", "stream.overlap=4"], ["--quality", "reference"],
+    ],
+)  # fmt: skip
+def test_every_option_changes_the_frames(options: list[object], tmp_path: Path, plain: tuple[int, str]) -> None:
+    path = tmp_path / "out.mp4"
+    base = TINY[4:] if options[0] == "--quality" else TINY
+    assert call("generate", PROMPT, "--frames", 41, "-o", path, *base, *options) == 0
+    count, sha = digest(path)
+    assert count == plain[0]
+    assert sha != plain[1]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str]:
+    path = tmp_path_factory.mktemp("plain") / "out.mp4"
+    assert generate(path, 41) == 0
+    return digest(path)
+
+
+def test_starting_from_a_picture(tmp_path: Path, plain: tuple[int, str]) -> None:
+    picture, path = tmp_path / "start.png", tmp_path / "out.mp4"
+    Image.new("RGB", (50, 70), (200, 30, 40)).save(picture)
+    assert generate(path, 41, "--image", picture) == 0
+    assert digest(path)[0] == 41
+    assert digest(path) != plain
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        (["--size", "64x64"], (64, 38)),
+        (["--size", "64x64", "--fit", "pad"], (64, 64)),
+        (["--size", "64x64", "--fit", "cover"], (64, 64)),
+    ],
+)
+def test_sizes_and_fit(options: list[str], size: tuple[int, int], tmp_path: Path) -> None:
+    path = tmp_path / "out.mp4"
+    assert generate(path, 9, *options) == 0
+    made = video.probe(path)
+    assert (made.width, made.height) == size
+
+
+def test_native_size_without_refinement(tmp_path: Path) -> None:
+    path = tmp_path / "out.mp4"
+    arguments = [a for a in TINY if a not in ("--size", "80x48")]
+    assert call("generate", PROMPT, "--frames", 5, "-o", path, *arguments, "--no-refine", "--fps", 12) == 0
+    made = video.probe(path)
+    assert (made.width, made.height, made.fps) == (40, 24, 12)
+
+
+def test_info_reads_the_recipe_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.mp4"
+    assert generate(path, 17) == 0
+    capsys.readouterr()
+    assert call("info", path, "--json") == 0
+    facts = result(capsys)
+    assert facts["video"]["frames"] == 17
+    assert facts["recipe"]["config"]["prompt"] == PROMPT
+    assert facts["recipe"]["config"]["seed"] == 7
+    assert facts["recipe"]["seams"]["stream"] == [16]
+    assert call("info", path) == 0
+    assert f"prompt = {PROMPT}" in capsys.readouterr().out
+
+
+def test_a_stored_config_repeats_the_run(tmp_path: Path) -> None:
+    from streamt2v import config
+
+    path, again, file = tmp_path / "out.mp4", tmp_path / "again.mp4", tmp_path / "run.toml"
+    assert generate(path, 17) == 0
+    recipe = json.loads(video.probe(path).comment)
+    file.write_text(config.to_toml(config.merge(recipe["config"])))
+    assert (
+        call("generate", PROMPT, "--frames", 17, "--config", file, "--seed", 7, "--threads", 1, "--quiet", "-o", again)
+        == 0
+    )
+    assert digest(path) == digest(again)
+
+
+def test_preview_is_a_picture(tmp_path: Path) -> None:
+    sheet = tmp_path / "sheet.png"
+    assert generate(tmp_path / "out.mp4", 30, "--preview", sheet) == 0
+    with Image.open(sheet) as image:
+        assert image.width > 5 * 80
+
+
+def test_default_name_and_calm_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call("generate", "a Red/ball: ../sea", "--frames", 2, *[a for a in TINY if a != "--quiet"]) == 0
+    captured = capsys.readouterr()
+    (made,) = tmp_path.iterdir()
+    assert made.name.endswith("_a-red-ball-sea_7.mp4")
+    assert captured.out.strip() == made.name
+    assert "\x1b" not in captured.err + captured.out

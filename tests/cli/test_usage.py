@@ -1,0 +1,124 @@
+"""The command line before any model loads: help, errors, exit codes, clean streams."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from streamt2v.cli import main
+
+
+def call(*arguments: str) -> int:
+    """Run the command line in this process and return its exit code."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    return int(stop.value.code or 0)
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["generate", ""], 2, "the prompt is empty"),
+        (["generate", "a red ball", "--frames", "0"], 2, "num_frames is 0"),
+        (["generate", "a red ball", "--model", "dmeo"], 2, "did you mean 'demo'"),
+        (["generate", "a red ball", "--set", "stream.etta=1"], 2, "did you mean stream.eta"),
+        (["generate", "a red ball", "--set", "nonsense"], 2, "must look like"),
+        (["generate", "a red ball", "--size", "big"], 2, "1280x720"),
+        (["generate", "a red ball", "--fps", "0"], 2, "output.fps is 0"),
+        (["generate", "a red ball", "-o", "out.avi"], 2, "must end in .mp4"),
+        (["generate", "a red ball", "--image", "none.png", "-o", "x.mp4"], 3, "none.png"),
+        (["generate", "a red ball", "--preset", "dmeo"], 2, "unknown preset"),
+        (["generate", "a red ball", "--config", "none.toml"], 2, "cannot read"),
+        (["generate", "a red ball", "-o", "/proc/nowhere/x.mp4"], 5, "/proc"),
+        (["generate", "a red ball", "--quality", "superb"], 2, "superb"),
+        (["refine", "none.mp4"], 3, "none.mp4"),
+        (["info", "none.mp4"], 3, "none.mp4"),
+        (["train", "base"], 2, "needs an end"),
+        (["nonsense"], 2, "nonsense"),
+    ],
+)
+def test_mistakes_are_one_clear_sentence(
+    arguments: list[str],
+    code: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(*arguments) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert said in captured.err
+    assert "Traceback" not in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"just text\n" * 50, bytes(range(256)) * 40])
+def test_files_that_are_no_video(content: bytes, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "odd.mp4"
+    path.write_bytes(content)
+    assert call("refine", str(path)) == 3
+    assert "odd.mp4" in capsys.readouterr().err
+
+
+def test_existing_output_is_kept(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "out.mp4"
+    path.write_text("precious")
+    assert call("generate", "a red ball", "-o", str(path)) == 5
+    assert "--overwrite" in capsys.readouterr().err
+    assert path.read_text() == "precious"
+
+
+def test_unknown_words_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "out.mp4.streamt2v").mkdir()
+    path = tmp_path / "out.mp4"
+    from streamt2v import jobs
+    from streamt2v.config import merge, preset
+
+    notices = jobs.check(
+        jobs.Job("generate", merge(preset("demo"), {"prompt": "a red zebra over the sea"}), path, overwrite=True)
+    )
+    assert "zebra" in notices[0]
+    assert "red" not in notices[0]
+    assert "red" in notices[1]
+
+
+def test_plan_is_json_and_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("plan", "a red ball", "--frames", "1200", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["num_frames"] == 1200
+    assert len(plan["stream_chunks"]) == 149
+    assert plan["refine_chunks"][-1]["stop"] == 1200
+    assert call("plan", "a red ball", "--frames", "1200") == 0
+    assert "149 chunks" in capsys.readouterr().out
+
+
+def test_help_is_instant_and_light() -> None:
+    began = time.perf_counter()
+    out = subprocess.run(
+        [sys.executable, "-m", "streamt2v", "--help"], check=True, capture_output=True, text=True
+    ).stdout
+    assert "generate" in out
+    # The bar is 0.5 s on an idle machine; tests share theirs.
+    assert time.perf_counter() - began < 3
+    heavy = python(
+        "import sys; from streamt2v.cli import main\n"
+        "try: main(['plan', 'a red ball'])\n"
+        "except SystemExit: pass\n"
+        "print('heavy', *({'torch', 'diffusers', 'transformers', 'av', 'numpy'} & set(sys.modules)))"
+    )
+    assert heavy.splitlines()[-1] == "heavy"
+
+
+def test_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("generate", "refine", "plan", "info", "doctor", "train"):
+        assert call(command, "--help") == 0
+        assert f"streamt2v {command}" in capsys.readouterr().out

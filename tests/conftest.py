@@ -1,0 +1,58 @@
+"""What all tests share: one thread, tests that need what is not here are skipped, and where recorded tensors lie."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch starts: small networks only lose by more
+
+import pytest
+
+from streamt2v import weights
+from streamt2v.errors import StreamT2VError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def golden_folder(name: str) -> Path | None:
+    """The folder of recorded tensors `name`: the whole one, else the part kept with the tests, else None."""
+    given = os.environ.get("STREAMT2V_GOLDENS")
+    places = [Path(given)] if given else [REPOSITORY.parent / "shared" / "reference" / "goldens"]
+    found = [place / name for place in [*places, REPOSITORY / "tests" / "data"] if (place / name).is_dir()]
+    return found[0] if found else None
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Callable[[str], Path]:
+    """Find a folder of recorded tensors by name; the test is skipped where there is none."""
+
+    def find(name: str) -> Path:
+        folder = golden_folder(name)
+        if folder is None:
+            pytest.skip(f"no recorded tensors {name!r} here")
+        return folder
+
+    return find
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what cannot run here: `gpu` without a CUDA device, `weights("name")` without that family's files."""
+    for item in items:
+        for mark in item.iter_markers("weights"):
+            if not _is_here(mark.args[0]):
+                item.add_marker(pytest.mark.skip(reason=f"the weights of {mark.args[0]!r} are not here"))
+        if item.get_closest_marker("gpu") and not _has_cuda():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def _is_here(family: str) -> bool:
+    try:
+        return not weights.missing(weights.family(family))
+    except StreamT2VError:
+        return False
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

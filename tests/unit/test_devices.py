@@ -1,0 +1,105 @@
+"""Devices: names, number formats, threads and memory."""
+
+import os
+import sys
+
+import pytest
+import torch
+
+from streamt2v import devices
+from streamt2v.errors import ConfigError
+
+
+def test_the_cpu_computes_in_full_precision() -> None:
+    device = devices.resolve("cpu")
+    assert (device.name, device.kind, device.dtype) == ("cpu", "cpu", torch.float32)
+    assert "cores" in devices.describe(device)
+
+
+def test_auto_finds_something() -> None:
+    assert devices.resolve().kind in ("cpu", "cuda", "mps")
+
+
+@pytest.mark.parametrize("name", devices.FORMATS)
+def test_a_number_format_can_be_asked_for(name: str) -> None:
+    assert devices.resolve("cpu", name).dtype == getattr(torch, name)
+
+
+@pytest.mark.parametrize("name", ["", "gpu", "cpu:0", "cuda:", "cuda:x", "cuda:-1", "mps:0", "CPU"])
+def test_names_that_mean_nothing(name: str) -> None:
+    with pytest.raises(ConfigError, match="is no device"):
+        devices.resolve(name)
+
+
+def test_a_number_format_that_means_nothing() -> None:
+    with pytest.raises(ConfigError, match="'fp16' is no number format"):
+        devices.resolve("cpu", "fp16")
+
+
+def test_an_absent_device_says_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="torch finds 0 CUDA devices") as caught:
+        devices.resolve("cuda")
+    assert "--device cpu" in caught.value.hint
+    with pytest.raises(ConfigError, match="no mps"):
+        devices.resolve("mps")
+    assert devices.resolve("auto").name == "cpu"
+
+
+def test_one_of_several_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert devices.resolve("auto") == devices.Device("cuda:0", torch.float16)
+    assert devices.resolve("cuda").name == "cuda:0"
+    assert devices.resolve("cuda:1", "bfloat16") == devices.Device("cuda:1", torch.bfloat16)
+    with pytest.raises(ConfigError, match="'cuda:2' is not there: torch finds 2 CUDA devices"):
+        devices.resolve("cuda:2")
+
+
+def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    try:
+        assert devices.set_threads(2) == torch.get_num_threads() == 2
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        assert devices.set_threads() == torch.get_num_threads() == 1
+        monkeypatch.setenv("OMP_NUM_THREADS", "many")
+        assert devices.set_threads() == devices.usable_cpus()
+        with pytest.raises(ConfigError, match="0 threads"):
+            devices.set_threads(0)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_container_limits_cores_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = {"cpu.max": "100000 100000", "memory.max": str(3 * 2**20), "memory.current": str(2**20)}
+    monkeypatch.setattr(devices, "_first_line", lambda path: lines[path.rpartition("/")[2]])
+    monkeypatch.setattr(devices, "_field", lambda path, name: 2**18 if "cgroup" in path else 2**30)
+    assert devices.usable_cpus() == 1
+    assert devices.free_memory() == 2 * 2**20 + 2**18
+    lines.update({"cpu.max": "max 100000", "memory.max": "max"})
+    assert devices.usable_cpus() == len(os.sched_getaffinity(0))
+    assert devices.free_memory() == 2**40
+
+
+def test_memory_is_plausible() -> None:
+    held = torch.ones(2**22)  # 16 MiB
+    peak = devices.peak_memory()
+    assert 2**24 < peak < 2**40
+    assert devices.peak_memory() >= peak
+    assert 2**24 < devices.free_memory() < 2**50
+    assert held.sum() == 2**22
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="an option of glibc")
+def test_freed_memory_can_be_kept() -> None:
+    assert devices.keep_freed_memory() in (True, False)  # False on systems with another C library
+
+
+@pytest.mark.gpu
+def test_memory_of_a_gpu() -> None:
+    device = devices.resolve("cuda")
+    held = torch.ones(2**22, device=device.name)
+    assert devices.peak_memory(device) >= held.numel() * 4
+    assert devices.free_memory(device) > 0
+    assert "GiB" in devices.describe(device)

@@ -1,0 +1,378 @@
+"""The run directory: whatever write a run dies at, opening it again gives a state and frames that agree."""
+
+import errno
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from streamt2v import files, runs, video
+from streamt2v.errors import BusyError, OutputError, ResumeError
+from streamt2v.runs import RunDirectory
+
+RECIPE = {"command": "generate", "config": {"seed": 7, "prompt": "a red ball \u00e9", "size": (48, 64)}}
+CHUNKS = 3
+
+
+def picture(index: int) -> np.ndarray:
+    """The frames that chunk `index` adds; the first chunk is longer."""
+    rng = np.random.default_rng(index)
+    return rng.integers(0, 256, (3 if index == 0 else 2, 16, 16, 3), dtype=np.uint8)
+
+
+def stored(run: RunDirectory, start: int = 0) -> np.ndarray:
+    return np.concatenate([np.zeros((0, 16, 16, 3), np.uint8), *run.base_frames(start)])
+
+
+def work(run: RunDirectory) -> None:
+    """A whole run in miniature: a chain of chunks, each a function of the state before, and an output segment each."""
+    state = run.resume_point("stream")
+    value = 0.0 if state is None else float(state.arrays["value"])
+    output = run.load_state("output")
+    mark = None if output is None else video.SegmentMark(**output.meta["mark"])
+    writer = video.SegmentWriter(run.partial_path, 16, 16, Fraction(8), resume=mark)
+    done = 0 if output is None else output.meta["groups"]
+    for index in range(CHUNKS):
+        if index == run.num_base_chunks:
+            run.append_base(index, picture(index))
+            value = value * 3 + index + 1
+            run.save_state("stream", {"value": np.array(value)}, {"chunk": index})
+        if index >= done:
+            mark = writer.append(picture(index))
+            run.save_state("output", {}, {"groups": index + 1, "mark": mark.__dict__})
+
+
+def check_whole(path: Path, expected_video: bytes) -> None:
+    with RunDirectory.open_for_resume(path, RECIPE) as run:
+        state = run.load_state("stream")
+        assert state is not None
+        assert float(state.arrays["value"]) == (1 * 3 + 2) * 3 + 3
+        assert state.index == run.num_base_chunks == CHUNKS
+        assert np.array_equal(stored(run), np.concatenate([picture(index) for index in range(CHUNKS)]))
+        assert run.partial_path.read_bytes() == expected_video
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The growing output of a run that was never interrupted."""
+    with RunDirectory.create(tmp_path_factory.mktemp("whole") / "a.streamt2v", RECIPE) as run:
+        work(run)
+        return run.partial_path.read_bytes()
+
+
+class Trap:
+    """Stands in for `os` in the file layer and calls back before and after every operation that changes the disk."""
+
+    def __init__(self, watch: Callable[[str, str], None]) -> None:
+        self.watch = watch
+
+    def __getattr__(self, name: str) -> object:
+        real = getattr(os, name)
+        if name not in {"open", "write", "fsync", "replace", "ftruncate"}:
+            return real
+
+        def call(*arguments: object, **named: object) -> object:
+            self.watch(name, "before")
+            result = real(*arguments, **named)
+            self.watch(name, "after")
+            return result
+
+        return call
+
+
+def test_death_at_any_write_resumes_to_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bytes
+) -> None:
+    path, moments = tmp_path / "run.streamt2v", tmp_path / "moments"
+    count = 0
+
+    def photograph(name: str, when: str) -> None:
+        nonlocal count
+        if (when == "before" or name == "open") and count:  # shows the same as the last picture, or an empty file more
+            return
+        shutil.copytree(path, moments / f"{count}", dirs_exist_ok=True)
+        count += 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "os", Trap(photograph))
+        with RunDirectory.create(path, RECIPE) as run:
+            work(run)
+    assert count > 40
+    resumed = 0
+    for moment in moments.iterdir():
+        resumed += runs.exists(moment)
+        with RunDirectory.open(moment, RECIPE, resume=True) as run:
+            work(run)
+            assert list(moment.rglob(".*.part")) == []
+        check_whole(moment, whole)
+    assert resumed > count - 15
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES])
+def test_every_failing_write_is_an_output_error_and_can_be_retried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bytes, code: int
+) -> None:
+    failures = 0
+    for fail_at in range(0, 1000, 3 if code == errno.ENOSPC else 9):
+        path, calls = tmp_path / f"{fail_at}.streamt2v", 0
+
+        def fail(_name: str, when: str, fail_at: int = fail_at) -> None:
+            nonlocal calls
+            calls += when == "before"
+            if when == "before" and calls == fail_at + 1:
+                raise OSError(code, os.strerror(code))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "os", Trap(fail))
+            try:
+                with RunDirectory.open(path, RECIPE, resume=True) as run:
+                    work(run)
+                break
+            except OutputError as error:
+                failures += 1
+                assert str(path) in error.message
+        with RunDirectory.open(path, RECIPE, resume=True) as run:
+            work(run)
+        check_whole(path, whole)
+    assert failures > 5
+
+
+def _die(path: Path, after: int, ready: "multiprocessing.synchronize.Event | None" = None) -> None:
+    run = RunDirectory.open(path, RECIPE, resume=True)
+    calls = 0
+
+    def kill(_name: str, when: str) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == after:
+            os._exit(9)
+
+    files.os = Trap(kill)  # type: ignore[assignment]
+    work(run)
+    os._exit(0)
+
+
+def test_a_killed_process_frees_the_lock_and_its_run_continues(tmp_path: Path, whole: bytes) -> None:
+    path = tmp_path / "run.streamt2v"
+    fork = multiprocessing.get_context("fork")
+    for after in (5, 30, 41):
+        child = fork.Process(target=_die, args=(path, after))
+        child.start()
+        child.join(30)
+        assert child.exitcode == 9
+    with RunDirectory.open(path, RECIPE, resume=True) as run:
+        work(run)
+    check_whole(path, whole)
+
+
+def _try_lock(path: Path) -> None:
+    try:
+        RunDirectory.open(path, RECIPE, resume=True)
+    except BusyError:
+        os._exit(8)
+    os._exit(0)
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "run.streamt2v"
+    fork = multiprocessing.get_context("fork")
+
+    def try_it() -> int | None:
+        child = fork.Process(target=_try_lock, args=(path,))
+        child.start()
+        child.join(30)
+        return child.exitcode
+
+    with RunDirectory.create(path, RECIPE) as run:
+        assert try_it() == 8
+        with pytest.raises(BusyError, match="another process"):
+            RunDirectory.open_for_resume(path, RECIPE)
+        run.append_base(0, picture(0))
+    assert try_it() == 0
+
+
+def test_create_respects_what_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "run.streamt2v"
+    with RunDirectory.create(path, RECIPE) as run:
+        run.append_base(0, picture(0))
+        run.save_state("stream", {"a": np.zeros(1)})
+    with pytest.raises(OutputError, match="unfinished run"):
+        RunDirectory.create(path, RECIPE)
+    with RunDirectory.open_for_resume(path) as run:
+        assert run.num_base_frames == 3
+        assert run.recipe["config"]["seed"] == 7
+    with RunDirectory.create(path, RECIPE, overwrite=True) as run:
+        assert run.num_base_frames == 0
+        assert run.load_state("stream") is None
+    foreign = tmp_path / "mine"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("years")
+    with pytest.raises(OutputError, match="not a run directory"):
+        RunDirectory.create(foreign, RECIPE, overwrite=True)
+    assert [child.name for child in foreign.iterdir()] == ["thesis.txt"]
+
+
+def test_another_recipe_is_refused_by_its_first_key(tmp_path: Path) -> None:
+    path = tmp_path / "run.streamt2v"
+    RunDirectory.create(path, RECIPE).close()
+    RunDirectory.open_for_resume(path, RECIPE).close()
+    other = {**RECIPE, "config": {**RECIPE["config"], "seed": 8}}  # type: ignore[dict-item]
+    with pytest.raises(ResumeError, match=r"config\.seed = 7, now it is 8"):
+        RunDirectory.open_for_resume(path, other)
+    with pytest.raises(ResumeError, match="image = null, now it is 1"):
+        RunDirectory.open(path, {**RECIPE, "image": 1}, resume=True)
+    RunDirectory.open(path, other, resume=False).close()
+    RunDirectory.open_for_resume(path, other).close()
+
+
+def test_no_run_a_damaged_one_and_a_newer_one(tmp_path: Path) -> None:
+    path = tmp_path / "run.streamt2v"
+    with pytest.raises(ResumeError, match="no run"):
+        RunDirectory.open_for_resume(path, RECIPE)
+    assert not path.exists()
+    RunDirectory.create(path, RECIPE).close()
+    files.write_json(path / "run.json", {"schema": 2, "recipe": {}})
+    with pytest.raises(ResumeError, match="format 2"):
+        RunDirectory.open_for_resume(path, RECIPE)
+    for text in ("{", "[]", "null", '{"schema": 1}'):
+        (path / "run.json").write_text(text)
+        with pytest.raises(ResumeError, match="cannot be read"):
+            RunDirectory.open_for_resume(path, RECIPE)
+
+
+def test_seed_and_places(tmp_path: Path) -> None:
+    output = tmp_path / "out.mp4"
+    assert runs.directory_for(output) == tmp_path / "out.mp4.streamt2v"
+    assert runs.recorded_seed(output) is None
+    RunDirectory.create(runs.directory_for(output), RECIPE).close()
+    assert runs.recorded_seed(output) == 7
+    runs.check_writable(tmp_path)
+    with pytest.raises(OutputError, match="does not exist"):
+        runs.check_writable(tmp_path / "none")
+    with pytest.raises(OutputError, match="not a folder"):
+        runs.check_writable(runs.directory_for(output) / "run.json")
+
+
+def test_base_frames_from_any_start_and_while_growing(tmp_path: Path) -> None:
+    with RunDirectory.create(tmp_path / "run.streamt2v", RECIPE) as run:
+        for index in range(3):
+            run.append_base(index, picture(index))
+        total = np.concatenate([picture(index) for index in range(4)])
+        for start in range(8):
+            assert np.array_equal(stored(run, start), total[start:7])
+        reader = run.base_frames(5)
+        next(reader)
+        run.append_base(3, picture(3))
+        assert np.array_equal(np.concatenate(list(reader)), total[7:9])
+        with pytest.raises(ValueError, match="chunk 3"):
+            run.append_base(3, picture(3))
+        with pytest.raises(ValueError, match="0 frames"):
+            run.append_base(4, picture(3)[:0])
+
+
+def test_a_damaged_base_chunk_is_named(tmp_path: Path) -> None:
+    with RunDirectory.create(tmp_path / "run.streamt2v", RECIPE) as run:
+        run.append_base(0, picture(0))
+        path = next((run.path / "base").iterdir())
+        path.write_bytes(path.read_bytes()[:-400])
+        with pytest.raises(ResumeError, match="000000"):
+            stored(run)
+
+
+def test_a_gap_in_the_base_store_ends_it(tmp_path: Path) -> None:
+    path = tmp_path / "run.streamt2v"
+    with RunDirectory.create(path, RECIPE) as run:
+        for index in range(4):
+            run.append_base(index, picture(index))
+            run.save_state("stream", {}, {"chunk": index})
+        sorted((path / "base").iterdir())[2].unlink()
+    with RunDirectory.open_for_resume(path, RECIPE) as run:
+        assert (run.num_base_chunks, run.num_base_frames) == (2, 5)
+        # Both kept states counted the lost chunk: nothing can be continued, so nothing is kept.
+        assert run.resume_point("stream") is None
+        assert run.num_base_frames == 0
+
+
+def test_states_round_trip_every_dtype_and_shape(tmp_path: Path) -> None:
+    with RunDirectory.create(tmp_path / "run.streamt2v", RECIPE) as run:
+        tensors = {
+            "half": torch.randn(2, 3).half(),
+            "brain": torch.randn(4).bfloat16(),
+            "turned": torch.arange(6, dtype=torch.float32).reshape(2, 3).T,
+            "scalar": torch.tensor(3),
+            "empty": torch.zeros(0, 4),
+        }
+        run.save_state("refine", {**tensors, "bytes": picture(0)[:, ::-1]}, {"step": 3, "names": ["a"]})
+        state = run.load_state("refine")
+        assert state is not None
+        assert state.meta == {"step": 3, "names": ["a"]}
+        for name, tensor in tensors.items():
+            assert torch.equal(state.torch()[name].to(tensor.dtype), tensor)
+            assert state.torch()[name].shape == tensor.shape
+        assert np.array_equal(state.arrays["bytes"], picture(0)[:, ::-1])
+        assert run.load_state("stream") is None
+
+
+def test_two_states_are_kept_and_a_damaged_one_is_passed_over(tmp_path: Path) -> None:
+    with RunDirectory.create(tmp_path / "run.streamt2v", RECIPE) as run:
+        for index in range(4):
+            run.append_base(index, picture(index))
+            run.save_state("stream", {"a": np.full(64, float(index))})
+        kept = sorted((run.path / "state").iterdir())
+        assert len(kept) == 2
+        data = bytearray(kept[1].read_bytes())
+        data[-3] ^= 1  # a bit of a tensor, which the format itself does not notice
+        kept[1].write_bytes(data)
+        state = run.resume_point("stream")
+        assert state is not None
+        assert (state.index, state.arrays["a"][0]) == (3, 2.0)
+        assert run.num_base_chunks == 3
+        run.append_base(3, picture(3))
+        run.save_state("stream", {"a": np.full(64, 3.0)})
+        assert run.load_state("stream").arrays["a"][0] == 3.0  # type: ignore[union-attr]
+
+
+def test_remove_deletes_the_run_but_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "run.streamt2v"
+    with RunDirectory.create(path, RECIPE) as run:
+        work(run)
+    run.remove()
+    assert not path.exists()
+    with RunDirectory.create(path, RECIPE) as run:
+        (path / "note.txt").write_text("mine")
+        run.remove()
+    assert [child.name for child in path.iterdir()] == ["note.txt"]
+
+
+def test_a_half_removed_run_is_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.streamt2v"
+    run = RunDirectory.create(path, RECIPE)
+    work(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "disk trouble")))
+        with pytest.raises(OutputError, match="disk trouble"):
+            run.remove()
+    run.close()
+    assert not runs.exists(path)
+    with RunDirectory.open(path, RECIPE, resume=True) as fresh:
+        assert fresh.num_base_chunks == 0
+
+
+def test_space_is_asked_for_before_it_is_needed(tmp_path: Path) -> None:
+    files.require_space(tmp_path / "not" / "yet" / "there", 1, "a run")
+    with pytest.raises(OutputError, match=r"a run needs about 1000000000 MB .* are free"):
+        files.require_space(tmp_path, 10**15, "a run")
+
+
+def test_importing_runs_loads_nothing_heavy() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, streamt2v.runs; print([m for m in ('torch', 'av', 'PIL', 'safetensors') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
