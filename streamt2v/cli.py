@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import secrets
 import signal
 import sys
 import unicodedata
@@ -16,9 +15,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from streamt2v import __version__, config, jobs, planning, weights
-from streamt2v.config import Fit, Quality, RunConfig
-from streamt2v.errors import ConfigError, Interrupted, StreamT2VError
+from streamt2v import __version__, config, jobs, options, planning, weights
+from streamt2v.errors import ConfigError, Interrupted, StreamT2VError, WeightsError
 from streamt2v.progress import Progress
 
 app = typer.Typer(
@@ -35,77 +33,6 @@ app = typer.Typer(
 weights_app = typer.Typer(no_args_is_help=True, help="The weights that are here, and whether they are whole.")
 app.add_typer(weights_app, name="weights")
 
-ADVANCED = "Advanced"
-STEERING = "What is made"
-RUNNING = "How the run behaves"
-
-Frames = Annotated[int, typer.Option("--frames", "-n", help="Frames of the video: exactly so many are written.")]
-Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="The mp4 to write. Default: date, prompt and seed.")
-]
-Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="Model family. Default: the best whose weights are here.")
-]
-Seed = Annotated[
-    int | None, typer.Option("--seed", help="Seed of every random draw. Default: random, printed, stored.")
-]
-Fps = Annotated[float | None, typer.Option("--fps", help="Frames per second.")]
-Size = Annotated[str | None, typer.Option("--size", help="Box WxH that the video fits into, for example 1280x720.")]
-FitOption = Annotated[
-    Fit | None, typer.Option("--fit", help="contain keeps the aspect ratio, cover crops, pad adds borders.")
-]
-NoRefine = Annotated[
-    bool, typer.Option("--no-refine", help="Stop after the streaming stage.", rich_help_panel=STEERING)
-]
-Negative = Annotated[str | None, typer.Option("--negative", help="What to avoid.", rich_help_panel=STEERING)]
-Image = Annotated[Path | None, typer.Option("--image", help="Start from this picture.", rich_help_panel=STEERING)]
-QualityOption = Annotated[
-    Quality | None,
-    typer.Option("--quality", help="Step counts: reference, balanced or fast.", rich_help_panel=STEERING),
-]
-Steps = Annotated[
-    int | None, typer.Option("--steps", help="Denoising steps of stages 1 and 2.", rich_help_panel=ADVANCED)
-]
-Guidance = Annotated[
-    float | None, typer.Option("--guidance", help="Guidance of stages 1 and 2; 1 is off.", rich_help_panel=ADVANCED)
-]
-RefineSteps = Annotated[
-    int | None, typer.Option("--refine-steps", help="Steps of the refiner.", rich_help_panel=ADVANCED)
-]
-Chunk = Annotated[
-    int | None, typer.Option("--chunk", help="Frames the refiner handles at once.", rich_help_panel=ADVANCED)
-]
-Overlap = Annotated[
-    int | None, typer.Option("--overlap", help="Frames shared by refiner chunks.", rich_help_panel=ADVANCED)
-]
-Preset = Annotated[str | None, typer.Option("--preset", help="A shipped preset by name.", rich_help_panel=ADVANCED)]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="A TOML file of settings.", rich_help_panel=ADVANCED)]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Any setting, as section.key=value; repeatable.", rich_help_panel=ADVANCED),
-]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=RUNNING)]
-Threads = Annotated[
-    int | None, typer.Option("--threads", help="CPU threads. Default: all cores.", rich_help_panel=RUNNING)
-]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Continue the run that was interrupted.", rich_help_panel=RUNNING)
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", "-f", help="Replace an existing output.", rich_help_panel=RUNNING)
-]
-KeepRun = Annotated[
-    bool, typer.Option("--keep-run", help="Keep OUT.streamt2v/ after success.", rich_help_panel=RUNNING)
-]
-Preview = Annotated[
-    Path | None, typer.Option("--preview", help="A PNG contact sheet, renewed while running.", rich_help_panel=RUNNING)
-]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on stdout at the end.", rich_help_panel=RUNNING)
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.", rich_help_panel=RUNNING)]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more about each step.", rich_help_panel=RUNNING)]
-
 
 def _say(text: str) -> None:
     print(plain(text), file=sys.stderr, flush=True)
@@ -114,91 +41,6 @@ def _say(text: str) -> None:
 def plain(text: str) -> str:
     """Return text without control and bidirectional characters, so that a prompt cannot steer the terminal."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in {"Cc", "Cf", "Cs"})
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Turn ``WxH`` into (height, width).
-
-    Raises:
-        ConfigError: not two whole numbers with an x between them.
-    """
-    width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise ConfigError(f"--size is {text!r}, it must look like 1280x720 (width x height)")
-    return int(height), int(width)
-
-
-def parse_settings(pairs: list[str]) -> dict[str, Any]:
-    """Turn ``key=value`` texts into {dotted key: value}.
-
-    Raises:
-        ConfigError: no equals sign, unknown key, wrong type.
-    """
-    parsed: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals:
-            raise ConfigError(f"--set is {pair!r}, it must look like stream.eta=0.5")
-        parsed[key.strip()] = config.parse_value(key.strip(), text.strip())
-    return parsed
-
-
-@dataclasses.dataclass(frozen=True)
-class Given:
-    """What the shared options say, before it is merged with presets and files."""
-
-    model: str | None = None
-    preset: str | None = None
-    quality: Quality | None = None
-    config_file: Path | None = None
-    settings: list[str] | None = None
-    values: dict[str, Any] = dataclasses.field(default_factory=dict)
-    size: str | None = None
-
-    def resolve(self) -> RunConfig:
-        """Merge everything in the order of precedence into one checked config."""
-        from_file = config.flatten(config.read_toml(self.config_file)) if self.config_file else {}
-        settings = parse_settings(self.settings or [])
-        model = self.model or settings.get("model") or from_file.get("model") or weights.default_family()
-        family = weights.family(model)
-        flags = {key: value for key, value in self.values.items() if value is not None}
-        if self.size is not None:
-            flags["output.height"], flags["output.width"] = parse_size(self.size)
-        layers = [config.preset(family.preset, None if self.preset else self.quality)]
-        if self.preset:
-            layers.append(config.preset(self.preset, self.quality))
-        return config.merge(*layers, from_file, settings, flags, {"model": model})
-
-
-def _common_values(**named: Any) -> dict[str, Any]:
-    """Spread the flags that reach several stages over their dotted keys."""
-    keys = {
-        "steps": ("initialize.num_inference_steps", "stream.num_inference_steps"),
-        "guidance": ("initialize.guidance_scale", "initialize.image_guidance_scale", "stream.guidance_scale"),
-        "negative": ("negative_prompt",),
-        "refine_steps": ("refine.num_inference_steps",),
-        "chunk": ("refine.chunk",),
-        "overlap": ("refine.overlap",),
-        "fps": ("output.fps",),
-        "fit": ("output.fit",),
-        "frames": ("num_frames",),
-        "prompt": ("prompt",),
-        "seed": ("seed",),
-    }
-    return {key: value for name, value in named.items() for key in keys[name]}
-
-
-def _seed(seed: int | None, resume_from: Path | None) -> int | None:
-    """Return the asked seed, the interrupted run's one when resuming, or a random one."""
-    if seed is not None:
-        return seed
-    if resume_from is not None:
-        from streamt2v import runs
-
-        stored = runs.recorded_seed(resume_from)
-        if stored is not None:
-            return stored
-    return secrets.randbelow(2**31)
 
 
 def default_output(prompt: str, seed: int) -> Path:
@@ -212,34 +54,34 @@ def default_output(prompt: str, seed: int) -> Path:
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to show; - reads it from standard input.", show_default=False)],
-    frames: Frames = 24,
-    output: Output = None,
-    model: Model = None,
-    seed: Seed = None,
-    fps: Fps = None,
-    size: Size = None,
-    fit: FitOption = None,
-    no_refine: NoRefine = False,
-    negative: Negative = None,
-    image: Image = None,
-    quality: QualityOption = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    refine_steps: RefineSteps = None,
-    chunk: Chunk = None,
-    overlap: Overlap = None,
-    preset: Preset = None,
-    config_file: ConfigFile = None,
-    settings: Settings = None,
-    device: DeviceOption = "auto",
-    threads: Threads = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    keep_run: KeepRun = False,
-    preview: Preview = None,
-    json_output: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    frames: options.Frames = None,
+    output: options.Output = None,
+    model: options.Model = None,
+    seed: options.Seed = None,
+    fps: options.Fps = None,
+    size: options.Size = None,
+    fit: options.FitOption = None,
+    no_refine: options.NoRefine = False,
+    negative: options.Negative = None,
+    image: options.Image = None,
+    quality: options.QualityOption = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    refine_steps: options.RefineSteps = None,
+    chunk: options.Chunk = None,
+    overlap: options.Overlap = None,
+    preset: options.Preset = None,
+    config_file: options.ConfigFile = None,
+    settings: options.Settings = None,
+    device: options.DeviceOption = "auto",
+    threads: options.Threads = None,
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
+    keep_run: options.KeepRun = False,
+    preview: options.Preview = None,
+    json_output: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Make a video from a prompt.
 
@@ -249,55 +91,51 @@ def generate(
     """
     if prompt == "-":
         prompt = sys.stdin.read().strip()
-    values = _common_values(
-        prompt=prompt, frames=frames, negative=negative, steps=steps, guidance=guidance,
-        refine_steps=refine_steps, chunk=chunk, overlap=overlap, fps=fps, fit=fit,
+    resolved = options.resolve(
+        model, preset, quality, config_file, settings, size, output if resume else None, prompt=prompt, frames=frames,
+        seed=seed, fps=fps, fit=fit, refine=False if no_refine else None, negative=negative,
+        image=str(image) if image else None, steps=steps, guidance=guidance, refine_steps=refine_steps, chunk=chunk,
+        overlap=overlap,
     )  # fmt: skip
-    values["seed"] = _seed(seed, output if resume else None)
-    values["image"] = str(image) if image else None
-    values["refine.enabled"] = False if no_refine else None
-    given = Given(model, preset, quality, config_file, settings, values, size)
-    resolved = given.resolve()
-    target = output or default_output(prompt, resolved.seed)
-    _run(
-        "generate", resolved, None, target, device=device, threads=threads, resume=resume, overwrite=overwrite,
-        keep_run=keep_run, preview=preview, json_output=json_output, quiet=quiet, verbose=verbose,
-        native_size=no_refine and size is None,
+    job = jobs.Job(
+        "generate", resolved, output or default_output(prompt, resolved.seed), None, device, threads, resume, overwrite,
+        keep_run, preview, native_size=size is None and not resolved.refine.enabled,
     )  # fmt: skip
+    _run(job, json_output, quiet, verbose)
 
 
 @app.command()
 def refine(
     source: Annotated[Path, typer.Argument(help="The video to refine.", show_default=False)],
-    output: Output = None,
+    output: options.Output = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="What it shows. Default: the video's own prompt.")
     ] = None,
-    model: Model = None,
-    seed: Seed = None,
+    model: options.Model = None,
+    seed: options.Seed = None,
     fps: Annotated[float | None, typer.Option("--fps", help="Frames per second. Default: the source's.")] = None,
-    size: Size = None,
-    fit: FitOption = None,
-    negative: Negative = None,
-    quality: QualityOption = None,
-    refine_steps: RefineSteps = None,
+    size: options.Size = None,
+    fit: options.FitOption = None,
+    negative: options.Negative = None,
+    quality: options.QualityOption = None,
+    refine_steps: options.RefineSteps = None,
     guidance: Annotated[
-        float | None, typer.Option("--guidance", help="Guidance; 1 is off.", rich_help_panel=ADVANCED)
+        float | None, typer.Option("--guidance", help="Guidance; 1 is off.", rich_help_panel=options.ADVANCED)
     ] = None,
-    chunk: Chunk = None,
-    overlap: Overlap = None,
-    preset: Preset = None,
-    config_file: ConfigFile = None,
-    settings: Settings = None,
-    device: DeviceOption = "auto",
-    threads: Threads = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    keep_run: KeepRun = False,
-    preview: Preview = None,
-    json_output: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    chunk: options.Chunk = None,
+    overlap: options.Overlap = None,
+    preset: options.Preset = None,
+    config_file: options.ConfigFile = None,
+    settings: options.Settings = None,
+    device: options.DeviceOption = "auto",
+    threads: options.Threads = None,
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
+    keep_run: options.KeepRun = False,
+    preview: options.Preview = None,
+    json_output: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Refine a video of any length: same frames, same sound, more detail.
 
@@ -306,56 +144,32 @@ def refine(
     [b]streamt2v refine ball.mp4 --prompt "a red ball over the sea" --refine-steps 8 -o better.mp4[/b]
     """
     found = jobs.inspect_source(source)
-    values = _common_values(
-        prompt=prompt if prompt is not None else found.prompt, frames=found.frames, negative=negative,
-        refine_steps=refine_steps, chunk=chunk, overlap=overlap, fit=fit, fps=fps if fps is not None else found.fps,
+    resolved = options.resolve(
+        model, preset, quality, config_file, settings, size, output if resume else None,
+        prompt=found.prompt if prompt is None else prompt, frames=found.frames, seed=seed,
+        fps=found.fps if fps is None else fps, fit=fit, negative=negative, refine_guidance=guidance,
+        refine_steps=refine_steps, chunk=chunk, overlap=overlap,
     )  # fmt: skip
-    values["refine.guidance_scale"] = guidance
-    values["seed"] = _seed(seed, output if resume else None)
-    resolved = Given(model, preset, quality, config_file, settings, values, size).resolve()
-    _run(
-        "refine", resolved, source, output or source.with_name(f"{source.stem}_refined.mp4"), device=device,
-        threads=threads, resume=resume, overwrite=overwrite, keep_run=keep_run, preview=preview,
-        json_output=json_output, quiet=quiet, verbose=verbose,
-    )  # fmt: skip
-
-
-def _run(
-    command: str,
-    resolved: RunConfig,
-    source: Path | None,
-    target: Path,
-    *,
-    device: str,
-    threads: int | None,
-    resume: bool,
-    overwrite: bool,
-    keep_run: bool,
-    preview: Path | None,
-    json_output: bool,
-    quiet: bool,
-    verbose: bool,
-    native_size: bool = False,
-) -> None:
     job = jobs.Job(
-        command=command, config=resolved, source=source, output=target, device=device, threads=threads, resume=resume,
-        overwrite=overwrite, keep_run=keep_run, preview=preview, native_size=native_size,
+        "refine", resolved, output or source.with_name(f"{source.stem}_refined.mp4"), source, device, threads, resume,
+        overwrite, keep_run, preview,
     )  # fmt: skip
+    _run(job, json_output, quiet, verbose)
+
+
+def _run(job: jobs.Job, json_output: bool, quiet: bool, verbose: bool) -> None:
     # Everything cheap is checked before torch is imported or a model loads.
     notices = jobs.check(job)
     if not quiet:
         for notice in notices:
             _say(notice)
-        length = f"{resolved.num_frames} frames at {resolved.output.fps:g} fps"
-        _say(f"{target}: {length}, model {resolved.model}, seed {resolved.seed}")
+        length = f"{job.config.num_frames} frames at {job.config.output.fps:g} fps"
+        _say(f"{job.output}: {length}, model {job.config.model}, seed {job.config.seed}")
     with _terminable(), Progress(quiet=quiet, verbose=verbose) as progress:
         from streamt2v import pipeline
 
         result = pipeline.run(job, progress)
-    if json_output:
-        print(json.dumps(result.as_dict(), ensure_ascii=False))
-    else:
-        print(result.output)
+    print(json.dumps(result.as_dict(), ensure_ascii=False) if json_output else result.output)
 
 
 @contextmanager
@@ -375,23 +189,24 @@ def _terminable() -> Iterator[None]:
 @app.command()
 def plan(
     prompt: Annotated[str, typer.Argument(help="What to show.", show_default=False)],
-    frames: Frames = 24,
-    model: Model = None,
-    size: Size = None,
-    no_refine: NoRefine = False,
-    quality: QualityOption = None,
-    preset: Preset = None,
-    config_file: ConfigFile = None,
-    settings: Settings = None,
-    json_output: Json = False,
+    frames: options.Frames = None,
+    model: options.Model = None,
+    size: options.Size = None,
+    no_refine: options.NoRefine = False,
+    quality: options.QualityOption = None,
+    preset: options.Preset = None,
+    config_file: options.ConfigFile = None,
+    settings: options.Settings = None,
+    json_output: options.Json = False,
 ) -> None:
     """Show chunks, memory and time of a run without loading any weights.
 
     [b]streamt2v plan "a red ball over the sea" --frames 1200[/b]
     """
-    values = _common_values(prompt=prompt, frames=frames)
-    values["refine.enabled"] = False if no_refine else None
-    resolved = Given(model, preset, quality, config_file, settings, values, size).resolve()
+    resolved = options.resolve(
+        model, preset, quality, config_file, settings, size, prompt=prompt, frames=frames,
+        refine=False if no_refine else None,
+    )  # fmt: skip
     report = planning.plan(resolved)
     print(json.dumps(report.as_dict()) if json_output else report.as_text())
 
@@ -399,7 +214,7 @@ def plan(
 @app.command()
 def info(
     video: Annotated[Path, typer.Argument(help="A video made by streamt2v.", show_default=False)],
-    json_output: Json = False,
+    json_output: options.Json = False,
 ) -> None:
     """Show the settings that made a video, read from the file itself.
 
@@ -414,8 +229,10 @@ def info(
 
 
 @app.command()
-def doctor(json_output: Json = False) -> None:
+def doctor(json_output: options.Json = False) -> None:
     """Check this machine: device, memory, ffmpeg, weights; what works and what to do.
+
+    Exit code 4 if something is missing.
 
     [b]streamt2v doctor[/b]
     """
@@ -430,11 +247,11 @@ def doctor(json_output: Json = False) -> None:
             if not result.ok:
                 print(f"    -> {result.advice}")
     if not all(result.ok for result in results):
-        raise typer.Exit(1)
+        raise typer.Exit(WeightsError.exit_code)
 
 
 @weights_app.command("list")
-def weights_list(json_output: Json = False) -> None:
+def weights_list(json_output: options.Json = False) -> None:
     """List the model families: state, size, licence.
 
     [b]streamt2v weights list[/b]
@@ -457,7 +274,7 @@ def weights_list(json_output: Json = False) -> None:
 
 
 @weights_app.command("verify")
-def weights_verify(model: Model = None) -> None:
+def weights_verify(model: options.Model = None) -> None:
     """Check every weight file against its recorded size and SHA-256.
 
     [b]streamt2v weights verify[/b]
@@ -479,9 +296,9 @@ def train(
     resume_from: Annotated[
         Path | None, typer.Option("--from", help="Folder with the weights to start from. Default: the shipped ones.")
     ] = None,
-    device: DeviceOption = "auto",
+    device: options.DeviceOption = "auto",
     seed: Annotated[int, typer.Option("--seed", help="Seed of data and initial weights.")] = 0,
-    threads: Threads = None,
+    threads: options.Threads = None,
 ) -> None:
     """Train one part of the demo family on the procedural world.
 

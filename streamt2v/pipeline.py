@@ -6,7 +6,6 @@ written after the frames it belongs to: a run that dies at any instant continues
 """
 
 import json
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -48,9 +47,12 @@ def run(job: Job, report: Report) -> Result:
     began = time.monotonic()
     if job.resume and job.output.exists() and not runs.exists(job.run_path):
         return _finished_before(job)
-    devices.set_threads(job.threads)
+    resumed = runs.recorded_recipe(job.run_path) if job.resume and runs.exists(job.run_path) else {}
+    # Sums split over other numbers of threads round differently: a run keeps the number it began with.
+    threads = devices.set_threads(job.threads or resumed.get("threads"))
     devices.keep_freed_memory()
-    with runs.RunDirectory.open(job.run_path, job.recipe(), resume=job.resume) as directory:
+    recipe = {**job.recipe(), "threads": threads, "torch": torch.__version__}
+    with runs.RunDirectory.open(job.run_path, recipe, resume=job.resume) as directory:
         maker = _Maker(job, report, directory)
         try:
             width, height = maker.make()
@@ -204,10 +206,9 @@ class _Maker:
         return partial
 
     def _metadata(self) -> dict[str, object]:
-        recipe = self.job.recipe()
+        recipe = self.directory.recipe
         chunks = {STREAM: seams(self.stream_plan), REFINE: seams(self.refine_plan)}
-        libraries = {"python": platform.python_version(), "torch": torch.__version__}
-        return {"streamt2v": __version__, **recipe, "seams": chunks, "device": self.device.name, "libraries": libraries}
+        return {"streamt2v": __version__, **recipe, "seams": chunks, "device": self.device.name}
 
     def remember(self, seconds: float) -> None:
         """Keep this run's speed for `plan`."""

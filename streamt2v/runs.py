@@ -28,14 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from streamt2v import files
 from streamt2v.errors import BusyError, OutputError, ResumeError, VideoError
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     from torch import Tensor
 
     from streamt2v.frames import Frames
@@ -369,6 +368,8 @@ def _serial(path: Path) -> int:
 
 
 def _array(value: Any) -> npt.NDArray[Any]:
+    import numpy as np
+
     if not isinstance(value, np.ndarray):
         value = value.detach().cpu()
         value = (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()

@@ -95,6 +95,10 @@ class TextAttention(Attention):
             return tokens
         if self.apm is None:
             raise ConfigError("image tokens were given to a network without APM", "use image_tokens=None")
+        wanted = (self.apm.text_tokens, self.apm.conv.in_channels - self.apm.text_tokens)
+        if (tokens.shape[1], image_tokens.shape[1]) != wanted:
+            found = f"{tokens.shape[1]} text and {image_tokens.shape[1]} image tokens"
+            raise ConfigError(f"{found} were given, APM mixes {wanted[0]} and {wanted[1]}")
         return self.apm(torch.cat([tokens, image_tokens], dim=1))
 
 

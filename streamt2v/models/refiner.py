@@ -6,20 +6,6 @@ PUBLISHED_REFINER = UNet3DConfig(downsample_padding=(2, 1))
 """MS-Vid2Vid-XL: the sizes of the streaming UNet, but rows are padded by two on the way down."""
 
 
-def accepts(height: int, width: int, config: UNet3DConfig) -> bool:
-    """Whether latents of height x width come back from the way down and up with their own size.
-
-    Skips fix the size where the network upsamples to them; one that crops rows instead needs even sizes at every level.
-    """
-    if config.downsample_padding == (1, 1):
-        return height > 0 and width > 0
-    for _ in config.block_out_channels[1:]:
-        if height % 2 or width % 2 or height < 2 or width < 2:
-            return False
-        height, width = height // 2 + 1, width // 2
-    return True
-
-
 def legal_canvas(height: int, width: int, config: UNet3DConfig, latent_factor: int = 8) -> tuple[int, int]:
     """Return the smallest canvas (H, W) in pixels, at least height x width, that VAE and refiner accept.
 
@@ -28,4 +14,4 @@ def legal_canvas(height: int, width: int, config: UNet3DConfig, latent_factor: i
     period = latent_factor * 2 ** (len(config.block_out_channels) - 1)
     heights = [h for h in range(height, height + period) if h % latent_factor == 0]
     widths = [w for w in range(width, width + period) if w % latent_factor == 0]
-    return next((h, w) for h in heights for w in widths if accepts(h // latent_factor, w // latent_factor, config))
+    return next((h, w) for h in heights for w in widths if config.accepts(h // latent_factor, w // latent_factor))

@@ -88,6 +88,19 @@ class UNet3DConfig:
             skips += [channels] * (self.layers_per_block + 1)
         return skips[:-1]
 
+    def accepts(self, height: int, width: int) -> bool:
+        """Tell whether latents of height x width come back from the way down and up with their own size.
+
+        Skips fix the size where the network upsamples to them; where it crops rows instead every level must be even.
+        """
+        if self.downsample_padding == (1, 1):
+            return height > 0 and width > 0
+        for _ in self.block_out_channels[1:]:
+            if height % 2 or width % 2 or height < 2 or width < 2:
+                return False
+            height, width = height // 2 + 1, width // 2
+        return True
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build from parsed JSON, where tuples are lists; unknown keys raise ConfigError."""
@@ -391,7 +404,9 @@ class UNet3D(UNetEncoder):
         Returns:
             The prediction [B, C, F, h, w].
         """
-        batch, _, frames, _, _ = latents.shape
+        batch, _, frames, height, width = latents.shape
+        if not self.config.accepts(height, width):
+            raise ConfigError(f"latents of {height}x{width} do not fit this network", "see refiner.legal_canvas")
         step = self.begin(frames, batch, timestep, conditioning, temporal)
         skips = self.descend(self.enter(latents, step), step)  # each [N, C, h, w]
         x = self.mid_block(skips[-1], step)

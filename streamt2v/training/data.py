@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -167,14 +167,17 @@ class ClipSource:
         """Draw `count` clips, of which the first 2 * pairs are mirrored pairs of drifting subjects.
 
         Returns:
-            Clips, and the row numbers [pairs, 2] of the pairs.
+            Clips, and the row numbers [pairs, 2] of the pairs; there are none while no clip shows a drifting subject.
         """
         self.refill()
         self.draws += 1
         picked = []
+        drifting = [shard for shard in self.shards if (shard.scenes.motion < 2).any()] if pairs else []
+        pairs = pairs if drifting else 0
         for index in range(count - pairs):
-            shard = self.shards[int(torch.randint(len(self.shards), (), generator=self.generator))]
             paired = index < pairs
+            shards = drifting if paired else self.shards
+            shard = shards[int(torch.randint(len(shards), (), generator=self.generator))]
             choice = (shard.scenes.motion[::2] < 2).nonzero()[:, 0] * 2 if paired else torch.arange(len(shard))
             row = choice[torch.randint(len(choice), (), generator=self.generator)]
             picked.append(shard.take(torch.stack([row, row + 1]) if paired else row[None]))
@@ -220,8 +223,3 @@ class TextSource:
                 text = compose(label, replay)
             captions.append("" if dropped else text)
         return captions
-
-
-def config_dict(config: object) -> dict[str, object]:
-    """A dataclass as JSON-ready values."""
-    return asdict(config)  # type: ignore[call-overload,no-any-return]

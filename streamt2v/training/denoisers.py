@@ -83,14 +83,14 @@ def video_loss(
     latents, mask = clips.latents, clips.mask()
     timesteps = draw_timesteps(batch, generator, power=0.5 if progress < 0.5 else 0.7).to(clips.latents.device)
     noise = normal_like(latents, generator)
-    if paired:
+    if len(rows):
         timesteps[rows[:, 1]] = timesteps[rows[:, 0]]
         noise[rows[:, 1]] = noise[rows[:, 0]]
-    context = text.encode(text.captions(clips.scenes, generator, drop=0.1, pairs=paired))
+    context = text.encode(text.captions(clips.scenes, generator, drop=0.1, pairs=len(rows)))
     prediction = unet(schedule.add_noise(latents, noise, timesteps), timesteps, unet.prepare(context))
     target = schedule.velocity(latents, noise, timesteps)
     loss = weighted_error(prediction, target, mask)
-    return loss + pair_contrast(prediction, target, rows, timesteps, mask) if paired else loss
+    return loss + pair_contrast(prediction, target, rows, timesteps, mask) if len(rows) else loss
 
 
 def refiner_loss(

@@ -52,18 +52,18 @@ class Judge(nn.Module):
 
 
 def example_clips(count: int, generator: torch.Generator, spoil: bool) -> tuple[Tensor, Tensor]:
-    """Rendered clips [B, 16, 3, 72, 128] and labels [B, 5]; `spoil` blurs and disturbs them as a generator might."""
+    """Rendered clips [B, 16, 3, 36, 64] and labels [B, 5]; `spoil` blurs and disturbs them as a generator might."""
     scenes = sample_scenes(count, generator)
     start = torch.where(torch.rand(count, generator=generator) < 0.5, 0, 1)
     start = (start * torch.randint(0, 200, (count,), generator=generator))[:, None]
-    clips = render(scenes, start + torch.arange(FRAMES), 72, 128)
+    clips = render(scenes, start + torch.arange(FRAMES), *SIZE)
     if spoil:
-        factor = int(torch.randint(1, 5, (), generator=generator))
-        flat = functional.avg_pool2d(clips.flatten(0, 1), factor) if factor > 1 else clips.flatten(0, 1)
-        clips = functional.interpolate(flat, (72, 128), mode="bilinear").view_as(clips)
+        if torch.rand((), generator=generator) < 0.5:
+            halved = functional.avg_pool2d(clips.flatten(0, 1), 2)
+            clips = functional.interpolate(halved, SIZE, mode="bilinear").view_as(clips)
         strength = 0.15 * float(torch.rand((), generator=generator))
         coarse = torch.randn(count, FRAMES, 3, 9, 16, generator=generator).flatten(0, 1)
-        clips = clips + strength * functional.interpolate(coarse, (72, 128), mode="bilinear").view_as(clips)
+        clips = clips + strength * functional.interpolate(coarse, SIZE, mode="bilinear").view_as(clips)
     return clips.clamp(-1, 1), scenes.labels()
 
 

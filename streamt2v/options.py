@@ -1,0 +1,165 @@
+"""Options that several commands share, and how they become one checked config."""
+
+import secrets
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from streamt2v import config, runs, weights
+from streamt2v.config import Fit, Quality, RunConfig
+from streamt2v.errors import ConfigError
+
+ADVANCED = "Advanced"
+STEERING = "What is made"
+RUNNING = "How the run behaves"
+
+Frames = Annotated[
+    int | None, typer.Option("--frames", "-n", help="Frames of the video: exactly so many are written. Default: 24.")
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="The mp4 to write. Default: date, prompt and seed.")
+]
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="Model family. Default: the best whose weights are here.")
+]
+Seed = Annotated[
+    int | None, typer.Option("--seed", help="Seed of every random draw. Default: random, printed, stored.")
+]
+Fps = Annotated[float | None, typer.Option("--fps", help="Frames per second.")]
+Size = Annotated[str | None, typer.Option("--size", help="Box WxH that the video fits into, for example 1280x720.")]
+FitOption = Annotated[
+    Fit | None, typer.Option("--fit", help="contain keeps the aspect ratio, cover crops, pad adds borders.")
+]
+NoRefine = Annotated[
+    bool, typer.Option("--no-refine", help="Stop after the streaming stage.", rich_help_panel=STEERING)
+]
+Negative = Annotated[str | None, typer.Option("--negative", help="What to avoid.", rich_help_panel=STEERING)]
+Image = Annotated[Path | None, typer.Option("--image", help="Start from this picture.", rich_help_panel=STEERING)]
+QualityOption = Annotated[
+    Quality | None,
+    typer.Option("--quality", help="Step counts: reference, balanced or fast.", rich_help_panel=STEERING),
+]
+Steps = Annotated[
+    int | None, typer.Option("--steps", help="Denoising steps of stages 1 and 2.", rich_help_panel=ADVANCED)
+]
+Guidance = Annotated[
+    float | None, typer.Option("--guidance", help="Guidance of stages 1 and 2; 1 is off.", rich_help_panel=ADVANCED)
+]
+RefineSteps = Annotated[
+    int | None, typer.Option("--refine-steps", help="Steps of the refiner.", rich_help_panel=ADVANCED)
+]
+Chunk = Annotated[
+    int | None, typer.Option("--chunk", help="Frames the refiner handles at once.", rich_help_panel=ADVANCED)
+]
+Overlap = Annotated[
+    int | None, typer.Option("--overlap", help="Frames shared by refiner chunks.", rich_help_panel=ADVANCED)
+]
+Preset = Annotated[str | None, typer.Option("--preset", help="A shipped preset by name.", rich_help_panel=ADVANCED)]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="A TOML file of settings.", rich_help_panel=ADVANCED)]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any setting, as section.key=value; repeatable.", rich_help_panel=ADVANCED),
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=RUNNING)]
+Threads = Annotated[
+    int | None, typer.Option("--threads", help="CPU threads. Default: all cores.", rich_help_panel=RUNNING)
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue the run that was interrupted.", rich_help_panel=RUNNING)
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", "-f", help="Replace an existing output.", rich_help_panel=RUNNING)
+]
+KeepRun = Annotated[
+    bool, typer.Option("--keep-run", help="Keep OUT.streamt2v/ after success.", rich_help_panel=RUNNING)
+]
+Preview = Annotated[
+    Path | None, typer.Option("--preview", help="A PNG contact sheet, renewed while running.", rich_help_panel=RUNNING)
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout at the end.", rich_help_panel=RUNNING)
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.", rich_help_panel=RUNNING)]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more about each step.", rich_help_panel=RUNNING)]
+
+
+# Flags that set one thing in several places, or whose name differs from the setting's.
+_KEYS = {
+    "steps": ("initialize.num_inference_steps", "stream.num_inference_steps"),
+    "guidance": ("initialize.guidance_scale", "initialize.image_guidance_scale", "stream.guidance_scale"),
+    "refine_guidance": ("refine.guidance_scale",),
+    "refine": ("refine.enabled",),
+    "negative": ("negative_prompt",),
+    "refine_steps": ("refine.num_inference_steps",),
+    "chunk": ("refine.chunk",),
+    "overlap": ("refine.overlap",),
+    "fps": ("output.fps",),
+    "fit": ("output.fit",),
+    "frames": ("num_frames",),
+    "prompt": ("prompt",),
+    "image": ("image",),
+    "seed": ("seed",),
+}
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Turn ``WxH`` into (height, width).
+
+    Raises:
+        ConfigError: not two whole numbers with an x between them.
+    """
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise ConfigError(f"--size is {text!r}, it must look like 1280x720 (width x height)")
+    return int(height), int(width)
+
+
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """Turn ``key=value`` texts into {dotted key: value}.
+
+    Raises:
+        ConfigError: no equals sign, unknown key, wrong type.
+    """
+    parsed: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--set is {pair!r}, it must look like stream.eta=0.5")
+        parsed[key.strip()] = config.parse_value(key.strip(), text.strip())
+    return parsed
+
+
+def resolve(
+    model: str | None,
+    preset: str | None,
+    quality: Quality | None,
+    config_file: Path | None,
+    settings: list[str] | None,
+    size: str | None,
+    resume_from: Path | None = None,
+    **flags: Any,
+) -> RunConfig:
+    """Merge options, files and presets in the order of precedence into one checked config.
+
+    Args:
+        model, preset, quality, config_file, settings, size: the options of these names, None where not given.
+        resume_from: an output whose interrupted run gives the seed when no other was asked for.
+        flags: other flags by name; None where not given.
+
+    Raises:
+        ConfigError: whatever is wrong with any of them.
+    """
+    from_file = config.flatten(config.read_toml(config_file)) if config_file else {}
+    given = parse_settings(settings or [])
+    given.update({key: value for name, value in flags.items() if value is not None for key in _KEYS[name]})
+    if size is not None:
+        given["output.height"], given["output.width"] = parse_size(size)
+    given["model"] = model or given.get("model") or from_file.get("model") or weights.default_family()
+    if "seed" not in given and "seed" not in from_file:
+        stored = runs.recorded_seed(resume_from) if resume_from else None
+        given["seed"] = secrets.randbelow(2**31) if stored is None else stored
+    layers = [config.preset(weights.family(given["model"]).preset, None if preset else quality)]
+    if preset:
+        layers.append(config.preset(preset, quality))
+    return config.merge(*layers, from_file, given)

@@ -1,0 +1,292 @@
+"""Schedules, solvers, guidance and blending: against the library step by step, and against what must always hold."""
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from streamt2v.chunks import Chunk, refinement_plan
+from streamt2v.diffusion import blend, guidance
+from streamt2v.diffusion.schedules import REFINER_SCHEDULE, NoiseSchedule, ScheduleConfig, sdedit_grid
+from streamt2v.diffusion.solvers import ddim_step, dpmpp_2m_step
+from streamt2v.errors import ConfigError
+
+PUBLISHED = ScheduleConfig()
+SCHEDULES = [
+    PUBLISHED,
+    ScheduleConfig(prediction="v", spacing="trailing", zero_terminal_snr=True, final_alpha_one=True),
+    ScheduleConfig(kind="linear", beta_start=1e-4, beta_end=0.02, prediction="sample", num_train_timesteps=500),
+    REFINER_SCHEDULE,
+]
+
+
+def library_ddim(config: ScheduleConfig) -> DDIMScheduler:
+    return DDIMScheduler(
+        num_train_timesteps=config.num_train_timesteps,
+        beta_start=config.beta_start,
+        beta_end=config.beta_end,
+        beta_schedule=config.kind,
+        clip_sample=False,
+        set_alpha_to_one=config.final_alpha_one,
+        steps_offset=config.steps_offset,
+        prediction_type={"v": "v_prediction"}.get(config.prediction, config.prediction),
+        timestep_spacing=config.spacing,
+        rescale_betas_zero_snr=config.zero_terminal_snr,
+    )
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --------------------------------------------------------------------------------------------------------- schedules
+
+
+@pytest.mark.parametrize("config", SCHEDULES[:3])
+def test_tables_and_grids_equal_the_library(config: ScheduleConfig) -> None:
+    ours, theirs = NoiseSchedule(config), library_ddim(config)
+    torch.testing.assert_close(ours.alpha_bars, theirs.alphas_cumprod, rtol=1e-5, atol=1e-8)
+    for steps in (1, 4, 10, 50, 100):
+        theirs.set_timesteps(steps)
+        assert ours.timesteps(steps).tolist() == theirs.timesteps.tolist()
+
+
+def test_published_landmarks() -> None:
+    """Values written down from the published samplers."""
+    stream, refiner = NoiseSchedule(PUBLISHED), NoiseSchedule(REFINER_SCHEDULE)
+    assert stream.timesteps(50).tolist() == list(range(981, 0, -20))
+    torch.testing.assert_close(stream.alpha_bars[[0, 1, 981]], torch.tensor([0.99914998, 0.99829602, 0.00577550]))
+    torch.testing.assert_close(
+        refiner.sigmas[[0, 38, 300, 599]], torch.tensor([0.00110626, 0.1229519, 0.7825689, 0.9723633])
+    )
+    assert float(refiner.sigmas[-1]) == 1.0
+    timesteps, rho = sdedit_grid(refiner, 600, 30)
+    assert timesteps[:5].tolist() == [599, 580, 560, 541, 522]
+    assert timesteps[-3:].tolist() == [76, 57, 38]
+    torch.testing.assert_close(rho[[0, 1, -3, -2, -1]], torch.tensor([4.16477, 3.85701, 0.188229, 0.122918, 0.0]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 999), st.integers(1, 80))
+def test_refinement_grid_always_has_the_asked_steps(start: int, steps: int) -> None:
+    timesteps, rho = sdedit_grid(NoiseSchedule(REFINER_SCHEDULE), start, steps)
+    assert len(timesteps) == steps
+    assert len(rho) == steps + 1
+    assert int(timesteps[0]) == start - 1
+    assert rho[-1] == 0
+    assert timesteps.min() >= 0
+    assert (timesteps[1:] <= timesteps[:-1]).all()
+    assert (rho[1:] <= rho[:-1]).all()
+
+
+@pytest.mark.parametrize("config", SCHEDULES)
+def test_signal_and_noise_share_the_variance(config: ScheduleConfig) -> None:
+    schedule = NoiseSchedule(config)
+    torch.testing.assert_close(schedule.alphas**2 + schedule.sigmas**2, torch.ones(config.num_train_timesteps))
+    assert (schedule.alphas.diff() < 0).all()
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "sample"])
+def test_a_perfect_prediction_gives_back_latents_and_noise(prediction: str) -> None:
+    schedule = NoiseSchedule(ScheduleConfig(prediction=prediction))
+    clean, drawn, timestep = noise(3, 4, 2, 5, 5), noise(3, 4, 2, 5, 5, seed=1), torch.tensor([40, 300, 800])
+    noisy = schedule.add_noise(clean, drawn, timestep)
+    x0, epsilon = schedule.to_x0_eps(schedule.target(clean, drawn, timestep), noisy, timestep)
+    torch.testing.assert_close(x0, clean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(epsilon, drawn, rtol=1e-4, atol=1e-4)
+    one, _ = schedule.to_x0_eps(schedule.target(clean, drawn, 300)[1], schedule.add_noise(clean, drawn, 300)[1], 300)
+    torch.testing.assert_close(one, clean[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: ScheduleConfig(kind="cosine"), "kind"),
+        (lambda: ScheduleConfig(prediction="velocity"), "prediction"),
+        (lambda: ScheduleConfig.from_dict({"beta": 1}), "beta"),
+        (lambda: NoiseSchedule(PUBLISHED).timesteps(0), "steps"),
+        (lambda: NoiseSchedule(PUBLISHED).timesteps(1001), "1001"),
+        (lambda: sdedit_grid(NoiseSchedule(REFINER_SCHEDULE), 1001, 5), "1001"),
+        (lambda: sdedit_grid(NoiseSchedule(REFINER_SCHEDULE), 600, 0), "steps"),
+    ],
+)
+def test_settings_out_of_range_are_named(call: Callable[[], Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        call()
+
+
+def test_schedule_config_survives_json() -> None:
+    assert ScheduleConfig.from_dict(REFINER_SCHEDULE.to_dict()) == REFINER_SCHEDULE
+
+
+# ----------------------------------------------------------------------------------------------------------- solvers
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("config", SCHEDULES[:2])
+def test_ddim_equals_the_library_at_every_step(config: ScheduleConfig, eta: float) -> None:
+    schedule, theirs = NoiseSchedule(config), library_ddim(config)
+    # In float32 the library's square root of what should be 0 is 2e-4 where a step starts from pure noise.
+    theirs.alphas_cumprod = theirs.alphas_cumprod.double()
+    theirs.set_timesteps(10)
+    timesteps, alpha_bars = schedule.ddim_grid(10)
+    latents = noise(1, 4, 3, 2, 2)
+    for step, timestep in enumerate(timesteps.tolist()):
+        output, fresh = noise(1, 4, 3, 2, 2, seed=10 + step), noise(1, 4, 3, 2, 2, seed=100 + step)
+        x0, epsilon = schedule.to_x0_eps(output, latents, timestep)
+        found = ddim_step(x0, epsilon, alpha_bars[step], alpha_bars[step + 1], eta, fresh)
+        expected = theirs.step(output, timestep, latents, eta=eta, variance_noise=fresh).prev_sample.float()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        latents = expected
+
+
+def test_ddim_ends_at_the_clean_latent_where_no_noise_is_left() -> None:
+    clean, epsilon = noise(2, 3), noise(2, 3, seed=1)
+    torch.testing.assert_close(ddim_step(clean, epsilon, 0.9, 1.0, eta=1.0, noise=epsilon), clean)
+    with pytest.raises(ValueError, match="noise"):
+        ddim_step(clean, epsilon, 0.5, 0.9, eta=1.0)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_dpmpp_2m_equals_the_library_at_every_step(stochastic: bool) -> None:
+    """The library works on x = alpha (x_0 + rho n); ours on x / alpha."""
+    theirs = DPMSolverMultistepScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, solver_order=2, prediction_type="sample",
+        algorithm_type="sde-dpmsolver++" if stochastic else "dpmsolver++", solver_type="midpoint",
+        final_sigmas_type="zero", lower_order_final=False, timestep_spacing="linspace",
+    )  # fmt: skip
+    theirs.set_timesteps(12)
+    rho = theirs.sigmas.double()
+    alpha = (1 + rho**2).rsqrt()
+    x, previous = rho[0] * noise(2, 5).double(), None
+    theirs_x = x * alpha[0]
+    for step, timestep in enumerate(theirs.timesteps):
+        clean, fresh = noise(2, 5, seed=step + 10).double(), noise(2, 5, seed=step + 100).double()
+        x = dpmpp_2m_step(x, clean, previous, rho, step, fresh if stochastic else None)
+        theirs_x = theirs.step(clean, timestep, theirs_x, variance_noise=fresh).prev_sample
+        previous = clean
+        torch.testing.assert_close(x * alpha[step + 1], theirs_x, rtol=1e-5, atol=1e-6)
+
+
+def test_dpmpp_2m_is_exact_for_a_constant_estimate() -> None:
+    """With one clean latent everywhere the ODE's exact solution is a straight line in rho."""
+    rho = torch.tensor([4.0, 2.5, 1.0, 0.3, 0.0])
+    clean = noise(3, 3)
+    x = start = clean + rho[0] * noise(3, 3, seed=1)
+    previous = None
+    for step in range(4):
+        x = dpmpp_2m_step(x, clean, previous, rho, step, None)
+        previous = clean
+        torch.testing.assert_close(x, clean + rho[step + 1] / rho[0] * (start - clean))
+
+
+def test_the_sde_keeps_the_noise_level() -> None:
+    """Around a known clean latent the stochastic step goes from deviation rho to deviation rho'."""
+    rho = torch.tensor([4.0, 1.5, 0.5])
+    clean = torch.zeros(200_000)
+    x = dpmpp_2m_step(4.0 * noise(200_000), clean, None, rho, 0, noise(200_000, seed=1))
+    assert float(x.std()) == pytest.approx(1.5, rel=0.01)
+
+
+# ---------------------------------------------------------------------------------------------------------- guidance
+
+
+def test_guidance_is_linear_and_one_is_the_conditional_branch() -> None:
+    u, c = noise(2, 4, 3, 2, 2), noise(2, 4, 3, 2, 2, seed=1)
+    torch.testing.assert_close(guidance.combine(u, c, 1.0), c)
+    torch.testing.assert_close(guidance.combine(u, c, 0.0), u)
+    torch.testing.assert_close(guidance.combine(u, c, 7.5), -6.5 * u + 7.5 * c)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(1.5, 20.0), st.floats(0.01, 1.0))
+def test_rescaling_moves_each_items_deviation_towards_the_conditional_one(scale: float, share: float) -> None:
+    u, c = noise(2, 4, 3, 2, 2), noise(2, 4, 3, 2, 2, seed=1) * torch.tensor([1.0, 3.0]).view(2, 1, 1, 1, 1)
+    plain, rescaled = guidance.combine(u, c, scale), guidance.combine(u, c, scale, share)
+    for item in range(2):
+        wanted = share * c[item].std() + (1 - share) * plain[item].std()
+        torch.testing.assert_close(rescaled[item].std(), wanted, rtol=1e-4, atol=1e-5)
+        alone = guidance.combine(u[item : item + 1], c[item : item + 1], scale, share)
+        torch.testing.assert_close(alone[0], rescaled[item])
+
+
+# ---------------------------------------------------------------------------------------------------------- blending
+
+plans = st.integers(1, 9).flatmap(
+    lambda size: st.builds(refinement_plan, st.integers(1, 50), st.just(size), st.integers(0, size - 1))
+)
+ranges: Any = st.sampled_from(["published", "corrected"])
+
+
+def drawn(seed: int) -> blend.DrawCut:
+    """Cuts of one step: the same whenever they are asked for."""
+
+    def draw(low: int, high: int, index: int) -> int:
+        return random.Random(f"{seed}/{index}").randint(low, high)
+
+    return draw
+
+
+@given(plans, st.integers(0, 99), ranges)
+def test_every_frame_has_one_owner_and_the_owner_covers_it(
+    plan: tuple[Chunk, ...], seed: int, cut_range: blend.CutRange
+) -> None:
+    draw = drawn(seed)
+    frames = [(frame, chunk) for chunk in plan for frame in blend.owned(plan, chunk.index, draw, cut_range)]
+    assert sorted(frame for frame, _ in frames) == list(range(plan[-1].stop))
+    assert all(chunk.start <= frame < chunk.stop for frame, chunk in frames)
+    assert all(blend.owner(plan, frame, draw, cut_range) == chunk.index for frame, chunk in frames)
+
+
+@given(plans, st.integers(0, 99), ranges)
+def test_ownership_is_that_of_chunks_written_over_each_other(
+    plan: tuple[Chunk, ...], seed: int, cut_range: blend.CutRange
+) -> None:
+    """The published rule: in order, every chunk overwrites its frames from the cut on."""
+    draw = drawn(seed)
+    owners = [-1] * plan[-1].stop
+    for chunk in plan:
+        first = chunk.start + blend.cut(plan, chunk.index, draw, cut_range)
+        owners[first : chunk.stop] = [chunk.index] * (chunk.stop - first)
+    assert owners == [blend.owner(plan, frame, draw, cut_range) for frame in range(plan[-1].stop)]
+
+
+@given(plans, st.integers(0, 99), ranges)
+def test_blending_equal_estimates_changes_nothing(
+    plan: tuple[Chunk, ...], seed: int, cut_range: blend.CutRange
+) -> None:
+    estimate = noise(plan[-1].stop, 2, seed=seed)
+    merged = torch.full_like(estimate, torch.nan)
+    for chunk in plan:
+        own = blend.owned(plan, chunk.index, drawn(seed), cut_range)
+        merged[own.start : own.stop] = estimate[chunk.start : chunk.stop][
+            own.start - chunk.start : own.stop - chunk.start
+        ]
+    assert torch.equal(merged, estimate)
+
+
+@pytest.mark.parametrize(("cut_range", "values"), [("published", range(8)), ("corrected", range(9))])
+def test_cuts_are_uniform_over_their_range(cut_range: blend.CutRange, values: range) -> None:
+    plan = refinement_plan(40, 24, 8)
+    seen = Counter(blend.cut(plan, 1, drawn(seed), cut_range) for seed in range(9000))
+    assert set(seen) == set(values)
+    assert max(seen.values()) < 1.2 * min(seen.values())
+    # In the paper frame f = 1..O of an overlap stays with the left chunk with probability 1 - f / (O + 1).
+    kept = sum(count for cut, count in seen.items() if cut >= 3) / 9000
+    assert kept == pytest.approx(1 - 3 / len(values), abs=0.02)
+
+
+def test_an_overlap_of_one_frame_goes_to_the_newer_chunk_as_published() -> None:
+    plan = refinement_plan(10, 4, 1)
+    assert [blend.owner(plan, frame, drawn(1), "published") for frame in (3, 6)] == [1, 2]
+    assert {blend.owner(plan, 3, drawn(seed), "corrected") for seed in range(20)} == {0, 1}
+    with pytest.raises(ValueError, match="10"):
+        blend.owner(plan, 10, drawn(1))

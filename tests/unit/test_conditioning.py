@@ -1,0 +1,114 @@
+"""CAM and APM, the two modules the method adds: their formulas, and that they start as nothing."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional
+
+from streamt2v.errors import ConfigError
+from streamt2v.models.apm import AppearanceTokens, TokenMixing
+from streamt2v.models.cam import CamConfig, ConditionalAttention, init_from_unet
+from streamt2v.models.unet3d import CamMerger, TextContext, UNet3D, UNet3DConfig
+
+SIZES = UNet3DConfig(
+    block_out_channels=(16, 32),
+    attention_levels=(True, False),
+    layers_per_block=1,
+    cross_attention_dim=24,
+    attention_head_dim=8,
+    norm_num_groups=4,
+    pooled_text_dim=6,
+    frame_codes=True,
+)
+CAM = CamConfig(SIZES, (4, 6, 8), num_cond_frames=3)
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    torch.manual_seed(0)
+
+
+def text(batch: int = 2) -> TextContext:
+    return TextContext(torch.randn(batch, 5, 24), torch.randn(batch, 6))
+
+
+@torch.no_grad()
+def test_a_fresh_cam_sees_what_the_denoisers_encoder_sees() -> None:
+    unet, cam = UNet3D(replace(SIZES, cam=True, image_tokens=2)).eval(), ConditionalAttention(CAM).eval()
+    init_from_unet(cam, unet)
+    latents, context, timestep = torch.randn(2, 4, 3, 4, 6), text(), torch.tensor([9, 800])
+    features = cam(latents, timestep, cam.prepare(context), cam.embed_frames(torch.randn(1, 3, 3, 16, 24)))
+    step = unet.begin(3, 2, timestep, unet.prepare(context), temporal=True)
+    skips = unet.descend(unet.enter(latents, step), step)
+    assert [f.shape[1] for f in features.down] == SIZES.skip_channels
+    for feature, skip in zip(features.down, skips, strict=True):
+        torch.testing.assert_close(feature.transpose(1, 2).flatten(0, 1), skip)
+    torch.testing.assert_close(features.mid.transpose(1, 2).flatten(0, 1), unet.mid_block(skips[-1], step))
+
+
+@torch.no_grad()
+def test_cam_sees_frames_and_one_embedding_serves_both_branches() -> None:
+    cam = ConditionalAttention(CAM).eval()
+    torch.nn.init.normal_(cam.cond_embedding.conv_out.weight)
+    latents, conditioning = torch.randn(2, 4, 3, 4, 6), cam.prepare(text())
+    frames = torch.randn(1, 3, 3, 16, 24)
+    once = cam.embed_frames(frames)
+    assert once.shape == (1, 16, 3, 4, 6)
+    shared = cam(latents, 7, conditioning, once)
+    twice = cam(latents, 7, conditioning, cam.embed_frames(frames.expand(2, -1, -1, -1, -1)))
+    other = cam(latents, 7, conditioning, cam.embed_frames(frames.flip(1)))
+    torch.testing.assert_close(shared.mid, twice.mid)
+    assert not torch.allclose(shared.mid, other.mid, rtol=1e-2)
+
+
+def test_cam_settings_survive_json_and_mistakes_are_named() -> None:
+    assert CamConfig.from_dict(json.loads(json.dumps(CAM.to_dict()))) == CAM
+    with pytest.raises(ConfigError, match="frames"):
+        CamConfig.from_dict({"frames": 8})
+    with pytest.raises(ConfigError, match="conv_in"):
+        init_from_unet(ConditionalAttention(CAM), UNet3D(replace(SIZES, block_out_channels=(32, 32))))
+
+
+@torch.no_grad()
+def test_a_merger_is_attention_over_the_conditioning_frames_of_each_pixel() -> None:
+    merger = CamMerger(16, head_dim=16, groups=4, frame_codes=False)
+    x, features = torch.randn(5, 16, 2, 3), torch.randn(1, 16, 4, 2, 3)
+    torch.testing.assert_close(merger(x, 5, features), x)
+    torch.nn.init.normal_(merger.proj_out.weight)
+    clip = x.transpose(0, 1)[None]  # [1, C, F, h, w]
+    z = merger.proj_in(functional.group_norm(clip, 4, eps=1e-6)[0, :, :, 1, 2].T)  # [F, C]
+    e = features[0, :, :, 1, 2].T  # [Fc, C]
+    attention = merger.attention
+    weights = torch.softmax(attention.to_q(z) @ attention.to_k(e).T / 4, dim=1)
+    added = merger.proj_out(attention.to_out[0](weights @ attention.to_v(e)))
+    torch.testing.assert_close(merger(x, 5, features)[:, :, 1, 2], x[:, :, 1, 2] + added, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_token_mixing_slides_along_the_features_with_tokens_as_channels() -> None:
+    mixing = TokenMixing(3, 2, 6)
+    context = torch.randn(1, 5, 6)
+    torch.testing.assert_close(mixing(context), context[:, :3])
+    mixing.alpha.fill_(1.5)
+    weight, bias = mixing.conv.weight, mixing.conv.bias
+    assert bias is not None
+    padded = functional.pad(context[0], (1, 1))
+    mixed = torch.stack(
+        [
+            torch.stack([bias[o] + (weight[o] * padded[:, j : j + 3]).sum() for j in range(6)])
+            for o in range(3)
+        ]
+    )  # fmt: skip
+    share = 1.5 / (1 + torch.tensor(-1.5).exp())
+    expected = context[0, :3] + share * functional.layer_norm(mixed, (6,))
+    torch.testing.assert_close(mixing(context)[0], expected)
+
+
+def test_anchor_tokens_average_several_anchors() -> None:
+    tokens = AppearanceTokens(embed_dim=5, hidden_dim=7, num_tokens=4, context_dim=6)
+    embeddings = torch.randn(2, 3, 5)
+    assert tokens(embeddings).shape == (2, 4, 6)
+    torch.testing.assert_close(tokens(embeddings), tokens(embeddings.mean(dim=1)))
+    assert AppearanceTokens(**tokens.config)(embeddings).shape == (2, 4, 6)

@@ -1,0 +1,101 @@
+"""Text, image and VAE encoders behind small functions."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from streamt2v.errors import ConfigError
+from streamt2v.models import encoders
+
+TEXT = CLIPTextConfig(
+    vocab_size=20, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+    max_position_embeddings=6, projection_dim=5, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def vae() -> AutoencoderKL:
+    made = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8), norm_num_groups=4, scaling_factor=0.5, mid_block_add_attention=False,
+    )  # fmt: skip
+    return made.eval()
+
+
+def tokenizer(texts: list[str], max_length: int, **named: Any) -> SimpleNamespace:
+    """Letters as numbers, padded: stands in for a library tokenizer."""
+    assert named == {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    rows = [[1, *(3 + ord(c) % 17 for c in text)][: max_length - 1] + [2] for text in texts]
+    return SimpleNamespace(input_ids=torch.tensor([row + [0] * (max_length - len(row)) for row in rows]))
+
+
+@torch.no_grad()
+def test_text_is_the_last_hidden_state_and_the_pooled_vector_if_there_is_one() -> None:
+    plain, projected = CLIPTextModel(TEXT).eval(), CLIPTextModelWithProjection(TEXT).eval()
+    context = encoders.encode_text(tokenizer, plain, ["ab", "a longer text"])
+    assert context.tokens.shape == (2, 6, 8)
+    assert context.pooled is None
+    pooled = encoders.encode_text(tokenizer, projected, ["ab"]).pooled
+    assert pooled is not None
+    assert pooled.shape == (1, 5)
+
+
+@torch.no_grad()
+def test_images_of_any_shape_are_embedded_and_not_normalised() -> None:
+    config = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, projection_dim=5,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    encoder = CLIPVisionModelWithProjection(config).eval()
+    embedding = encoders.embed_image(encoder, torch.rand(2, 3, 20, 36) * 2 - 1)
+    assert embedding.shape == (2, 5)
+    assert not torch.allclose(embedding.norm(dim=1), torch.ones(2), atol=1e-3)
+
+
+def test_clip_pixels_are_resized_and_normalised() -> None:
+    same = torch.rand(1, 3, 16, 16) * 2 - 1
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoders.CLIP_MEAN, encoders.CLIP_STD))
+    torch.testing.assert_close(encoders.clip_pixels(same, 16), ((same + 1) / 2 - mean) / std)
+    grey = encoders.clip_pixels(torch.zeros(1, 3, 90, 160), 16)
+    torch.testing.assert_close(grey, ((0.5 - mean) / std).expand(1, 3, 16, 16))
+    # A fine checkerboard shrinks to grey instead of aliasing.
+    board = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(1, 3, 64, 64).view(1, 3, 128, 128)
+    assert (encoders.clip_pixels(board, 16) - grey).abs().max() < 0.1
+
+
+@torch.no_grad()
+def test_latents_are_the_posterior_mean_or_a_draw_around_it(vae: AutoencoderKL) -> None:
+    frames, noise = torch.rand(3, 3, 8, 12) * 2 - 1, torch.randn(3, 4, 4, 6)
+    posterior = vae.encode(frames).latent_dist
+    torch.testing.assert_close(encoders.encode_frames(vae, frames), 0.5 * posterior.mean)
+    drawn = encoders.encode_frames(vae, frames, noise)
+    torch.testing.assert_close(drawn, 0.5 * (posterior.mean + posterior.std * noise), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_frames_are_decoded_one_by_one_and_clamped(vae: AutoencoderKL) -> None:
+    latents = torch.randn(3, 4, 4, 6)
+    frames = encoders.decode_latents(vae, latents)
+    torch.testing.assert_close(frames, vae.decode(latents / 0.5).sample.clamp(-1, 1), rtol=1e-4, atol=1e-5)
+    assert encoders.decode_latents(vae, 1000 * latents).abs().max() == 1
+
+
+def test_frame_sizes_that_the_vae_cannot_halve_are_named(vae: AutoencoderKL) -> None:
+    assert encoders.latent_size(vae, 8, 12) == (4, 6)
+    with pytest.raises(ConfigError, match="13x8"):
+        encoders.latent_size(vae, 8, 13)
