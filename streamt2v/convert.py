@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from streamt2v.errors import WeightsError
 
@@ -177,52 +177,31 @@ OPEN_CLIP_VISUAL: tuple[Rule, ...] = (
     ignore(r"attn_mask", "constant"),
 )
 
-STREAM_UNET = KeyMap(
-    "base_model.",
-    (
+# fmt: off
+STREAM: Mapping[str, KeyMap] = {
+    "unet": KeyMap("base_model.", (
         rename(r"cross_attention_merger_down_blocks\.(\d+)\.temporal_transformer\.(.+)", r"cam_mergers.down.\1.\2"),
         rename(r"cross_attention_merger_mid_block\.temporal_transformer\.(.+)", r"cam_mergers.mid.\1"),
         rename(_APM + r"(alpha|conv\.(?:weight|bias))", r"\1.apm.\2"),
         rename(_APM + r"conv_ln\.(weight|bias)", r"\1.apm.norm.\2"),
         rename(rf"({_UNET}.+)", r"\1"),
-    ),
-    "the streaming UNet",
-)
-STREAM_CAM = KeyMap(
-    "unet.",
-    (
+    ), "the streaming UNet"),
+    "cam": KeyMap("unet.", (
         rename(r"controlnet_cond_embedding\.(.+)", r"cond_embedding.\1"),
         rename(rf"({_UNET}.+)", r"\1"),
-    ),
-    "the CAM extractor",
-)
-STREAM_APM = KeyMap(
-    "resampler.",
-    (
+    ), "the CAM extractor"),
+    "apm": KeyMap("resampler.", (
         rename(r"context_embedding\.0\.(weight|bias)", r"linear_1.\1"),
         rename(r"context_embedding\.2\.(weight|bias)", r"linear_2.\1"),
-    ),
-    "the APM token network",
-)
-STREAM_VAE = KeyMap("vae.", (rename(rf"({_VAE}.+)", r"\1"),), "the VAE")
-STREAM_TEXT = KeyMap(
-    "text_encoder.",
-    (
+    ), "the APM token network"),
+    "vae": KeyMap("vae.", (rename(rf"({_VAE}.+)", r"\1"),), "the VAE"),
+    "text": KeyMap("text_encoder.", (
         ignore(r"text_model\.embeddings\.position_ids", "constant"),
         rename(r"text_model\.(.+)", r"\1"),
-    ),
-    "the text encoder",
-)
-STREAM_VISION = KeyMap("image_encoder.model.", OPEN_CLIP_VISUAL, "the image encoder")
-
-STREAM: Mapping[str, KeyMap] = {
-    "unet": STREAM_UNET,
-    "cam": STREAM_CAM,
-    "apm": STREAM_APM,
-    "vae": STREAM_VAE,
-    "text": STREAM_TEXT,
-    "vision": STREAM_VISION,
+    ), "the text encoder"),
+    "vision": KeyMap("image_encoder.model.", OPEN_CLIP_VISUAL, "the image encoder"),
 }
+# fmt: on
 """The networks in `streaming_t2v.ckpt`; `text` fits a CLIP text model without a projection."""
 
 
@@ -336,18 +315,13 @@ def refiner_vae(levels: int = 4, prefix: str = "first_stage_model.") -> KeyMap:
     return KeyMap(prefix, tuple(rules), "the refiner's VAE")
 
 
+_SCHEDULE_BUFFERS = ["betas", "alphas_cumprod", "sqrt_", "log_one_minus_", "posterior_", "logvar", "scale_factor"]
 REFINER_VAE_IGNORED: Mapping[str, str] = {
-    "model.": "Stable Diffusion's own denoiser",
-    "model_ema.": "Stable Diffusion's own denoiser",
+    **dict.fromkeys(["model.", "model_ema."], "Stable Diffusion's own denoiser"),
     "cond_stage_model.": "Stable Diffusion's text encoder",
-    "betas": "schedule",
-    "alphas_cumprod": "schedule",
-    "sqrt_": "schedule",
-    "log_one_minus_": "schedule",
-    "posterior_": "schedule",
-    "logvar": "schedule",
-    "scale_factor": "schedule",
+    **dict.fromkeys(_SCHEDULE_BUFFERS, "schedule"),
 }
+"""Beginnings of the other keys in the VAE's file, and why they are left out."""
 
 
 def open_clip_text(num_layers: int = 23, prefix: str = "") -> KeyMap:
@@ -372,14 +346,69 @@ def open_clip_text(num_layers: int = 23, prefix: str = "") -> KeyMap:
     )
 
 
+# ---------------------------------------------------------------------------------------------- what the files contain
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network inside a published file: class and config of our weights files, its keys, a denoiser's schedule."""
+
+    network: str
+    config: Mapping[str, Any]
+    keys: KeyMap
+    schedule: Mapping[str, Any] | None = None
+
+
+# fmt: off
+_VAE_CONFIG = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "scaling_factor": 0.18215,
+}
+_TEXT_CONFIG = {
+    "vocab_size": 49408, "max_position_embeddings": 77, "hidden_size": 1024, "intermediate_size": 4096,
+    "num_hidden_layers": 23, "num_attention_heads": 16, "hidden_act": "gelu",
+}
+_VISION_CONFIG = {
+    "image_size": 224, "patch_size": 14, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
+    "num_attention_heads": 16, "projection_dim": 1024, "hidden_act": "gelu",
+}
+_APM_CONFIG = {"embed_dim": 1024, "hidden_dim": 1280, "num_tokens": 16, "context_dim": 1024}
+_REFINER_SCHEDULE = {"kind": "cosine_logsnr", "prediction": "v", "spacing": "trailing", "zero_terminal_snr": True}
+
+CHECKPOINTS: Mapping[str, Mapping[str, Part]] = {
+    "streaming_t2v.ckpt": {
+        "unet": Part("UNet3D", {"cam": True, "image_tokens": 16}, STREAM["unet"], schedule={}),
+        "cam": Part("ConditionalAttention", {}, STREAM["cam"]),
+        "apm": Part("AppearanceTokens", _APM_CONFIG, STREAM["apm"]),
+        "vae": Part("AutoencoderKL", _VAE_CONFIG, STREAM["vae"]),
+        "text": Part("CLIPTextModel", _TEXT_CONFIG, STREAM["text"]),
+        "vision": Part("CLIPVisionModelWithProjection", _VISION_CONFIG, STREAM["vision"]),
+    },
+    "non_ema_0035000.pth": {
+        "unet": Part("UNet3D", {"downsample_padding": [2, 1]}, refiner_unet(), _REFINER_SCHEDULE),
+    },
+    "v2-1_512-ema-pruned.ckpt": {"vae": Part("AutoencoderKL", _VAE_CONFIG, refiner_vae())},
+    "open_clip_pytorch_model.bin": {"text": Part("CLIPTextModel", _TEXT_CONFIG, open_clip_text())},
+}
+# fmt: on
+"""The published files by name, and the networks in each."""
+
+
 # --------------------------------------------------------------------------------------------------------- text tokens
 
-_CURLED_QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
+_CURLED_QUOTES = str.maketrans("\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "''''\"\"\"\"")
+_WIDE_OR_JOINED = re.compile("[\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\u3000\ufb00-\ufb06\uff01-\uffef]+")
+_CONTROLS = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]")
 
 
 def clean_prompt(prompt: str) -> str:
-    """Tidy a prompt as the refiner's tokenizer does: straight quotes, HTML entities, single spaces, lower case."""
-    text = unicodedata.normalize("NFC", prompt).translate(_CURLED_QUOTES)
+    """Tidy a prompt as the refiner's tokenizer does: entities, plain quotes and letters, single spaces, lower case.
+
+    Text decoded in the wrong encoding is not repaired, which the published tokenizer tries.
+    """
+    text = prompt if "<" in prompt else html.unescape(prompt)
+    text = _WIDE_OR_JOINED.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text).translate(_CURLED_QUOTES)
+    text = unicodedata.normalize("NFC", _CONTROLS.sub("", text))
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip().lower()
 
 

@@ -50,15 +50,3 @@ def owned(plan: Sequence[Span], index: int, draw: DrawCut, cut_range: CutRange =
         stop = min(stop, plan[later].start + cut(plan, later, draw, cut_range))
         later += 1
     return range(first, max(first, stop))
-
-
-def owner(plan: Sequence[Span], frame: int, draw: DrawCut, cut_range: CutRange = "corrected") -> int:
-    """Return the index of the chunk that owns `frame`.
-
-    Raises:
-        ValueError: no chunk covers the frame.
-    """
-    for index, chunk in enumerate(plan):
-        if chunk.start <= frame < chunk.stop and frame in owned(plan, index, draw, cut_range):
-            return index
-    raise ValueError(f"no chunk covers frame {frame}")

@@ -9,7 +9,7 @@ Shapes: B batch, Fc conditioning frames, N = B*Fc, C channels.
 # mypy: disable-error-code="no-any-return, no-untyped-call"
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, Self
 
@@ -40,11 +40,7 @@ class CamConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready mapping that `from_dict` accepts."""
-        return {
-            "unet": self.unet.to_dict(),
-            "cond_embed_channels": self.cond_embed_channels,
-            "num_cond_frames": self.num_cond_frames,
-        }
+        return asdict(self)
 
 
 class PixelStack(nn.Module):
@@ -79,7 +75,11 @@ class ConditionalAttention(UNetEncoder):
 
     def embed_frames(self, frames: Tensor) -> Tensor:
         """Embed conditioning frames [B, Fc, 3, H, W] in [-1, 1] as [B, C0, Fc, h, w], once per chunk."""
-        return self.cond_embedding(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).transpose(1, 2)
+        return (
+            self.cond_embedding(frames.to(self.conv_in.weight.dtype).flatten(0, 1))
+            .unflatten(0, frames.shape[:2])
+            .transpose(1, 2)
+        )
 
     def forward(
         self, latents_first: Tensor, timestep: Tensor | float, conditioning: Conditioning, frame_embedding: Tensor

@@ -322,8 +322,11 @@ class UNetEncoder(nn.Module):
             raise ConfigError(f"pooled text: {given}, the network wants width {config.pooled_text_dim}")
         if text.tokens.shape[-1] != config.cross_attention_dim:
             raise ConfigError(f"text of width {text.tokens.shape[-1]}, the network wants {config.cross_attention_dim}")
-        contexts = ((layer, layer.context(text.tokens, image_tokens)) for _, layer in self.text_attentions())
-        return Conditioning(tuple(layer.keys_values(context) for layer, context in contexts), text.pooled)
+        dtype = self.conv_in.weight.dtype
+        tokens = text.tokens.to(dtype)
+        image_tokens, pooled = (None if given is None else given.to(dtype) for given in (image_tokens, text.pooled))
+        contexts = ((layer, layer.context(tokens, image_tokens)) for _, layer in self.text_attentions())
+        return Conditioning(tuple(layer.keys_values(context) for layer, context in contexts), pooled)
 
     def begin(
         self, frames: int, batch: int, timestep: Tensor | float, conditioning: Conditioning, temporal: bool
@@ -341,7 +344,7 @@ class UNetEncoder(nn.Module):
 
     def enter(self, latents: Tensor, step: Step) -> Tensor:
         """Bring latents [B, C, F, h, w] into the network: [N, C0, h, w]."""
-        x = self.conv_in(latents.transpose(1, 2).flatten(0, 1))
+        x = self.conv_in(latents.to(self.conv_in.weight.dtype).transpose(1, 2).flatten(0, 1))
         if self.transformer_in is not None and step.temporal:
             x = self.transformer_in(x, step.frames, step.pooled)
         return x
@@ -394,15 +397,15 @@ class UNet3D(UNetEncoder):
         """Predict noise, velocity or clean latents, whichever the network was trained for.
 
         Args:
-            latents: noisy latents [B, C, F, h, w]; any F >= 1. With `downsample_padding` (2, 1) only some sizes fit,
-                see `refiner.legal_canvas`.
+            latents: noisy latents [B, C, F, h, w], any F >= 1, any precision: the network computes in its own. With
+                `downsample_padding` (2, 1) only some sizes fit, see `refiner.legal_canvas`.
             timestep: training index 0..999, one or one per batch item.
             conditioning: result of `prepare`; its batch divides B.
             cam: features of the conditioning frames; None switches CAM off.
             temporal: False skips every temporal layer, so that frames are unrelated images.
 
         Returns:
-            The prediction [B, C, F, h, w].
+            The prediction [B, C, F, h, w], in the precision of `latents`.
         """
         batch, _, frames, height, width = latents.shape
         if not self.config.accepts(height, width):
@@ -415,7 +418,7 @@ class UNet3D(UNetEncoder):
         for level in self.up_blocks:
             x = level(x, skips, step)
         x = self.conv_out(F.silu(self.conv_norm_out(x)))  # [N, C, h, w]
-        return x.unflatten(0, (batch, frames)).transpose(1, 2)
+        return x.unflatten(0, (batch, frames)).transpose(1, 2).to(latents.dtype)
 
     def merge(self, skips: list[Tensor], x: Tensor, frames: int, cam: CamFeatures) -> tuple[list[Tensor], Tensor]:
         """Let every skip and the middle attend to CAM's features at the same place; the way down never sees CAM."""

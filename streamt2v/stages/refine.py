@@ -19,6 +19,7 @@ from streamt2v.config import Blending, RefineConfig
 from streamt2v.diffusion import blend, guidance, solvers
 from streamt2v.diffusion.noise import Draws
 from streamt2v.diffusion.schedules import NoiseSchedule, sdedit_grid
+from streamt2v.errors import ConfigError
 from streamt2v.models.unet3d import UNet3D
 from streamt2v.stages.denoise import Branches
 
@@ -108,6 +109,10 @@ class Refiner:
         self.plan, self.frames = _slots(plan, settings.blending)
         self.state = state or RefineState(steps_done=[0] * len(plan))
         self.timesteps, self.rho = sdedit_grid(denoiser.schedule, settings.noise_level, settings.num_inference_steps)
+        if not torch.isfinite(self.rho[0]):
+            raise ConfigError(
+                f"refine.noise_level {settings.noise_level} leaves nothing of the video", "use a lower one"
+            )
 
     def run(self) -> Iterator[Tensor]:
         """Yield the final latents [n, C, h, w] of one group of frames after the other, in order.
@@ -193,9 +198,8 @@ class Refiner:
         def draw_cut(low: int, high: int, index: int) -> int:
             return self.draws.integer("refine.cut", (index, step), low, high)
 
-        for slot, clean in zip(slots, estimate, strict=True):
-            if blend.owner(self.plan, slot, draw_cut, cut_range=self.settings.cut_range) == chunk.index:
-                self.state.pending[slot] = clean
+        for slot in blend.owned(self.plan, chunk.index, draw_cut, self.settings.cut_range):
+            self.state.pending[slot] = estimate[slot - chunk.start]
         self.state.steps_done[chunk.index] += 1
         for slot in slots:
             if self._level(slot) > step:

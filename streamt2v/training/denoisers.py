@@ -94,20 +94,20 @@ def video_loss(
 
 
 def refiner_loss(
-    unet: UNet3D, source: ClipSource, text: TextSource, generator: torch.Generator, batch: int = 2, top: int = 650
+    unet: UNet3D, source: ClipSource, text: TextSource, generator: torch.Generator, batch: int = 2, top: int = 450
 ) -> Tensor:
     """Loss of the refiner below the SDEdit start, on windows that hold a sharp and a poor version.
 
-    The noisy input is made of the sharp latents moved part of the way to the poor ones, more so at high noise; the
+    The noisy input is made of the sharp latents moved part of the way to the poor ones, less so where little noise is left; the
     target is always the sharp ones. So the refiner learns to repair, not only to keep, what SDEdit gives it.
     """
     schedule = NoiseSchedule(DEMO_SCHEDULE)
     clips, _ = source.draw(batch)
     sharp, poor = clips.latents.chunk(2, dim=1)
     timesteps = draw_timesteps(batch, generator, top=top).to(clips.latents.device)
-    share = torch.rand(batch, generator=generator).mul(1.6).clamp(max=1).to(timesteps.device) * (
-        (timesteps - 120) / 300
-    ).clamp(0, 1)
+    share = torch.rand(batch, generator=generator).mul(1.6).clamp(max=1).to(timesteps.device) * (timesteps / 150).clamp(
+        0, 1
+    )
     mixed = sharp + share.view(-1, 1, 1, 1, 1) * (poor - sharp)
     noise = normal_like(sharp, generator)
     noisy = schedule.add_noise(mixed, noise, timesteps)

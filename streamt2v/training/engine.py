@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from streamt2v.errors import ConfigError, NumericsError
 from streamt2v.training.optimizer import Muon
@@ -83,6 +83,23 @@ def rate_factor(step: int, progress: float, warm_up: int = 30) -> float:
     return min(1.0, (step + 1) / warm_up) * min(1.0, max(0.02, (1 - progress) / 0.6))
 
 
+def _workers() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _share_gradients(parameters: list[nn.Parameter]) -> None:
+    """Average the gradients over all processes of the group, as one message."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    flat /= _workers()
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
 def run(
     job: Job,
     out: Path,
@@ -92,6 +109,9 @@ def run(
     report_minutes: float = 4.0,
 ) -> dict[str, float]:
     """Train a job for some minutes or steps, whichever ends first.
+
+    In a process group of torch.distributed (one thread each: two threads in one process are slower) gradients are
+    averaged, and the first process saves and reports.
 
     Args:
         job: what to train.
@@ -117,10 +137,15 @@ def run(
     average = Average(job.trained, job.average)
     start = last_report = time.monotonic()
     step, smooth, first = 0, 0.0, 0.0
+    first_worker = _workers() == 1 or distributed.get_rank() == 0
     while True:
         now = time.monotonic()
         by_time = (now - start) / (60 * minutes) if minutes else 0.0
         progress = max(by_time, step / steps if steps else 0.0)
+        if _workers() > 1:  # all processes must stop at the same step
+            latest = torch.tensor(progress)
+            distributed.all_reduce(latest, op=distributed.ReduceOp.MAX)
+            progress = float(latest)
         if progress >= 1:
             break
         for group in optimizer.param_groups:
@@ -129,6 +154,8 @@ def run(
             loss = job.loss(progress)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        if _workers() > 1:
+            _share_gradients(job.trained)
         nn.utils.clip_grad_norm_(job.trained, 1.0)
         optimizer.step()
         average.update()
@@ -140,7 +167,7 @@ def run(
         step += 1
         if step in (20, 100):
             log(f"step {step}  {now - start:.0f} s  loss {smooth:.4f}")
-        if now - last_report > 60 * report_minutes:
+        if now - last_report > 60 * report_minutes and first_worker:
             last_report = now
             with average.swapped():
                 job.save(out)

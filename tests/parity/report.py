@@ -1,6 +1,7 @@
 """Collects the error of every recorded quantity and says per file which was worst."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -45,6 +46,13 @@ class Report:
         """Note whether two plain values are equal."""
         self.errors.setdefault(file, {})[quantity] = (0.0 if found == expected else math.inf, EXACT)
 
+    def attempt(self, file: str, check: Callable[[], None]) -> None:
+        """Run the check of one file; whatever stops it is a problem of that file, and the others are still checked."""
+        try:
+            check()
+        except Exception as error:
+            self.problem(file, f"{type(error).__name__}: {error}")
+
     def problem(self, file: str, what: str) -> None:
         """Note that a file, or part of it, could not be checked."""
         self.problems.append(f"{file}: {what}")
@@ -72,7 +80,7 @@ class Report:
         """Return one line per file, then notes, failures and problems, and the summary last."""
         lines = []
         for file, quantities in self.errors.items():
-            quantity, (error, tolerance) = max(quantities.items(), key=lambda item: _share(*item[1]))
+            quantity, (error, tolerance) = max(quantities.items(), key=lambda item: _badness(*item[1]))
             lines.append(f"{file:28} {len(quantities):4} quantities, worst {error:9.3g} of {tolerance:g}: {quantity}")
         lines += [f"note     {text}" for text in self.notes]
         lines += [f"FAILED   {text}" for text in self.failures]
@@ -86,5 +94,5 @@ class Report:
         ]
 
 
-def _share(error: float, tolerance: float) -> float:
-    return error / tolerance if tolerance else (math.inf if error else 0.0)
+def _badness(error: float, tolerance: float) -> tuple[bool, float]:
+    return error > tolerance, error

@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +37,27 @@ def recognises(folder: Path) -> bool:
 def check(folder: Path) -> Report:
     """Check every file of the folder."""
     report = Report()
-    setting = load(folder)
+    try:
+        setting = load(folder)
+    except Exception as error:
+        report.problem("weights", f"{type(error).__name__}: {error}")
+        return report
     kinds = {"components": components, "pipeline": pipeline, "loop": loop, "clip_preprocess": preprocessing}
     for path in sorted(folder.glob("*.safetensors")):
         kind = next((run for name, run in kinds.items() if path.stem.startswith(name)), None)
         if kind is not None:
-            with torch.inference_mode():
-                kind(report, path.stem, load_file(path), setting)
+            report.attempt(path.stem, partial(check_file, report, path, kind, setting))
         elif not path.stem.startswith("weights_"):
             report.note(path.name, "not a file this check knows")
     for name in kinds:
         if not any(folder.glob(f"{name}*.safetensors")):
             report.note(name, "not in this folder")
     return report
+
+
+def check_file(report: Report, path: Path, kind: "Kind", setting: "Setting") -> None:
+    with torch.inference_mode():
+        kind(report, path.stem, load_file(path), setting)
 
 
 # ------------------------------------------------------------------------------------------------------- the networks
@@ -132,7 +141,7 @@ def map_prefix(key_map: convert.KeyMap, state: Tensors) -> list[str]:
 def schedule_config(facts: Mapping[str, Any]) -> ScheduleConfig:
     """Read the scheduler's facts; what this package has no counterpart for is refused."""
     if facts.get("clip_sample") or facts.get("trained_betas") is not None:
-        raise SystemExit("the folder's scheduler clips samples or has trained betas, which is not supported")
+        raise ValueError("the folder's scheduler clips samples or has trained betas, which is not supported")
     return ScheduleConfig(
         kind=facts["beta_schedule"],
         beta_start=facts["beta_start"],
@@ -181,6 +190,8 @@ def image_encoder(sizes: Mapping[str, Any], facts: Mapping[str, Any], state: Ten
 
 
 # ----------------------------------------------------------------------------------------------------------- the files
+
+Kind = Callable[[Report, str, Tensors, Setting], None]
 
 
 def preprocessing(report: Report, file: str, tensors: Tensors, setting: Setting) -> None:

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from streamt2v import convert
+from streamt2v.diffusion.schedules import REFINER_SCHEDULE, ScheduleConfig
 from streamt2v.errors import WeightsError
+from streamt2v.models.apm import AppearanceTokens
+from streamt2v.models.cam import CamConfig, ConditionalAttention
 from streamt2v.models.unet3d import UNet3D, UNet3DConfig
 from tests.parity import official
 
@@ -40,7 +43,7 @@ def shapes(build: Callable[[], nn.Module]) -> dict[str, torch.Size]:
             "num_res_blocks": 2,
         },
         {"dim": 32, "context_dim": 16, "dim_mult": [1, 2], "num_heads": 2, "head_dim": 8, "num_res_blocks": 3},
-        {"dim": 32, "context_dim": 8, "dim_mult": [2, 1, 1, 1, 2], "num_heads": 1, "head_dim": 32, "num_res_blocks": 1},
+        {"dim": 32, "context_dim": 8, "dim_mult": [1, 1, 2, 1, 2], "num_heads": 1, "head_dim": 32, "num_res_blocks": 1},
     ],
 )
 def test_the_refiner_maps_one_to_one_at_any_size(sizes: dict[str, Any]) -> None:
@@ -126,6 +129,36 @@ def test_the_published_image_tower_is_complete() -> None:
 
 
 @pytest.mark.parametrize(
+    ("file", "part", "values"),
+    [
+        ("streaming_t2v.ckpt", "unet", 1_480_478_804),
+        ("streaming_t2v.ckpt", "cam", 621_981_664),
+        ("streaming_t2v.ckpt", "apm", 22_299_904),
+        ("streaming_t2v.ckpt", "vae", 83_653_863),
+        ("streaming_t2v.ckpt", "text", 340_387_840),
+        ("streaming_t2v.ckpt", "vision", 632_076_800),
+        ("non_ema_0035000.pth", "unet", 1_411_233_860),
+        ("v2-1_512-ema-pruned.ckpt", "vae", 83_653_863),
+        ("open_clip_pytorch_model.bin", "text", 340_387_840),
+    ],
+)
+def test_the_published_networks_have_their_published_sizes(file: str, part: str, values: int) -> None:
+    found = convert.CHECKPOINTS[file][part]
+    config = {key: tuple(value) if isinstance(value, list) else value for key, value in found.config.items()}
+    builders: dict[str, Callable[[], nn.Module]] = {
+        "UNet3D": lambda: UNet3D(UNet3DConfig.from_dict(config)),
+        "ConditionalAttention": lambda: ConditionalAttention(CamConfig.from_dict(config)),
+        "AppearanceTokens": lambda: AppearanceTokens(**config),
+        "AutoencoderKL": lambda: AutoencoderKL(**config),
+        "CLIPTextModel": lambda: CLIPTextModel(CLIPTextConfig(**config)),
+        "CLIPVisionModelWithProjection": lambda: CLIPVisionModelWithProjection(CLIPVisionConfig(**config)),
+    }
+    assert sum(shape.numel() for shape in shapes(builders[found.network]).values()) == values
+    if found.schedule is not None:
+        assert ScheduleConfig.from_dict(found.schedule) == (REFINER_SCHEDULE if "ema" in file else ScheduleConfig())
+
+
+@pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda state: state.update({"resampler.extra": torch.empty(1)}), "unknown key 'resampler.extra'"),
@@ -169,3 +202,4 @@ def test_a_checkpoint_is_unwrapped_without_its_optimizer() -> None:
 def test_prompts_are_tidied_before_they_become_tokens() -> None:
     assert convert.clean_prompt("  A \u201csmart\u201d\n caf\u00e9 &amp;amp; bar ") == 'a "smart" caf\u00e9 & bar'
     assert convert.clean_prompt(html.escape("<b>")) == "<b>"
+    assert convert.clean_prompt("&ldquo;\uff28\ufb01&rdquo;\x00") == '"hfi"'

@@ -40,7 +40,7 @@ def vae() -> AutoencoderKL:
 def tokenizer(texts: list[str], max_length: int, **named: Any) -> SimpleNamespace:
     """Letters as numbers, padded: stands in for a library tokenizer."""
     assert named == {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-    rows = [[1, *(3 + ord(c) % 17 for c in text)][: max_length - 1] + [2] for text in texts]
+    rows = [[1, *(3 + ord(letter) % 17 for letter in text[: max_length - 2]), 2] for text in texts]
     return SimpleNamespace(input_ids=torch.tensor([row + [0] * (max_length - len(row)) for row in rows]))
 
 

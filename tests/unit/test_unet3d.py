@@ -166,6 +166,19 @@ def test_work_in_pieces_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     close(unet(latents, 500, conditioning), whole)
 
 
+@torch.no_grad()
+def test_latents_keep_their_precision_when_the_network_has_less() -> None:
+    unet, context = UNet3D(WHOLE).eval(), text()
+    randomise(unet)
+    latents, tokens, features = torch.randn(2, 4, 3, 8, 12), torch.randn(2, 3, 24), cam_features(WHOLE)
+    exact = unet(latents, 500, unet.prepare(context, tokens), features)
+    unet.bfloat16()
+    narrow = CamFeatures(tuple(feature.bfloat16() for feature in features.down), features.mid.bfloat16())
+    found = unet(latents, 500, unet.prepare(context, tokens), narrow)
+    assert found.dtype == torch.float32
+    assert float((found - exact).norm() / exact.norm()) < 0.05
+
+
 def test_gradients_reach_every_trainable_part() -> None:
     unet = UNet3D(WHOLE)
     randomise(unet)
