@@ -28,25 +28,13 @@ import torch
 from streamt2v import config, jobs, pipeline, video
 from streamt2v.chunks import Chunk, refinement_plan, seams, streaming_plan
 from streamt2v.frames import Frames, to_float
+from streamt2v.progress import Progress
 from streamt2v.training.judge import load_judge, verdict
 from streamt2v.training.world import ATTRIBUTES
 
 ROOT = Path(__file__).parents[1]
 STREAM_VARIANTS = {"full": {}, "no CAM": {"stream.cam": False}, "no APM": {"stream.apm": False}}
 REFINE_VARIANTS = ("randomized", "shared", "independent")
-
-
-class Silent:
-    """A report that says nothing."""
-
-    def start(self, stage: str, total_frames: int, done: int = 0) -> None:
-        """Ignore."""
-
-    def advance(self, stage: str, done: int, chunk: int, num_chunks: int) -> None:
-        """Ignore."""
-
-    def note(self, text: str) -> None:
-        """Ignore."""
 
 
 def prompts(count: int, seed: int) -> list[tuple[str, list[int]]]:
@@ -68,8 +56,7 @@ def make(settings: dict[str, Any], source: Path | None = None) -> Frames:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out.mp4"
         command = "generate" if source is None else "refine"
-        native = source is None
-        pipeline.run(jobs.Job(command, built, output, source=source, native_size=native), Silent())
+        pipeline.run(jobs.Job(command, built, output, source=source), Progress(quiet=True))
         return np.concatenate(list(video.read_frames(output)))
 
 
@@ -121,7 +108,14 @@ def interval(pairs: list[float], seed: int = 0) -> tuple[float, float]:
 def measure(prompt: str, asked: list[int], seed: int, frames: int, refine: bool) -> dict[str, Any]:
     """Run all variants of one prompt."""
     stream_plan = streaming_plan(frames, 16, 8)
-    base = {"prompt": prompt, "seed": seed, "num_frames": frames, "refine.enabled": False}
+    base = {
+        "prompt": prompt,
+        "seed": seed,
+        "num_frames": frames,
+        "refine.enabled": False,
+        "output.width": 0,
+        "output.height": 0,
+    }
     row: dict[str, Any] = {"prompt": prompt, "seed": seed}
     full: Frames | None = None
     for name, change in STREAM_VARIANTS.items():

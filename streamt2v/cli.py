@@ -6,17 +6,17 @@ import os
 import signal
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from streamt2v import __version__, config, jobs, options, planning, weights
-from streamt2v.errors import ConfigError, Interrupted, StreamT2VError, WeightsError
+from streamt2v.errors import ConfigError, Interrupted, MemoryLimitError, StreamT2VError, WeightsError
 from streamt2v.progress import Progress
 
 app = typer.Typer(
@@ -36,6 +36,15 @@ app.add_typer(weights_app, name="weights")
 
 def _say(text: str) -> None:
     print(plain(text), file=sys.stderr, flush=True)
+
+
+def _emit(text: str) -> None:
+    """Print a result; when the reader of our output went away there is nobody to tell."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(141) from None
 
 
 def plain(text: str) -> str:
@@ -89,17 +98,18 @@ def generate(
 
     [b]streamt2v generate "a blue star drifting left" --image start.png --frames 48[/b]
     """
-    if prompt == "-":
-        prompt = sys.stdin.read().strip()
+    if resume and output is None:
+        raise ConfigError("--resume needs to know which output", "name it with -o")
     resolved = options.resolve(
-        model, preset, quality, config_file, settings, size, output if resume else None, prompt=prompt, frames=frames,
+        model, preset, quality, config_file, settings, size, output if resume else None,
+        prompt=options.read_prompt(prompt), frames=frames,
         seed=seed, fps=fps, fit=fit, refine=False if no_refine else None, negative=negative,
         image=str(image) if image else None, steps=steps, guidance=guidance, refine_steps=refine_steps, chunk=chunk,
         overlap=overlap,
     )  # fmt: skip
     job = jobs.Job(
-        "generate", resolved, output or default_output(prompt, resolved.seed), None, device, threads, resume, overwrite,
-        keep_run, preview, native_size=size is None and not resolved.refine.enabled,
+        "generate", resolved, output or default_output(resolved.prompt, resolved.seed), None, device, threads, resume,
+        overwrite, keep_run, preview,
     )  # fmt: skip
     _run(job, json_output, quiet, verbose)
 
@@ -143,16 +153,14 @@ def refine(
 
     [b]streamt2v refine ball.mp4 --prompt "a red ball over the sea" --refine-steps 8 -o better.mp4[/b]
     """
-    found = jobs.inspect_source(source)
+    output = output or source.with_name(f"{source.stem}_refined.mp4")
     resolved = options.resolve(
-        model, preset, quality, config_file, settings, size, output if resume else None,
-        prompt=found.prompt if prompt is None else prompt, frames=found.frames, seed=seed,
-        fps=found.fps if fps is None else fps, fit=fit, negative=negative, refine_guidance=guidance,
+        model, preset, quality, config_file, settings, size, output if resume else None, jobs.inspect_source(source),
+        prompt=prompt, seed=seed, fps=fps, fit=fit, negative=negative, refine_guidance=guidance,
         refine_steps=refine_steps, chunk=chunk, overlap=overlap,
     )  # fmt: skip
     job = jobs.Job(
-        "refine", resolved, output or source.with_name(f"{source.stem}_refined.mp4"), source, device, threads, resume,
-        overwrite, keep_run, preview,
+        "refine", resolved, output, source, device, threads, resume, overwrite, keep_run, preview
     )  # fmt: skip
     _run(job, json_output, quiet, verbose)
 
@@ -169,7 +177,7 @@ def _run(job: jobs.Job, json_output: bool, quiet: bool, verbose: bool) -> None:
         from streamt2v import pipeline
 
         result = pipeline.run(job, progress)
-    print(json.dumps(result.as_dict(), ensure_ascii=False) if json_output else result.output)
+    _emit(json.dumps(result.as_dict(), ensure_ascii=False) if json_output else result.output)
 
 
 @contextmanager
@@ -194,6 +202,10 @@ def plan(
     size: options.Size = None,
     no_refine: options.NoRefine = False,
     quality: options.QualityOption = None,
+    steps: options.Steps = None,
+    refine_steps: options.RefineSteps = None,
+    chunk: options.Chunk = None,
+    overlap: options.Overlap = None,
     preset: options.Preset = None,
     config_file: options.ConfigFile = None,
     settings: options.Settings = None,
@@ -204,11 +216,12 @@ def plan(
     [b]streamt2v plan "a red ball over the sea" --frames 1200[/b]
     """
     resolved = options.resolve(
-        model, preset, quality, config_file, settings, size, prompt=prompt, frames=frames,
+        model, preset, quality, config_file, settings, size, prompt=options.read_prompt(prompt),
+        frames=frames, steps=steps, refine_steps=refine_steps, chunk=chunk, overlap=overlap,
         refine=False if no_refine else None,
     )  # fmt: skip
     report = planning.plan(resolved)
-    print(json.dumps(report.as_dict()) if json_output else report.as_text())
+    _emit(json.dumps(report.as_dict()) if json_output else report.as_text())
 
 
 @app.command()
@@ -222,10 +235,10 @@ def info(
     """
     facts = jobs.describe_video(video)
     if json_output:
-        print(json.dumps(facts, ensure_ascii=False))
+        _emit(json.dumps(facts, ensure_ascii=False))
         return
     for key, value in config.flatten(facts).items():
-        print(plain(f"{key} = {value}"))
+        _emit(plain(f"{key} = {value}"))
 
 
 @app.command()
@@ -240,12 +253,12 @@ def doctor(json_output: options.Json = False) -> None:
 
     results = checks()
     if json_output:
-        print(json.dumps([dataclasses.asdict(result) for result in results]))
+        _emit(json.dumps([dataclasses.asdict(result) for result in results]))
     else:
         for result in results:
-            print(f"{'ok ' if result.ok else 'BAD'} {result.name}: {result.found}")
+            _emit(f"{'ok ' if result.ok else 'BAD'} {result.name}: {result.found}")
             if not result.ok:
-                print(f"    -> {result.advice}")
+                _emit(f"    -> {result.advice}")
     if not all(result.ok for result in results):
         raise typer.Exit(WeightsError.exit_code)
 
@@ -267,10 +280,10 @@ def weights_list(json_output: options.Json = False) -> None:
         for family in weights.families().values()
     ]
     if json_output:
-        print(json.dumps(rows))
+        _emit(json.dumps(rows))
         return
     for row in rows:
-        print("{name:<14} {state:<8} {megabytes:>8} MB  {licence:<12} {title}".format(**row))
+        _emit("{name:<14} {state:<8} {megabytes:>8} MB  {licence:<12} {title}".format(**row))
 
 
 @weights_app.command("verify")
@@ -282,7 +295,7 @@ def weights_verify(model: options.Model = None) -> None:
     chosen = [weights.family(model)] if model else list(weights.families().values())
     for family in chosen:
         weights.verify(family)
-        print(f"{family.name}: {len(family.files)} files, all as recorded")
+        _emit(f"{family.name}: {len(family.files)} files, all as recorded")
 
 
 @app.command()
@@ -298,7 +311,6 @@ def train(
     ] = None,
     device: options.DeviceOption = "auto",
     seed: Annotated[int, typer.Option("--seed", help="Seed of data and initial weights.")] = 0,
-    threads: options.Threads = None,
 ) -> None:
     """Train one part of the demo family on the procedural world.
 
@@ -309,7 +321,6 @@ def train(
     from streamt2v import devices
     from streamt2v.training import loop
 
-    devices.set_threads(threads)
     with _terminable():
         loop.train(
             part, minutes=minutes, steps=steps, out=out, device=devices.resolve(device).name, seed=seed,
@@ -333,38 +344,22 @@ def root(
     """Long videos from text on your own machine."""
 
 
-def _report(error: StreamT2VError) -> None:
-    _say(f"error: {error.message}")
-    if error.hint:
-        _say(f"  {error.hint}")
-
-
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line and exit with the code of design's table."""
+    """Run the command line and exit with the code that the error, if any, stands for."""
     argv = sys.argv[1:] if arguments is None else arguments
-    sys.exit(_guarded(lambda: app(argv, standalone_mode=True), "--debug" in argv))
-
-
-def _guarded(call: Callable[[], Any], debug: bool) -> int:
+    debug = "--debug" in argv
     try:
-        call()
+        app([argument for argument in argv if argument != "--debug"])
     except StreamT2VError as error:
         if debug:
             raise
-        _report(error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        _say("interrupted")
-        return 130
-    except BrokenPipeError:
-        # The reader of our output went away: nothing to say, and nobody to say it to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        _say(error.message if isinstance(error, Interrupted) else f"error: {error.message}")
+        if error.hint:
+            _say(f"  {error.hint}")
+        sys.exit(error.exit_code)
     except MemoryError:
         if debug:
             raise
-        _report(StreamT2VError("out of memory", "try a smaller --size or --chunk"))
-        return 6
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
-    return 0
+        _say("error: out of memory\n  try a smaller --size or --chunk")
+        sys.exit(MemoryLimitError.exit_code)
+    sys.exit(0)

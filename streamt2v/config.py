@@ -79,6 +79,7 @@ class RefineConfig:
     stochastic: bool = _value(True, "DPM-Solver++ as SDE (fresh noise at every step) or as ODE")
     blending: Blending = _value("randomized", "randomized blending, shared noise only, or independent chunks")
     cut_range: Variant = _value("corrected", "published: cut in 0..overlap-1; corrected: 0..overlap, as in the paper")
+    posterior: Variant = _value("corrected", "published: encode to a sample of the posterior; corrected: to its mean")
     start_scale: Variant = _value(
         "corrected", "published: starts at sigma times the trained input scale; corrected: at the trained one"
     )
@@ -89,8 +90,8 @@ class RefineConfig:
 class OutputConfig:
     """The written video."""
 
-    width: int = _value(1280, "box width, pixels", 16, 16384)
-    height: int = _value(720, "box height, pixels", 16, 16384)
+    width: int = _value(1280, "box width, pixels; 0: the base video's own", 0, 16384)
+    height: int = _value(720, "box height, pixels; 0: the base video's own", 0, 16384)
     fit: Fit = _value("contain", "contain keeps the aspect ratio, cover crops, pad adds borders")
     fps: float = _value(8.0, "frames per second", 0.01, 1000)
     crf: int = _value(18, "H.264 quality: lower is better and larger", 0, 51)

@@ -1,10 +1,6 @@
-"""The device a run computes on: its name, its number format, its memory. No other file decides any of these.
+"""The device a run computes on: its name, its threads, its memory. No other file decides any of these.
 
-| device | format | why |
-|---|---|---|
-| cpu | float32 | half precision is emulated there (bfloat16 matrix products took 2.6 times as long) |
-| cuda | float16 | what the published weights are stored in and were run in; bfloat16 on request |
-| mps | float32 | half precision was never compared there |
+Networks compute in float32 everywhere so far.
 
 Torch is imported when a device is resolved, not with this module.
 """
@@ -21,17 +17,14 @@ from typing import TYPE_CHECKING
 from streamt2v.errors import ConfigError
 
 if TYPE_CHECKING:
-    import torch
-
-FORMATS = ("float32", "float16", "bfloat16")
+    pass
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device that is there: `name` as torch spells it ("cpu", "cuda:0", "mps") and the number format for it."""
+    """A device that is there, `name` as torch spells it: "cpu", "cuda:0", "mps"."""
 
     name: str
-    dtype: torch.dtype
 
     @property
     def kind(self) -> str:
@@ -39,12 +32,11 @@ class Device:
         return self.name.partition(":")[0]
 
 
-def resolve(name: str = "auto", number_format: str = "auto") -> Device:
+def resolve(name: str = "auto") -> Device:
     """Find a device by name.
 
     Args:
         name: "auto" (the first CUDA device, else MPS, else the CPU), "cpu", "cuda", "cuda:N" or "mps".
-        number_format: "auto" (the table above), "float32", "float16" or "bfloat16".
 
     Raises:
         ConfigError: the name means nothing, or this machine has no such device.
@@ -65,28 +57,17 @@ def resolve(name: str = "auto", number_format: str = "auto") -> Device:
             why = "" if torch.version.cuda or torch.version.hip else "; the installed torch is a CPU build"
             found = f"{count} CUDA device{'s' if count != 1 else ''}"
             raise ConfigError(f"{name!r} is not there: torch finds {found}{why}", "use --device cpu, or auto")
-    return Device(f"cuda:{int(index or 0)}" if kind == "cuda" else kind, _dtype(kind, number_format))
-
-
-def _dtype(kind: str, number_format: str) -> torch.dtype:
-    import torch
-
-    if number_format == "auto":
-        return torch.float16 if kind == "cuda" else torch.float32
-    if number_format not in FORMATS:
-        raise ConfigError(f"{number_format!r} is no number format", f"formats are auto, {', '.join(FORMATS)}")
-    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[number_format]
+    return Device(f"cuda:{int(index or 0)}" if kind == "cuda" else kind)
 
 
 def describe(device: Device) -> str:
     """One line for people: the device, its size and its number format."""
     import torch
 
-    form = str(device.dtype).removeprefix("torch.")
     if device.kind == "cuda":
         facts = torch.cuda.get_device_properties(device.name)
-        return f"{facts.name} ({device.name}), {facts.total_memory / 2**30:.0f} GiB, {form}"
-    return f"{device.name}, {usable_cpus()} cores, {free_memory() / 2**30:.1f} GiB free, {form}"
+        return f"{facts.name} ({device.name}), {facts.total_memory / 2**30:.0f} GiB"
+    return f"{device.name}, {usable_cpus()} cores, {free_memory() / 2**30:.1f} GiB free"
 
 
 def usable_cpus() -> int:

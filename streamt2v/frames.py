@@ -6,6 +6,7 @@ iterator of uint8 arrays of any lengths: the one thing that crosses stages.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -20,7 +21,6 @@ from streamt2v.errors import ConfigError, NumericsError, VideoError
 
 Frames: TypeAlias = npt.NDArray[np.uint8]
 FitMode: TypeAlias = Literal["contain", "cover", "pad"]
-Fill: TypeAlias = Literal["edge", "black"]
 
 
 def to_float(frames: Frames, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
@@ -116,58 +116,34 @@ def fit_into(source: tuple[int, int], box: tuple[int, int], mode: FitMode = "con
     raise ConfigError(f"unknown fit {mode!r}", "use contain, cover or pad")
 
 
-def apply_fit(frames: Tensor, fit: Fit, fill: Fill = "black") -> Tensor:
-    """Scale, crop and pad float frames [F,3,h,w] into the output [F,3,fit.height,fit.width] of a plan."""
+def apply_fit(frames: Tensor, fit: Fit) -> Tensor:
+    """Scale, crop and pad with black float frames [F,3,h,w] into the output [F,3,fit.height,fit.width] of a plan."""
     content = resize(frames, (fit.content_height, fit.content_width))
     top, left = max(0, -fit.top), max(0, -fit.left)
     content = content[..., top : top + fit.height, left : left + fit.width]
-    return _pad(content, (fit.height, fit.width), max(0, fit.top), max(0, fit.left), fill)
+    amounts = _margins(content, (fit.height, fit.width), max(0, fit.top), max(0, fit.left))
+    return functional.pad(content, amounts, value=-1.0)
 
 
-@dataclass(frozen=True)
-class Box:
-    """A rectangle inside a canvas, in pixels."""
+def letterbox(frames: Tensor, canvas: tuple[int, int]) -> Tensor:
+    """Place float frames [F,3,h,w] in the middle of a canvas [F,3,H,W] of at least their size, repeating their edges.
 
-    top: int
-    left: int
-    height: int
-    width: int
-
-
-def letterbox(frames: Tensor, canvas: tuple[int, int], fill: Fill = "edge", align: int = 1) -> tuple[Tensor, Box]:
-    """Place float frames [F,3,h,w] in the middle of a canvas [F,3,H,W]; `crop` with the box is the exact inverse.
-
-    Replicating the edge keeps the statistics of the picture, where black bars pull a network's colours at the border.
-
-    Args:
-        frames: [F,3,h,w] in [-1,1].
-        canvas: (H, W) in pixels, not smaller than the frames.
-        fill: edge replicates the border pixels, black is -1.
-        align: the offsets are multiples of this, so that the box can be cut out of a latent grid too.
-
-    Raises:
-        ConfigError: the canvas is smaller than the frames.
+    Black bars would pull a network's colours and statistics; repeated edges do not.
     """
     height, width = frames.shape[-2:]
-    if canvas[0] < height or canvas[1] < width:
-        raise ConfigError(f"frames of {width}x{height} do not fit a canvas of {canvas[1]}x{canvas[0]}")
-    top, left = (canvas[0] - height) // 2 // align * align, (canvas[1] - width) // 2 // align * align
-    return _pad(frames, canvas, top, left, fill), Box(top, left, height, width)
+    top, left = (canvas[0] - height) // 2, (canvas[1] - width) // 2
+    return functional.pad(frames, _margins(frames, canvas, top, left), mode="replicate")
 
 
-def crop(frames: Tensor, box: Box) -> Tensor:
-    """Cut a box out of float frames [F,3,H,W]: the exact inverse of `letterbox`."""
-    return frames[..., box.top : box.top + box.height, box.left : box.left + box.width]
+def unletterbox(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """Cut the middle of `size` (h, w) out of a canvas [F,3,H,W]: the exact inverse of `letterbox`."""
+    top, left = (frames.shape[-2] - size[0]) // 2, (frames.shape[-1] - size[1]) // 2
+    return frames[..., top : top + size[0], left : left + size[1]]
 
 
-def _pad(frames: Tensor, canvas: tuple[int, int], top: int, left: int, fill: Fill) -> Tensor:
+def _margins(frames: Tensor, canvas: tuple[int, int], top: int, left: int) -> tuple[int, int, int, int]:
     height, width = frames.shape[-2:]
-    amounts = (left, canvas[1] - width - left, top, canvas[0] - height - top)
-    if not any(amounts):
-        return frames
-    if fill == "edge":
-        return functional.pad(frames, amounts, mode="replicate")
-    return functional.pad(frames, amounts, value=-1.0)
+    return left, canvas[1] - width - left, top, canvas[0] - height - top
 
 
 class Reader:
@@ -200,22 +176,10 @@ def skip(source: Iterator[Frames], count: int) -> Iterator[Frames]:
         count = max(0, count - len(part))
 
 
-def contact_sheet(frames: Frames, columns: int = 0, gap: int = 4, background: int = 24) -> Frames:
-    """Lay frames out row by row on one picture.
-
-    Args:
-        frames: [F,H,W,3].
-        columns: pictures in a row; 0 makes the sheet about as many rows as columns.
-        gap: pixels between pictures and around them.
-        background: grey level of the gaps, 0-255.
-
-    Returns:
-        uint8 image [rows * (H + gap) + gap, columns * (W + gap) + gap, 3].
-    """
+def contact_sheet(frames: Frames, gap: int = 4, background: int = 24) -> Frames:
+    """Lay frames [F,H,W,3] out row by row on one picture, about as many rows as columns, gaps of grey between them."""
     count, height, width, _ = frames.shape
-    if count < 1:
-        raise ConfigError("a contact sheet needs at least 1 frame")
-    columns = min(count, columns or int(np.ceil(np.sqrt(count))))
+    columns = math.ceil(math.sqrt(count))
     rows = -(-count // columns)
     sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), background, np.uint8)
     for index, frame in enumerate(frames):

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from streamt2v import __version__, files, planning, runs, vocabulary, weights
+from streamt2v import __version__, files, runs, vocabulary, weights
 from streamt2v.config import RunConfig, to_flat
 from streamt2v.errors import ConfigError, OutputError
 
@@ -24,8 +24,6 @@ class Job:
     overwrite: bool = False
     keep_run: bool = False
     preview: Path | None = None
-    native_size: bool = False
-    """Write the base frames at their own size, whatever the box (`--no-refine` without `--size`)."""
 
     @property
     def run_path(self) -> Path:
@@ -38,7 +36,6 @@ class Job:
             "command": self.command,
             "version": __version__,
             "config": to_flat(self.config),
-            "native_size": self.native_size,
             "source": None if self.source is None else _fingerprint(self.source),
             "image": _fingerprint(Path(self.config.image)) if self.config.image else None,
             "weights": {file.path: file.sha256 for file in weights.family(self.config.model).files},
@@ -69,8 +66,14 @@ class Source:
     """What `refine` needs to know of its input."""
 
     frames: int
+    width: int
+    height: int
     fps: float
+    has_audio: bool
     prompt: str
+
+
+MAX_TEXT_BYTES = 16_384  # the recipe, with prompts escaped, must fit the 64 KiB of a comment tag
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -87,16 +90,29 @@ def inspect_source(path: Path) -> Source:
     from streamt2v import video
 
     found = video.probe(path)
-    recipe = recipe_of(found.comment)
-    return Source(found.frames, float(found.fps), str(recipe.get("config", {}).get("prompt", "")))
+    prompt = recipe_of(found.comment).get("config", {}).get("prompt", "")
+    return Source(found.frames, found.width, found.height, float(found.fps), found.has_audio, str(prompt))
 
 
 def recipe_of(comment: str) -> dict[str, Any]:
+    """Return the recipe in a comment tag, empty when there is none; anybody may have written the tag."""
     try:
         recipe = json.loads(comment)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
-    return recipe if isinstance(recipe, dict) and "streamt2v" in recipe else {}
+    whole = isinstance(recipe, dict) and "streamt2v" in recipe and isinstance(recipe.get("config"), dict)
+    return recipe if whole else {}
+
+
+def recorded_seed(output: Path) -> int | None:
+    """Return the seed of the interrupted or finished run of an output, None when there is neither."""
+    seed = runs.recorded_seed(output)
+    if seed is None and output.exists():
+        from streamt2v import video
+
+        found = recipe_of(video.probe(output).comment).get("config", {}).get("seed")
+        seed = found if isinstance(found, int) else None
+    return seed
 
 
 def describe_video(path: Path) -> dict[str, Any]:
@@ -124,18 +140,58 @@ def check(job: Job) -> list[str]:
     """
     if job.command == "generate" and not job.config.prompt.strip():
         raise ConfigError("the prompt is empty", 'try "a red ball bouncing over the sea at sunset"')
+    for text in (job.config.prompt, job.config.negative_prompt, str(job.output)):
+        _check_text(text)
     if job.config.image:
         from streamt2v import video
 
         video.read_image(Path(job.config.image))
     if job.command == "refine" and not job.config.refine.enabled:
         raise ConfigError("refine.enabled is false, so there is nothing to do")
-    planning.plan(job.config)
     _check_output(job)
     files.require_space(job.output, _disk_bytes(job.config), "this run")
     family = weights.family(job.config.model)
     weights.require(family)
-    return _prompt_notices(job, family.vocabulary_path())
+    if job.command == "generate":
+        _check_sizes(job.config, family)
+    return _prompt_notices(job, family.vocabulary_path()) + _source_notices(job)
+
+
+def _check_text(text: str) -> None:
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise ConfigError(f"{text!r} is not valid text (UTF-8)") from None
+    if size > MAX_TEXT_BYTES or "\0" in text:
+        raise ConfigError(f"a text of {size} bytes is too long or holds a NUL", f"at most {MAX_TEXT_BYTES} bytes")
+
+
+def _check_sizes(config: RunConfig, family: weights.Family) -> None:
+    """Compare the settings with the sizes written in the weights' headers."""
+    stream = config.stream
+    factor = 2 ** (len(weights.read_header(family.path("stream.vae"))[1]["block_out_channels"]) - 1)
+    if stream.height % factor or stream.width % factor:
+        raise ConfigError(f"the base size {stream.width}x{stream.height} must be made of multiples of {factor}")
+    if not stream.cam:
+        return
+    if not family.has("stream.cam"):
+        raise ConfigError(f"model {config.model} has no CAM", "use --set stream.cam=false")
+    looked_at = weights.read_header(family.path("stream.cam"))[1]["num_cond_frames"]
+    if stream.overlap != looked_at and config.num_frames > stream.chunk:
+        raise ConfigError(f"stream.overlap is {stream.overlap}, the CAM of {config.model} looks at {looked_at} frames")
+
+
+def _source_notices(job: Job) -> list[str]:
+    if job.source is None:
+        return []
+    found, output = inspect_source(job.source), job.config.output
+    notices = []
+    if output.width and (found.width > output.width or found.height > output.height):
+        box = f"{output.width}x{output.height}"
+        notices.append(f"{job.source} is {found.width}x{found.height}, the result fits into {box}; --size changes it")
+    if found.has_audio and abs(found.fps - output.fps) > 1e-6:
+        notices.append(f"the sound keeps its speed, the picture changes from {found.fps:g} to {output.fps:g} fps")
+    return notices
 
 
 def _check_output(job: Job) -> None:

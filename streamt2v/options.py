@@ -1,12 +1,13 @@
 """Options that several commands share, and how they become one checked config."""
 
 import secrets
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from streamt2v import config, runs, weights
+from streamt2v import config, jobs, weights
 from streamt2v.config import Fit, Quality, RunConfig
 from streamt2v.errors import ConfigError
 
@@ -26,8 +27,10 @@ Model = Annotated[
 Seed = Annotated[
     int | None, typer.Option("--seed", help="Seed of every random draw. Default: random, printed, stored.")
 ]
-Fps = Annotated[float | None, typer.Option("--fps", help="Frames per second.")]
-Size = Annotated[str | None, typer.Option("--size", help="Box WxH that the video fits into, for example 1280x720.")]
+Fps = Annotated[float | None, typer.Option("--fps", help="Frames per second. Default: the model's, 8 for demo.")]
+Size = Annotated[
+    str | None, typer.Option("--size", help="Box WxH that the video fits into. Default: the model's, 256x144 for demo.")
+]
 FitOption = Annotated[
     Fit | None, typer.Option("--fit", help="contain keeps the aspect ratio, cover crops, pad adds borders.")
 ]
@@ -103,6 +106,12 @@ _KEYS = {
 }
 
 
+def read_prompt(prompt: str) -> str:
+    """Return a prompt, read from standard input when it is ``-``."""
+    # Bytes that are no text are kept as they are, for the check that names them.
+    return sys.stdin.buffer.read().decode(errors="surrogateescape").strip() if prompt == "-" else prompt
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """Turn ``WxH`` into (height, width).
 
@@ -138,13 +147,15 @@ def resolve(
     settings: list[str] | None,
     size: str | None,
     resume_from: Path | None = None,
+    source: jobs.Source | None = None,
     **flags: Any,
 ) -> RunConfig:
     """Merge options, files and presets in the order of precedence into one checked config.
 
     Args:
         model, preset, quality, config_file, settings, size: the options of these names, None where not given.
-        resume_from: an output whose interrupted run gives the seed when no other was asked for.
+        resume_from: an output whose run gives the seed when no other was asked for.
+        source: the video to refine; its rate and prompt stand below the files and flags, its length above them.
         flags: other flags by name; None where not given.
 
     Raises:
@@ -155,11 +166,20 @@ def resolve(
     given.update({key: value for name, value in flags.items() if value is not None for key in _KEYS[name]})
     if size is not None:
         given["output.height"], given["output.width"] = parse_size(size)
-    given["model"] = model or given.get("model") or from_file.get("model") or weights.default_family()
-    if "seed" not in given and "seed" not in from_file:
-        stored = runs.recorded_seed(resume_from) if resume_from else None
+    asked = {**from_file, **given}
+    chosen = model or asked.get("model") or weights.default_family()
+    given["model"] = chosen
+    if "seed" not in asked:
+        stored = jobs.recorded_seed(resume_from) if resume_from else None
         given["seed"] = secrets.randbelow(2**31) if stored is None else stored
-    layers = [config.preset(weights.family(given["model"]).preset, None if preset else quality)]
+    if asked.get("refine.enabled") is False and not {"output.width", "output.height"} & set(asked):
+        given["output.width"] = given["output.height"] = (
+            0  # unrefined frames keep their own size unless one is asked for
+        )
+    layers = [config.preset(weights.family(str(chosen)).preset, None if preset else quality)]
     if preset:
         layers.append(config.preset(preset, quality))
+    if source is not None:
+        layers.append({"prompt": source.prompt, "output.fps": source.fps})
+        given["num_frames"] = source.frames
     return config.merge(*layers, from_file, given)

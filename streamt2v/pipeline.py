@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,13 @@ import torch
 from torch import Tensor
 
 from streamt2v import __version__, devices, frames, planning, runs, video, weights
-from streamt2v.chunks import covering, refinement_plan, seams, streaming_plan
-from streamt2v.config import to_flat
+from streamt2v.chunks import covering, refinement_plan, streaming_plan
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
-from streamt2v.errors import Interrupted, OutputError
+from streamt2v.errors import Interrupted, MemoryLimitError, OutputError, StreamT2VError
 from streamt2v.frames import Frames
 from streamt2v.jobs import Job, Result, check, recipe_of
-from streamt2v.models.encoders import decode_latents, encode_frames, encode_text, latent_size
+from streamt2v.models.encoders import decode_latents, encode_frames, encode_text, latent_factor, latent_size
 from streamt2v.models.refiner import legal_canvas
 from streamt2v.models.unet3d import TextContext
 from streamt2v.progress import Report
@@ -45,19 +45,27 @@ def run(job: Job, report: Report) -> Result:
     """
     check(job)
     began = time.monotonic()
-    if job.resume and job.output.exists() and not runs.exists(job.run_path):
+    if job.resume and not job.overwrite and job.output.exists() and not runs.exists(job.run_path):
         return _finished_before(job)
+    device = devices.resolve(job.device)
     resumed = runs.recorded_recipe(job.run_path) if job.resume and runs.exists(job.run_path) else {}
     # Sums split over other numbers of threads round differently: a run keeps the number it began with.
-    threads = devices.set_threads(job.threads or resumed.get("threads"))
+    threads = devices.set_threads(resumed.get("threads") if job.threads is None else job.threads)
     devices.keep_freed_memory()
-    recipe = {**job.recipe(), "threads": threads, "torch": torch.__version__}
+    libraries = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    recipe = {**job.recipe(), "device": device.name, "threads": threads, "libraries": libraries}
     with runs.RunDirectory.open(job.run_path, recipe, resume=job.resume) as directory:
-        maker = _Maker(job, report, directory)
+        maker = _Maker(job, report, directory, device)
         try:
             width, height = maker.make()
         except (KeyboardInterrupt, Interrupted) as stop:
-            raise _interrupted(job, maker, stop) from None
+            raise _interrupted(maker, stop) from None
+        except Exception as error:
+            if not directory.num_base_frames and directory.load_state("output") is None:
+                directory.remove()  # nothing is finished: the next try need not say --resume
+            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+                raise MemoryLimitError("out of memory", "try a smaller --size or --chunk") from error
+            raise
         maker.finish()
         seconds = time.monotonic() - began
         maker.remember(seconds)
@@ -68,7 +76,8 @@ def run(job: Job, report: Report) -> Result:
 
 def _finished_before(job: Job) -> Result:
     found = video.probe(job.output)
-    if recipe_of(found.comment).get("config") != to_flat(job.config):
+    recorded = recipe_of(found.comment)
+    if any(recorded.get(key) != value for key, value in json.loads(json.dumps(job.recipe())).items()):
         raise OutputError(f"{job.output} was made with other settings", "choose another name with -o, or --overwrite")
     return _result(job, found.width, found.height, 0.0)
 
@@ -81,9 +90,12 @@ def _result(job: Job, width: int, height: int, seconds: float) -> Result:
     )  # fmt: skip
 
 
-def _interrupted(job: Job, maker: "_Maker", stop: BaseException) -> Interrupted:
-    partial = maker.save_partial()
-    message = "interrupted" if partial is None else f"interrupted; what is finished is in {partial}"
+def _interrupted(maker: "_Maker", stop: BaseException) -> Interrupted:
+    try:
+        partial = maker.save_partial()
+        message = "interrupted" if partial is None else f"interrupted; what is finished is in {partial}"
+    except StreamT2VError as error:
+        message = f"interrupted; the part that is finished could not be written: {error.message}"
     code = stop.exit_code if isinstance(stop, Interrupted) else 130
     return Interrupted(message, "run the same command with --resume to continue", code)
 
@@ -105,18 +117,12 @@ class Geometry:
         """(top, left) of the content inside the scaled picture, where `cover` cuts it."""
         return max(0, -self.fit.top), max(0, -self.fit.left)
 
-    def content_of(self, canvas: Tensor) -> Tensor:
-        """Cut the content out of the canvas again."""
-        (height, width), (content_height, content_width) = self.canvas, self.content
-        top, left = (height - content_height) // 2, (width - content_width) // 2
-        return frames.crop(canvas, frames.Box(top, left, content_height, content_width))
-
     def into_canvas(self, images: Tensor) -> Tensor:
         """Scale and crop base frames [F, 3, h, w] to the content and place it on the canvas."""
         scaled = frames.resize(images, (self.fit.content_height, self.fit.content_width))
         top, left = self._crop
         content = scaled[..., top : top + self.content[0], left : left + self.content[1]]
-        return frames.letterbox(content, self.canvas)[0]
+        return frames.letterbox(content, self.canvas)
 
     def output(self, content: Tensor) -> Frames:
         """Turn content [F, 3, H, W] into output frames; `pad` adds its bars here, so that no network sees them."""
@@ -152,16 +158,16 @@ def _thumbnail(height: int, width: int) -> tuple[int, int]:
 class _Maker:
     """One run: loads what it needs, pulls frames through the stages, records what is finished."""
 
-    def __init__(self, job: Job, report: Report, directory: runs.RunDirectory) -> None:
+    def __init__(self, job: Job, report: Report, directory: runs.RunDirectory, device: devices.Device) -> None:
         self.job, self.config, self.report, self.directory = job, job.config, report, directory
-        self.device = devices.resolve(job.device)
+        self.device = device
         self.family = weights.family(job.config.model)
         self.draws = SeededDraws(self.config.seed)
         self.num_frames = self.config.num_frames
         self.stream_plan = streaming_plan(self.num_frames, self.config.stream.chunk, self.config.stream.overlap)
         self.refine_plan = refinement_plan(self.num_frames, self.config.refine.chunk, self.config.refine.overlap)
         self.networks: dict[Path, Any] = {}
-        self.load_seconds = self.stream_seconds = 0.0
+        self.fixed_seconds = self.stream_seconds = 0.0  # loading and the first chunk; later chunks
         self.writer: video.SegmentWriter | None = None
         # Before any frame is read: the store drops what no state accounts for.
         self.stream_state = directory.resume_point("stream")
@@ -179,6 +185,11 @@ class _Maker:
             crf=self.config.output.crf, resume=mark,
         )  # fmt: skip
         preview = _Preview(self.job.preview, self.num_frames)
+        if self.job.preview and self.writer.mark.frames:
+            shown = 0
+            for part in video.read_frames(self.directory.partial_path):
+                preview.add(shown, part)
+                shown += len(part)
         if self.config.refine.enabled:
             groups = self._refined(
                 geometry, None if state is None else RefineState.from_tensors(state.torch(), self.device.name)
@@ -195,29 +206,34 @@ class _Maker:
     def finish(self) -> None:
         """Give the output its name."""
         assert self.writer is not None
-        self.writer.finish(self.job.output, json.dumps(self._metadata(), ensure_ascii=False), self.job.source)
+        self.writer.finish(self.job.output, json.dumps(self._metadata()), self.job.source)
+        if self.directory.load_state("partial") is not None:
+            self._partial_path.unlink(missing_ok=True)
+
+    @property
+    def _partial_path(self) -> Path:
+        return self.job.output.with_name(f"{self.job.output.stem}.partial.mp4")
 
     def save_partial(self) -> Path | None:
         """Write what is finished beside the output's name; None when nothing is."""
         if self.writer is None or not self.writer.mark.frames:
             return None
-        partial = self.job.output.with_name(f"{self.job.output.stem}.partial.mp4")
-        self.writer.finish(partial, json.dumps(self._metadata(), ensure_ascii=False), self.job.source)
-        return partial
+        self.directory.save_state("partial", {})  # so that a later success knows the file is ours to remove
+        self.writer.finish(self._partial_path, json.dumps(self._metadata()), self.job.source)
+        return self._partial_path
 
     def _metadata(self) -> dict[str, object]:
-        recipe = self.directory.recipe
-        chunks = {STREAM: seams(self.stream_plan), REFINE: seams(self.refine_plan)}
-        return {"streamt2v": __version__, **recipe, "seams": chunks, "device": self.device.name}
+        return {"streamt2v": __version__, **self.directory.recipe}
 
     def remember(self, seconds: float) -> None:
-        """Keep this run's speed for `plan`."""
-        if self.job.command != "generate" or self.job.resume:
+        """Keep this run's speed for `plan`; short runs say too little."""
+        later_chunks = len(self.stream_plan) - 1
+        if self.job.command != "generate" or self.job.resume or not later_chunks or len(self.refine_plan) < 2:
             return
-        refine_seconds = seconds - self.load_seconds - self.stream_seconds
+        refine_seconds = seconds - self.fixed_seconds - self.stream_seconds
         measured = {
-            "load_seconds": self.load_seconds,
-            "stream_seconds_per_chunk": self.stream_seconds / len(self.stream_plan),
+            "fixed_seconds": self.fixed_seconds,
+            "stream_seconds_per_chunk": self.stream_seconds / later_chunks,
             "refine_seconds_per_chunk": refine_seconds / len(self.refine_plan),
             "peak_memory_bytes": devices.peak_memory(),
         }
@@ -233,8 +249,7 @@ class _Maker:
 
     def _geometry(self) -> Geometry:
         base, output = self._base_size(), self.config.output
-        box = base if self.job.native_size else (output.height, output.width)
-        fit = frames.fit_into(base, box, output.fit)
+        fit = frames.fit_into(base, (output.height or base[0], output.width or base[1]), output.fit)
         content = Geometry(fit, (0, 0)).content
         return Geometry(fit, content)
 
@@ -251,22 +266,28 @@ class _Maker:
         vae, unet = self._load("refine.vae"), self._load("refine.unet")
         schedule = self._schedule("refine.unet")
         denoiser = Denoiser(unet, schedule, Branches.of(unet.prepare(self._text("refine"))))
-        geometry = Geometry(geometry.fit, legal_canvas(*geometry.content, unet.config))
+        geometry = Geometry(geometry.fit, legal_canvas(*geometry.content, unet.config, latent_factor(vae)))
         reader = frames.Reader(self._base_frames(0 if state is None else state.encoded))
 
         def encode(start: int, stop: int) -> Tensor:
-            return encode_frames(vae, geometry.into_canvas(frames.to_float(reader.read(stop - start), device)), None)
+            return torch.cat([encode_frame(frame) for frame in range(start, stop)])
+
+        def encode_frame(frame: int) -> Tensor:
+            image = geometry.into_canvas(frames.to_float(reader.read(1), device))
+            noise = None
+            if settings.posterior == "published":
+                shape = (unet.config.in_channels, *latent_size(vae, *geometry.canvas))
+                noise = self.draws.normal("refine.posterior", (frame,), shape).unsqueeze(0)
+            return encode_frames(vae, image, noise)
 
         refiner = Refiner(denoiser, self.refine_plan, settings, self.draws, encode, state)
         assert self.writer is not None
         self.report.start(REFINE, self.num_frames, self.writer.mark.frames)
         for latents in refiner.run():
             # One frame at a time: decoded floats of a whole group would be the largest thing in memory.
-            pictures = (decode_latents(vae, latent.unsqueeze(0)) for latent in latents)
-            yield (
-                np.concatenate([geometry.output(geometry.content_of(picture)) for picture in pictures]),
-                refiner.state.tensors(),
-            )
+            decoded = (decode_latents(vae, latent.unsqueeze(0)) for latent in latents)
+            shown = [geometry.output(frames.unletterbox(frame, geometry.content)) for frame in decoded]
+            yield np.concatenate(shown), refiner.state.tensors()
             done = self.writer.mark.frames
             self.report.advance(REFINE, done, max(covering(self.refine_plan, done - 1)) + 1, len(self.refine_plan))
 
@@ -291,10 +312,11 @@ class _Maker:
         noise = stream.chunk_noise(self.draws, config.chunk, shape, self.device.name)
         stored = self.stream_state
         if stored is None:
-            began = time.monotonic()
+            began = time.monotonic() - self.fixed_seconds
             first = self._first_chunk(models, text, noise)
+            self.fixed_seconds = time.monotonic() - began
             state = stream.StreamState.after_first_chunk(first, config.overlap)
-            yield self._store(0, first[: self.num_frames], state, began)
+            yield self._store(0, first[: self.num_frames], state, time.monotonic())
         else:
             tensors = {name: tensor.to(self.device.name) for name, tensor in stored.torch().items()}
             state = stream.StreamState(stored.meta["next_chunk"], tensors["conditioning_frames"], tensors["anchor"])
@@ -356,7 +378,7 @@ class _Maker:
         if path not in self.networks:
             self.report.note(f"loading {role}")
             self.networks[path] = weights.load(self.family, role, self.device.name, torch.float32)
-        self.load_seconds += time.monotonic() - began
+        self.fixed_seconds += time.monotonic() - began
         return self.networks[path]
 
     def _schedule(self, role: str) -> NoiseSchedule:
@@ -367,4 +389,8 @@ class _Maker:
     def _text(self, stage: str) -> TextContext:
         """Encode the negative and the positive prompt for one stage: rows (negative, positive)."""
         tokenizer, encoder = self._load(f"{stage}.tokenizer"), self._load(f"{stage}.text")
-        return encode_text(tokenizer, encoder, [self.config.negative_prompt, self.config.prompt])
+        texts, room = [self.config.negative_prompt, self.config.prompt], encoder.config.max_position_embeddings
+        for text, ids in zip(texts, tokenizer(texts).input_ids, strict=True):
+            if len(ids) > room:
+                self.report.note(f"the text encoder reads {room} tokens, the end of {text!r} is cut off", warning=True)
+        return encode_text(tokenizer, encoder, texts)

@@ -11,9 +11,6 @@ from streamt2v import weights
 from streamt2v.chunks import Chunk, refinement_plan, streaming_plan
 from streamt2v.config import RunConfig
 
-# Networks are stored in 16 bit and run in float32 on a CPU.
-CPU_BYTES_PER_STORED_BYTE = 2
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -75,7 +72,7 @@ def plan(config: RunConfig) -> Plan:
     refinement = refinement_plan(config.num_frames, refine.chunk, refine.overlap) if refine.enabled else ()
     seconds = None
     if measured is not None:
-        seconds = measured["load_seconds"] + len(streaming) * measured["stream_seconds_per_chunk"]
+        seconds = measured["fixed_seconds"] + (len(streaming) - 1) * measured["stream_seconds_per_chunk"]
         seconds += len(refinement) * measured["refine_seconds_per_chunk"]
     return Plan(
         config.model, config.num_frames, output.fps, streaming, refinement, stream.height, stream.width,
@@ -93,12 +90,15 @@ def _key(config: RunConfig) -> str:
     """Return what the time of a chunk depends on."""
     stream, refine, output = config.stream, config.refine, config.output
     parts = [
-        config.model, stream.height, stream.width, stream.num_inference_steps, stream.guidance_scale > 1,
-        stream.guidance_stop, stream.cam, stream.apm, refine.enabled,
+        config.model, stream.chunk, stream.overlap, stream.height, stream.width,
+        stream.num_inference_steps, stream.guidance_scale > 1, stream.guidance_stop, stream.cam, stream.apm,
+        refine.enabled,
     ]  # fmt: skip
     if refine.enabled:
         parts += [
             refine.chunk,
+            refine.overlap,
+            refine.blending,
             refine.num_inference_steps,
             refine.guidance_scale > 1,
             output.height,

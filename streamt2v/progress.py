@@ -27,8 +27,8 @@ class Report(Protocol):
         """`done` frames of the stage exist, chunk number `chunk` (from 1) of `num_chunks` is finished."""
         ...
 
-    def note(self, text: str) -> None:
-        """Something worth a line when the user asked for details."""
+    def note(self, text: str, warning: bool = False) -> None:
+        """Something worth a line when the user asked for details, or a warning for everybody."""
         ...
 
 
@@ -96,9 +96,9 @@ class Progress:
             self.last_line = now
             self._line(state.text(stage))
 
-    def note(self, text: str) -> None:
-        """Say something when details are wanted."""
-        if self.verbose:
+    def note(self, text: str, warning: bool = False) -> None:
+        """Say a warning, or what is worth a line when details are wanted."""
+        if self.verbose or warning:
             self._line(text)
 
     def _line(self, text: str) -> None:

@@ -410,6 +410,8 @@ class SegmentWriter:
         encoded = comment.encode(errors="replace")
         if "\0" in comment or len(encoded) > _MAX_COMMENT or encoded.decode() != comment:
             raise ConfigError(f"the comment tag takes at most {_MAX_COMMENT} bytes of Unicode text without NUL")
+        # An interruption may have come between bytes and mark.
+        files.append_bytes(self.path, b"", self.mark.size)
         arguments = ["-i", _url(self.path)]
         mapping = ["-map", "0:v:0", "-c:v", "copy", "-map_metadata", "-1", "-metadata", f"comment={comment}"]
         codec = _audio_codec(audio_from) if audio_from else None

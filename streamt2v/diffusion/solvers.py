@@ -63,7 +63,8 @@ def dpmpp_2m_step(
     if level_next == 0:
         return clean
     h = math.log(level / level_next)
-    if previous is not None:
+    # Very low start levels can repeat a level, where there is nothing to extrapolate from.
+    if previous is not None and float(rho[step - 1]) > level:
         h_previous = math.log(float(rho[step - 1]) / level)
         extrapolated = clean + 0.5 * h / h_previous * (clean - previous)
     else:

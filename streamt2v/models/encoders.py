@@ -63,13 +63,18 @@ def _blur(x: Tensor, sigmas: Sequence[float]) -> Tensor:
     return x
 
 
+def latent_factor(vae: Any) -> int:
+    """Return how many pixels a side of one latent cell covers."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
 def latent_size(vae: Any, height: int, width: int) -> tuple[int, int]:
     """Return the latent size (h, w) of frames of height x width pixels.
 
     Raises:
         ConfigError: a side is not a multiple of the VAE's factor.
     """
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = latent_factor(vae)
     if height % factor or width % factor:
         raise ConfigError(f"frames of {width}x{height} pixels: both sides must be multiples of {factor}")
     return height // factor, width // factor

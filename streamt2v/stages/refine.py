@@ -9,7 +9,7 @@ chunk-step is a function of the latents at its level and of addressed draws, so 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, takewhile
 
 import torch
 from torch import Tensor
@@ -139,7 +139,7 @@ class Refiner:
         last = max(covering(self.plan, slot))
         return self.settings.blending == "randomized" or self.frames[slot] >= self.source_plan[last].new_start
 
-    def _level(self, slot: int) -> int:
+    def _steps_done(self, slot: int) -> int:
         return min(self.state.steps_done[index] for index in covering(self.plan, slot))
 
     def _next_ready(self) -> Chunk | None:
@@ -147,21 +147,22 @@ class Refiner:
         admitted, done = self.state.admitted, self.state.steps_done
         if self.settings.order == "sweep" and admitted < len(self.frames):
             return None
-        ready = [
+        first = covering(self.plan, self.state.finished)[0]
+        started = takewhile(lambda chunk: chunk.stop <= admitted, self.plan[first:])
+        ready = (
             chunk
-            for chunk in self.plan
-            if chunk.stop <= admitted
-            and done[chunk.index] < len(self.timesteps)
-            and all(self._level(slot) == done[chunk.index] for slot in range(chunk.start, chunk.stop))
-        ]
+            for chunk in started
+            if done[chunk.index] < len(self.timesteps)
+            and all(self._steps_done(slot) == done[chunk.index] for slot in range(chunk.start, chunk.stop))
+        )
         if self.settings.order == "sweep":
             return min(ready, key=lambda chunk: (done[chunk.index], chunk.index), default=None)
-        return ready[0] if ready else None
+        return next(ready, None)
 
     def _admit(self) -> None:
         """Take in the frames of the next chunk: encode, noise to the start level."""
         state, start = self.state, self.state.admitted
-        chunk = next(chunk for chunk in self.plan if chunk.stop > start)
+        chunk = self.plan[covering(self.plan, start)[0]]
         last_frame = self.frames[chunk.stop - 1]
         if state.encoded <= last_frame:
             new = range(state.encoded, last_frame + 1)
@@ -202,7 +203,7 @@ class Refiner:
             self.state.pending[slot] = estimate[slot - chunk.start]
         self.state.steps_done[chunk.index] += 1
         for slot in slots:
-            if self._level(slot) > step:
+            if self._steps_done(slot) > step:
                 self._advance(slot, step)
 
     def _clean_estimate(self, latents: Tensor, step: int) -> Tensor:
@@ -237,5 +238,5 @@ class Refiner:
             return finished
         last = max(covering(self.plan, finished))
         group = [slot for slot in range(finished, self.plan[last].stop) if max(covering(self.plan, slot)) == last]
-        complete = all(self._level(slot) == len(self.timesteps) for slot in group)
+        complete = all(self._steps_done(slot) == len(self.timesteps) for slot in group)
         return group[-1] + 1 if complete else finished

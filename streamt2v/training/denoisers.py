@@ -98,20 +98,18 @@ def refiner_loss(
 ) -> Tensor:
     """Loss of the refiner below the SDEdit start, on windows that hold a sharp and a poor version.
 
-    The noisy input is made of the sharp latents moved part of the way to the poor ones, less so where little noise is left; the
-    target is always the sharp ones. So the refiner learns to repair, not only to keep, what SDEdit gives it.
+    The noisy input is made of the sharp latents moved part of the way to the poor ones, less so where little noise is
+    left; the target is always the sharp ones: the refiner learns to repair what SDEdit gives it, not only to keep it.
     """
     schedule = NoiseSchedule(DEMO_SCHEDULE)
     clips, _ = source.draw(batch)
     sharp, poor = clips.latents.chunk(2, dim=1)
-    timesteps = draw_timesteps(batch, generator, top=top).to(clips.latents.device)
-    share = torch.rand(batch, generator=generator).mul(1.6).clamp(max=1).to(timesteps.device) * (timesteps / 150).clamp(
-        0, 1
-    )
+    timesteps = draw_timesteps(batch, generator, top=top).to(sharp.device)
+    share = torch.rand(batch, generator=generator).mul(1.6).clamp(max=1).to(sharp.device)
+    share = share * (timesteps / 150).clamp(max=1)
     mixed = sharp + share.view(-1, 1, 1, 1, 1) * (poor - sharp)
-    noise = normal_like(sharp, generator)
-    noisy = schedule.add_noise(mixed, noise, timesteps)
-    alpha, sigma = (t.to(timesteps.device)[timesteps].view(-1, 1, 1, 1, 1) for t in (schedule.alphas, schedule.sigmas))
+    noisy = schedule.add_noise(mixed, normal_like(sharp, generator), timesteps)
+    alpha, sigma = (t.to(sharp)[timesteps].view(-1, 1, 1, 1, 1) for t in (schedule.alphas, schedule.sigmas))
     implied = (noisy - alpha * sharp) / sigma.clamp(
         min=1e-3
     )  # the noise that leads from the sharp latents to the input

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -156,11 +157,20 @@ def apm_job(shop: Workshop) -> Job:
     return _streaming_job(shop, with_apm=True)
 
 
-def _streaming_job(shop: Workshop, with_apm: bool) -> Job:
+def joint_job(shop: Workshop) -> Job:
+    """Base, CAM and APM together: two steps in three with CAM and APM, one with both off.
+
+    The last keeps the base the initializer it was. Where time is short this beats frozen phases, because the base goes
+    on learning.
+    """
+    return _streaming_job(shop, with_apm=True, with_base=True)
+
+
+def _streaming_job(shop: Workshop, with_apm: bool, with_base: bool = False) -> Job:
     unet = bundle.read(shop.out, "unet", UNet3D(denoisers.BASE)).to(shop.device)
     cam = ConditionalAttention(denoisers.CAM)
     continued = shop.resume or (shop.out if with_apm else None)
-    if continued is None:
+    if continued is None or not (continued / "cam.safetensors").is_file():
         init_from_unet(cam, unet)
     else:
         bundle.read(continued, "cam", cam)
@@ -172,7 +182,9 @@ def _streaming_job(shop: Workshop, with_apm: bool) -> Job:
     text, decoder, vision = shop.text(), shop.vae(), shop.vision()
     source = shop.clips("late", lambda: make_clips(decoder, 10, shop.generator, late=1.0))
     parts = (apm, vision) if with_apm else None
-    open_parts = (MERGERS, MIXING) if with_apm else (MERGERS,)
+    plain = shop.clips("start", lambda: make_clips(decoder, 10, shop.generator, late=0.2)) if with_base else None
+    open_parts = ("",) if with_base else (MERGERS, MIXING) if with_apm else (MERGERS,)
+    turn = count()
     unet.requires_grad_(False)
     trained = [*bundle.parameters_in(unet, *open_parts), *cam.parameters(), *(apm.parameters() if with_apm else ())]
     for parameter in trained:
@@ -184,12 +196,22 @@ def _streaming_job(shop: Workshop, with_apm: bool) -> Job:
         if with_apm:
             bundle.write(folder, "apm", apm, apm.config)
 
+    def loss(progress: float) -> torch.Tensor:
+        if plain is not None and next(turn) % 3 == 0:
+            return denoisers.video_loss(unet, plain, text, shop.generator, 0.5 + progress / 2)
+        return denoisers.streaming_loss(unet, cam, parts, decoder, source, text, shop.generator)
+
     return Job(
-        lambda progress: denoisers.streaming_loss(unet, cam, parts, decoder, source, text, shop.generator),
+        loss,
         trained,
         save,
         lambda folder: streaming_sheet(folder / "streaming.png", unet, cam, parts, text, decoder),
-        adam=[*_rims(cam), *bundle.parameters_in(unet, MIXING), *bundle.parameters_in(unet, "_codes")],
+        adam=[
+            *_rims(cam),
+            *bundle.parameters_in(cam, "_codes"),
+            *bundle.parameters_in(unet, MIXING, "_codes"),
+            *(_rims(unet) if with_base else ()),
+        ],
         learning_rate=1e-3,
     )
 
@@ -264,6 +286,7 @@ JOBS: dict[str, Callable[[Workshop], Job]] = {
     "base": base_job,
     "cam": cam_job,
     "apm": apm_job,
+    "joint": joint_job,
     "image_to_video": image_to_video_job,
     "refiner": refiner_job,
     "judge": judge_job,

@@ -82,40 +82,41 @@ def test_sweep_gives_the_same_frames(tmp_path: Path) -> None:
     assert digest(diagonal) == digest(sweep)
 
 
+TWO_STEPS = ["--steps", 2]
+GUIDED = ["--guidance", 4]
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("base", "change"),
     [
-        ["--steps", 2], ["--guidance", 5], ["--negative", "blue star"], ["--refine-steps", 3], ["--chunk", 12],
-        ["--overlap", 3], ["--no-refine"], ["--set", "stream.cam=false"], ["--set", "stream.apm=false"],
-        ["--set", "stream.eta=1", "--steps", 2], ["--set", "stream.guidance_stop=0.5", "--steps", 2],
-        ["--set", "output.crf=40"],
-        ["--set", "stream.guidance_rescale=0", "--guidance", 4], ["--set", "refine.guidance_scale=3"],
-        ["--set", "refine.noise_level=300"], ["--set", "refine.blending=independent"],
-        ["--set", "stream.overlap=4"], ["--quality", "reference"],
+        ([], ["--steps", 2]), ([], ["--guidance", 5]), ([], ["--negative", "blue star"]), ([], ["--refine-steps", 3]),
+        ([], ["--chunk", 12]), ([], ["--overlap", 3]), ([], ["--no-refine", "--size", "80x48"]),
+        ([], ["--set", "stream.cam=false"]), ([], ["--set", "stream.apm=false"]), ([], ["--set", "output.crf=40"]),
+        ([], ["--set", "refine.guidance_scale=3"]), ([], ["--set", "refine.noise_level=300"]),
+        ([], ["--set", "refine.blending=independent"]), ([], ["--set", "refine.posterior=published"]),
+        ([], ["--set", "refine.stochastic=false"]), ([], ["--quality", "reference"]),
+        ([], ["--set", "initialize.guidance_scale=5"]),
+        ([], ["--set", "stream.eta=1", "--set", "stream.final_noise=published"]),
+        (TWO_STEPS, ["--set", "stream.eta=1"]), (TWO_STEPS, ["--set", "initialize.eta=1"]),
+        (TWO_STEPS, ["--set", "stream.guidance_stop=0.9"]), (TWO_STEPS, ["--set", "initialize.guidance_stop=0.9"]),
+        (GUIDED, ["--set", "stream.guidance_rescale=0"]), (GUIDED, ["--set", "initialize.guidance_rescale=0"]),
     ],
 )  # fmt: skip
-def test_every_option_changes_the_frames(options: list[object], tmp_path: Path, plain: tuple[int, str]) -> None:
-    path = tmp_path / "out.mp4"
-    base = TINY[4:] if options[0] == "--quality" else TINY
-    assert call("generate", PROMPT, "--frames", 41, "-o", path, *base, *options) == 0
-    count, sha = digest(path)
-    assert count == plain[0]
-    assert sha != plain[1]
+def test_every_option_changes_the_frames(base: list[object], change: list[object], tmp_path: Path) -> None:
+    plain, changed = tmp_path / "plain.mp4", tmp_path / "changed.mp4"
+    fixed = [a for a in TINY if a not in ("--refine-steps", "2")] if "--quality" in change else TINY
+    assert call("generate", PROMPT, "--frames", 41, "-o", plain, *fixed, *base) == 0
+    assert call("generate", PROMPT, "--frames", 41, "-o", changed, *fixed, *base, *change) == 0
+    assert digest(plain)[0] == digest(changed)[0] == 41
+    assert digest(plain) != digest(changed)
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str]:
-    path = tmp_path_factory.mktemp("plain") / "out.mp4"
-    assert generate(path, 41) == 0
-    return digest(path)
-
-
-def test_starting_from_a_picture(tmp_path: Path, plain: tuple[int, str]) -> None:
-    picture, path = tmp_path / "start.png", tmp_path / "out.mp4"
+def test_starting_from_a_picture(tmp_path: Path) -> None:
+    picture, path, plain = tmp_path / "start.png", tmp_path / "out.mp4", tmp_path / "plain.mp4"
     Image.new("RGB", (50, 70), (200, 30, 40)).save(picture)
-    assert generate(path, 41, "--image", picture) == 0
-    assert digest(path)[0] == 41
-    assert digest(path) != plain
+    assert generate(path, 20, "--image", picture) == generate(plain, 20) == 0
+    assert digest(path)[0] == 20
+    assert digest(path) != digest(plain)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_info_reads_the_recipe_back(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert facts["video"]["frames"] == 17
     assert facts["recipe"]["config"]["prompt"] == PROMPT
     assert facts["recipe"]["config"]["seed"] == 7
-    assert facts["recipe"]["seams"]["stream"] == [16]
+    assert facts["recipe"]["threads"] == 1
     assert call("info", path) == 0
     assert f"prompt = {PROMPT}" in capsys.readouterr().out
 

@@ -62,6 +62,7 @@ def test_interruption_leaves_a_playable_part(
     assert 0 < digest(partial)[0] < FRAMES
     assert generate(path, FRAMES, "--resume") == 0
     assert digest(path) == whole
+    assert list(tmp_path.iterdir()) == [path]  # the partial file is gone too
 
 
 def test_resume_refuses_other_settings_and_accepts_a_finished_run(
@@ -77,6 +78,9 @@ def test_resume_refuses_other_settings_and_accepts_a_finished_run(
     assert generate(path, 20, "--resume") == 0
     assert path.stat().st_mtime_ns == before
     assert generate(path, 20, "--resume", "--guidance", 9) == 5
+    without_seed = [argument for argument in TINY if argument not in ("--seed", "7")]
+    assert call("generate", PROMPT, "--frames", 20, "-o", path, *without_seed, "--resume") == 0
+    assert path.stat().st_mtime_ns == before
 
 
 def test_refine_resumes_too(tmp_path: Path) -> None:

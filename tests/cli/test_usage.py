@@ -77,8 +77,7 @@ def test_existing_output_is_kept(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert path.read_text() == "precious"
 
 
-def test_unknown_words_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (tmp_path / "out.mp4.streamt2v").mkdir()
+def test_unknown_words_are_named(tmp_path: Path) -> None:
     path = tmp_path / "out.mp4"
     from streamt2v import jobs
     from streamt2v.config import merge, preset
@@ -122,3 +121,49 @@ def test_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> Non
     for command in ("generate", "refine", "plan", "info", "doctor", "train"):
         assert call(command, "--help") == 0
         assert f"streamt2v {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--device", "nonsense"], 2, "nonsense"),
+        (["--device", "cuda:77"], 2, "cuda:77"),
+        (["--set", "stream.height=73"], 2, "multiples of 8"),
+        (["--set", "stream.overlap=4", "--frames", "40"], 2, "looks at 8 frames"),
+        (["--set", "refine.noise_level=1000"], 2, "noise"),
+        (["--threads", "0"], 2, "0 threads"),
+        (["--resume", "--set", "output.crf=99"], 2, "output.crf"),
+        (["--negative", "\udcff"], 2, "UTF-8"),
+    ],
+)
+def test_a_refused_run_leaves_nothing_behind(
+    options: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "out.mp4"
+    assert call("generate", "a red ball", "-o", str(path), *options) == code
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_config_file_with_a_wrong_type_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("model = 3")
+    assert call("generate", "a red ball", "--config", str(file)) == 2
+    assert "'3'" in capsys.readouterr().err
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "streamt2v", "generate", b"a red ball \xff", "-o", str(tmp_path / "x.mp4")],
+        capture_output=True,
+    )
+    assert done.returncode == 2
+    assert b"UTF-8" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    command = f"{sys.executable} -m streamt2v weights list | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode in (0, 141)  # 0 where the pipe took everything before it was closed
+    assert done.stderr == ""
