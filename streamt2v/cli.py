@@ -177,7 +177,7 @@ def _run(job: jobs.Job, json_output: bool, quiet: bool, verbose: bool) -> None:
         from streamt2v import pipeline
 
         result = pipeline.run(job, progress)
-    _emit(json.dumps(result.as_dict(), ensure_ascii=False) if json_output else result.output)
+    _emit(json.dumps(dataclasses.asdict(result), ensure_ascii=False) if json_output else result.output)
 
 
 @contextmanager
@@ -221,7 +221,7 @@ def plan(
         refine=False if no_refine else None,
     )  # fmt: skip
     report = planning.plan(resolved)
-    _emit(json.dumps(report.as_dict()) if json_output else report.as_text())
+    _emit(json.dumps(dataclasses.asdict(report)) if json_output else report.as_text())
 
 
 @app.command()

@@ -152,7 +152,8 @@ def _check(key: str, spec: dict[str, Any], value: Any) -> None:
 def nearest(word: str, known: Sequence[str]) -> str:
     """Return a hint that names the known word nearest to `word`, or all of them when none is near."""
     close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+    meant = f"did you mean {close[0]!r}? " if close else ""
+    return meant + ("" if close and len(known) > 9 else f"known: {', '.join(known)}")
 
 
 def parse_value(key: str, text: str) -> Any:
@@ -166,19 +167,9 @@ def parse_value(key: str, text: str) -> Any:
         raise ConfigError(f"unknown setting {key!r}", nearest(key, list(options)))
     kind = options[key]["type"]
     if kind is bool:
-        words = {
-            "true": True,
-            "on": True,
-            "yes": True,
-            "1": True,
-            "false": False,
-            "off": False,
-            "no": False,
-            "0": False,
-        }
-        if text.lower() not in words:
+        if text.lower() not in ("true", "false"):
             raise ConfigError(f"{key} is {text!r}, it must be true or false")
-        return words[text.lower()]
+        return text.lower() == "true"
     if kind not in (int, float):
         return text
     try:

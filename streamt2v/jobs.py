@@ -1,7 +1,7 @@
 """A job: what to make, from what, where to; and everything that can be checked before torch is imported."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,6 @@ class Result:
     seed: int
     model: str
     peak_memory_mb: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the result for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

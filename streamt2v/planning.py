@@ -3,9 +3,8 @@
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from streamt2v import weights
 from streamt2v.chunks import Chunk, refinement_plan, streaming_plan
@@ -28,10 +27,6 @@ class Plan:
     weights_bytes: int
     peak_memory_bytes: int | None
     seconds: float | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the plan for JSON."""
-        return asdict(self)
 
     def as_text(self) -> str:
         """Return the plan as a few lines for people."""

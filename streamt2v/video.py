@@ -45,7 +45,6 @@ _DEMUXERS = "mov,matroska,webm,avi,mpegts,mpeg,flv,ogg,gif,yuv4mpegpipe"
 _INPUT_OPTIONS = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}
 _MAX_PIXELS = 8192 * 4320
 _MAX_COMMENT = 64 * 1024
-_MUXERS = {".mp4": "mp4", ".m4v": "mp4", ".mkv": "matroska"}
 _MP4_AUDIO = {"aac", "mp3", "ac3", "eac3", "alac", "opus", "flac"}
 # Plain swscale drops fractions and repeats chroma samples: a smooth picture came back at 37 dB and 1.2 levels darker,
 # with these flags at 51 dB and unchanged in the mean. A video that is extended again and again would show it.
@@ -55,13 +54,12 @@ _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video holds: exact frame count, size in pixels after rotation, rate, duration in seconds, comment tag."""
+    """What a video holds: exact frame count, size in pixels after rotation, rate, comment tag."""
 
     frames: int
     width: int
     height: int
     fps: Fraction
-    duration: float
     has_audio: bool
     comment: str
 
@@ -145,9 +143,6 @@ def probe(path: Path) -> VideoInfo:
             width=first.height if turned else first.width,
             height=first.width if turned else first.height,
             fps=fps,
-            duration=float(stream.duration * stream.time_base)
-            if stream.duration and stream.time_base
-            else float(frames / fps),
             has_audio=bool(container.streams.audio),
             comment=next((text for key, text in container.metadata.items() if key.lower() == "comment"), ""),
         )
@@ -392,18 +387,15 @@ class SegmentWriter:
         """Copy the segments into the final file, check it by reading it again, and only then give it its name.
 
         Args:
-            out_path: .mp4, .m4v or .mkv; an existing file is replaced.
+            out_path: the mp4; an existing file is replaced.
             comment: text for the comment tag, at most 64 KiB of UTF-8.
             audio_from: a video whose first audio track is copied (re-encoded as AAC where MP4 cannot hold it) and cut
                 to the length of the video.
 
         Raises:
-            ConfigError: nothing was appended, an unknown suffix, or a comment that is too long.
+            ConfigError: nothing was appended, or a comment that is too long.
             OutputError: it cannot be written, or what was written does not hold exactly the frames appended.
         """
-        muxer = _MUXERS.get(out_path.suffix.lower())
-        if muxer is None:
-            raise ConfigError(f"unknown video suffix {out_path.suffix!r}", "use " + ", ".join(_MUXERS))
         if not self.mark.frames:
             raise ConfigError("a video needs at least 1 frame")
         # A lone surrogate cannot be encoded; it becomes "?" here and no longer equals the text.
@@ -420,10 +412,10 @@ class SegmentWriter:
             length = float(self.mark.frames / self.fps)
             arguments += [*guards, "-t", f"{length:.6f}", "-i", _url(audio_from)]
             mapping += ["-map", "1:a:0", "-c:a"]
-            mapping += ["copy"] if codec in _MP4_AUDIO or muxer != "mp4" else ["aac", "-b:a", "192k"]
-        mapping += ["-movflags", "+faststart"] if muxer == "mp4" else []
+            mapping += ["copy"] if codec in _MP4_AUDIO else ["aac", "-b:a", "192k"]
+        mapping += ["-movflags", "+faststart"]
         with files.replacing(out_path) as temporary:
-            _run_ffmpeg([*arguments, *mapping, "-fflags", "+bitexact", "-f", muxer, _url(temporary)], out_path)
+            _run_ffmpeg([*arguments, *mapping, "-fflags", "+bitexact", "-f", "mp4", _url(temporary)], out_path)
             try:
                 info = probe(temporary)
             except VideoError as error:

@@ -9,7 +9,6 @@ Torch and the libraries are imported when a file is loaded, not with this module
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import importlib
 import json
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamt2v import files
+from streamt2v import config, files
 from streamt2v.errors import ConfigError, OutputError, WeightsError
 
 if TYPE_CHECKING:
@@ -110,13 +109,6 @@ def _manifest(root: Path) -> Path:
     return inside if inside.is_file() else root.parent / "weights.toml"
 
 
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in table.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
-
-
 def _inside(root: Path, path: str) -> str:
     """Return `path` unchanged when it stays inside `root`; the list of weights may name no other place."""
     if not (root / path).resolve().is_relative_to(root.resolve()):
@@ -140,7 +132,7 @@ def families(root: Path = PACKAGE) -> dict[str, Family]:
         rows = {row["path"]: WeightFile(**{**row, "path": _inside(root, row["path"])}) for row in raw["files"]}
         found = {}
         for name, table in raw["families"].items():
-            roles = _flatten(table["components"])
+            roles = config.flatten(table["components"])
             used = dict.fromkeys([*roles.values(), *filter(None, [table["vocabulary"]])])
             head = {key: table[key] for key in ("title", "licence", "preset", "vocabulary")}
             listed = tuple(rows[path] for path in used)
@@ -154,9 +146,7 @@ def family(name: str, root: Path = PACKAGE) -> Family:
     """One family by name. Raises ConfigError that names the known ones, nearest first."""
     known = families(root)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        meant = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"there is no model {name!r}", f"{meant}known models: {', '.join(sorted(known))}")
+        raise ConfigError(f"there is no model {name!r}", config.nearest(name, sorted(known)))
     return known[name]
 
 

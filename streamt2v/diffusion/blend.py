@@ -6,7 +6,9 @@ more than two cover a frame the latest one whose cut lies before it owns it.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Literal
+
+from streamt2v.chunks import Chunk
 
 CutRange = Literal["published", "corrected"]
 
@@ -14,17 +16,7 @@ DrawCut = Callable[[int, int, int], int]
 """(low, high, chunk index) -> a uniform integer of the closed range, the same whenever it is asked within one step."""
 
 
-class Span(Protocol):
-    """Anything that covers frames start..stop-1, such as `chunks.Chunk`; starts and stops grow along a plan."""
-
-    @property
-    def start(self) -> int: ...
-
-    @property
-    def stop(self) -> int: ...
-
-
-def cut(plan: Sequence[Span], index: int, draw: DrawCut, cut_range: CutRange = "corrected") -> int:
+def cut(plan: Sequence[Chunk], index: int, draw: DrawCut, cut_range: CutRange = "corrected") -> int:
     """Return how many of the frames that chunk `index` shares with the one before it keep the earlier chunk.
 
     Args:
@@ -39,7 +31,7 @@ def cut(plan: Sequence[Span], index: int, draw: DrawCut, cut_range: CutRange = "
     return draw(0, shared - 1 if cut_range == "published" else shared, index)
 
 
-def owned(plan: Sequence[Span], index: int, draw: DrawCut, cut_range: CutRange = "corrected") -> range:
+def owned(plan: Sequence[Chunk], index: int, draw: DrawCut, cut_range: CutRange = "corrected") -> range:
     """Return the frames that chunk `index` owns at the step whose cuts `draw` yields; empty if later chunks take all.
 
     Over a plan these ranges cover every covered frame exactly once.

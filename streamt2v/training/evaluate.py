@@ -28,6 +28,7 @@ class Sampler:
     steps: int = 12
     guidance: float = 2.0
     rescale: float = 0.0
+    eta: float = 1.0
     stream_steps: int = 8
     stream_guidance: float = 1.5
     cam: bool = True
@@ -80,12 +81,14 @@ def evaluate(
     videos = []
     for start in range(0, count, 10):
         asked = captions[start : start + 10]
-        latents = first_chunks(unet, text, asked, seed + start, sampler.steps, sampler.guidance, sampler.rescale)
+        latents = first_chunks(
+            unet, text, asked, seed + start, sampler.steps, sampler.guidance, sampler.rescale, sampler.eta
+        )
         frames = decode(vae, latents)
         if chunks:
             frames = stream(
                 unet, cam, apm, text, vae, asked, frames, chunks, seed + start, sampler.stream_steps,
-                sampler.stream_guidance, sampler.rescale,
+                sampler.stream_guidance, sampler.rescale, sampler.eta,
             )  # fmt: skip
         videos.append(frames)
     video = torch.cat(videos)

@@ -21,7 +21,7 @@ from streamt2v.models.cam import ConditionalAttention
 from streamt2v.models.encoders import embed_image
 from streamt2v.models.unet3d import UNet3D
 from streamt2v.training.captions import EXAMPLES
-from streamt2v.training.data import CLIP_FRAMES, LATENT_SIZE, TextSource, decode
+from streamt2v.training.data import CLIP_FRAMES, LATENT_SIZE, TextSource, decode, normal_like
 from streamt2v.training.losses import DEMO_SCHEDULE
 
 Predict = Callable[[Tensor, int], Tensor]
@@ -29,8 +29,10 @@ Predict = Callable[[Tensor, int], Tensor]
 
 
 @torch.no_grad()
-def sample(predict: Predict, noise: Tensor, steps: int, scale: float, rescale: float = 0.0) -> Tensor:
-    """Sample latents like noise [B, C, F, h, w] by DDIM with guidance."""
+def sample(
+    predict: Predict, noise: Tensor, steps: int, scale: float, rescale: float, eta: float, generator: torch.Generator
+) -> Tensor:
+    """Sample latents like noise [B, C, F, h, w] by DDIM with guidance; eta's fresh noise comes from the generator."""
     schedule = NoiseSchedule(DEMO_SCHEDULE)
     timesteps, alpha_bars = schedule.ddim_grid(steps)
     latents = noise
@@ -41,7 +43,9 @@ def sample(predict: Predict, noise: Tensor, steps: int, scale: float, rescale: f
             without, given = predict(torch.cat([latents, latents]), timestep).chunk(2)
             output = guidance.combine(without, given, scale, rescale)
         clean, epsilon = schedule.to_x0_eps(output, latents, timestep)
-        latents = solvers.ddim_step(clean, epsilon, alpha_bars[step], alpha_bars[step + 1])
+        share = eta if step < len(timesteps) - 1 else 0.0
+        fresh = normal_like(latents, generator) if share else None
+        latents = solvers.ddim_step(clean, epsilon, alpha_bars[step], alpha_bars[step + 1], share, fresh)
     return latents
 
 
@@ -59,14 +63,18 @@ def first_chunks(
     steps: int = 12,
     scale: float = 2.0,
     rescale: float = 0.0,
+    eta: float = 1.0,
     temporal: bool = True,
 ) -> Tensor:
     """Sample the first chunk of each prompt: latents [B, 4, 16, h, w], or one frame each without temporal layers."""
     both = [""] * len(prompts) + prompts if scale != 1.0 else prompts
     conditioning = unet.prepare(text.encode(both))
     device = unet.conv_in.weight.device
-    noise = clip_noise(len(prompts), torch.Generator().manual_seed(seed), device, CLIP_FRAMES if temporal else 1)
-    return sample(lambda x, t: unet(x, t, conditioning, temporal=temporal), noise, steps, scale, rescale)
+    generator = torch.Generator().manual_seed(seed)
+    noise = clip_noise(len(prompts), generator, device, CLIP_FRAMES if temporal else 1)
+    return sample(
+        lambda x, t: unet(x, t, conditioning, temporal=temporal), noise, steps, scale, rescale, eta, generator
+    )
 
 
 @torch.no_grad()
@@ -83,6 +91,7 @@ def stream(
     steps: int = 8,
     scale: float = 1.5,
     rescale: float = 0.0,
+    eta: float = 1.0,
 ) -> Tensor:
     """Continue first chunks (frames [B, 16, 3, H, W]) by 8 frames per chunk: frames [B, 16 + 8 chunks, 3, H, W]."""
     branches = 2 if scale != 1.0 else 1
@@ -104,7 +113,8 @@ def stream(
                 return unet(x, t, conditioning)
             return unet(x, t, conditioning, cam(x[:, :, :8], t, own, embedded))
 
-        latents = sample(predict, clip_noise(len(prompts), generator, first.device), steps, scale, rescale)
+        noise = clip_noise(len(prompts), generator, first.device)
+        latents = sample(predict, noise, steps, scale, rescale, eta, generator)
         frames = torch.cat([frames, decode(vae, latents[:, :, 8:])], 1)
     return frames
 

@@ -96,7 +96,6 @@ GUIDED = ["--guidance", 4]
         ([], ["--set", "refine.blending=independent"]), ([], ["--set", "refine.posterior=published"]),
         ([], ["--set", "refine.stochastic=false"]), ([], ["--quality", "reference"]),
         ([], ["--set", "initialize.guidance_scale=5"]),
-        ([], ["--set", "stream.eta=1", "--set", "stream.final_noise=published"]),
         (TWO_STEPS, ["--set", "stream.eta=1"]), (TWO_STEPS, ["--set", "initialize.eta=1"]),
         (TWO_STEPS, ["--set", "stream.guidance_stop=0.9"]), (TWO_STEPS, ["--set", "initialize.guidance_stop=0.9"]),
         (GUIDED, ["--set", "stream.guidance_rescale=0"]), (GUIDED, ["--set", "initialize.guidance_rescale=0"]),

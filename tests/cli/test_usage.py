@@ -28,7 +28,7 @@ def python(code: str) -> str:
         (["generate", ""], 2, "the prompt is empty"),
         (["generate", "a red ball", "--frames", "0"], 2, "num_frames is 0"),
         (["generate", "a red ball", "--model", "dmeo"], 2, "did you mean 'demo'"),
-        (["generate", "a red ball", "--set", "stream.etta=1"], 2, "did you mean stream.eta"),
+        (["generate", "a red ball", "--set", "stream.etta=1"], 2, "did you mean 'stream.eta'"),
         (["generate", "a red ball", "--set", "nonsense"], 2, "must look like"),
         (["generate", "a red ball", "--size", "big"], 2, "1280x720"),
         (["generate", "a red ball", "--fps", "0"], 2, "output.fps is 0"),

@@ -49,7 +49,7 @@ def test_every_option_explains_itself() -> None:
 @pytest.mark.parametrize(
     ("key", "text", "message"),
     [
-        ("stream.etta", "1", "did you mean stream.eta"),
+        ("stream.etta", "1", "did you mean 'stream.eta'"),
         ("stream.eta", "two", "must be of type float"),
         ("stream.eta", "1.5", "must lie in 0..1"),
         ("stream.eta", "nan", "finite"),

@@ -79,7 +79,6 @@ def test_probe_counts_frames_and_finds_sound(samples: Path, name: str) -> None:
     info = video.probe(samples / name)
     assert (info.frames, info.width, info.height, info.fps) == (75, 128, 96, Fraction(25))
     assert info.has_audio
-    assert info.duration == pytest.approx(3.0, abs=0.1)
     assert decode(samples / name).shape == (75, 96, 128, 3)
 
 
@@ -257,7 +256,6 @@ def test_finish_keeps_count_rate_timestamps_and_comment(tmp_path: Path, fps: Fra
     assert info == video.probe(out)
     assert (info.frames, info.width, info.height, info.fps, info.comment) == (25, 64, 48, fps, comment)
     assert not info.has_audio
-    assert info.duration == pytest.approx(float(25 / fps), rel=1e-9)
     with av.open(str(out)) as container:
         stream = container.streams.video[0]
         packets = [packet for packet in container.demux(stream) if packet.size]
@@ -374,8 +372,6 @@ def test_impossible_requests_are_config_errors(tmp_path: Path) -> None:
         writer.append(clip(1, 32, 32))
     assert writer.append(clip(0)) == video.SegmentMark(0, 0, 0)
     writer.append(clip(1))
-    with pytest.raises(ConfigError, match="suffix"):
-        writer.finish(tmp_path / "out.avi")
     for comment in ("x" * 70_000, "a\0b", "lone \ud800"):
         with pytest.raises(ConfigError, match="comment"):
             writer.finish(tmp_path / "out.mp4", comment)
