@@ -172,6 +172,7 @@ def _streaming_job(shop: Workshop, with_apm: bool, with_base: bool = False) -> J
     continued = shop.resume or (shop.out if with_apm else None)
     if continued is None or not (continued / "cam.safetensors").is_file():
         init_from_unet(cam, unet)
+        align_mergers(unet)
     else:
         bundle.read(continued, "cam", cam)
     cam.to(shop.device)
@@ -212,8 +213,25 @@ def _streaming_job(shop: Workshop, with_apm: bool, with_base: bool = False) -> J
             *bundle.parameters_in(unet, MIXING, "_codes"),
             *(_rims(unet) if with_base else ()),
         ],
+        quick=[*bundle.parameters_in(unet, MERGERS, ".apm.alpha"), *bundle.parameters_in(cam, "cond_embedding")],
         learning_rate=1e-3,
     )
+
+
+@torch.no_grad()
+def align_mergers(unet: UNet3D) -> None:
+    """Let every merger begin by looking at the conditioning frame of its own number, or the nearest.
+
+    Queries and keys get the same projection and the same strong frame code. From random ones, the mergers would first
+    average over all conditioning frames and take hundreds of steps to tell them apart.
+    """
+    if unet.cam_mergers is None:
+        return
+    for merger in (*unet.cam_mergers.down, unet.cam_mergers.mid):
+        attention = merger.attention
+        attention.to_k.weight.copy_(attention.to_q.weight)
+        merger.query_codes.position.weight.normal_(std=1.2)
+        merger.context_codes.position.weight.copy_(merger.query_codes.position.weight)
 
 
 def image_to_video_job(shop: Workshop) -> Job:
@@ -236,6 +254,8 @@ def image_to_video_job(shop: Workshop) -> Job:
             folder, "image_to_video", network, denoisers.IMAGE_TO_VIDEO.to_dict(), denoiser=True
         ),
         adam=_rims(network) + bundle.parameters_in(network, "frame_codes"),
+        quick=[network.conv_in.weight],
+        learning_rate=1.5e-3,
     )
 
 
