@@ -27,8 +27,8 @@ def train(
 ) -> dict[str, float]:
     """Train one part and write its weights into `out`.
 
-    Later parts need earlier ones in `out`: vae and clip come first, then base, then cam, then apm; image_to_video needs
-    base, refiner needs vae and clip, judge needs nothing.
+    Later parts build on earlier ones: vae and clip come first, then base, then cam and apm, or joint for all three;
+    image_to_video needs base, refiner needs vae and clip, judge needs nothing. What `out` lacks comes from the package.
 
     Args:
         part: one of `PARTS`.
@@ -45,7 +45,7 @@ def train(
 
     Raises:
         ConfigError: unknown part, or no limit.
-        WeightsError: a part that this one builds on is missing.
+        WeightsError: a part that this one builds on is missing or of other sizes.
         NumericsError: training diverged.
     """
     if part not in JOBS:

@@ -35,11 +35,15 @@ from streamt2v.training.sheets import streaming_sheet, text_sheet
 from streamt2v.training.world import sample_scenes
 
 MERGERS, MIXING = "cam_mergers.", ".apm."
+SHIPPED = Path(__file__).resolve().parents[1] / "demo"
 
 
 @dataclass(frozen=True)
 class Workshop:
-    """Where a job works: `out` holds the parts made so far and takes the new one; `resume` holds one to continue."""
+    """Where a job works: `out` holds the parts made so far and takes the new one; `resume` holds one to continue.
+
+    Parts that `out` lacks are taken from the package, so that any part can be trained alone.
+    """
 
     out: Path
     device: str
@@ -52,9 +56,15 @@ class Workshop:
             bundle.read(self.resume, name, network)
         return network.to(self.device)
 
+    def finished(self, name: str, network: Any, continued: bool = False) -> Any:
+        """Load a finished part, or one that this job continues."""
+        folders = [self.resume, self.out] if continued and self.resume is not None else [self.out]
+        folder = next((f for f in folders if f is not None and (f / f"{name}.safetensors").is_file()), SHIPPED)
+        return bundle.read(folder, name, network).to(self.device)
+
     def frozen(self, name: str, network: Any) -> Any:
-        """Load a finished part."""
-        return bundle.freeze(bundle.read(self.out, name, network), self.device)
+        """Load a finished part that is only used."""
+        return bundle.freeze(self.finished(name, network), self.device)
 
     def vae(self) -> Any:
         """The finished VAE."""
@@ -167,7 +177,7 @@ def joint_job(shop: Workshop) -> Job:
 
 
 def _streaming_job(shop: Workshop, with_apm: bool, with_base: bool = False) -> Job:
-    unet = bundle.read(shop.out, "unet", UNet3D(denoisers.BASE)).to(shop.device)
+    unet = shop.finished("unet", UNet3D(denoisers.BASE), continued=True)
     cam = ConditionalAttention(denoisers.CAM)
     continued = shop.resume or (shop.out if with_apm else None)
     if continued is None or not (continued / "cam.safetensors").is_file():
@@ -240,7 +250,7 @@ def image_to_video_job(shop: Workshop) -> Job:
     if shop.resume is not None:
         bundle.read(shop.resume, "image_to_video", network)
     else:
-        start = bundle.read(shop.out, "unet", UNet3D(denoisers.BASE)).state_dict()
+        start = shop.finished("unet", UNet3D(denoisers.BASE)).cpu().state_dict()
         state = {key: value for key, value in start.items() if MERGERS not in key and MIXING not in key}
         state["conv_in.weight"] = torch.cat([start["conv_in.weight"], torch.zeros_like(start["conv_in.weight"])], 1)
         network.load_state_dict(state)
@@ -254,7 +264,7 @@ def image_to_video_job(shop: Workshop) -> Job:
             folder, "image_to_video", network, denoisers.IMAGE_TO_VIDEO.to_dict(), denoiser=True
         ),
         adam=_rims(network) + bundle.parameters_in(network, "frame_codes"),
-        quick=[network.conv_in.weight],
+        quick=list(network.conv_in.parameters())[:1],  # the weight: its new channels start at zero
         learning_rate=1.5e-3,
     )
 

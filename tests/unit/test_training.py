@@ -74,7 +74,8 @@ def test_every_part_trains_on_what_the_parts_before_it_left(tmp_path: Path) -> N
     assert (resumed["conv_in.weight"] - after["conv_in.weight"]).abs().max() < 0.1
 
 
-def test_a_part_says_what_it_lacks(tmp_path: Path) -> None:
+def test_a_part_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "SHIPPED", tmp_path / "none")
     with pytest.raises(WeightsError, match="text"):
         train("base", minutes=None, steps=1, out=tmp_path)
     with pytest.raises(ConfigError, match="no part"):
