@@ -94,6 +94,10 @@ def generate(
 ) -> None:
     """Make a video from a prompt.
 
+    The demo model knows red, green, blue, yellow, purple or white; ball, star, cube or fish;
+
+    drifting left or right, bouncing, rising or circling; sea, meadow, desert or city; day, sunset or night.
+
     [b]streamt2v generate "a red ball bouncing over the sea at sunset" --frames 240 -o ball.mp4[/b]
 
     [b]streamt2v generate "a blue star drifting left" --image start.png --frames 48[/b]
