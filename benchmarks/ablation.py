@@ -91,7 +91,7 @@ def subject_colour(frames: Frames) -> np.ndarray:
 
 def judged(frames: Frames) -> dict[str, int]:
     """Return the judge's verdict on 16 frames, as indices by attribute."""
-    judge = load_judge(ROOT / "streamt2v" / "training")
+    judge = load_judge(ROOT / "benchmarks")
     found = verdict(judge, to_float(frames).unsqueeze(0))[0].tolist()
     return dict(zip(ATTRIBUTES, found, strict=True))
 

@@ -304,14 +304,17 @@ def weights_verify(model: options.Model = None) -> None:
 
 @app.command()
 def train(
-    part: Annotated[str, typer.Argument(help="vae, clip, base, cam, apm, image_to_video, refiner or judge.")],
+    part: Annotated[str, typer.Argument(help="vae, clip, base, cam, apm, joint, image_to_video, refiner or judge.")],
     minutes: Annotated[float | None, typer.Option("--minutes", help="Stop after so many minutes.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Stop after so many optimiser steps.")] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder of checkpoints, log and sample sheets.")] = Path(
         "training"
     ),
     resume_from: Annotated[
-        Path | None, typer.Option("--from", help="Folder with the weights to start from. Default: the shipped ones.")
+        Path | None,
+        typer.Option(
+            "--from", help="Folder with weights to go on from, such as streamt2v/demo. Default: start afresh."
+        ),
     ] = None,
     device: options.DeviceOption = "auto",
     seed: Annotated[int, typer.Option("--seed", help="Seed of data and initial weights.")] = 0,
