@@ -286,7 +286,7 @@ class SegmentMark:
 class SegmentWriter:
     """Encodes groups of frames as closed H.264 segments and appends them to one file that plays while it grows.
 
-    Every `append` starts a fresh encoder with a fixed number of threads and no B-frames: a segment's bytes depend on
+    Every `append` starts a fresh encoder with one thread and no B-frames: a segment's bytes depend on
     its frames, its place and the settings only, so a run that was cut and continued gives the same file. Pixels are
     yuv420p, really converted with the BT.709 matrix in limited range, and tagged so.
 
@@ -302,7 +302,8 @@ class SegmentWriter:
         ConfigError: odd sizes or an impossible rate. ResumeError: the file is shorter than the mark says.
     """
 
-    threads = 4
+    # With several encoder threads one run in some twenty gave other bytes for the same frames on a busy machine.
+    threads = 1
 
     def __init__(
         self,
