@@ -104,7 +104,8 @@ class State:
         """Return the arrays as CPU tensors (bfloat16 ones come back as the float32 they were stored in)."""
         from torch import from_numpy
 
-        return {name: from_numpy(array) for name, array in self.arrays.items()}
+        # Copied into torch's own aligned memory: vector kernels may round differently on other alignments.
+        return {name: from_numpy(array).clone() for name, array in self.arrays.items()}
 
 
 class _Segment(NamedTuple):
