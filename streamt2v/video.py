@@ -1,8 +1,9 @@
 """Video in and out: the one module that knows PyAV and the ffmpeg binary.
 
 Reading, the lossless store and the encoding of segments run in this process (PyAV): errors are raised, and nothing
-goes on writing after we die. Measured for 16 frames of 256x144 on two cores: 40 ms a segment here, 60 ms through a
-process of the ffmpeg binary. The final file is a copy (no re-encoding) made by the ffmpeg binary, audio included.
+goes on writing after we die. Measured for 16 frames of 256x144 (two cores, four encoder threads): 40 ms a segment here,
+60 ms through a process of the ffmpeg binary. The final file is a copy (no re-encoding) made by the ffmpeg binary,
+audio included.
 
 The growing output is fragmented MP4: one `moov`, then one `moof` + `mdat` pair a segment. It plays in any player at
 any moment, keeps exact timestamps at any rate (MPEG-TS rounds them to 1/90000 s), grows by plain appending, and is
@@ -302,8 +303,7 @@ class SegmentWriter:
         ConfigError: odd sizes or an impossible rate. ResumeError: the file is shorter than the mark says.
     """
 
-    # With several encoder threads one run in some twenty gave other bytes for the same frames on a busy machine.
-    threads = 1
+    threads = 1  # nothing about a segment may depend on how busy the machine is
 
     def __init__(
         self,
