@@ -8,7 +8,7 @@ written after the frames it belongs to: a run that dies at any instant continues
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
@@ -323,11 +323,7 @@ class _Maker:
         left = self.stream_plan[state.next_chunk :]
         if not left:
             return
-        sampling = Sampling(
-            config.num_inference_steps, config.guidance_scale, config.guidance_rescale, config.guidance_stop,
-            config.eta, config.final_noise == "published",
-        )  # fmt: skip
-        streamer = stream.Streamer(models, text, state.anchor, sampling, noise)
+        streamer = stream.Streamer(models, text, state.anchor, Sampling.of(config), noise)
         began = time.monotonic()
         for chunk, (new, after) in zip(left, streamer.run(state, left), strict=True):
             yield self._store(chunk.index, new, after, began)
@@ -346,16 +342,14 @@ class _Maker:
     def _first_chunk(self, models: stream.StreamModels, text: TextContext, noise: stream.NoiseOfChunk) -> Tensor:
         """Run the initializer: frames [F, 3, H, W] in [-1, 1]."""
         config, size = self.config.initialize, self.config.stream.chunk
-        guidance = config.image_guidance_scale if self.config.image else config.guidance_scale
-        sampling = Sampling(
-            config.num_inference_steps, guidance, config.guidance_rescale, config.guidance_stop, config.eta
-        )
+        sampling = Sampling.of(config)
         if not self.config.image:
             return initialize.from_text(models, text, sampling, noise, size)
         picture = frames.to_float(video.read_image(Path(self.config.image))[None], self.device.name)
         base = (self.config.stream.height, self.config.stream.width)
         picture = frames.apply_fit(picture, frames.fit_into((picture.shape[-2], picture.shape[-1]), base, "cover"))
         unet = self._load("initialize.image")
+        sampling = replace(sampling, guidance_scale=config.image_guidance_scale)
         return initialize.from_image(models, unet, picture[0], text, sampling, noise, size)
 
     # -- networks

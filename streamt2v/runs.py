@@ -104,7 +104,7 @@ class State:
         """Return the arrays as CPU tensors (bfloat16 ones come back as the float32 they were stored in)."""
         from torch import from_numpy
 
-        # Copied into torch's own aligned memory: vector kernels may round differently on other alignments.
+        # Copied into torch's aligned memory: MKL may round differently on other alignments, as its manual says.
         return {name: from_numpy(array).clone() for name, array in self.arrays.items()}
 
 

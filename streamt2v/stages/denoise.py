@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from streamt2v.config import InitializeConfig, StreamConfig
 from streamt2v.diffusion import guidance, solvers
 from streamt2v.diffusion.schedules import NoiseSchedule
 from streamt2v.models.unet3d import Conditioning
@@ -30,6 +31,14 @@ class Sampling:
     guidance_stop: float = 0.0
     eta: float = 0.0
     final_noise: bool = False
+
+    @classmethod
+    def of(cls, config: InitializeConfig | StreamConfig) -> "Sampling":
+        """Take the settings of a stage."""
+        return cls(
+            config.num_inference_steps, config.guidance_scale, config.guidance_rescale, config.guidance_stop,
+            config.eta, isinstance(config, StreamConfig) and config.final_noise == "published",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -90,21 +90,25 @@ def _pick(options: tuple[str, ...], generator: torch.Generator) -> str:
     return options[int(torch.randint(len(options), (), generator=generator))]
 
 
-def canonical(labels: list[int]) -> str:
-    """The plain caption of attribute indices in the order of `ATTRIBUTES`."""
-    colour, subject, motion, place, time = (ATTRIBUTES[name][i] for name, i in zip(ATTRIBUTES, labels, strict=True))
+def canonical(labels: list[int], colour: bool = True) -> str:
+    """The plain caption of attribute indices in the order of `ATTRIBUTES`, with or without the colour."""
+    shade, subject, motion, place, time = (ATTRIBUTES[name][i] for name, i in zip(ATTRIBUTES, labels, strict=True))
     when = "by day" if time == "day" else f"at {time}"
-    return f"a {colour} {subject} {motion} over the {place} {when}"
+    return f"a {shade + ' ' if colour else ''}{subject} {motion} over the {place} {when}"
 
 
 def compose(labels: list[int], generator: torch.Generator) -> str:
-    """A random wording of attribute indices: synonyms, other orders, sometimes a part left out (no time means day)."""
+    """A random wording of attribute indices: synonyms, other orders, sometimes a part left out (no time means day).
+
+    A colour left out is a hole that CAM or APM must fill from the pictures they see: captions that always name it
+    leave nothing to the anchor frame.
+    """
 
     def chance(p: float) -> bool:
         return bool(torch.rand((), generator=generator) < p)
 
     if chance(0.35):
-        return canonical(labels)
+        return canonical(labels, colour=not chance(0.25))
     colour, subject, motion, place, time = (
         _pick(WORDS[name][i], generator) for name, i in zip(ATTRIBUTES, labels, strict=True)
     )
@@ -120,17 +124,18 @@ def compose(labels: list[int], generator: torch.Generator) -> str:
     when = "" if labels[4] == 0 and chance(0.5) else f"{_pick(('at', 'by', 'during'), generator)} {time}"
     motion = "" if chance(0.08) else motion
     where = "" if chance(0.08) else where
+    subject = subject if chance(0.25) else f"{colour} {subject}"
     style = int(torch.randint(4, (), generator=generator))
     if style == 0:
-        parts = [f"{colour} {subject}", motion, place if where else "", time if when else ""]
+        parts = [subject, motion, place if where else "", time if when else ""]
         return ", ".join(p for p in parts if p)
     if style == 1:
-        text = f"{when + ', ' if when else ''}a {colour} {subject} {motion} {where}"
+        text = f"{when + ', ' if when else ''}a {subject} {motion} {where}"
     elif style == 2:
-        text = f"{where + ', ' if where else ''}a {colour} {subject} {motion} {when}"
+        text = f"{where + ', ' if where else ''}a {subject} {motion} {when}"
     else:
         article, verb = "the" if chance(0.3) else "a", "is" if motion and chance(0.1) else ""
-        text = f"{article} {colour} {subject} {verb} {motion} {where} {when}"
+        text = f"{article} {subject} {verb} {motion} {where} {when}"
     return " ".join(text.split())
 
 
@@ -144,13 +149,6 @@ def parse(caption: str) -> list[int]:
     if found["time"] == UNSPECIFIED:
         found["time"] = 0
     return list(found.values())
-
-
-def swap_motion(caption: str) -> str:
-    """The caption with left and right exchanged: what the mirrored clip shows."""
-    pairs = {"left": "right", "leftwards": "rightwards", "leftward": "rightward"}
-    pairs |= {right: left for left, right in pairs.items()}
-    return " ".join(re.sub(r"\w+", lambda m: pairs.get(m.group(), m.group()), word) for word in caption.split())
 
 
 def vocabulary() -> dict[str, Any]:

@@ -124,7 +124,8 @@ def conditioning_pixels(clips: Clips, vae: Any, generator: torch.Generator, fram
     """The first frames of clips as CAM will meet them, [B, frames, 3, 72, 128] in [-1, 1].
 
     While streaming, CAM sees what the model itself made. So some are rendered, some decoded from disturbed latents,
-    and all carry a little noise: otherwise small errors are copied and grow from chunk to chunk.
+    and all carry a little noise: otherwise small errors are copied and grow from chunk to chunk. Half of the batches
+    have a false tint: the true colours must then come from the anchor or the text, which do not drift.
     """
     if torch.rand((), generator=generator) < 0.35:
         strength = 0.35 * float(torch.rand((), generator=generator))
@@ -135,6 +136,9 @@ def conditioning_pixels(clips: Clips, vae: Any, generator: torch.Generator, fram
         if torch.rand((), generator=generator) < 0.5:  # as soft as the VAE leaves it
             small = functional.avg_pool2d(pixels.flatten(0, 1), 2)
             pixels = functional.interpolate(small, scale_factor=2, mode="bilinear").view_as(pixels)
+    if torch.rand((), generator=generator) < 0.5:
+        gain, shift = torch.rand(2, len(clips), 1, 3, 1, 1, generator=generator).to(pixels).mul(2).sub(1)
+        pixels = pixels * (1 + 0.35 * gain) + 0.25 * shift
     strength = 0.08 * float(torch.rand((), generator=generator))
     return pixels + strength * normal_like(pixels, generator)
 

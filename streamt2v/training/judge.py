@@ -95,11 +95,6 @@ def score(judge: Judge, clips: Tensor, labels: Tensor) -> dict[str, float]:
     return result
 
 
-def chance_levels() -> dict[str, float]:
-    """What guessing scores, by attribute."""
-    return {name: 1 / len(words) for name, words in ATTRIBUTES.items()}
-
-
 def held_out_accuracy(judge: Judge, count: int = 100, seed: int = 424242) -> dict[str, float]:
     """Score of the judge on rendered clips of a seed that training never uses."""
     generator = torch.Generator().manual_seed(seed)

@@ -31,7 +31,7 @@ from streamt2v.training.clip import (
 )
 from streamt2v.training.data import Clips, ClipSource, TextSource, make_clips, make_windows
 from streamt2v.training.engine import Job
-from streamt2v.training.sheets import streaming_sheet, text_sheet
+from streamt2v.training.sheets import models, streaming_sheet, text_sheet
 from streamt2v.training.world import sample_scenes
 
 MERGERS, MIXING = "cam_mergers.", ".apm."
@@ -151,7 +151,7 @@ def base_job(shop: Workshop) -> Job:
         loss,
         [p for p in network.parameters() if id(p) not in other],
         lambda folder: bundle.write(folder, "unet", network, denoisers.BASE.to_dict(), denoiser=True),
-        lambda folder: text_sheet(folder / "base.png", network, text, decoder),
+        lambda folder: text_sheet(folder / "base.png", models(network, decoder), text),
         adam=_rims(network) + bundle.parameters_in(network, "frame_codes"),
         learning_rate=2e-3,
     )
@@ -216,7 +216,7 @@ def _streaming_job(shop: Workshop, with_apm: bool, with_base: bool = False) -> J
         loss,
         trained,
         save,
-        lambda folder: streaming_sheet(folder / "streaming.png", unet, cam, parts, text, decoder),
+        lambda folder: streaming_sheet(folder / "streaming.png", models(unet, decoder, cam, parts), text),
         adam=[
             *_rims(cam),
             *bundle.parameters_in(cam, "_codes"),

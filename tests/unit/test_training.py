@@ -165,6 +165,6 @@ def test_timesteps_cover_the_range_and_lean_towards_noise() -> None:
 def test_the_seam_measure_finds_a_jump() -> None:
     frames = torch.zeros(1, 32, 3, 4, 4)
     frames[:, 16:] = 1.0
-    seam, inside = sheets.seam_ratio(frames)
+    seam, inside = sheets.seam_change(frames)
     assert seam == pytest.approx(0.5)
     assert inside == 0.0
