@@ -11,6 +11,7 @@ writing nor converting holds more than one tensor. Converted files go to FOLDER/
 import argparse
 import json
 import math
+import os
 import platform
 import re
 import resource
@@ -20,6 +21,7 @@ import sys
 import time
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +29,7 @@ from typing import Any
 
 import torch
 
-from streamt2v import archives, convert
+from streamt2v import archives, convert, weights
 from tests.checkpoints import STREAM, Shapes, manifests, published_shapes
 
 RESULTS = Path(__file__).parent / "results"
@@ -58,7 +60,7 @@ def write(path: Path, shapes: Shapes, moments: Shapes) -> None:
 def fill(path: Path) -> None:
     """Write numbers that networks survive: weights of unit gain, norms of one, small biases; any into the moments."""
     block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0))
-    weights = {row.start: (key, row.shape) for key, row in archives.read(path).tensors.items()}
+    places = {row.start: (key, row.shape) for key, row in archives.read(path).tensors.items()}
     with zipfile.ZipFile(path) as archive, path.open("r+b") as stream:
         for entry in archive.infolist():
             if "/data/" not in entry.filename:
@@ -66,7 +68,7 @@ def fill(path: Path) -> None:
             stream.seek(entry.header_offset + 26)
             name_length, extra_length = struct.unpack("<HH", stream.read(4))
             stream.seek(entry.header_offset + 30 + name_length + extra_length)
-            key, shape = weights.get(stream.tell(), ("", ()))
+            key, shape = places.get(stream.tell(), ("", ()))
             norm = len(shape) == 1 and key.endswith("weight")
             scale = 0.5 / math.sqrt(math.prod(shape[1:])) if len(shape) > 1 else 0.02
             for left in range(entry.file_size // 4, 0, -BLOCK):
@@ -91,6 +93,18 @@ def measure(source: Path, destination: Path) -> dict[str, Any]:
     }
 
 
+def load_all(folder: Path, written: Iterable[str]) -> dict[str, float]:
+    """Load every network strictly in 16 bit and return the seconds each took."""
+    seconds = {}
+    for name in sorted({re.sub(r"(-\d+-of-\d+)?\.safetensors.*", ".safetensors", name) for name in written}):
+        if name.endswith(".safetensors"):
+            began = time.monotonic()
+            network = weights.load_module(folder / name, "cpu", torch.float16)
+            assert not any(parameter.is_meta for parameter in network.parameters())
+            seconds[name] = round(time.monotonic() - began, 2)
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -100,15 +114,17 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     path = arguments.folder / arguments.file
     shapes = published_shapes(convert.CHECKPOINTS)[arguments.file]
-    began = time.monotonic()
-    write(path, shapes, trained(shapes) if arguments.file == STREAM else {})
-    print(f"{path}: {len(shapes)} tensors, {path.stat().st_size:,} bytes, {time.monotonic() - began:.0f} s")
+    if not path.exists():
+        began = time.monotonic()
+        write(path, shapes, trained(shapes) if arguments.file == STREAM else {})
+        print(f"{path}: {len(shapes)} tensors, {path.stat().st_size:,} bytes, {time.monotonic() - began:.0f} s")
     if arguments.only_write:
         return
     result = measure(path, arguments.folder / "converted")
     result |= {
+        "load_seconds": load_all(arguments.folder / "converted", result["written"]),
         "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in ("torch", "transformers", "diffusers")},
         "python": platform.python_version(),
     }
