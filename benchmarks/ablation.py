@@ -4,7 +4,8 @@
 
 Writes benchmarks/results/DATE-ablation.json and the table docs/results.md. Variants: CAM off and APM off in the
 streaming stage; independent chunks in the refiner. Every variant uses the same seeds. The prompts
-leave the subject's colour open: a colour that the text names is kept by the text.
+leave the subject's colour open and every video starts from a rendered picture that shows it: a colour that the text
+names is kept by the text.
 
 Measures, with d(f) the mean absolute difference of frames f-1 and f (levels of 255):
 - seam: mean of d at the first new frame of each chunk, over the median of d elsewhere. A real video is near 1.
@@ -33,17 +34,19 @@ from streamt2v.frames import Frames, to_float
 from streamt2v.progress import Progress
 from streamt2v.training.captions import canonical
 from streamt2v.training.judge import load_judge, verdict
-from streamt2v.training.world import ATTRIBUTES, sample_scenes
+from streamt2v.training.sheets import write_sheet
+from streamt2v.training.world import ATTRIBUTES, Scenes, render, sample_scenes
 
 ROOT = Path(__file__).parents[1]
 STREAM_VARIANTS = {"full": {}, "no CAM": {"stream.cam": False}, "no APM": {"stream.apm": False}}
 REFINE_VARIANTS = ("randomized", "independent")
 
 
-def prompts(count: int, seed: int) -> list[str]:
-    """Random prompts of the demo's world, without a colour."""
-    labels = sample_scenes(count, torch.Generator().manual_seed(seed)).labels().tolist()
-    return [canonical(row, colour=False) for row in labels]
+def tasks(count: int, seed: int) -> list[tuple[str, Scenes]]:
+    """Random prompts of the demo's world without the colour, and the scenes they describe."""
+    scenes = sample_scenes(count, torch.Generator().manual_seed(seed))
+    labels = scenes.labels().tolist()
+    return [(canonical(row, colour=False), scenes.take(slice(i, i + 1))) for i, row in enumerate(labels)]
 
 
 def make(settings: dict[str, Any], source: Path | None = None) -> Frames:
@@ -101,12 +104,15 @@ def interval(pairs: list[float], seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def measure(prompt: str, seed: int, frames: int, refine: bool) -> dict[str, Any]:
+def measure(prompt: str, scene: Scenes, seed: int, frames: int, refine: bool, folder: Path) -> dict[str, Any]:
     """Run all variants of one prompt."""
     torch.set_num_threads(1)
+    picture = folder / f"{seed}.png"
+    write_sheet(picture, render(scene, torch.zeros(1, 1, dtype=torch.long)))
     stream_plan = streaming_plan(frames, 16, 8)
     base = {
         "prompt": prompt,
+        "image": str(picture),
         "seed": seed,
         "num_frames": frames,
         "refine.enabled": False,
@@ -145,7 +151,7 @@ def table(rows: list[dict[str, Any]], frames: int) -> str:
         "",
         f"Made by `python benchmarks/ablation.py` on {datetime.date.today()}: {len(rows)} prompts,",
         f"{frames} frames each, one thread of a {platform.machine()} CPU, torch {torch.__version__}. The prompts name",
-        "no colour; how things are measured stands in the script.",
+        "no colour, a rendered picture shows it; how things are measured stands in the script.",
         "Intervals are 95 % bootstrap intervals of the paired difference (variant minus full method).",
         "",
         "| measure | full method | variant | value | difference |",
@@ -187,17 +193,18 @@ def main() -> None:
     path = ROOT / "benchmarks" / "results" / f"{datetime.date.today()}-ablation.json"
     rows: list[dict[str, Any]] = []
     machine = {"machine": platform.machine(), "threads": 1, "torch": torch.__version__}
-    asked = prompts(arguments.prompts, arguments.seed)
-    with ProcessPoolExecutor(arguments.jobs) as pool:
-        tasks = [
-            pool.submit(measure, prompt, arguments.seed + index, arguments.frames, not arguments.no_refine)
-            for index, prompt in enumerate(asked)
+    with ProcessPoolExecutor(arguments.jobs) as pool, tempfile.TemporaryDirectory() as pictures:
+        settings = (arguments.frames, not arguments.no_refine, Path(pictures))
+        asked = tasks(arguments.prompts, arguments.seed)
+        running = [
+            pool.submit(measure, prompt, scene, arguments.seed + index, *settings)
+            for index, (prompt, scene) in enumerate(asked)
         ]
-        for task in as_completed(tasks):
+        for task in as_completed(running):
             rows.append(task.result())
             path.write_text(json.dumps({**machine, "frames": arguments.frames, "rows": rows}, indent=1))
             (ROOT / "docs" / "results.md").write_text(table(rows, arguments.frames))
-            print(f"{len(rows)}/{len(tasks)} {rows[-1]['prompt']}", flush=True)
+            print(f"{len(rows)}/{len(running)} {rows[-1]['prompt']}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,10 +34,11 @@ def generate(output: Path, frames: int, *more: object) -> int:
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
-    """Start the command line as its own process."""
+    """Start the command line as its own process, with Ctrl-C working: shells let background jobs ignore it."""
     return subprocess.Popen(
         [sys.executable, "-m", "streamt2v", *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
