@@ -157,6 +157,12 @@ def default_family(root: Path = PACKAGE) -> str:
     return complete[0] if complete else list(known)[-1]
 
 
+def pipelines(root: Path = PACKAGE) -> dict[str, dict[str, str]]:
+    """Stage-1 models of others that `weights.toml` knows by name: repository, licence, what; revision where pinned."""
+    rows: dict[str, dict[str, str]] = tomllib.loads(_manifest(root).read_text("utf-8"))["pipelines"]
+    return rows
+
+
 def missing(chosen: Family) -> list[str]:
     """Cheap check: one sentence for each file of the family that is absent or of another size than recorded."""
     found = []
