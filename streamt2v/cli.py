@@ -112,8 +112,8 @@ def generate(
         model, preset, quality, config_file, settings, size, output if resume else None,
         prompt=options.read_prompt(prompt), frames=frames,
         seed=seed, fps=fps, fit=fit, refine=False if no_refine else None, negative=negative,
-        image=str(image) if image else None, init=init, image_init=image_init, steps=steps, guidance=guidance, refine_steps=refine_steps, chunk=chunk,
-        overlap=overlap,
+        image=str(image) if image else None, init=init, image_init=image_init, steps=steps,
+        guidance=guidance, refine_steps=refine_steps, chunk=chunk, overlap=overlap,
     )  # fmt: skip
     job = jobs.Job(
         "generate", resolved, output or default_output(resolved.prompt, resolved.seed), None, device, threads, resume,

@@ -85,7 +85,7 @@ def choose(run: RunConfig) -> Chosen | None:
 
 
 def takes_picture(kind: str) -> bool:
-    """Whether a pipeline class starts from a picture, by the habits of diffusers' names: importing them takes seconds."""
+    """Whether a pipeline class starts from a picture, by how diffusers names them: importing takes seconds."""
     return kind == "StableVideoDiffusionPipeline" or any(mark in kind for mark in ("ImageToVideo", "I2V", "Framepack"))
 
 
@@ -194,7 +194,7 @@ def load_modelscope(folder: Path, device: str) -> ModelScope:
     _, index = _index(folder)
     dtype = _dtype(device, index)
     wanted = ("unet", "vae", "text_encoder", "tokenizer")
-    if absent := [name for name in (*wanted, "scheduler") if not isinstance(index.get(name), list)]:
+    if absent := [name for name in (*wanted, "scheduler") if index.get(name, [None])[0] is None]:
         raise WeightsError(f"{folder} lists no {absent[0]}")
     unet, vae, text_encoder, tokenizer = (_part(folder, name, index[name], dtype) for name in wanted)
     path = folder / "scheduler" / "scheduler_config.json"
@@ -233,7 +233,8 @@ def _animated(folder: Path, base: Path, device: str) -> Any:
     if absent := [name for name in needed if name not in index]:
         raise WeightsError(f"{base} lists no {absent[0]}")
     parts = {name: _part(base, name, index[name], dtype) for name in needed}
-    parts["scheduler"] = diffusers.DDIMScheduler.from_config(
+    ddim: Any = diffusers.DDIMScheduler
+    parts["scheduler"] = ddim.from_config(
         parts["scheduler"].config,
         beta_schedule="linear",
         clip_sample=False,
@@ -318,7 +319,9 @@ def _model(model_class: Any, place: Path, dtype: torch.dtype) -> Any:
             output_loading_info=True,
         )  # fmt: skip
     except Exception as error:  # safetensors raises its own kind, the libraries nearly every other
-        raise WeightsError(f"{place} does not load as {model_class.__name__}: {error}") from error
+        # Some networks keep parts in float32, which the library only knows how to do with its helper.
+        hint = "" if find_spec("accelerate") else "some networks need `pip install accelerate`"
+        raise WeightsError(f"{place} does not load as {model_class.__name__}: {error}", hint) from error
     if wrong := [*found["missing_keys"], *(item[0] for item in found["mismatched_keys"])]:
         raise WeightsError(f"{place} lacks the tensor {min(wrong)!r} of {model_class.__name__}")
     return model.requires_grad_(False).eval()

@@ -44,7 +44,7 @@ Init = Annotated[
     str | None,
     typer.Option(
         "--init",
-        help="Who makes the first frames: own, modelscope, animatediff, svd, hub:OWNER/NAME or the folder of a pipeline.",
+        help="Who makes the first frames: own, modelscope, animatediff, svd, hub:OWNER/NAME or a pipeline's folder.",
         rich_help_panel=STEERING,
     ),
 ]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -324,25 +325,20 @@ class _Maker:
         if self.job.source is not None and self.job.command == "refine":
             yield from frames.skip(video.read_frames(self.job.source), start)
             return
+        stored = self.directory.num_base_frames
         yield from self.directory.base_frames(start)
-        if self.directory.num_base_frames < self.num_frames:
-            yield from self._stream()
+        if stored < self.num_frames:
+            yield from frames.skip(self._stream(), max(0, start - stored))
 
     def _stream(self) -> Iterator[Frames]:
         """Continue the base video from the stored state, or begin it; store every chunk before passing it on."""
         config, num_stored = self.config.stream, self.directory.num_base_frames
         self.report.start(STREAM, self.num_frames, num_stored)
         stored = self.stream_state
-        began = time.monotonic()
-        first = None if stored is not None else self._given_first_chunk()  # before the stream's networks take memory
-        self.fixed_seconds += time.monotonic() - began
-        models = self._stream_models()
-        text = self._text("stream")
-        shape = (models.unet.config.out_channels, *latent_size(models.vae, config.height, config.width))
-        noise = stream.chunk_noise(self.draws, config.chunk, shape, self.device.name)
         if stored is None:
             began = time.monotonic() - self.fixed_seconds
-            first = self._first_chunk(models, text, noise) if first is None else first
+            first = self._given_first_chunk()  # before the stream's networks take memory
+            first = self._own_first_chunk() if first is None else first
             self.fixed_seconds = time.monotonic() - began
             state = stream.StreamState.after_first_chunk(first, config.overlap)
             yield self._store(0, first[: self.num_frames], state, time.monotonic())
@@ -352,6 +348,7 @@ class _Maker:
         left = self.stream_plan[state.next_chunk :]
         if not left:
             return
+        models, text, noise = self._stream_parts
         streamer = stream.Streamer(models, text, state.anchor, Sampling.of(config), noise)
         began = time.monotonic()
         for chunk, (new, after) in zip(left, streamer.run(state, left), strict=True):
@@ -369,7 +366,7 @@ class _Maker:
         return images
 
     def _given_first_chunk(self) -> Tensor | None:
-        """Take the first chunk [F, 3, H, W] from a continued video or a model of others; None: the family's own do it."""
+        """Take the first chunk [F, 3, H, W] from the source or a model of others; None: the family makes its own."""
         base, chosen = (self.config.stream.height, self.config.stream.width), initializers.choose(self.config)
         if self.job.source is not None:
             made = np.concatenate(list(frames.skip(video.read_frames(self.job.source), self.base_offset)))
@@ -392,24 +389,32 @@ class _Maker:
             noise = stream.chunk_noise(self.draws, wish.num_frames, shape, device)
             return initialize.from_modelscope(model, wish, Sampling.of(self.config.initialize), noise)
         if chosen.kind == initializers.ADAPTER:
-            pipeline = initializers.load(chosen.folder, device, chosen.drawing[0])
+            pipeline = self._pipeline(chosen.folder, chosen.drawing[0])
             return initialize.from_pipeline(pipeline, wish, self.draws.generator("initialize"))
         picture = self._picture("cpu") if self.config.image else None
         if chosen.drawing:
-            artists = [initializers.load(folder, device) for folder in chosen.drawing]
+            artists = [self._pipeline(folder) for folder in chosen.drawing]
             picture = initialize.draw_picture(artists, wish, self.draws.generator("initialize.picture"))
             del artists
             devices.release_memory(self.device)
-        pipeline = initializers.load(chosen.folder, device)
+        pipeline = self._pipeline(chosen.folder)
         return initialize.from_pipeline(pipeline, wish, self.draws.generator("initialize"), picture)
+
+    def _pipeline(self, folder: Path, base: Path | None = None) -> Any:
+        self.report.note(f"loading {folder}")
+        pipeline = initializers.load(folder, self.device.name, base)
+        if self.config.negative_prompt and initialize.ignores_negative_prompt(pipeline):
+            self.report.note(f"{type(pipeline).__name__} knows no negative prompt", warning=True)
+        return pipeline
 
     def _picture(self, device: str) -> Tensor:
         """Read the picture to start from: [3, h, w] in [-1, 1]."""
         return frames.to_float(video.read_image(Path(self.config.image))[None], device)[0]
 
-    def _first_chunk(self, models: stream.StreamModels, text: TextContext, noise: stream.NoiseOfChunk) -> Tensor:
+    def _own_first_chunk(self) -> Tensor:
         """Run the family's own initializer: frames [F, 3, H, W] in [-1, 1]."""
         config, size = self.config.initialize, self.config.stream.chunk
+        models, text, noise = self._stream_parts
         sampling = Sampling.of(config)
         if not self.config.image:
             return initialize.from_text(models, text, sampling, noise, size)
@@ -421,6 +426,13 @@ class _Maker:
         return initialize.from_image(models, unet, picture[0], text, sampling, noise, size)
 
     # -- networks
+
+    @cached_property
+    def _stream_parts(self) -> tuple[stream.StreamModels, TextContext, stream.NoiseOfChunk]:
+        config, models = self.config.stream, self._stream_models()
+        shape = (models.unet.config.out_channels, *latent_size(models.vae, config.height, config.width))
+        noise = stream.chunk_noise(self.draws, config.chunk, shape, self.device.name)
+        return models, self._text("stream"), noise
 
     def _stream_models(self) -> stream.StreamModels:
         config, family = self.config.stream, self.family

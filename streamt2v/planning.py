@@ -72,8 +72,8 @@ def plan(config: RunConfig) -> Plan:
         seconds = measured["fixed_seconds"] + (len(streaming) - 1) * measured["stream_seconds_per_chunk"]
         seconds += len(refinement) * measured["refine_seconds_per_chunk"]
     return Plan(
-        config.model, config.num_frames, output.fps, initializers.named(config), streaming, refinement, stream.height, stream.width,
-        output.height, output.width, family.num_bytes,
+        config.model, config.num_frames, output.fps, initializers.named(config), streaming, refinement,
+        stream.height, stream.width, output.height, output.width, family.num_bytes,
         None if measured is None else int(measured["peak_memory_bytes"]), seconds,
     )  # fmt: skip
 
@@ -87,7 +87,8 @@ def _key(config: RunConfig) -> str:
     """Return what the time of a chunk depends on."""
     stream, refine, output = config.stream, config.refine, config.output
     parts = [
-        config.model, initializers.named(config), config.initialize.text_to_image, stream.chunk, stream.overlap, stream.height, stream.width,
+        config.model, initializers.named(config), config.initialize.text_to_image,
+        stream.chunk, stream.overlap, stream.height, stream.width,
         stream.num_inference_steps, stream.guidance_scale > 1, stream.guidance_stop, stream.cam, stream.apm,
         refine.enabled,
     ]  # fmt: skip

@@ -134,12 +134,13 @@ def draw_picture(pipelines: Sequence[Any], wish: Wish, generator: torch.Generato
     for prior in pipelines[:-1]:
         wanted |= dict(_call(prior, wanted, wish.num_inference_steps, wish.guidance_scale, generator))
     decoder = pipelines[-1]
-    result = _call(decoder, wanted | {"output_type": "np"}, wish.num_inference_steps, wish.guidance_scale, generator)
+    wanted |= _sides(_working_size(decoder, wish.base)) | {"output_type": "np"}
+    result = _call(decoder, wanted, wish.num_inference_steps, wish.guidance_scale, generator)
     return _to_frames(result[0])[0]
 
 
 def from_pipeline(pipeline: Any, wish: Wish, generator: torch.Generator, picture: Tensor | None = None) -> Tensor:
-    """Make the first chunk by any text-to-video or image-to-video pipeline of diffusers: frames [F, 3, H, W] in [-1, 1].
+    """Make the first chunk by a text- or image-to-video pipeline of diffusers: frames [F, 3, H, W] in [-1, 1].
 
     Args:
         pipeline: its signature decides what it is given.
@@ -162,8 +163,7 @@ def from_pipeline(pipeline: Any, wish: Wish, generator: torch.Generator, picture
         "output_type": "np",
     }
     size = wish.working if all(wish.working) else _working_size(pipeline, wish.base)
-    if size is not None:
-        wanted |= {"height": size[0], "width": size[1]}
+    wanted |= _sides(size)
     if picture is not None:
         shape = (picture.shape[-2], picture.shape[-1])
         fitted = apply_fit(picture.unsqueeze(0), fit_into(shape, size or wish.base, "cover"))
@@ -175,15 +175,25 @@ def from_pipeline(pipeline: Any, wish: Wish, generator: torch.Generator, picture
     return made[: wish.num_frames]
 
 
+def ignores_negative_prompt(pipeline: Any) -> bool:
+    """Whether a pipeline reads a prompt and yet has no place for a negative one."""
+    known = inspect.signature(pipeline.__call__).parameters
+    return "prompt" in known and "negative_prompt" not in known
+
+
 def _texts(wish: Wish) -> dict[str, Any]:
     """An empty negative prompt is not passed: some pipelines have one of their own."""
     return {"prompt": wish.prompt} | ({"negative_prompt": wish.negative_prompt} if wish.negative_prompt else {})
 
 
+def _sides(size: tuple[int, int] | None) -> dict[str, int]:
+    return {} if size is None else {"height": size[0], "width": size[1]}
+
+
 def _call(
     pipeline: Any, wanted: dict[str, Any], num_inference_steps: int, guidance_scale: float, generator: torch.Generator
 ) -> Any:
-    """Call a pipeline with those of the wanted arguments that it knows, and with steps and guidance by their endings."""
+    """Call a pipeline with what it knows of the wanted arguments, and with steps and guidance by their endings."""
     known = inspect.signature(pipeline.__call__).parameters
     arguments = {name: value for name, value in (wanted | {"generator": generator}).items() if name in known}
     if num_inference_steps:
@@ -198,7 +208,7 @@ def _call(
         torch.manual_seed(generator.initial_seed())
         try:
             return pipeline(**arguments)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ArithmeticError) as error:
             hint = "another size is --set initialize.height=H --set initialize.width=W"
             raise ConfigError(f"{type(pipeline).__name__} refuses its settings: {error}", hint) from error
 
@@ -208,7 +218,7 @@ def _num_frames(pipeline: Any, wanted: int) -> int:
     for name in ("vae_scale_factor_temporal", "vae_temporal_compression_ratio"):
         ratio = getattr(pipeline, name, None)
         if ratio:
-            return int(ratio) * math.ceil((wanted - 1) / ratio) + 1
+            return int(ratio) * math.ceil((wanted - 1) / int(ratio)) + 1
     made_for = getattr(getattr(getattr(pipeline, "unet", None), "config", None), "num_frames", None) or 0
     return max(wanted, int(made_for))
 
