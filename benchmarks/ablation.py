@@ -3,7 +3,7 @@
     python benchmarks/ablation.py --prompts 8 --frames 240 --jobs 2
 
 Writes benchmarks/results/DATE-ablation.json and the table docs/results.md. Variants: CAM off and APM off in the
-streaming stage; shared noise only and independent chunks in the refiner. Every variant uses the same seeds. The prompts
+streaming stage; independent chunks in the refiner. Every variant uses the same seeds. The prompts
 leave the subject's colour open: a colour that the text names is kept by the text.
 
 Measures, with d(f) the mean absolute difference of frames f-1 and f (levels of 255):
@@ -37,7 +37,7 @@ from streamt2v.training.world import ATTRIBUTES, sample_scenes
 
 ROOT = Path(__file__).parents[1]
 STREAM_VARIANTS = {"full": {}, "no CAM": {"stream.cam": False}, "no APM": {"stream.apm": False}}
-REFINE_VARIANTS = ("randomized", "shared", "independent")
+REFINE_VARIANTS = ("randomized", "independent")
 
 
 def prompts(count: int, seed: int) -> list[str]:
@@ -163,7 +163,6 @@ def table(rows: list[dict[str, Any]], frames: int) -> str:
 
     line("seam (chunk borders / inside)", "full", "no CAM", "seam")
     line("subject colour drift, first to last chunk", "full", "no APM", "colour_drift")
-    line("refiner seam (worst in overlap / outside)", "randomized", "shared", "seam")
     line("refiner seam (worst in overlap / outside)", "randomized", "independent", "seam")
     lines += [
         "",

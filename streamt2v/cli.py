@@ -361,6 +361,23 @@ def weights_verify(model: options.Model = None) -> None:
         _emit(f"{family.name}: {len(family.files)} files, all as recorded")
 
 
+@weights_app.command("convert")
+def weights_convert(
+    source: Annotated[Path, typer.Argument(help="A published checkpoint, or a folder of it.", show_default=False)],
+    destination: Annotated[Path, typer.Argument(help="Folder for the converted files.", show_default=False)],
+) -> None:
+    """Turn a published checkpoint into files that streamt2v loads: 16 bit, no pickle, no optimizer state.
+
+    Known: streaming_t2v.ckpt, VidXTend (file or folder), the three files of MS-Vid2Vid-XL, OpenCLIP ViT-H-14.
+
+    [b]streamt2v weights convert streaming_t2v.ckpt weights/[/b]
+    """
+    from streamt2v import checkpoints
+
+    for path in checkpoints.convert(source, destination, _say):
+        _emit(str(path))
+
+
 @app.command()
 def train(
     part: Annotated[str, typer.Argument(help="vae, clip, base, cam, apm, joint, image_to_video, refiner or judge.")],

@@ -10,7 +10,8 @@ import html
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from streamt2v.errors import WeightsError
@@ -55,6 +56,19 @@ class KeyMap:
     rules: tuple[Rule, ...]
     what: str = field(default="the checkpoint", compare=False)
 
+    @cached_property
+    def _compiled(self) -> list[tuple[re.Pattern[str], Rule]]:
+        return [(re.compile(rule.pattern), rule) for rule in self.rules]
+
+    def rename(self, key: str) -> tuple[tuple[str, ...], Reshape | None] | None:
+        """New names of a key and how its tensor becomes theirs; no names where it is ignored, None where unknown."""
+        if not key.startswith(self.prefix):
+            return None
+        for regex, rule in self._compiled:
+            if match := regex.fullmatch(key, len(self.prefix)):
+                return tuple(map(match.expand, rule.targets)), rule.reshape
+        return None
+
     def apply(self, state: State, expected: Shapes | None = None) -> dict[str, Tensor]:
         """Return the tensors of `state` under their new names.
 
@@ -66,54 +80,43 @@ class KeyMap:
             WeightsError: a key is unknown, missing, mapped twice, or has another shape.
         """
         result: dict[str, Tensor] = {}
-        compiled = [(re.compile(rule.pattern), rule) for rule in self.rules]
+        origins: dict[str, str] = {}
         for key in sorted(key for key in state if key.startswith(self.prefix)):
-            rest = key.removeprefix(self.prefix)
-            found = next(((m, rule) for regex, rule in compiled if (m := regex.fullmatch(rest))), None)
-            if found is None:
+            renamed = self.rename(key)
+            if renamed is None:
                 raise WeightsError(f"{self.what} has an unknown key {key!r}", "is it another model's checkpoint?")
-            match, rule = found
-            if not rule.targets:
+            targets, reshape = renamed
+            if not targets:
                 continue
-            values = [state[key]] if rule.reshape is None else rule.reshape(state[key])
-            for target, value in zip(map(match.expand, rule.targets), values, strict=True):
+            try:
+                values = [state[key]] if reshape is None else reshape(state[key])
+                pairs = list(zip(targets, values, strict=True))
+            except (ValueError, IndexError, RuntimeError) as error:
+                raise WeightsError(f"{self.what}: {key!r} has shape {tuple(state[key].shape)}: {error}") from error
+            for target, value in pairs:
                 if target in result:
                     raise WeightsError(f"{self.what} defines {target!r} twice, the second time as {key!r}")
-                result[target] = value
+                result[target], origins[target] = value, key
         if not result:
             raise WeightsError(f"{self.what} has no key that begins with {self.prefix!r}")
         if expected is not None:
-            self._check(result, expected)
+            self._check(result, expected, origins)
         return result
 
-    def _check(self, result: State, expected: Shapes) -> None:
+    def _check(self, result: State, expected: Shapes, origins: Mapping[str, str]) -> None:
         if missing := sorted(set(expected) - set(result)):
             raise WeightsError(f"{self.what} lacks {missing[0]!r} ({len(missing)} keys are missing)")
-        if extra := sorted(set(result) - set(expected)):
+        if extra := sorted(origins[target] for target in set(result) - set(expected)):
             raise WeightsError(f"{self.what} has {extra[0]!r}, which the network does not ({len(extra)} keys too many)")
-        for key, value in result.items():
-            if tuple(value.shape) != tuple(expected[key]):
-                raise WeightsError(
-                    f"{self.what}: {key!r} has shape {tuple(value.shape)}, the network wants {tuple(expected[key])}"
-                )
+        for target, value in result.items():
+            if tuple(value.shape) != tuple(expected[target]):
+                found, wanted = tuple(value.shape), tuple(expected[target])
+                raise WeightsError(f"{self.what}: {origins[target]!r} has shape {found}, the network wants {wanted}")
 
 
-def unwrap(checkpoint: Mapping[str, object]) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint, which may lie under `state_dict`; everything else (optimizer) is dropped.
-
-    Raises:
-        WeightsError: there are no tensors.
-    """
-    from torch import Tensor
-
-    inner = checkpoint.get("state_dict", checkpoint)
-    tensors = {k: v for k, v in inner.items() if isinstance(v, Tensor)} if isinstance(inner, Mapping) else {}
-    if not tensors:
-        raise WeightsError("the checkpoint holds no tensors")
-    return tensors
-
-
-def check_prefixes(state: Iterable[str], maps: Iterable[KeyMap], ignored: Mapping[str, str]) -> None:
+def check_prefixes(
+    state: Iterable[str], maps: Iterable[KeyMap], ignored: Mapping[str, str], what: str = "the checkpoint"
+) -> None:
     """Refuse keys that begin with none of the maps' prefixes and none of the `ignored` ones (prefix -> reason).
 
     Raises:
@@ -122,7 +125,7 @@ def check_prefixes(state: Iterable[str], maps: Iterable[KeyMap], ignored: Mappin
     known = (*(key_map.prefix for key_map in maps), *ignored)
     for key in state:
         if not key.startswith(known):
-            raise WeightsError(f"the checkpoint has an unknown key {key!r}", f"known beginnings: {', '.join(known)}")
+            raise WeightsError(f"{what} has an unknown key {key!r}", f"known beginnings: {', '.join(known)}")
 
 
 # ------------------------------------------------------------------------------------------------- small reshapes
@@ -177,6 +180,13 @@ OPEN_CLIP_VISUAL: tuple[Rule, ...] = (
     ignore(r"attn_mask", "constant"),
 )
 
+LIBRARY_VISUAL: tuple[Rule, ...] = (
+    ignore(r"(?:vision|text)_model\.embeddings\.position_ids", "constant"),
+    rename(r"(vision_model\..+|visual_projection\.weight)", r"\1"),
+    ignore(r"text_model\..+|text_projection\.weight|logit_scale", "text tower, unused"),
+)
+"""The same tower, or all of CLIP, as the transformers library names it."""
+
 # fmt: off
 STREAM: Mapping[str, KeyMap] = {
     "unet": KeyMap("base_model.", (
@@ -196,8 +206,8 @@ STREAM: Mapping[str, KeyMap] = {
     ), "the APM token network"),
     "vae": KeyMap("vae.", (rename(rf"({_VAE}.+)", r"\1"),), "the VAE"),
     "text": KeyMap("text_encoder.", (
-        ignore(r"text_model\.embeddings\.position_ids", "constant"),
-        rename(r"text_model\.(.+)", r"\1"),
+        ignore(r"(?:text_model\.)?embeddings\.position_ids", "constant"),
+        rename(r"(?:text_model\.)?((?:embeddings|encoder|final_layer_norm)\..+)", r"\1"),
     ), "the text encoder"),
     "vision": KeyMap("image_encoder.model.", OPEN_CLIP_VISUAL, "the image encoder"),
 }
@@ -359,6 +369,16 @@ class Part:
     schedule: Mapping[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class Layout:
+    """A published file: the networks in it by our names for them, where the tokenizer belongs that it was trained with,
+    and the beginnings of keys that are left out, with the reason."""
+
+    parts: Mapping[str, Part]
+    tokenizer: str | None = None
+    ignored: Mapping[str, str] = field(default_factory=dict)
+
+
 # fmt: off
 _VAE_CONFIG = {
     "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
@@ -375,23 +395,48 @@ _VISION_CONFIG = {
 _APM_CONFIG = {"embed_dim": 1024, "hidden_dim": 1280, "num_tokens": 16, "context_dim": 1024}
 _REFINER_SCHEDULE = {"kind": "cosine_logsnr", "prediction": "v", "spacing": "trailing", "zero_terminal_snr": True}
 
-CHECKPOINTS: Mapping[str, Mapping[str, Part]] = {
-    "streaming_t2v.ckpt": {
-        "unet": Part("UNet3D", {"cam": True, "image_tokens": 16}, STREAM["unet"], schedule={}),
-        "cam": Part("ConditionalAttention", {}, STREAM["cam"]),
-        "apm": Part("AppearanceTokens", _APM_CONFIG, STREAM["apm"]),
-        "vae": Part("AutoencoderKL", _VAE_CONFIG, STREAM["vae"]),
-        "text": Part("CLIPTextModel", _TEXT_CONFIG, STREAM["text"]),
-        "vision": Part("CLIPVisionModelWithProjection", _VISION_CONFIG, STREAM["vision"]),
-    },
-    "non_ema_0035000.pth": {
-        "unet": Part("UNet3D", {"downsample_padding": [2, 1]}, refiner_unet(), _REFINER_SCHEDULE),
-    },
-    "v2-1_512-ema-pruned.ckpt": {"vae": Part("AutoencoderKL", _VAE_CONFIG, refiner_vae())},
-    "open_clip_pytorch_model.bin": {"text": Part("CLIPTextModel", _TEXT_CONFIG, open_clip_text())},
+_STREAM_PARTS = {
+    "stream/unet": Part("UNet3D", {"cam": True, "image_tokens": 16}, STREAM["unet"], schedule={}),
+    "stream/cam": Part("ConditionalAttention", {}, STREAM["cam"]),
+    "stream/apm": Part("AppearanceTokens", _APM_CONFIG, STREAM["apm"]),
+    "stream/vae": Part("AutoencoderKL", _VAE_CONFIG, STREAM["vae"]),
+    "stream/text": Part("CLIPTextModel", _TEXT_CONFIG, STREAM["text"]),
+}
+
+
+def _vision(rules: tuple[Rule, ...], prefix: str = "") -> dict[str, Part]:
+    keys = KeyMap(prefix, rules, "the image encoder")
+    return {"stream/vision": Part("CLIPVisionModelWithProjection", _VISION_CONFIG, keys)}
+
+
+def vidxtend(parts: Mapping[str, Part]) -> dict[str, Part]:
+    """Return the networks of the streaming stage as the project VidXTend stores them: two prefixes differ."""
+    prefixes = {"stream/unet": "unet.", "stream/cam": "controlnet."}
+    return {
+        name: replace(part, keys=replace(part.keys, prefix=prefixes.get(name, part.keys.prefix)))
+        for name, part in parts.items()
+    }
+
+
+CHECKPOINTS: Mapping[str, Layout] = {
+    "streaming_t2v.ckpt": Layout(
+        _STREAM_PARTS | _vision(OPEN_CLIP_VISUAL, "image_encoder.model."), "stream/tokenizer",
+    ),
+    "vidxtend.safetensors": Layout(vidxtend(_STREAM_PARTS), "stream/tokenizer"),
+    "non_ema_0035000.pth": Layout({
+        "refine/unet": Part("UNet3D", {"downsample_padding": [2, 1]}, refiner_unet(), _REFINER_SCHEDULE),
+    }),
+    "v2-1_512-ema-pruned.ckpt": Layout(
+        {"refine/vae": Part("AutoencoderKL", _VAE_CONFIG, refiner_vae())}, ignored=REFINER_VAE_IGNORED,
+    ),
+    "open_clip_pytorch_model.bin": Layout(
+        {"refine/text": Part("CLIPTextModel", _TEXT_CONFIG, open_clip_text())} | _vision(OPEN_CLIP_VISUAL),
+        "refine/tokenizer",
+    ),
+    "the image tower of CLIP": Layout(_vision(LIBRARY_VISUAL)),
 }
 # fmt: on
-"""The published files by name, and the networks in each."""
+"""The published files by name, and what is in each; the two towers of OpenCLIP share one file without prefixes."""
 
 
 # --------------------------------------------------------------------------------------------------------- text tokens

@@ -274,7 +274,7 @@ def _part(folder: Path, name: str, value: Any, dtype: torch.dtype) -> Any:
         return None
     for module in (library, f"diffusers.pipelines.{library}", f"diffusers.pipelines.deprecated.{library}"):
         if module.partition(".")[0] in ("diffusers", "transformers") and find_spec(module):
-            weights._quiet(module.partition(".")[0])
+            weights.quiet(module.partition(".")[0])
             found = importlib.import_module(module)
             # What old folders call a feature extractor.
             renamed = class_name.replace("FeatureExtractor", "ImageProcessor")

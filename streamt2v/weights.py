@@ -18,7 +18,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from streamt2v import config, files
 from streamt2v.errors import ConfigError, OutputError, WeightsError
@@ -38,6 +38,11 @@ NETWORKS: Mapping[str, tuple[str, str, tuple[str, str] | None]] = {
     "ConditionalAttention": ("streamt2v.models.cam", "ConditionalAttention", ("streamt2v.models.cam", "CamConfig")),
     "AppearanceTokens": ("streamt2v.models.apm", "AppearanceTokens", None),
     "AutoencoderKL": ("diffusers.models.autoencoders.autoencoder_kl", "AutoencoderKL", None),
+    "CLIPTextModel": (
+        "transformers.models.clip.modeling_clip",
+        "CLIPTextModel",
+        ("transformers.models.clip.configuration_clip", "CLIPTextConfig"),
+    ),
     "CLIPTextModelWithProjection": (
         "transformers.models.clip.modeling_clip",
         "CLIPTextModelWithProjection",
@@ -232,8 +237,20 @@ def _toml(value: str | int | Mapping[str, str | int]) -> str:
 # ------------------------------------------------------------------------------------------------------- one file
 
 
-def _read_index(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...]]]]:
-    """Metadata, and (dtype, shape) by tensor name, of a safetensors file; checked against the file's size."""
+class Row(NamedTuple):
+    """One tensor in the header of a safetensors file; `start` is its first byte in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+
+def read_index(path: Path) -> tuple[dict[str, str], dict[str, Row]]:
+    """Metadata and tensors by name of any safetensors file; sizes are checked against the file's.
+
+    Raises:
+        WeightsError: the file is absent, cut short or no safetensors file.
+    """
     hint = "run `streamt2v weights verify`"
     try:
         size = path.stat().st_size
@@ -249,16 +266,21 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, tuple[
     try:
         table = json.loads(raw)
         metadata = {str(key): str(value) for key, value in table.pop("__metadata__", {}).items()}
-        index = {name: (row["dtype"], tuple(map(int, row["shape"]))) for name, row in table.items()}
-        ends = [int(row["data_offsets"][1]) for row in table.values()]
-        needed = sum(ITEM_BYTES[dtype] * math.prod(shape) for dtype, shape in index.values())
+        places = {name: tuple(map(int, row["data_offsets"])) for name, row in table.items()}
+        index = {
+            name: Row(row["dtype"], tuple(map(int, row["shape"])), 8 + length + places[name][0])
+            for name, row in table.items()
+        }
+        sizes = {name: ITEM_BYTES[row.dtype] * math.prod(row.shape) for name, row in index.items()}
+        sound = all(0 <= start <= stop == start + sizes[name] for name, (start, stop) in places.items())
+        ends = max((stop for _, stop in places.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise WeightsError(f"{path} is not a safetensors file: its header is damaged", hint) from error
-    expected = 8 + length + max(ends, default=0)
+    expected = 8 + length + ends
     if size != expected:
         problem = "is cut short" if size < expected else "has bytes after its end"
         raise WeightsError(f"{path} {problem}: {size:,} bytes, its header says {expected:,}", hint)
-    if needed != max(ends, default=0) or len(index) > MAX_TENSORS:
+    if not sound or sum(sizes.values()) != ends or len(index) > MAX_TENSORS:
         raise WeightsError(f"{path} is damaged: shapes and sizes in its header disagree", hint)
     return metadata, index
 
@@ -277,13 +299,44 @@ def _read_metadata(path: Path, metadata: Mapping[str, str]) -> tuple[str, dict[s
         raise WeightsError(f"{path} has damaged metadata: {error}") from error
 
 
+def shard_index(path: Path) -> Path:
+    """Name of the list of parts of a weights file that is split."""
+    return path.with_name(f"{path.name}.index.json")
+
+
+def _read_parts(path: Path) -> tuple[dict[str, str], dict[Path, dict[str, Row]]]:
+    """Metadata of a weights file, and the tensors of each part: the file itself, or what its list of parts names.
+
+    The list of parts is trusted for nothing but names: every part says by itself what it belongs to and holds.
+    """
+    listed = shard_index(path)
+    if path.is_file() or not listed.is_file():
+        metadata, index = read_index(path)
+        return metadata, {path: index}
+    try:
+        names = sorted(set(json.loads(listed.read_bytes())["weight_map"].values()))
+        plain = bool(names) and all(name == Path(name).name and (path.parent / name) != path for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{listed} is damaged: {error}", "run `streamt2v weights verify`") from error
+    if not plain:
+        raise WeightsError(f"{listed} names files outside its folder, or none", "run `streamt2v weights verify`")
+    indices = {path.parent / name: read_index(path.parent / name) for name in names}
+    metadata = indices[path.parent / names[0]][0]
+    seen: set[str] = set()
+    for part, (own, index) in indices.items():
+        if own != metadata or not seen.isdisjoint(index):
+            raise WeightsError(f"{part} belongs to another file than {path.parent / names[0]}", "convert both again")
+        seen.update(index)
+    return metadata, {part: index for part, (_, index) in indices.items()}
+
+
 def read_header(path: Path) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
-    """Class name, config and noise schedule (None when it has none) of a weights file, without importing torch.
+    """Class name, config and noise schedule (None when it has none) of a weights file, split or whole; without torch.
 
     Raises:
         WeightsError: the file is absent, cut short, no safetensors file, or not one of ours.
     """
-    return _read_metadata(path, _read_index(path)[0])
+    return _read_metadata(path, _read_parts(path)[0])
 
 
 def _config_of(module: torch.nn.Module) -> dict[str, Any]:
@@ -334,12 +387,9 @@ def save_module(
             raise WeightsError(f"{key} of {name} has values that are not finite in {stored}: not saved")
         tensors[key] = tensor
     arguments = _config_of(module) if config is None else dict(config)
-    described = _build(path, name, json.loads(json.dumps(arguments))).state_dict()
-    shapes = [{key: tuple(value.shape) for key, value in state.items()} for state in (described, tensors)]
-    _check_keys(path, name, *shapes)
-    metadata = {"format": FORMAT, "class": name, "config": json.dumps(arguments)}
-    if schedule is not None:
-        metadata["schedule"] = json.dumps(dict(schedule))
+    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+    _check_keys(path, name, shapes_of(path, name, json.loads(json.dumps(arguments))), shapes)
+    metadata = metadata_of(name, arguments, schedule)
     files.make_directory(path.parent)
     with files.replacing(path) as temporary:
         try:
@@ -349,13 +399,28 @@ def save_module(
             raise OutputError(f"cannot write {path}: {error}", "free some space") from error
 
 
+def metadata_of(name: str, config: Mapping[str, Any], schedule: Mapping[str, Any] | None) -> dict[str, str]:
+    """What a weights file says of itself."""
+    metadata = {"format": FORMAT, "class": name, "config": json.dumps(dict(config))}
+    return metadata if schedule is None else metadata | {"schedule": json.dumps(dict(schedule))}
+
+
+def shapes_of(path: Path, name: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors of a network of class `name`; `path` is for errors only.
+
+    Raises:
+        WeightsError: the class is unknown or cannot be built from `config`.
+    """
+    return {key: tuple(value.shape) for key, value in _build(path, name, config).state_dict().items()}
+
+
 def _network(name: str, path: Path) -> tuple[str, str, tuple[str, str] | None]:
     if name not in NETWORKS:
         raise WeightsError(f"{path} holds a network of unknown class {name!r}", f"known: {', '.join(NETWORKS)}")
     return NETWORKS[name]
 
 
-def _quiet(package: str) -> None:
+def quiet(package: str) -> None:
     """Turn off what a model library would print while loading: our own checks are stricter than its warnings."""
     logging = importlib.import_module(f"{package}.utils.logging")
     logging.set_verbosity_error()
@@ -389,7 +454,7 @@ def _build(path: Path, name: str, config: Mapping[str, Any]) -> torch.nn.Module:
     module_name, class_name, config_class = _network(name, path)
     package = module_name.split(".")[0]
     if package != __package__:
-        _quiet(package)
+        quiet(package)
     network = getattr(importlib.import_module(module_name), class_name)
     try:
         if config_class is None:
@@ -409,28 +474,30 @@ def load_module(path: Path, device: str | torch.device, dtype: torch.dtype) -> t
     Returns the network in evaluation mode with gradients off (training switches both back on).
 
     Args:
-        path: a file written by `save_module`.
+        path: a file written by `save_module`, or the name that it would have if it were not split.
         device: where the tensors go.
         dtype: type of all floating-point tensors.
 
     Raises:
         WeightsError: the file is absent, damaged, of an unknown class, or its tensors are not exactly the network's.
     """
-    metadata, index = _read_index(path)
+    metadata, parts = _read_parts(path)
     name, config, _ = _read_metadata(path, metadata)
     module = _build(path, name, config)
     wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    _check_keys(path, name, wanted, {key: shape for key, (_, shape) in index.items()})
+    _check_keys(path, name, wanted, {key: row.shape for index in parts.values() for key, row in index.items()})
 
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
-        tensors = load_file(path, device=str(device))
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} cannot be read: {error}", "run `streamt2v weights verify`") from error
-    converted = {key: tensors[key].to(dtype) if tensors[key].is_floating_point() else tensors[key] for key in wanted}
-    module.load_state_dict(converted, strict=True, assign=True)
+    converted: dict[str, torch.Tensor] = {}
+    for part in parts:
+        try:
+            tensors = load_file(part, device=str(device))
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{part} cannot be read: {error}", "run `streamt2v weights verify`") from error
+        converted |= {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
+    module.load_state_dict({key: converted[key] for key in wanted}, strict=True, assign=True)
     for key, buffer in module.named_buffers():
         if buffer.is_meta:
             raise WeightsError(f"{name} has a buffer {key!r} that no file fills: this is a bug of the network")
@@ -459,7 +526,7 @@ def load_tokenizer(path: Path, tokens: Mapping[str, str | int] | None = None) ->
     """
     if not path.is_file():
         raise WeightsError(f"{path} is missing", "install streamt2v again")
-    _quiet("transformers")
+    quiet("transformers")
     import transformers
 
     fast: Any = transformers.PreTrainedTokenizerFast  # the class itself has another name in every major version

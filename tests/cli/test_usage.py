@@ -1,9 +1,9 @@
 """The command line before any model loads: help, errors, exit codes, clean streams."""
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -100,14 +100,19 @@ def test_plan_is_json_and_counts(capsys: pytest.CaptureFixture[str]) -> None:
     assert "149 chunks" in capsys.readouterr().out
 
 
+def _children_seconds() -> float:
+    """CPU time of finished child processes: on a shared machine the clock says less."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_is_instant_and_light() -> None:
-    began = time.perf_counter()
+    began = _children_seconds()
     out = subprocess.run(
         [sys.executable, "-m", "streamt2v", "--help"], check=True, capture_output=True, text=True
     ).stdout
     assert "generate" in out
-    # The bar is 0.5 s on an idle machine; tests share theirs.
-    assert time.perf_counter() - began < 3
+    assert _children_seconds() - began < 0.5
     heavy = python(
         "import sys; from streamt2v.cli import main\n"
         "try: main(['plan', 'a red ball'])\n"

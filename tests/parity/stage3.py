@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import lzma
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from streamt2v import convert, frames
+from streamt2v import checkpoints, convert, frames
 from streamt2v.chunks import Chunk, refinement_plan
 from streamt2v.config import RefineConfig
 from streamt2v.diffusion import blend, guidance
@@ -31,7 +30,6 @@ from tests.parity.report import COMPONENT, TABLE, WHOLE_RUN, Report
 
 Tensors = dict[str, Tensor]
 Facts = dict[str, Any]
-VOCABULARY = Path(__file__).resolve().parents[1] / "data" / "text" / "clip_merges.txt.xz"
 GAIN = 0.7
 """The recipe's gain for UNets where a file does not say."""
 
@@ -384,8 +382,7 @@ def text(report: Report, file: str, facts: Facts, tensors: Tensors, _: Setting) 
         )
     )
     fill(encoder, convert.open_clip_text(kept), weights)
-    with lzma.open(VOCABULARY, "rt", encoding="utf-8") as vocabulary:
-        tokenizer = convert.clip_tokenizer(vocabulary.read().splitlines())
+    tokenizer = convert.clip_tokenizer(checkpoints.clip_merges())
     tokens = [tokenizer.encode(convert.clean_prompt(prompt)).ids for prompt in facts["prompts"]]
     report.same(file, "tokens", tokens, tensors["tokens"].tolist())
     report.same(file, "tokens in both files", tensors["tokens"].tolist(), facts["tokens"])

@@ -131,19 +131,19 @@ def test_the_published_image_tower_is_complete() -> None:
 @pytest.mark.parametrize(
     ("file", "part", "values"),
     [
-        ("streaming_t2v.ckpt", "unet", 1_480_478_804),
-        ("streaming_t2v.ckpt", "cam", 621_981_664),
-        ("streaming_t2v.ckpt", "apm", 22_299_904),
-        ("streaming_t2v.ckpt", "vae", 83_653_863),
-        ("streaming_t2v.ckpt", "text", 340_387_840),
-        ("streaming_t2v.ckpt", "vision", 632_076_800),
-        ("non_ema_0035000.pth", "unet", 1_411_233_860),
-        ("v2-1_512-ema-pruned.ckpt", "vae", 83_653_863),
-        ("open_clip_pytorch_model.bin", "text", 340_387_840),
+        ("streaming_t2v.ckpt", "stream/unet", 1_480_478_804),
+        ("streaming_t2v.ckpt", "stream/cam", 621_981_664),
+        ("streaming_t2v.ckpt", "stream/apm", 22_299_904),
+        ("streaming_t2v.ckpt", "stream/vae", 83_653_863),
+        ("streaming_t2v.ckpt", "stream/text", 340_387_840),
+        ("streaming_t2v.ckpt", "stream/vision", 632_076_800),
+        ("non_ema_0035000.pth", "refine/unet", 1_411_233_860),
+        ("v2-1_512-ema-pruned.ckpt", "refine/vae", 83_653_863),
+        ("open_clip_pytorch_model.bin", "refine/text", 340_387_840),
     ],
 )
 def test_the_published_networks_have_their_published_sizes(file: str, part: str, values: int) -> None:
-    found = convert.CHECKPOINTS[file][part]
+    found = convert.CHECKPOINTS[file].parts[part]
     config = {key: tuple(value) if isinstance(value, list) else value for key, value in found.config.items()}
     builders: dict[str, Callable[[], nn.Module]] = {
         "UNet3D": lambda: UNet3D(UNet3DConfig.from_dict(config)),
@@ -189,14 +189,6 @@ def test_a_key_too_many_and_a_key_mapped_twice_are_named() -> None:
 def test_every_ignored_key_has_a_reason() -> None:
     maps = [*convert.STREAM.values(), convert.refiner_unet(), convert.refiner_vae(), convert.open_clip_text()]
     assert all(rule.reason for key_map in maps for rule in key_map.rules if not rule.targets)
-
-
-def test_a_checkpoint_is_unwrapped_without_its_optimizer() -> None:
-    tensors = {"a": torch.zeros(2)}
-    assert convert.unwrap({"state_dict": tensors, "optimizer": [1]}).keys() == {"a"}
-    assert convert.unwrap(tensors | {"epoch": 3}).keys() == {"a"}
-    with pytest.raises(WeightsError, match="no tensors"):
-        convert.unwrap({"state_dict": {"epoch": 3}})
 
 
 def test_prompts_are_tidied_before_they_become_tokens() -> None:

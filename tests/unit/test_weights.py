@@ -69,6 +69,7 @@ def networks() -> dict[str, tuple[torch.nn.Module, dict[str, Any] | None]]:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from transformers import (
         CLIPTextConfig,
+        CLIPTextModel,
         CLIPTextModelWithProjection,
         CLIPVisionConfig,
         CLIPVisionModelWithProjection,
@@ -82,6 +83,7 @@ def networks() -> dict[str, tuple[torch.nn.Module, dict[str, Any] | None]]:
         "ConditionalAttention": (ConditionalAttention(cam), cam.to_dict()),
         "AppearanceTokens": (AppearanceTokens(**TOY), TOY),
         "AutoencoderKL": (AutoencoderKL(block_out_channels=(8,), norm_num_groups=2), None),
+        "CLIPTextModel": (CLIPTextModel(CLIPTextConfig(**text)), None),
         "CLIPTextModelWithProjection": (CLIPTextModelWithProjection(CLIPTextConfig(**text)), None),
         "CLIPVisionModelWithProjection": (CLIPVisionModelWithProjection(CLIPVisionConfig(**vision)), None),
     }

@@ -1,0 +1,231 @@
+"""Published checkpoints -> our weights files: recognised by all their keys, written tensor by tensor in 16 bit.
+
+Nothing is written before every key and shape of every file is known to fit; memory holds one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import lzma
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from streamt2v import archives, files, weights
+from streamt2v import convert as maps
+from streamt2v.errors import InputError, WeightsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Source = tuple[archives.Stored, tuple[str, ...], maps.Reshape | None]
+
+MAX_SHARD_BYTES = 2 * 2**30
+SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
+FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+@dataclass(frozen=True)
+class _Network:
+    """One weights file to be written: its name, what it says of itself, tensors to read, shapes they end in."""
+
+    name: str
+    metadata: Mapping[str, str]
+    sources: tuple[Source, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def bytes_of(self, source: Source) -> int:
+        """Size of what one tensor of the checkpoint becomes."""
+        return sum(2 * math.prod(self.shapes[target]) for target in source[1])
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(map(self.bytes_of, self.sources))
+
+
+def clip_merges() -> list[str]:
+    """The merges of CLIP's byte-pair tokenizer, which no checkpoint carries."""
+    with lzma.open(weights.PACKAGE / "clip" / "merges.txt.xz", "rt", encoding="utf-8") as lines:
+        return lines.read().splitlines()
+
+
+def convert(
+    source: Path,
+    destination: Path,
+    note: Callable[[str], None],
+    layouts: Mapping[str, maps.Layout] = maps.CHECKPOINTS,
+) -> list[Path]:
+    """Write the networks of a published checkpoint, and the tokenizer they were trained with, as our own files.
+
+    Args:
+        source: a file, or a folder: of one subfolder per network (as VidXTend has it), or of checkpoints.
+        destination: folder to write to, for example `stream/unet.safetensors`; networks above 2 GiB are split.
+        note: called with one sentence per file.
+        layouts: the known checkpoints.
+
+    Returns:
+        The files written.
+
+    Raises:
+        InputError: there is nothing to read.
+        WeightsError: a file is damaged, cut short, or its keys and shapes are not exactly those of a known checkpoint.
+        OutputError: the files cannot be written.
+    """
+    planned: dict[str, _Network] = {}
+    tokenizers: dict[str, None] = {}
+    for name, archive in _read(source, layouts).items():
+        if archive.refused:
+            note(f"{name} asks for {', '.join(archive.refused[:3])}: this was not run, only tensors are read")
+        layout, networks = _plan(name, archive.tensors, layouts)
+        if twice := sorted(planned.keys() & networks.keys()):
+            raise WeightsError(f"{source} has {twice[0]} twice, the second time in {name}", "convert one file alone")
+        planned |= networks
+        tokenizers |= dict.fromkeys(filter(None, [layout.tokenizer]))
+    files.require_space(destination, sum(network.num_bytes for network in planned.values()), "the conversion")
+    written = []
+    for network in planned.values():
+        paths = _write(destination / f"{network.name}.safetensors", network)
+        note(f"{paths[-1]}: {len(network.shapes):,} tensors, {network.num_bytes / 1e6:,.0f} MB")
+        written += paths
+    for tokenizer in tokenizers:
+        path = destination / f"{tokenizer}.json"
+        files.make_directory(path.parent)
+        files.write_bytes(path, maps.clip_tokenizer(clip_merges()).to_str().encode())
+        note(f"{path}: the tokenizer of CLIP")
+        written.append(path)
+    return written
+
+
+# ------------------------------------------------------------------------------------------------- which file is it
+
+
+def _read(source: Path, layouts: Mapping[str, maps.Layout]) -> dict[str, archives.Archive]:
+    """Find the checkpoints at `source`, by name."""
+    if not source.is_dir():
+        return {source.name: archives.read(source)}
+    modules = {part.keys.prefix.rstrip(".") for layout in layouts.values() for part in layout.parts.values()}
+    found = {path.name: _files(path) for path in sorted(source.iterdir()) if path.name in modules and path.is_dir()}
+    if not any(found.values()):
+        if not (alone := _files(source)):
+            raise InputError(f"{source} holds no checkpoints", f"known endings: {' '.join(SUFFIXES)}")
+        return {path.name: archives.read(path) for path in alone}
+    tensors: dict[str, archives.Stored] = {}
+    for module, paths in found.items():
+        tensors |= {f"{module}.{key}": row for path in paths for key, row in archives.read(path).tensors.items()}
+    return {source.name: archives.Archive(tensors)}
+
+
+def _files(folder: Path) -> list[Path]:
+    """The checkpoints in a folder; where one comes in several forms, without pickles and in 16 bit first."""
+    found = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
+    stems = {path.name.removesuffix(path.suffix) for path in found if path.suffix == ".safetensors"}
+    kept = [path for path in found if path.suffix == ".safetensors" or path.name.removesuffix(path.suffix) not in stems]
+    halves = {path.name.replace(".fp16.", ".") for path in kept if ".fp16." in path.name}
+    return [path for path in kept if path.name not in halves]
+
+
+def _plan(
+    name: str, tensors: Mapping[str, archives.Stored], layouts: Mapping[str, maps.Layout]
+) -> tuple[maps.Layout, dict[str, _Network]]:
+    """Recognise a checkpoint and lay out every network in it. Raises WeightsError naming the first wrong key."""
+    layout = max(layouts.values(), key=lambda layout: _fit(layout, tensors))
+    if not _fit(layout, tensors):
+        raise WeightsError(f"{name} is none of the checkpoints known here: its first key is {next(iter(tensors))!r}")
+    try:
+        maps.check_prefixes(tensors, [part.keys for part in layout.parts.values()], layout.ignored)
+        networks = {output: _lay_out(output, part, tensors) for output, part in layout.parts.items()}
+    except WeightsError as error:
+        raise WeightsError(f"{name}: {error.message}", error.hint) from error
+    return layout, networks
+
+
+def _fit(layout: maps.Layout, tensors: Iterable[str]) -> int:
+    """How many keys a layout knows: the right one knows them all, and prefixes alone would mislead."""
+    known = [part.keys for part in layout.parts.values()]
+    ignored = tuple(layout.ignored)
+    return sum(key.startswith(ignored) or any(keys.rename(key) is not None for keys in known) for key in tensors)
+
+
+def _lay_out(output: str, part: maps.Part, tensors: Mapping[str, archives.Stored]) -> _Network:
+    """Check the keys and shapes of one network against the network itself."""
+    import torch
+
+    own = {key: row for key, row in tensors.items() if key.startswith(part.keys.prefix)}
+    shapes = weights.shapes_of(Path(output), part.network, part.config)
+    part.keys.apply({key: torch.empty(row.shape, device="meta") for key, row in own.items()}, shapes)
+    sources: list[Source] = []
+    for key, row in own.items():
+        targets, reshape = part.keys.rename(key) or ((), None)
+        if targets and row.dtype not in FLOATS:
+            raise WeightsError(f"{part.keys.what}: {key!r} holds numbers of type {row.dtype}")
+        sources += [(row, targets, reshape)] if targets else []
+    return _Network(output, weights.metadata_of(part.network, part.config, part.schedule), tuple(sources), shapes)
+
+
+# --------------------------------------------------------------------------------------------------------- writing
+
+
+def _write(path: Path, network: _Network) -> list[Path]:
+    """Write one network, whole or not at all; above the limit in several files and the list of them, which is last."""
+    groups: list[list[Source]] = [[]]
+    size = 0
+    for source in network.sources:
+        if groups[-1] and size + network.bytes_of(source) > MAX_SHARD_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(source)
+        size += network.bytes_of(source)
+    files.make_directory(path.parent)
+    names = [f"{path.stem}-{index:05}-of-{len(groups):05}.safetensors" for index in range(1, len(groups) + 1)]
+    written = [path] if len(groups) == 1 else [path.with_name(name) for name in names]
+    if len(groups) > 1:
+        table = {target: name for name, group in zip(names, groups, strict=True) for _, ts, _ in group for target in ts}
+        listed = {"metadata": {**network.metadata, "total_size": network.num_bytes}, "weight_map": table}
+        written.append(weights.shard_index(path))
+    with contextlib.ExitStack() as stack:  # names are given in reverse order when all is written: the list comes last
+        temporaries = [stack.enter_context(files.replacing(target)) for target in reversed(written)][::-1]
+        if len(groups) > 1:
+            temporaries.pop().write_text(json.dumps(listed, indent=1), "utf-8")
+        for temporary, group in zip(temporaries, groups, strict=True):
+            with temporary.open("xb") as stream:
+                _write_tensors(stream, network, group)
+    _remove_others(path, written)
+    return written
+
+
+def _remove_others(path: Path, written: list[Path]) -> None:
+    """Remove what an earlier conversion left under the names of another number of parts."""
+    parts = path.parent.glob(f"{path.stem}-?????-of-?????.safetensors")
+    for old in {path, weights.shard_index(path), *parts}.difference(written):
+        with files.output_errors(old):
+            old.unlink(missing_ok=True)
+
+
+def _write_tensors(stream: BinaryIO, network: _Network, group: list[Source]) -> None:
+    """Write a safetensors file: its header, then one tensor after the other."""
+    header: dict[str, object] = {"__metadata__": dict(network.metadata)}
+    end = 0
+    for _, targets, _ in group:
+        for target in targets:
+            start, end = end, end + 2 * math.prod(network.shapes[target])
+            header[target] = {"dtype": "F16", "shape": network.shapes[target], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    stream.write(len(text).to_bytes(8, "little") + text)
+    for stored, targets, reshape in group:
+        tensor = stored.read()
+        for target, value in zip(targets, [tensor] if reshape is None else reshape(tensor), strict=True):
+            stream.write(_half(target, value))
+
+
+def _half(target: str, value: Tensor) -> memoryview:
+    import torch
+
+    half = value.to(torch.float16).contiguous()
+    if not torch.isfinite(half).all():
+        raise WeightsError(f"{target} has values that are not finite in 16 bit")
+    return half.reshape(-1).view(torch.uint8).numpy().data
