@@ -73,6 +73,8 @@ def generate(
     no_refine: options.NoRefine = False,
     negative: options.Negative = None,
     image: options.Image = None,
+    init: options.Init = None,
+    image_init: options.ImageInit = None,
     quality: options.QualityOption = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
@@ -101,6 +103,8 @@ def generate(
     [b]streamt2v generate "a red ball bouncing over the sea at sunset" --frames 240 -o ball.mp4[/b]
 
     [b]streamt2v generate "a blue star drifting left" --image start.png --frames 48[/b]
+
+    [b]streamt2v generate "a cat on the beach" --model streamingt2v --init svd --image-init sdxl --frames 240[/b]
     """
     if resume and output is None:
         raise ConfigError("--resume needs to know which output", "name it with -o")
@@ -108,8 +112,8 @@ def generate(
         model, preset, quality, config_file, settings, size, output if resume else None,
         prompt=options.read_prompt(prompt), frames=frames,
         seed=seed, fps=fps, fit=fit, refine=False if no_refine else None, negative=negative,
-        image=str(image) if image else None, steps=steps, guidance=guidance, refine_steps=refine_steps, chunk=chunk,
-        overlap=overlap,
+        image=str(image) if image else None, init=init, image_init=image_init, steps=steps,
+        guidance=guidance, refine_steps=refine_steps, chunk=chunk, overlap=overlap,
     )  # fmt: skip
     job = jobs.Job(
         "generate", resolved, output or default_output(resolved.prompt, resolved.seed), None, device, threads, resume,
@@ -169,6 +173,58 @@ def refine(
     _run(job, json_output, quiet, verbose)
 
 
+@app.command()
+def extend(
+    source: Annotated[Path, typer.Argument(help="The video to continue.", show_default=False)],
+    frames: Annotated[int, typer.Option("--frames", "-n", help="Frames of the whole result, the source's included.")],
+    output: options.Output = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="What it shows. Default: the video's own prompt.")
+    ] = None,
+    model: options.Model = None,
+    seed: options.Seed = None,
+    fps: Annotated[float | None, typer.Option("--fps", help="Frames per second. Default: the source's.")] = None,
+    size: options.Size = None,
+    fit: options.FitOption = None,
+    no_refine: options.NoRefine = False,
+    negative: options.Negative = None,
+    quality: options.QualityOption = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    refine_steps: options.RefineSteps = None,
+    chunk: options.Chunk = None,
+    overlap: options.Overlap = None,
+    preset: options.Preset = None,
+    config_file: options.ConfigFile = None,
+    settings: options.Settings = None,
+    device: options.DeviceOption = "auto",
+    threads: options.Threads = None,
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
+    keep_run: options.KeepRun = False,
+    preview: options.Preview = None,
+    json_output: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Continue a video: its own frames, then new ones that follow from its last 16.
+
+    [b]streamt2v extend ball.mp4 --frames 240 -o longer.mp4[/b]
+
+    [b]streamt2v extend beach.mp4 --prompt "waves on a beach" --frames 480 -o longer.mp4[/b]
+    """
+    output = output or source.with_name(f"{source.stem}_extended.mp4")
+    resolved = options.resolve(
+        model, preset, quality, config_file, settings, size, output if resume else None, jobs.inspect_source(source),
+        frames=frames, prompt=prompt, seed=seed, fps=fps, fit=fit, refine=False if no_refine else None,
+        negative=negative, steps=steps, guidance=guidance, refine_steps=refine_steps, chunk=chunk, overlap=overlap,
+    )  # fmt: skip
+    job = jobs.Job(
+        "extend", resolved, output, source, device, threads, resume, overwrite, keep_run, preview
+    )  # fmt: skip
+    _run(job, json_output, quiet, verbose)
+
+
 def _run(job: jobs.Job, json_output: bool, quiet: bool, verbose: bool) -> None:
     # Everything cheap is checked before torch is imported or a model loads.
     notices = jobs.check(job)
@@ -205,6 +261,9 @@ def plan(
     model: options.Model = None,
     size: options.Size = None,
     no_refine: options.NoRefine = False,
+    image: options.Image = None,
+    init: options.Init = None,
+    image_init: options.ImageInit = None,
     quality: options.QualityOption = None,
     steps: options.Steps = None,
     refine_steps: options.RefineSteps = None,
@@ -222,7 +281,7 @@ def plan(
     resolved = options.resolve(
         model, preset, quality, config_file, settings, size, prompt=options.read_prompt(prompt),
         frames=frames, steps=steps, refine_steps=refine_steps, chunk=chunk, overlap=overlap,
-        refine=False if no_refine else None,
+        refine=False if no_refine else None, image=str(image) if image else None, init=init, image_init=image_init,
     )  # fmt: skip
     report = planning.plan(resolved)
     _emit(json.dumps(dataclasses.asdict(report)) if json_output else report.as_text())

@@ -112,6 +112,14 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_threshold, 2**30)) and bool(mallopt(trim_threshold, 2**31 - 1))
 
 
+def release_memory(device: Device) -> None:
+    """Give freed blocks of a CUDA device back, before another model wants them in other sizes."""
+    if device.kind == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+
+
 def free_memory(device: Device | None = None) -> int:
     """Bytes that can still be allocated on a device; None means the host, or its container if that is smaller."""
     if device is not None and device.kind == "cuda":

@@ -10,6 +10,7 @@ import typer
 from streamt2v import config, jobs, weights
 from streamt2v.config import Fit, Quality, RunConfig
 from streamt2v.errors import ConfigError
+from streamt2v.initializers import OWN
 
 ADVANCED = "Advanced"
 STEERING = "What is made"
@@ -39,6 +40,22 @@ NoRefine = Annotated[
 ]
 Negative = Annotated[str | None, typer.Option("--negative", help="What to avoid.", rich_help_panel=STEERING)]
 Image = Annotated[Path | None, typer.Option("--image", help="Start from this picture.", rich_help_panel=STEERING)]
+Init = Annotated[
+    str | None,
+    typer.Option(
+        "--init",
+        help="Who makes the first frames: own, modelscope, animatediff, svd, hub:OWNER/NAME or a pipeline's folder.",
+        rich_help_panel=STEERING,
+    ),
+]
+ImageInit = Annotated[
+    str | None,
+    typer.Option(
+        "--image-init",
+        help="Who draws the picture that --init starts from: sdxl, hub:OWNER/NAME or a folder; PRIOR+DECODER for two.",
+        rich_help_panel=STEERING,
+    ),
+]
 QualityOption = Annotated[
     Quality | None,
     typer.Option("--quality", help="Step counts: reference, balanced or fast.", rich_help_panel=STEERING),
@@ -102,6 +119,8 @@ _KEYS = {
     "frames": ("num_frames",),
     "prompt": ("prompt",),
     "image": ("image",),
+    "init": ("initialize.text_model", "initialize.picture_model"),
+    "image_init": ("initialize.text_to_image",),
     "seed": ("seed",),
 }
 
@@ -155,7 +174,8 @@ def resolve(
     Args:
         model, preset, quality, config_file, settings, size: the options of these names, None where not given.
         resume_from: an output whose run gives the seed when no other was asked for.
-        source: the video to refine; its rate and prompt stand below the files and flags, its length above them.
+        source: the video to refine or extend; its rate and prompt stand below the files and flags, its
+            length above the files.
         flags: other flags by name; None where not given.
 
     Raises:
@@ -179,7 +199,11 @@ def resolve(
     layers = [config.preset(weights.family(str(chosen)).preset, None if preset else quality)]
     if preset:
         layers.append(config.preset(preset, quality))
+    if {asked.get(key, OWN) for key in _KEYS["init"]} != {OWN}:
+        # Steps and guidance of a preset are made for the family's own networks.
+        keys = ("num_inference_steps", "guidance_scale", "image_guidance_scale")
+        layers.append({f"initialize.{key}": 0 for key in keys})
     if source is not None:
         layers.append({"prompt": source.prompt, "output.fps": source.fps})
-        given["num_frames"] = source.frames
+        given.setdefault("num_frames", source.frames)
     return config.merge(*layers, from_file, given)

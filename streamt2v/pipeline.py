@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamt2v import __version__, devices, frames, planning, runs, video, weights
+from streamt2v import __version__, devices, frames, initializers, jobs, planning, runs, video, weights
 from streamt2v.chunks import covering, refinement_plan, streaming_plan
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
@@ -163,7 +164,10 @@ class _Maker:
         self.device = device
         self.family = weights.family(job.config.model)
         self.draws = SeededDraws(self.config.seed)
-        self.num_frames = self.config.num_frames
+        # A continued video keeps its frames; the last of them are the first chunk of the base video.
+        kept = jobs.inspect_source(job.source).frames if job.source and job.command == "extend" else 0
+        self.num_kept, self.base_offset = kept, max(0, kept - self.config.stream.chunk)
+        self.num_frames = self.config.num_frames - self.base_offset  # of the base video
         self.stream_plan = streaming_plan(self.num_frames, self.config.stream.chunk, self.config.stream.overlap)
         self.refine_plan = refinement_plan(self.num_frames, self.config.refine.chunk, self.config.refine.overlap)
         self.networks: dict[Path, Any] = {}
@@ -184,24 +188,47 @@ class _Maker:
             self.directory.partial_path, geometry.fit.height, geometry.fit.width, fps,
             crf=self.config.output.crf, resume=mark,
         )  # fmt: skip
-        preview = _Preview(self.job.preview, self.num_frames)
+        preview = _Preview(self.job.preview, self.config.num_frames)
         if self.job.preview and self.writer.mark.frames:
             shown = 0
             for part in video.read_frames(self.directory.partial_path):
                 preview.add(shown, part)
                 shown += len(part)
-        if self.config.refine.enabled:
-            groups = self._refined(
-                geometry, None if state is None else RefineState.from_tensors(state.torch(), self.device.name)
-            )
-        else:
-            groups = ((group, {}) for group in self._unrefined(geometry, self.writer.mark.frames))
-        for group, tensors in groups:
+        for group, tensors in self._groups(geometry, state):
             start = self.writer.mark.frames
             mark = self.writer.append(group)
             self.directory.save_state("output", tensors, {"mark": asdict(mark)})
             preview.add(start, group)
         return geometry.fit.width, geometry.fit.height
+
+    def _groups(self, geometry: Geometry, state: runs.State | None) -> Iterator[tuple[Frames, dict[str, Tensor]]]:
+        """Yield (output frames, state after them): a continued video's own frames, then what the stages make."""
+        assert self.writer is not None
+        for group in self._kept_frames(geometry, self.writer.mark.frames):
+            yield group, {}
+        done = self.writer.mark.frames
+        if not self.config.refine.enabled:
+            for group in self._unrefined(geometry, done - self.base_offset):
+                yield group, {}
+            return
+        tensors = {} if state is None else state.torch()
+        resumed = RefineState.from_tensors(tensors, self.device.name) if tensors else None
+        # Until a refined frame is written, the refiner begins with frames that the source has already shown.
+        extra = self.num_kept - self.base_offset if done == self.num_kept else 0
+        for group, tensors in self._refined(geometry, resumed):
+            if len(group) > extra:
+                yield group[extra:], tensors
+            extra = max(0, extra - len(group))
+
+    def _kept_frames(self, geometry: Geometry, start: int) -> Iterator[Frames]:
+        """Yield the frames of a continued video from `start` on, cropped to the base shape and scaled to the output."""
+        if start >= self.num_kept:
+            return
+        assert self.job.source is not None
+        for group in frames.skip(video.read_frames(self.job.source), start):
+            images = frames.to_float(group)
+            content = frames.fit_into((images.shape[-2], images.shape[-1]), geometry.content, "cover")
+            yield geometry.output(frames.apply_fit(images, content))
 
     def finish(self) -> None:
         """Give the output its name."""
@@ -242,7 +269,7 @@ class _Maker:
     # -- sizes
 
     def _base_size(self) -> tuple[int, int]:
-        if self.job.source is None:
+        if self.job.source is None or self.job.command == "extend":
             return self.config.stream.height, self.config.stream.width
         found = video.probe(self.job.source)
         return found.height, found.width
@@ -282,38 +309,36 @@ class _Maker:
 
         refiner = Refiner(denoiser, self.refine_plan, settings, self.draws, encode, state)
         assert self.writer is not None
-        self.report.start(REFINE, self.num_frames, self.writer.mark.frames)
+        self.report.start(REFINE, self.num_frames, max(0, self.writer.mark.frames - self.base_offset))
         for latents in refiner.run():
             # One frame at a time: decoded floats of a whole group would be the largest thing in memory.
             decoded = (decode_latents(vae, latent.unsqueeze(0)) for latent in latents)
             shown = [geometry.output(frames.unletterbox(frame, geometry.content)) for frame in decoded]
             yield np.concatenate(shown), refiner.state.tensors()
-            done = self.writer.mark.frames
+            done = self.writer.mark.frames - self.base_offset
             self.report.advance(REFINE, done, max(covering(self.refine_plan, done - 1)) + 1, len(self.refine_plan))
 
     # -- stages 1 and 2
 
     def _base_frames(self, start: int) -> Iterator[Frames]:
         """Yield base frames from `start` on: what is stored, then what the first two stages make; or the source's."""
-        if self.job.source is not None:
+        if self.job.source is not None and self.job.command == "refine":
             yield from frames.skip(video.read_frames(self.job.source), start)
             return
+        stored = self.directory.num_base_frames
         yield from self.directory.base_frames(start)
-        if self.directory.num_base_frames < self.num_frames:
-            yield from self._stream()
+        if stored < self.num_frames:
+            yield from frames.skip(self._stream(), max(0, start - stored))
 
     def _stream(self) -> Iterator[Frames]:
         """Continue the base video from the stored state, or begin it; store every chunk before passing it on."""
         config, num_stored = self.config.stream, self.directory.num_base_frames
         self.report.start(STREAM, self.num_frames, num_stored)
-        models = self._stream_models()
-        text = self._text("stream")
-        shape = (models.unet.config.out_channels, *latent_size(models.vae, config.height, config.width))
-        noise = stream.chunk_noise(self.draws, config.chunk, shape, self.device.name)
         stored = self.stream_state
         if stored is None:
             began = time.monotonic() - self.fixed_seconds
-            first = self._first_chunk(models, text, noise)
+            first = self._given_first_chunk()  # before the stream's networks take memory
+            first = self._own_first_chunk() if first is None else first
             self.fixed_seconds = time.monotonic() - began
             state = stream.StreamState.after_first_chunk(first, config.overlap)
             yield self._store(0, first[: self.num_frames], state, time.monotonic())
@@ -323,6 +348,7 @@ class _Maker:
         left = self.stream_plan[state.next_chunk :]
         if not left:
             return
+        models, text, noise = self._stream_parts
         streamer = stream.Streamer(models, text, state.anchor, Sampling.of(config), noise)
         began = time.monotonic()
         for chunk, (new, after) in zip(left, streamer.run(state, left), strict=True):
@@ -339,13 +365,60 @@ class _Maker:
         self.report.advance(STREAM, self.directory.num_base_frames, index + 1, len(self.stream_plan))
         return images
 
-    def _first_chunk(self, models: stream.StreamModels, text: TextContext, noise: stream.NoiseOfChunk) -> Tensor:
-        """Run the initializer: frames [F, 3, H, W] in [-1, 1]."""
+    def _given_first_chunk(self) -> Tensor | None:
+        """Take the first chunk [F, 3, H, W] from the source or a model of others; None: the family makes its own."""
+        base, chosen = (self.config.stream.height, self.config.stream.width), initializers.choose(self.config)
+        if self.job.source is not None:
+            made = np.concatenate(list(frames.skip(video.read_frames(self.job.source), self.base_offset)))
+            first = frames.to_float(made, self.device.name)
+        elif chosen is not None:
+            self.report.note(f"the first frames come from {chosen.name}")
+            first = self._borrowed_chunk(chosen).to(self.device.name)
+            devices.release_memory(self.device)
+        else:
+            return None
+        return frames.apply_fit(first, frames.fit_into((first.shape[-2], first.shape[-1]), base, "cover"))
+
+    def _borrowed_chunk(self, chosen: initializers.Chosen) -> Tensor:
+        """Run a model of others at its own size and let go of it."""
+        wish, device = initialize.Wish.of(self.config), self.device.name
+        if chosen.kind == initializers.MODELSCOPE:
+            model = initializers.load_modelscope(chosen.folder, device)
+            height, width = wish.working if all(wish.working) else wish.base
+            shape = (model.unet.config.out_channels, *latent_size(model.vae, height, width))
+            noise = stream.chunk_noise(self.draws, wish.num_frames, shape, device)
+            return initialize.from_modelscope(model, wish, Sampling.of(self.config.initialize), noise)
+        if chosen.kind == initializers.ADAPTER:
+            pipeline = self._pipeline(chosen.folder, chosen.drawing[0])
+            return initialize.from_pipeline(pipeline, wish, self.draws.generator("initialize"))
+        picture = self._picture("cpu") if self.config.image else None
+        if chosen.drawing:
+            artists = [self._pipeline(folder) for folder in chosen.drawing]
+            picture = initialize.draw_picture(artists, wish, self.draws.generator("initialize.picture"))
+            del artists
+            devices.release_memory(self.device)
+        pipeline = self._pipeline(chosen.folder)
+        return initialize.from_pipeline(pipeline, wish, self.draws.generator("initialize"), picture)
+
+    def _pipeline(self, folder: Path, base: Path | None = None) -> Any:
+        self.report.note(f"loading {folder}")
+        pipeline = initializers.load(folder, self.device.name, base)
+        if self.config.negative_prompt and initialize.ignores_negative_prompt(pipeline):
+            self.report.note(f"{type(pipeline).__name__} knows no negative prompt", warning=True)
+        return pipeline
+
+    def _picture(self, device: str) -> Tensor:
+        """Read the picture to start from: [3, h, w] in [-1, 1]."""
+        return frames.to_float(video.read_image(Path(self.config.image))[None], device)[0]
+
+    def _own_first_chunk(self) -> Tensor:
+        """Run the family's own initializer: frames [F, 3, H, W] in [-1, 1]."""
         config, size = self.config.initialize, self.config.stream.chunk
+        models, text, noise = self._stream_parts
         sampling = Sampling.of(config)
         if not self.config.image:
             return initialize.from_text(models, text, sampling, noise, size)
-        picture = frames.to_float(video.read_image(Path(self.config.image))[None], self.device.name)
+        picture = self._picture(self.device.name).unsqueeze(0)
         base = (self.config.stream.height, self.config.stream.width)
         picture = frames.apply_fit(picture, frames.fit_into((picture.shape[-2], picture.shape[-1]), base, "cover"))
         unet = self._load("initialize.image")
@@ -354,16 +427,24 @@ class _Maker:
 
     # -- networks
 
+    @cached_property
+    def _stream_parts(self) -> tuple[stream.StreamModels, TextContext, stream.NoiseOfChunk]:
+        config, models = self.config.stream, self._stream_models()
+        shape = (models.unet.config.out_channels, *latent_size(models.vae, config.height, config.width))
+        noise = stream.chunk_noise(self.draws, config.chunk, shape, self.device.name)
+        return models, self._text("stream"), noise
+
     def _stream_models(self) -> stream.StreamModels:
         config, family = self.config.stream, self.family
         apm = config.apm and family.has("stream.apm")
+        starts_from_picture = self.config.image and initializers.named(self.config) == initializers.OWN
         return stream.StreamModels(
             unet=self._load("stream.unet"),
             schedule=self._schedule("stream.unet"),
             vae=self._load("stream.vae"),
             cam=self._load("stream.cam") if config.cam else None,
             apm=self._load("stream.apm") if apm else None,
-            image_encoder=self._load("stream.image") if apm or self.config.image else None,
+            image_encoder=self._load("stream.image") if apm or starts_from_picture else None,
         )
 
     def _load(self, role: str) -> Any:

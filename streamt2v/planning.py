@@ -6,7 +6,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamt2v import weights
+from streamt2v import initializers, weights
 from streamt2v.chunks import Chunk, refinement_plan, streaming_plan
 from streamt2v.config import RunConfig
 
@@ -18,6 +18,7 @@ class Plan:
     model: str
     num_frames: int
     fps: float
+    initializer: str
     stream_chunks: tuple[Chunk, ...]
     refine_chunks: tuple[Chunk, ...]
     base_height: int
@@ -33,6 +34,7 @@ class Plan:
         lines = [
             f"model    {self.model}, {self.weights_bytes / 1e6:.0f} MB of weights",
             f"video    {self.num_frames} frames at {self.fps:g} fps, {self.num_frames / self.fps:.1f} s",
+            f"start    {'the family itself' if self.initializer == initializers.OWN else self.initializer}",
             f"stream   {len(self.stream_chunks)} chunks at {self.base_width}x{self.base_height}, "
             f"the first of {self.stream_chunks[0].size} frames",
         ]
@@ -70,8 +72,8 @@ def plan(config: RunConfig) -> Plan:
         seconds = measured["fixed_seconds"] + (len(streaming) - 1) * measured["stream_seconds_per_chunk"]
         seconds += len(refinement) * measured["refine_seconds_per_chunk"]
     return Plan(
-        config.model, config.num_frames, output.fps, streaming, refinement, stream.height, stream.width,
-        output.height, output.width, family.num_bytes,
+        config.model, config.num_frames, output.fps, initializers.named(config), streaming, refinement,
+        stream.height, stream.width, output.height, output.width, family.num_bytes,
         None if measured is None else int(measured["peak_memory_bytes"]), seconds,
     )  # fmt: skip
 
@@ -85,7 +87,8 @@ def _key(config: RunConfig) -> str:
     """Return what the time of a chunk depends on."""
     stream, refine, output = config.stream, config.refine, config.output
     parts = [
-        config.model, stream.chunk, stream.overlap, stream.height, stream.width,
+        config.model, initializers.named(config), config.initialize.text_to_image,
+        stream.chunk, stream.overlap, stream.height, stream.width,
         stream.num_inference_steps, stream.guidance_scale > 1, stream.guidance_stop, stream.cam, stream.apm,
         refine.enabled,
     ]  # fmt: skip

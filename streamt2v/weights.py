@@ -162,6 +162,12 @@ def default_family(root: Path = PACKAGE) -> str:
     return complete[0] if complete else list(known)[-1]
 
 
+def pipelines(root: Path = PACKAGE) -> dict[str, dict[str, str]]:
+    """Stage-1 models of others that `weights.toml` knows by name: repository, licence, what; revision where pinned."""
+    rows: dict[str, dict[str, str]] = tomllib.loads(_manifest(root).read_text("utf-8"))["pipelines"]
+    return rows
+
+
 def missing(chosen: Family) -> list[str]:
     """Cheap check: one sentence for each file of the family that is absent or of another size than recorded."""
     found = []
@@ -414,7 +420,7 @@ def _network(name: str, path: Path) -> tuple[str, str, tuple[str, str] | None]:
     return NETWORKS[name]
 
 
-def _quiet(package: str) -> None:
+def quiet(package: str) -> None:
     """Turn off what a model library would print while loading: our own checks are stricter than its warnings."""
     logging = importlib.import_module(f"{package}.utils.logging")
     logging.set_verbosity_error()
@@ -448,7 +454,7 @@ def _build(path: Path, name: str, config: Mapping[str, Any]) -> torch.nn.Module:
     module_name, class_name, config_class = _network(name, path)
     package = module_name.split(".")[0]
     if package != __package__:
-        _quiet(package)
+        quiet(package)
     network = getattr(importlib.import_module(module_name), class_name)
     try:
         if config_class is None:
@@ -520,7 +526,7 @@ def load_tokenizer(path: Path, tokens: Mapping[str, str | int] | None = None) ->
     """
     if not path.is_file():
         raise WeightsError(f"{path} is missing", "install streamt2v again")
-    _quiet("transformers")
+    quiet("transformers")
     import transformers
 
     fast: Any = transformers.PreTrainedTokenizerFast  # the class itself has another name in every major version
