@@ -284,11 +284,10 @@ def weights_list(
     if json_output:
         _emit(json.dumps(rows))
         return
+    width = max(len(row["name"]) for row in rows)
     for row in rows:
         size = f"{row['bytes'] / 1e6:,.1f} MB" if row["bytes"] else "size unknown"
-        _emit(
-            f"{row['name']:<{max(len(row['name']) for row in rows)}}  {row['state']:<10} {size:>13}  {row['licence']}"
-        )
+        _emit(f"{row['name']:<{width}}  {row['state']:<10} {size:>13}  {row['licence']}")
         _emit(f"    {row['what']}")
 
 
@@ -320,8 +319,9 @@ def weights_pull(
     with _terminable():
         try:
             hub.pull(family, checkpoints.convert, _say, source, folder, offline)
-        except KeyboardInterrupt:
-            raise Interrupted("stopped", "run the same command again: it goes on where it stopped") from None
+        except (KeyboardInterrupt, Interrupted) as stop:
+            code = stop.exit_code if isinstance(stop, Interrupted) else 130
+            raise Interrupted("stopped; the same command goes on where it stopped", exit_code=code) from None
     _emit(f"{name}: ready")
 
 

@@ -1,6 +1,6 @@
 """The weights home: where fetched and converted files lie, and the record of what each of them must be.
 
-The record, `weights.lock.json`, is written when a file is first fetched or converted; every later look compares with it.
+The record, `weights.lock.json`, is written when a file is first fetched or converted; every later look compares.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def sha256_of(file: Path) -> str:
 class Recorded:
     """What a file must be: its size and SHA-256.
 
-    `stamp` is (modification time in ns, inode) of the file that was hashed: while it is the same, the gigabytes need not
-    be hashed again. Files of the package have none and are always hashed.
+    `stamp` is (modification time in ns, inode) of the file that was hashed: while it is the same, the gigabytes need
+    not be hashed again. Files of the package have none and are always hashed.
     """
 
     bytes: int

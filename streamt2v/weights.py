@@ -78,8 +78,8 @@ class WeightFile:
 class Source:
     """One published file that a family is made from; `makes` are the paths of the files converted from it.
 
-    Of the sources with a `choice`, one choice is enough; those without are always needed. Size, SHA-256 and revision are
-    given only where they are known: what is not is recorded when the file is fetched for the first time.
+    Of the sources with a `choice`, one choice is enough; those without are always needed. Size, SHA-256 and revision
+    are given only where they are known: what is not is recorded when the file is fetched for the first time.
     """
 
     repository: str
