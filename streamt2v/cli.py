@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from streamt2v import __version__, config, jobs, options, planning, weights
+from streamt2v import __version__, config, home, jobs, options, planning, weights
 from streamt2v.errors import ConfigError, Interrupted, MemoryLimitError, StreamT2VError, WeightsError
 from streamt2v.progress import Progress
 
@@ -327,26 +327,72 @@ def doctor(json_output: options.Json = False) -> None:
 
 
 @weights_app.command("list")
-def weights_list(json_output: options.Json = False) -> None:
-    """List the model families: state, size, licence.
+def weights_list(
+    name: Annotated[
+        str | None, typer.Argument(help="A model family: list its files and where they come from.", show_default=False)
+    ] = None,
+    json_output: options.Json = False,
+) -> None:
+    """List the model families: state, size, licence, what they are; or the files of one.
 
     [b]streamt2v weights list[/b]
+
+    [b]streamt2v weights list streamingt2v[/b]
     """
-    rows = [
-        {
-            "name": family.name,
-            "state": "missing" if weights.missing(family) else "ok",
-            "megabytes": round(family.num_bytes / 1e6, 1),
-            "licence": family.licence,
-            "title": family.title,
-        }
-        for family in weights.families().values()
-    ]
+    rows = weights.describe_files(weights.family(name)) if name else weights.describe_families()
     if json_output:
         _emit(json.dumps(rows))
         return
+    width = max(len(row["name"]) for row in rows)
     for row in rows:
-        _emit("{name:<14} {state:<8} {megabytes:>8} MB  {licence:<12} {title}".format(**row))
+        size = f"{row['bytes'] / 1e6:,.1f} MB" if row["bytes"] else "size unknown"
+        _emit(f"{row['name']:<{width}}  {row['state']:<10} {size:>13}  {row['licence']}")
+        _emit(f"    {row['what']}")
+
+
+@weights_app.command("pull")
+def weights_pull(
+    name: Annotated[str, typer.Argument(help="The model family.", show_default=False)],
+    source: Annotated[
+        str, typer.Option("--source", help="Which published copy, where there are several: see `weights list NAME`.")
+    ] = "",
+    folder: Annotated[
+        Path | None, typer.Option("--from", help="Folder with published files that are here already.")
+    ] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Make no connection. Also: STREAMT2V_OFFLINE=1 or HF_HUB_OFFLINE=1.")
+    ] = False,
+) -> None:
+    """Fetch the published weights of a model family and convert them to 16-bit safetensors.
+
+    Says the size before it starts; goes on where it was stopped. Files can be placed by hand: published ones in any
+    folder (--from), converted ones in the folder that `weights path NAME` prints.
+
+    [b]streamt2v weights pull streamingt2v[/b]
+
+    [b]streamt2v weights pull streamingt2v --source original --from ~/downloads[/b]
+    """
+    family = weights.family(name)
+    from streamt2v import checkpoints, hub
+
+    with _terminable():
+        try:
+            hub.pull(family, checkpoints.convert, _say, source, folder, offline)
+        except (KeyboardInterrupt, Interrupted) as stop:
+            code = stop.exit_code if isinstance(stop, Interrupted) else 130
+            raise Interrupted("stopped; the same command goes on where it stopped", exit_code=code) from None
+    _emit(f"{name}: ready")
+
+
+@weights_app.command("path")
+def weights_path(
+    name: Annotated[str | None, typer.Argument(help="A model family.", show_default=False)] = None,
+) -> None:
+    """Print the folder of the weights, or of one family's. STREAMT2V_HOME sets it.
+
+    [b]streamt2v weights path streamingt2v[/b]
+    """
+    _emit(str(weights.family(name).root / name if name else home.path()))
 
 
 @weights_app.command("verify")
@@ -357,8 +403,11 @@ def weights_verify(model: options.Model = None) -> None:
     """
     chosen = [weights.family(model)] if model else list(weights.families().values())
     for family in chosen:
+        if not model and weights.is_absent(family):
+            _emit(f"{family.name}: not here")
+            continue
         weights.verify(family)
-        _emit(f"{family.name}: {len(family.files)} files, all as recorded")
+        _emit(f"{family.name}: {sum(len(file.parts) for file in family.files)} files, all as recorded")
 
 
 @weights_app.command("convert")

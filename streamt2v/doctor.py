@@ -129,8 +129,14 @@ def _weights() -> list[Check]:
         return [Check("weights", False, error.message, error.hint)]
     found = []
     for family in known.values():
+        if weights.is_absent(family):
+            fetch = f"not here; `streamt2v weights pull {family.name}` fetches them"
+            found.append(Check(f"weights {family.name}", True, fetch))
+            continue
         problems = weights.missing(family)
         size = f"{len(family.files)} files, {family.num_bytes / 1e6:.1f} MB"
         advice = "install streamt2v again, then run `streamt2v weights verify`"
+        if family.sources:
+            advice = f"run `streamt2v weights pull {family.name}`"
         found.append(Check(f"weights {family.name}", not problems, "; ".join(problems[:3]) or size, advice))
     return found

@@ -40,7 +40,11 @@ class Job:
             "source": None if self.source is None else _fingerprint(self.source),
             "image": _fingerprint(Path(self.config.image)) if self.config.image else None,
             "initializer": None if chosen is None else chosen.fingerprint(),
-            "weights": {file.path: file.sha256 for file in weights.family(self.config.model).files},
+            "weights": {
+                name: part.sha256
+                for file in weights.family(self.config.model).files
+                for name, part in file.parts.items()
+            },
         }
 
 

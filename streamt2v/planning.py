@@ -1,12 +1,11 @@
 """What a run will do, before it does it: chunks, sizes, memory and time. Loads no weights and no torch."""
 
 import json
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamt2v import initializers, weights
+from streamt2v import home, initializers, weights
 from streamt2v.chunks import Chunk, refinement_plan, streaming_plan
 from streamt2v.config import RunConfig
 
@@ -79,8 +78,7 @@ def plan(config: RunConfig) -> Plan:
 
 
 def _timings_path() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "streamt2v" / "timings.json"
+    return home.path() / "timings.json"
 
 
 def _key(config: RunConfig) -> str:

@@ -8,8 +8,8 @@ Torch and the libraries are imported when a file is loaded, not with this module
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
 import importlib
 import json
 import math
@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from streamt2v import config, files
+from streamt2v import config, files, home
 from streamt2v.errors import ConfigError, OutputError, WeightsError
+from streamt2v.home import Recorded
 
 if TYPE_CHECKING:
     import torch
@@ -58,22 +59,51 @@ NETWORKS: Mapping[str, tuple[str, str, tuple[str, str] | None]] = {
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One file row of `weights.toml`: path relative to the package folder, size, SHA-256 (hex), licence, what it is.
+    """One file row of `weights.toml`: path relative to the family's root, licence, what it is, and what must lie there.
 
-    `tokens` is for tokenizers only: keyword arguments such as `pad_token` that their file does not carry.
+    `parts` are the real files by path: usually the file itself, several for a network that is split, none before the
+    family was pulled. `source` is the published file that they were converted from. `tokens` is for tokenizers only:
+    keyword arguments such as `pad_token` that their file does not carry.
     """
 
     path: str
-    bytes: int
-    sha256: str
     licence: str
     what: str
+    parts: Mapping[str, Recorded]
+    source: str = ""
     tokens: Mapping[str, str | int] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
+class Source:
+    """One published file that a family is made from; `makes` are the paths of the files converted from it.
+
+    Of the sources with a `choice`, one choice is enough; those without are always needed. Size, SHA-256 and revision
+    are given only where they are known: what is not is recorded when the file is fetched for the first time.
+    """
+
+    repository: str
+    path: str
+    licence: str
+    what: str
+    makes: tuple[str, ...]
+    choice: str = ""
+    revision: str = ""
+    bytes: int = 0
+    sha256: str = ""
+
+    @property
+    def name(self) -> str:
+        """Repository and path in one."""
+        return f"{self.repository}/{self.path}"
+
+
+@dataclass(frozen=True)
 class Family:
-    """A model family: which file plays which role ("stream.unet", "refine.vae", ...), its preset and its vocabulary."""
+    """A model family: which file plays which role ("stream.unet", "refine.vae", ...), its preset and its vocabulary.
+
+    `root` is the package, or the weights home where the family is converted from published files (`sources`).
+    """
 
     name: str
     title: str
@@ -83,11 +113,12 @@ class Family:
     components: Mapping[str, str]
     files: tuple[WeightFile, ...]
     root: Path
+    sources: tuple[Source, ...] = ()
 
     @property
     def num_bytes(self) -> int:
-        """Size of all files of the family together, in bytes."""
-        return sum(file.bytes for file in self.files)
+        """Size of all files of the family together, in bytes; 0 before it was pulled."""
+        return sum(part.bytes for file in self.files for part in file.parts.values())
 
     def path(self, role: str) -> Path:
         """Absolute path of the file that plays `role`. Raises WeightsError when the family has no such role."""
@@ -100,12 +131,27 @@ class Family:
         """Whether the family names a file for `role`; optional parts (such as APM) may be absent."""
         return role in self.components
 
+    def sources_of(self, choice: str = "") -> tuple[Source, ...]:
+        """What a pull needs: the sources without a choice, and those of one choice (by default the first).
+
+        Raises:
+            ConfigError: there is no such choice, or nothing to pull.
+        """
+        if not self.sources:
+            raise ConfigError(f"the model {self.name!r} is part of streamt2v, there is nothing to pull")
+        known = list(dict.fromkeys(source.choice for source in self.sources if source.choice))
+        if choice and choice not in known:
+            raise ConfigError(f"{self.name} has no source {choice!r}", config.nearest(choice, known))
+        return tuple(source for source in self.sources if source.choice in ("", choice or known[0]))
+
     def vocabulary_path(self) -> Path | None:
         """Absolute path of the list of words that the family knows, or None when it takes any text."""
         return self.root / self.vocabulary if self.vocabulary else None
 
 
 # ---------------------------------------------------------------------------------------------- the list of weights
+
+_INSTALL = "install streamt2v again; after training, record the new files"
 
 
 def _manifest(root: Path) -> Path:
@@ -121,6 +167,16 @@ def _inside(root: Path, path: str) -> str:
     return path
 
 
+def _file(row: Mapping[str, Any], root: Path, recorded: Mapping[str, Any] | None) -> WeightFile:
+    """A file row with what must lie under `root`: as the row says, or as was recorded when it was made."""
+    own = {key: value for key, value in row.items() if key not in ("bytes", "sha256")}
+    if "bytes" in row:
+        return WeightFile(**own, parts={_inside(root, row["path"]): Recorded(row["bytes"], row["sha256"])})
+    made = recorded or {"parts": {}}
+    parts = {_inside(root, name): Recorded.from_json(part) for name, part in made["parts"].items()}
+    return WeightFile(**own, parts=parts, source=made.get("source", ""))
+
+
 def families(root: Path = PACKAGE) -> dict[str, Family]:
     """All model families that `weights.toml` lists, by name; `root` is the folder their files lie in.
 
@@ -134,14 +190,19 @@ def families(root: Path = PACKAGE) -> dict[str, Family]:
         raw = tomllib.loads(manifest.read_text("utf-8"))
         if raw["schema"] != 1:
             raise WeightsError(f"{manifest} has schema {raw['schema']}, this version reads 1", "update streamt2v")
-        rows = {row["path"]: WeightFile(**{**row, "path": _inside(root, row["path"])}) for row in raw["files"]}
+        rows = {row["path"]: row for row in raw["files"]}
         found = {}
         for name, table in raw["families"].items():
             roles = config.flatten(table["components"])
             used = dict.fromkeys([*roles.values(), *filter(None, [table["vocabulary"]])])
             head = {key: table[key] for key in ("title", "licence", "preset", "vocabulary")}
-            listed = tuple(rows[path] for path in used)
-            found[name] = Family(name=name, components=roles, files=listed, root=root, **head)
+            sources = tuple(Source(**{**row, "makes": tuple(row["makes"])}) for row in table.get("sources", ()))
+            place = home.path() if sources else root
+            known = home.recorded("files") if sources else {}
+            listed = tuple(_file(rows[path], place, known.get(path)) for path in used)
+            if stray := {path for source in sources for path in source.makes}.difference(used):
+                raise ValueError(f"{name} does not use {min(stray)!r}")
+            found[name] = Family(name=name, components=roles, files=listed, root=place, sources=sources, **head)
         return found
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{manifest} cannot be used: {error}", "install streamt2v again") from error
@@ -172,37 +233,93 @@ def missing(chosen: Family) -> list[str]:
     """Cheap check: one sentence for each file of the family that is absent or of another size than recorded."""
     found = []
     for file in chosen.files:
-        path = chosen.root / file.path
-        if not path.is_file():
-            found.append(f"{file.path} is missing")
-        elif path.stat().st_size != file.bytes:
-            found.append(f"{file.path} has {path.stat().st_size:,} bytes, {file.bytes:,} are recorded")
+        if not file.parts:
+            found.append(f"{file.path} is not here")
+        for name, part in file.parts.items():
+            path = chosen.root / name
+            if not path.is_file():
+                found.append(f"{name} is missing")
+            elif not part.has_size(path):
+                found.append(f"{name} has {path.stat().st_size:,} bytes, {part.bytes:,} are recorded")
     return found
+
+
+def is_absent(chosen: Family) -> bool:
+    """Whether nothing of a family that must be pulled is here."""
+    return bool(chosen.sources) and not any(
+        (chosen.root / name).exists() for file in chosen.files for name in file.parts
+    )
+
+
+def describe_families() -> list[dict[str, Any]]:
+    """One row per family: name, state, bytes (0 where unknown), licence and what it is."""
+    return [
+        {"name": family.name, "state": _state(family), "bytes": family.num_bytes, "licence": family.licence,
+         "what": family.title}
+        for family in families().values()
+    ]  # fmt: skip
+
+
+def describe_files(chosen: Family) -> list[dict[str, Any]]:
+    """One row per file of a family, then one per published file it is made from: as `describe_families`."""
+    rows = []
+    for file in chosen.files:
+        whole = bool(file.parts) and all(part.has_size(chosen.root / name) for name, part in file.parts.items())
+        size = sum(part.bytes for part in file.parts.values())
+        state = "ok" if whole else "incomplete" if file.parts else "absent"
+        rows.append(
+            {"name": file.path, "state": state, "bytes": size, "licence": file.licence, "what": file.what}
+        )  # fmt: skip
+    known = home.recorded("sources") if chosen.sources else {}
+    for source in chosen.sources:
+        size = source.bytes or known.get(source.name, {}).get("bytes", 0)
+        what = f"{source.what} (--source {source.choice})" if source.choice else source.what
+        row = {"name": source.name, "state": "source", "bytes": size, "licence": source.licence, "what": what}
+        rows.append(row)
+    return rows
+
+
+def _state(chosen: Family) -> str:
+    if is_absent(chosen):
+        return "absent"
+    return "incomplete" if missing(chosen) else "ok"
 
 
 def require(chosen: Family) -> None:
     """Refuse a family whose files are not all here. Raises WeightsError naming the first that is not."""
+    if is_absent(chosen):
+        pull = f"fetch them with `streamt2v weights pull {chosen.name}`, or use --model demo"
+        raise WeightsError(f"the weights of {chosen.name!r} are not here", pull)
     _refuse(chosen, missing(chosen))
 
 
 def verify(chosen: Family) -> None:
     """Check size and SHA-256 of every file of the family. Raises WeightsError naming the first that differs."""
     require(chosen)
-    digests = {file.path: sha256_of(chosen.root / file.path) for file in chosen.files}
-    _refuse(chosen, [f"{file.path} is damaged" for file in chosen.files if digests[file.path] != file.sha256])
+    found = {file.path: {name: Recorded.of(chosen.root / name) for name in file.parts} for file in chosen.files}
+    wrong = (
+        name
+        for file in chosen.files
+        for name, part in file.parts.items()
+        if found[file.path][name].sha256 != part.sha256
+    )
+    _refuse(chosen, [f"{name} is damaged" for name in wrong])
+    if chosen.sources:
+        with contextlib.suppress(OutputError):  # where nothing can be written, later looks hash once more
+            home.remember("files", {file.path: made_from(file.source, found[file.path]) for file in chosen.files})
+
+
+def made_from(source: str, parts: Mapping[str, Recorded]) -> dict[str, Any]:
+    """The row of one converted file in the record of the weights home."""
+    return {"source": source, "parts": {name: part.to_json() for name, part in parts.items()}}
 
 
 def _refuse(chosen: Family, problems: list[str]) -> None:
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         message = f"the weights of {chosen.name!r} are not as recorded: {problems[0]}{more}"
-        raise WeightsError(message, "install streamt2v again; after training, record the new files")
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file as hex digits, read as a stream."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        pull = f"run `streamt2v weights pull {chosen.name}`; it replaces what is missing, delete first what is damaged"
+        raise WeightsError(message, pull if chosen.sources else _INSTALL)
 
 
 def record(root: Path = PACKAGE) -> list[str]:
@@ -216,8 +333,8 @@ def record(root: Path = PACKAGE) -> list[str]:
     changed = []
     for row in rows:
         path = root / _inside(root, row["path"])
-        if path.is_file():
-            new = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        if "bytes" in row and path.is_file():
+            new = {"bytes": path.stat().st_size, "sha256": home.sha256_of(path)}
             if new != {key: row[key] for key in new}:
                 changed.append(row["path"])
             row |= new
@@ -545,6 +662,7 @@ def load(chosen: Family, role: str, device: str | torch.device, dtype: torch.dty
     """
     path = chosen.path(role)
     row = next(file for file in chosen.files if file.path == chosen.components[role])
-    if path.is_file() and sha256_of(path) != row.sha256:
-        raise WeightsError(f"{path} is damaged: its SHA-256 is not the recorded one", "install streamt2v again")
+    for name, part in row.parts.items():
+        if (chosen.root / name).is_file() and not part.matches(chosen.root / name):
+            _refuse(chosen, [f"{name} is damaged: its SHA-256 is not the recorded one"])
     return load_tokenizer(path, row.tokens) if path.suffix == ".json" else load_module(path, device, dtype)

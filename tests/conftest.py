@@ -1,7 +1,7 @@
 """What all tests share: one thread, tests that need what is not here are skipped, and where recorded tensors lie."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch starts: small networks only lose by more
@@ -20,6 +20,14 @@ def golden_folder(name: str) -> Path | None:
     places = [Path(given)] if given else [REPOSITORY.parent / "shared" / "reference" / "goldens"]
     found = [place / name for place in [*places, REPOSITORY / "tests" / "data"] if (place / name).is_dir()]
     return found[0] if found else None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test sees, or writes to, the weights that its user has pulled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STREAMT2V_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 @pytest.fixture(scope="session")
