@@ -69,7 +69,7 @@ def pull(
     """
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # what it warns of is said here in fewer words
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it warns of is said here in fewer words
     needed = [source for source in chosen.sources_of(choice) if not _is_made(chosen, source, choice, note)]
     without = offline(asked_offline)
     found = {source: _here(source, folder, note) for source in needed}

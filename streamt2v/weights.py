@@ -172,7 +172,7 @@ def _file(row: Mapping[str, Any], root: Path, recorded: Mapping[str, Any] | None
     own = {key: value for key, value in row.items() if key not in ("bytes", "sha256")}
     if "bytes" in row:
         return WeightFile(**own, parts={_inside(root, row["path"]): Recorded(row["bytes"], row["sha256"])})
-    made = recorded or {"parts": {}}
+    made = {"parts": {}} if recorded is None else recorded
     parts = {_inside(root, name): Recorded.from_json(part) for name, part in made["parts"].items()}
     return WeightFile(**own, parts=parts, source=made.get("source", ""))
 
