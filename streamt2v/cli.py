@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from streamt2v import __version__, config, home, jobs, options, planning, weights
+from streamt2v import __version__, config, home, hub, initializers, jobs, options, planning, weights
 from streamt2v.errors import ConfigError, Interrupted, MemoryLimitError, StreamT2VError, WeightsError
 from streamt2v.progress import Progress
 
@@ -227,7 +227,7 @@ def extend(
 
 def _run(job: jobs.Job, json_output: bool, quiet: bool, verbose: bool) -> None:
     # Everything cheap is checked before torch is imported or a model loads.
-    notices = jobs.check(job)
+    notices = jobs.check(job, (lambda text: None) if quiet else _say)
     if not quiet:
         for notice in notices:
             _say(notice)
@@ -352,32 +352,38 @@ def weights_list(
 
 @weights_app.command("pull")
 def weights_pull(
-    name: Annotated[str, typer.Argument(help="The model family.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="A name that `weights list` shows.", show_default=False)],
     source: Annotated[
         str, typer.Option("--source", help="Which published copy, where there are several: see `weights list NAME`.")
     ] = "",
     folder: Annotated[
         Path | None, typer.Option("--from", help="Folder with published files that are here already.")
     ] = None,
-    offline: Annotated[
-        bool, typer.Option("--offline", help="Make no connection. Also: STREAMT2V_OFFLINE=1 or HF_HUB_OFFLINE=1.")
-    ] = False,
 ) -> None:
-    """Fetch the published weights of a model family and convert them to 16-bit safetensors.
+    """Fetch a model family and convert it to 16-bit safetensors; or a model that makes first frames, as it is.
 
     Says the size before it starts; goes on where it was stopped. Files can be placed by hand: published ones in any
-    folder (--from), converted ones in the folder that `weights path NAME` prints.
+    folder (--from), converted ones in the folder that `weights path NAME` prints. --offline makes no connection.
 
     [b]streamt2v weights pull streamingt2v[/b]
 
     [b]streamt2v weights pull streamingt2v --source original --from ~/downloads[/b]
+
+    [b]streamt2v weights pull svd[/b]
     """
-    family = weights.family(name)
-    from streamt2v import checkpoints, hub
+    from streamt2v import checkpoints
 
     with _terminable():
         try:
-            hub.pull(family, checkpoints.convert, _say, source, folder, offline)
+            if name in weights.pipelines():
+                initializers.locate(name, _say)
+            else:
+                family = weights.family(name)
+                hub.pull(family, checkpoints.convert, _say, source, folder)
+                start = config.merge(config.preset(family.preset)).initialize.text_model
+                if start != initializers.OWN:
+                    _say(f"{start}, which makes the first frames:")
+                    initializers.locate(start, _say)
         except (KeyboardInterrupt, Interrupted) as stop:
             code = stop.exit_code if isinstance(stop, Interrupted) else 130
             raise Interrupted("stopped; the same command goes on where it stopped", exit_code=code) from None
@@ -472,6 +478,9 @@ def root(
         bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Make no connection; STREAMT2V_OFFLINE=1 means the same.")
+    ] = False,
 ) -> None:
     """Long videos from text on your own machine."""
 
@@ -480,8 +489,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with the code that the error, if any, stands for."""
     argv = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in argv
+    if "--offline" in argv:
+        os.environ |= dict.fromkeys(hub.OFFLINE, "1")
     try:
-        app([argument for argument in argv if argument != "--debug"])
+        app([argument for argument in argv if argument not in ("--debug", "--offline")])
     except StreamT2VError as error:
         if debug:
             raise

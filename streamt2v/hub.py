@@ -32,10 +32,13 @@ _AGAIN = "run the same command again: it goes on where it stopped"
 _PART = re.compile(r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?$")
 
 
-def offline(asked: bool = False) -> bool:
-    """Whether no connection may be made: by the option, or by STREAMT2V_OFFLINE or HF_HUB_OFFLINE."""
-    values = [os.environ.get(name, "").lower() for name in ("STREAMT2V_OFFLINE", "HF_HUB_OFFLINE")]
-    return asked or any(value in ("1", "true", "yes", "on") for value in values)
+OFFLINE = ("STREAMT2V_OFFLINE", "HF_HUB_OFFLINE")
+"""Either variable forbids connections; `--offline` sets both, so that the library obeys by itself too."""
+
+
+def offline() -> bool:
+    """Whether no connection may be made."""
+    return any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in OFFLINE)
 
 
 # ------------------------------------------------------------------------------------------------------ a family
@@ -47,7 +50,6 @@ def pull(
     note: Note,
     choice: str = "",
     folder: Path | None = None,
-    asked_offline: bool = False,
 ) -> None:
     """Make a family complete: fetch the published files that are missing, convert each, record what came out.
 
@@ -59,7 +61,6 @@ def pull(
         note: called with one sentence per step.
         choice: which copy to take where there are several; the default is the family's first.
         folder: where to look for the published files first.
-        asked_offline: make no connection.
 
     Raises:
         ConfigError: the family has no sources, or not this choice.
@@ -71,9 +72,8 @@ def pull(
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it warns of is said here in fewer words
     needed = [source for source in chosen.sources_of(choice) if not _is_made(chosen, source, choice, note)]
-    without = offline(asked_offline)
     found = {source: _here(source, folder, note) for source in needed}
-    offers = {source: _ask(source, without) for source, path in found.items() if path is None}
+    offers = {source: _ask(source) for source, path in found.items() if path is None}
     total = 0
     for source, offer in offers.items():
         note(f"{source.name}: {offer.bytes / 1e6:,.1f} MB, {source.licence}: {source.what}")
@@ -186,13 +186,13 @@ def _here(source: Source, folder: Path | None, note: Note) -> Path | None:
     return None
 
 
-def _ask(source: Source, without: bool) -> _Offer:
+def _ask(source: Source) -> _Offer:
     """Ask the hub for size, commit and digest of a file, and compare them with what is known.
 
     Raises:
         WeightsError: no connection is allowed or possible, there is no such file, or it is another one than recorded.
     """
-    if without:
+    if offline():
         hint = "allow connections, or give the folder it lies in with --from"
         raise WeightsError(f"{source.name} is not here, and no connection is made when offline", hint)
     from huggingface_hub import get_hf_file_metadata
@@ -324,7 +324,6 @@ def snapshot(
     repository: str,
     revision: str | None,
     patterns: Sequence[str],
-    asked_offline: bool = False,
     note: Note = lambda text: None,
 ) -> Path:
     """Folder of a repository with the files that match `patterns`, in the library's cache; fetched once, then pinned.
@@ -335,7 +334,6 @@ def snapshot(
         repository: "OWNER/NAME".
         revision: a commit or branch; None means the commit recorded before, else the newest.
         patterns: such as "*.json"; nothing else is fetched.
-        asked_offline: make no connection.
         note: called with the size before anything is fetched.
 
     Raises:
@@ -344,7 +342,6 @@ def snapshot(
     """
     request = " ".join([repository, revision or "main", *sorted(patterns)])
     row = home.recorded("snapshots").get(request)
-    without = offline(asked_offline)
     if row is not None:
         folder = Path(row["folder"])
         if not (wrong := _differing(row)):
@@ -353,9 +350,9 @@ def snapshot(
             raise WeightsError(f"{folder / wrong} is not as recorded", "remove it, then run the command again")
     with home.working_on(home.path() / "snapshots" / repository.replace("/", "--")):
         commit = row["commit"] if row is not None else revision
-        if not without:
+        if not offline():
             commit = _announce(repository, commit, patterns, note)
-        folder = _snapshot(repository, commit, patterns, without)
+        folder = _snapshot(repository, commit, patterns)
         if row is None:
             home.remember("snapshots", {request: _taken(folder, patterns)})
         elif wrong := _differing(row):
@@ -382,26 +379,24 @@ def _taken(folder: Path, patterns: Sequence[str]) -> dict[str, Any]:
     return {"commit": folder.name, "folder": str(folder), "files": found}
 
 
-def _snapshot(
-    repository: str, revision: str | None, patterns: Sequence[str], without: bool, tries: int = ATTEMPTS
-) -> Path:
+def _snapshot(repository: str, revision: str | None, patterns: Sequence[str], tries: int = ATTEMPTS) -> Path:
     """Let the library fetch a snapshot, again where the connection was cut: what is whole is kept."""
     from huggingface_hub import snapshot_download
 
     try:
         with _hub_errors(repository), _disk_errors(home.path()):
             found = snapshot_download(
-                repository, revision=revision, allow_patterns=list(patterns), local_files_only=without
+                repository, revision=revision, allow_patterns=list(patterns), local_files_only=offline()
             )
             return Path(found)
     except _Cut as error:
-        if without:
+        if offline():
             hint = "allow connections once, or give the folder of the pipeline instead of its name"
             raise WeightsError(f"{repository} is not here, and no connection is made when offline", hint) from error
         if tries == 1:
             raise
         time.sleep(PAUSE_SECONDS)
-        return _snapshot(repository, revision, patterns, without, tries - 1)
+        return _snapshot(repository, revision, patterns, tries - 1)
 
 
 def _announce(repository: str, revision: str | None, patterns: Sequence[str], note: Note) -> str:

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamt2v import config, weights
+from streamt2v import config, hub, weights
 from streamt2v.errors import ConfigError, WeightsError
 
 if TYPE_CHECKING:
@@ -62,8 +62,12 @@ def named(run: RunConfig) -> str:
     return run.initialize.picture_model if run.image else run.initialize.text_model
 
 
-def choose(run: RunConfig) -> Chosen | None:
+def choose(run: RunConfig, note: hub.Note = lambda text: None) -> Chosen | None:
     """Find the folders that stage 1 of a run needs; None where the family's own networks make the first frames.
+
+    Args:
+        run: names them.
+        note: called with the size before anything is fetched.
 
     Raises:
         ConfigError: a name that means nothing, or a model that cannot start from what is given.
@@ -72,7 +76,7 @@ def choose(run: RunConfig) -> Chosen | None:
     name = named(run)
     if name == OWN:
         return None
-    folder = locate(name)
+    folder = locate(name, note)
     kind = kind_of(folder)
     adapter = kind == ADAPTER
     if run.image and not takes_picture(kind):
@@ -81,7 +85,7 @@ def choose(run: RunConfig) -> Chosen | None:
         return Chosen(name, kind, folder)
     drawing = run.initialize.text_to_image or ("realistic-vision" if adapter else "sdxl")
     parts = [drawing] if Path(drawing).expanduser().is_dir() else drawing.split("+")
-    return Chosen(name, kind, folder, tuple(locate(part) for part in parts))
+    return Chosen(name, kind, folder, tuple(locate(part, note) for part in parts))
 
 
 def takes_picture(kind: str) -> bool:
@@ -89,8 +93,8 @@ def takes_picture(kind: str) -> bool:
     return kind == "StableVideoDiffusionPipeline" or any(mark in kind for mark in ("ImageToVideo", "I2V", "Framepack"))
 
 
-def locate(name: str) -> Path:
-    """Find or fetch the folder of a named, hub or local pipeline.
+def locate(name: str, note: hub.Note = lambda text: None) -> Path:
+    """Find or fetch the folder of a named, hub or local pipeline; `note` is told the size before it is fetched.
 
     Raises:
         ConfigError: the name means nothing.
@@ -107,10 +111,7 @@ def locate(name: str) -> Path:
             return folder
         hint = config.nearest(name, [OWN, *sorted(rows), "hub:OWNER/NAME", "the folder of a diffusers pipeline"])
         raise ConfigError(f"there is no initializer and no folder {name!r}", hint)
-    hub = importlib.import_module("streamt2v.hub")
-    patterns = (*SMALL_FILES, row.get("weights", ALL_WEIGHTS))
-    fetched: Path = hub.snapshot(repository, row.get("revision"), patterns)
-    return fetched
+    return hub.snapshot(repository, row.get("revision"), (*SMALL_FILES, row.get("weights", ALL_WEIGHTS)), note)
 
 
 def kind_of(folder: Path) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamt2v import __version__, files, initializers, runs, vocabulary, weights
+from streamt2v import __version__, files, hub, initializers, runs, vocabulary, weights
 from streamt2v.config import RunConfig, to_flat
 from streamt2v.errors import ConfigError, InputError, OutputError
 
@@ -134,8 +134,10 @@ def describe_video(path: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------- cheap checks
 
 
-def check(job: Job) -> list[str]:
+def check(job: Job, note: hub.Note = lambda text: None) -> list[str]:
     """Check everything that is cheap to check and return notices for the user.
+
+    Stage 1's model of others is fetched where it is not here yet; `note` is told the size before that.
 
     Raises:
         ConfigError, InputError, OutputError, WeightsError: what would make the run fail later.
@@ -157,7 +159,7 @@ def check(job: Job) -> list[str]:
     if job.command != "refine":
         _check_sizes(job.config, family)
     if job.command == "generate":
-        _check_initializer(job.config, family)
+        _check_initializer(job.config, family, note)
     if job.command == "extend":
         _check_continued(job)
     return _prompt_notices(job, family.vocabulary_path()) + _source_notices(job)
@@ -187,9 +189,9 @@ def _check_sizes(config: RunConfig, family: weights.Family) -> None:
         raise ConfigError(f"stream.overlap is {stream.overlap}, the CAM of {config.model} looks at {looked_at} frames")
 
 
-def _check_initializer(run: RunConfig, family: weights.Family) -> None:
+def _check_initializer(run: RunConfig, family: weights.Family, note: hub.Note) -> None:
     own = run.initialize
-    if initializers.choose(run) is not None:
+    if initializers.choose(run, note) is not None:
         return
     if run.image and not family.has("initialize.image"):
         raise ConfigError(f"model {family.name} cannot start from a picture by itself", "use --init svd")

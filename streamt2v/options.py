@@ -10,7 +10,7 @@ import typer
 from streamt2v import config, jobs, weights
 from streamt2v.config import Fit, Quality, RunConfig
 from streamt2v.errors import ConfigError
-from streamt2v.initializers import OWN
+from streamt2v.initializers import OWN, named
 
 ADVANCED = "Advanced"
 STEERING = "What is made"
@@ -199,7 +199,7 @@ def resolve(
     layers = [config.preset(weights.family(str(chosen)).preset, None if preset else quality)]
     if preset:
         layers.append(config.preset(preset, quality))
-    if {asked.get(key, OWN) for key in _KEYS["init"]} != {OWN}:
+    if named(config.merge(*layers, from_file, given)) != OWN:
         # Steps and guidance of a preset are made for the family's own networks.
         keys = ("num_inference_steps", "guidance_scale", "image_guidance_scale")
         layers.append({f"initialize.{key}": 0 for key in keys})

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from streamt2v import __version__, devices, frames, initializers, jobs, planning, runs, video, weights
 from streamt2v.chunks import covering, refinement_plan, streaming_plan
+from streamt2v.convert import clean_prompt
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from streamt2v.errors import Interrupted, MemoryLimitError, OutputError, StreamT2VError
@@ -367,11 +368,11 @@ class _Maker:
 
     def _given_first_chunk(self) -> Tensor | None:
         """Take the first chunk [F, 3, H, W] from the source or a model of others; None: the family makes its own."""
-        base, chosen = (self.config.stream.height, self.config.stream.width), initializers.choose(self.config)
+        base = (self.config.stream.height, self.config.stream.width)
         if self.job.source is not None:
             made = np.concatenate(list(frames.skip(video.read_frames(self.job.source), self.base_offset)))
             first = frames.to_float(made, self.device.name)
-        elif chosen is not None:
+        elif (chosen := initializers.choose(self.config)) is not None:
             self.report.note(f"the first frames come from {chosen.name}")
             first = self._borrowed_chunk(chosen).to(self.device.name)
             devices.release_memory(self.device)
@@ -465,6 +466,8 @@ class _Maker:
         """Encode the negative and the positive prompt for one stage: rows (negative, positive)."""
         tokenizer, encoder = self._load(f"{stage}.tokenizer"), self._load(f"{stage}.text")
         texts, room = [self.config.negative_prompt, self.config.prompt], encoder.config.max_position_embeddings
+        if self.family.file(f"{stage}.tokenizer").tidy:
+            texts = [clean_prompt(text) for text in texts]
         for text, ids in zip(texts, tokenizer(texts).input_ids, strict=True):
             if len(ids) > room:
                 self.report.note(f"the text encoder reads {room} tokens, the end of {text!r} is cut off", warning=True)

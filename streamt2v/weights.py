@@ -63,7 +63,7 @@ class WeightFile:
 
     `parts` are the real files by path: usually the file itself, several for a network that is split, none before the
     family was pulled. `source` is the published file that they were converted from. `tokens` is for tokenizers only:
-    keyword arguments such as `pad_token` that their file does not carry.
+    keyword arguments such as `pad_token` that their file does not carry; `tidy` says that texts are cleaned first.
     """
 
     path: str
@@ -72,6 +72,7 @@ class WeightFile:
     parts: Mapping[str, Recorded]
     source: str = ""
     tokens: Mapping[str, str | int] = dataclasses.field(default_factory=dict)
+    tidy: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,11 @@ class Family:
             known = ", ".join(sorted(self.components))
             raise WeightsError(f"the model family {self.name!r} has no {role!r}", f"it has: {known}")
         return self.root / self.components[role]
+
+    def file(self, role: str) -> WeightFile:
+        """The row of the file that plays `role`; raises as `path` does."""
+        wanted = self.path(role)
+        return next(file for file in self.files if self.root / file.path == wanted)
 
     def has(self, role: str) -> bool:
         """Whether the family names a file for `role`; optional parts (such as APM) may be absent."""
@@ -252,12 +258,19 @@ def is_absent(chosen: Family) -> bool:
 
 
 def describe_families() -> list[dict[str, Any]]:
-    """One row per family: name, state, bytes (0 where unknown), licence and what it is."""
-    return [
+    """One row per family, then per stage-1 model of others: name, state, bytes (0 where unknown), licence, what."""
+    rows = [
         {"name": family.name, "state": _state(family), "bytes": family.num_bytes, "licence": family.licence,
          "what": family.title}
         for family in families().values()
     ]  # fmt: skip
+    fetched = {request.partition(" ")[0]: row["files"].values() for request, row in home.recorded("snapshots").items()}
+    for name, row in pipelines().items():
+        parts = fetched.get(row["repository"], ())
+        size, state = sum(part["bytes"] for part in parts), "ok" if parts else "absent"
+        what = {"licence": row["licence"], "what": f"{row['what']} (first frames)"}
+        rows.append({"name": name, "state": state, "bytes": size, **what})
+    return rows
 
 
 def describe_files(chosen: Family) -> list[dict[str, Any]]:
@@ -456,7 +469,7 @@ def read_header(path: Path) -> tuple[str, dict[str, Any], dict[str, Any] | None]
     return _read_metadata(path, _read_parts(path)[0])
 
 
-def _config_of(module: torch.nn.Module) -> dict[str, Any]:
+def config_of(module: torch.nn.Module) -> dict[str, Any]:
     """The arguments that build `module` again: its dataclass, or the public part of a library's config."""
     config: Any = module.config
     if hasattr(config, "to_diff_dict"):  # transformers: without what every config of the library carries
@@ -503,7 +516,7 @@ def save_module(
         if not torch.isfinite(tensor).all():
             raise WeightsError(f"{key} of {name} has values that are not finite in {stored}: not saved")
         tensors[key] = tensor
-    arguments = _config_of(module) if config is None else dict(config)
+    arguments = config_of(module) if config is None else dict(config)
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
     _check_keys(path, name, shapes_of(path, name, json.loads(json.dumps(arguments))), shapes)
     metadata = metadata_of(name, arguments, schedule)
@@ -528,7 +541,7 @@ def shapes_of(path: Path, name: str, config: Mapping[str, Any]) -> dict[str, tup
     Raises:
         WeightsError: the class is unknown or cannot be built from `config`.
     """
-    return {key: tuple(value.shape) for key, value in _build(path, name, config).state_dict().items()}
+    return {key: tuple(value.shape) for key, value in build(path, name, config).state_dict().items()}
 
 
 def _network(name: str, path: Path) -> tuple[str, str, tuple[str, str] | None]:
@@ -544,7 +557,7 @@ def quiet(package: str) -> None:
     logging.disable_progress_bar()
 
 
-def _build(path: Path, name: str, config: Mapping[str, Any]) -> torch.nn.Module:
+def build(path: Path, name: str, config: Mapping[str, Any]) -> torch.nn.Module:
     """Construct the network without memory for its parameters; constant buffers are computed as usual.
 
     A plain meta device would also swallow buffers that no file stores (position numbers, frequency tables). Every layer
@@ -600,7 +613,7 @@ def load_module(path: Path, device: str | torch.device, dtype: torch.dtype) -> t
     """
     metadata, parts = _read_parts(path)
     name, config, _ = _read_metadata(path, metadata)
-    module = _build(path, name, config)
+    module = build(path, name, config)
     wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     _check_keys(path, name, wanted, {key: row.shape for index in parts.values() for key, row in index.items()})
 
@@ -661,7 +674,7 @@ def load(chosen: Family, role: str, device: str | torch.device, dtype: torch.dty
             (see `load_module`).
     """
     path = chosen.path(role)
-    row = next(file for file in chosen.files if file.path == chosen.components[role])
+    row = chosen.file(role)
     for name, part in row.parts.items():
         if (chosen.root / name).is_file() and not part.matches(chosen.root / name):
             _refuse(chosen, [f"{name} is damaged: its SHA-256 is not the recorded one"])

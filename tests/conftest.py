@@ -8,7 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch starts: small networks only 
 
 import pytest
 
-from streamt2v import weights
+from streamt2v import hub, weights
 from streamt2v.errors import StreamT2VError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -28,6 +28,17 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STREAMT2V_HOME", str(tmp_path_factory.mktemp("home")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def online() -> Iterator[None]:
+    """`--offline` sets variables of the process, which ends after it except in tests."""
+    before = {name: os.environ.get(name) for name in hub.OFFLINE}
+    yield
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ diffusers, which is called with what its signature knows.
 import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -115,8 +115,15 @@ class ModelScope:
 def from_modelscope(model: ModelScope, wish: Wish, sampling: Sampling, noise: NoiseOfChunk) -> Tensor:
     """Sample the first chunk from text with the library's 3D UNet: frames [F, 3, H, W] in [-1, 1].
 
+    Steps or a guidance scale of 0 are the published ones.
+
     Source: arXiv 2308.06571 (ModelScope T2V); steps and guidance as StreamingT2V was published.
     """
+    sampling = replace(
+        sampling,
+        num_inference_steps=sampling.num_inference_steps or MODELSCOPE_STEPS,
+        guidance_scale=sampling.guidance_scale or MODELSCOPE_GUIDANCE,
+    )
     text = encode_text(model.tokenizer, model.text_encoder, [wish.negative_prompt, wish.prompt]).tokens  # [2, S, D]
 
     def predict(latents: Tensor, timestep: int, guided: bool) -> Tensor:

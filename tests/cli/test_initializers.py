@@ -11,13 +11,11 @@ from PIL import Image
 
 from streamt2v import video
 from streamt2v.frames import Frames
-from tests import pipelines
-from tests.cli.helpers import PROMPT, TINY, call, digest, generate, result
+from tests.cli.helpers import PROMPT, STARTS, TINY, FolderOf, call, digest, generate, result
 
 # The library's Euler scheduler hands a tensor to numpy in an old way.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-FolderOf = Callable[[str], Path]
 # Only stage 1 is looked at: one chunk, not refined, nearly lossless.
 FIRST = [
     *TINY,
@@ -31,44 +29,7 @@ FIRST = [
     "--set",
     "initialize.width=32",
 ]
-# Which folders stand behind --init and --image-init, whether a picture is given, and which options it knows.
-STARTS = {
-    "modelscope": ("modelscope", "", False, ["--steps", "--guidance", "--negative"]),
-    "animatediff": ("motion_adapter", "stable_diffusion", False, ["--steps", "--guidance", "--negative"]),
-    "svd, picture": ("svd", "", True, ["--steps", "--guidance"]),
-    "svd, sdxl": ("svd", "sdxl", False, ["--negative"]),
-    "svd, unclip": ("svd", "unclip", False, ["--guidance"]),
-    "ltx": ("ltx", "", False, ["--steps", "--guidance", "--negative"]),
-    "ltx, picture": ("ltx_from_picture", "", True, ["--negative"]),
-}
 VALUES = {"--seed": 8, "--steps": 3, "--guidance": 5, "--negative": "blue star"}
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> FolderOf:
-    """Make a pipeline's folder once, when it is first asked for."""
-    root = tmp_path_factory.mktemp("pipelines")
-
-    def find(name: str) -> Path:
-        folder = root / name
-        return folder if folder.is_dir() else getattr(pipelines, name)(folder)  # type: ignore[no-any-return]
-
-    return find
-
-
-@pytest.fixture(scope="module")
-def start(folder_of: FolderOf, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[object]]:
-    """Options that name one of `STARTS`."""
-    picture = tmp_path_factory.mktemp("picture") / "start.png"
-    Image.fromarray(np.linspace(0, 255, 50 * 70 * 3).astype(np.uint8).reshape(50, 70, 3)).save(picture)
-
-    def options(name: str) -> list[object]:
-        model, artists, pictured, _ = STARTS[name]
-        given: list[object] = ["--init", folder_of(model)]
-        drawing = ["--image-init", folder_of(artists)] if artists else []
-        return given + drawing + (["--image", picture] if pictured else [])
-
-    return options
 
 
 def first(path: Path, *more: object, prompt: str = PROMPT) -> tuple[int, str]:

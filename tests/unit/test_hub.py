@@ -322,21 +322,20 @@ def _failures(call: Any) -> list[StreamT2VError]:
 # ---------------------------------------------------------------------------------------------------- without a network
 
 
-@pytest.mark.parametrize("how", ["option", "STREAMT2V_OFFLINE", "HF_HUB_OFFLINE"])
+@pytest.mark.parametrize("how", hub.OFFLINE)
 def test_offline_opens_no_connection(
     server: Hub, no_sockets: None, how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    if how != "option":
-        monkeypatch.setenv(how, "1")
+    monkeypatch.setenv(how, "1")
     with pytest.raises(WeightsError, match="no connection is made when offline") as caught:
-        pull(asked_offline=how == "option")
+        pull()
     assert caught.value.exit_code == 4
     with pytest.raises(WeightsError, match="no connection is made when offline"):
-        hub.snapshot("somebody/pipeline", None, ["*.json"], how == "option")
+        hub.snapshot("somebody/pipeline", None, ["*.json"])
     # All files in a folder of the user: everything works.
     for source in family().sources:
         (tmp_path / source.path).write_bytes(content(source.path))
-    pull(asked_offline=how == "option", folder=tmp_path)
+    pull(folder=tmp_path)
     weights.verify(family())
     assert (tmp_path / VIDXTEND).exists()  # the user's own files stay
     assert server.asked == []
@@ -355,7 +354,8 @@ def test_the_library_s_cache_is_looked_at_before_the_network(
     paths = [Path(hf_hub_download(source.repository, source.path)) for source in family().sources_of()]
     server.asked.clear()
     request.getfixturevalue("no_sockets")
-    notes = pull(asked_offline=True)
+    monkeypatch.setenv("STREAMT2V_OFFLINE", "1")
+    notes = pull()
     assert sum("already at" in note for note in notes) == len(ORDER)
     assert all(path.exists() for path in paths)  # shared with other programs
     assert home.recorded("sources")[f"ali-vilab/MS-Vid2Vid-XL/{VAE}"]["bytes"] == 60_000
@@ -469,7 +469,7 @@ def test_a_snapshot_is_fetched_once_by_patterns(pipeline: Hub, request: pytest.F
     target = (folder / found[1]).resolve()
     target.write_bytes(content("other"))
     with pytest.raises(WeightsError, match="not as recorded"):
-        hub.snapshot("somebody/pipeline", None, PATTERNS, asked_offline=True)
+        hub.snapshot("somebody/pipeline", None, PATTERNS)
 
 
 def test_a_snapshot_that_lost_a_file_is_completed_from_the_recorded_commit(pipeline: Hub) -> None:
@@ -503,7 +503,7 @@ def test_a_snapshot_in_the_cache_serves_offline(pipeline: Hub, request: pytest.F
 
     folder = snapshot_download("somebody/pipeline", allow_patterns=PATTERNS)
     request.getfixturevalue("no_sockets")
-    assert hub.snapshot("somebody/pipeline", None, PATTERNS, asked_offline=True) == Path(folder)
+    assert hub.snapshot("somebody/pipeline", None, PATTERNS) == Path(folder)
 
 
 # ------------------------------------------------------------------------------------ the real layouts, in tiny form

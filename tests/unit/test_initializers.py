@@ -49,6 +49,15 @@ def test_modelscope_loop_equals_the_library_s_scheduler(folder: Path) -> None:
     assert torch.allclose(modelscope_frames(model), frames, atol=2e-4)  # float32, a dozen layers
 
 
+def test_modelscope_has_steps_and_guidance_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = initializers.load_modelscope(folder, "cpu")
+    monkeypatch.setattr(initialize, "MODELSCOPE_STEPS", 3)
+    monkeypatch.setattr(initialize, "MODELSCOPE_GUIDANCE", 4.0)
+    noise = chunk_noise(SeededDraws(1), 16, (4, 16, 16))
+    frames = initialize.from_modelscope(model, WISH, Sampling(0, 0.0), noise)
+    assert torch.equal(frames, modelscope_frames(model))
+
+
 def test_a_16_bit_variant_and_both_names_of_a_part_load(folder: Path) -> None:
     whole = modelscope_frames(initializers.load_modelscope(folder, "cpu"))
     for path in folder.rglob("*.safetensors"):
