@@ -73,6 +73,12 @@ class WeightFile:
     source: str = ""
     tokens: Mapping[str, str | int] = dataclasses.field(default_factory=dict)
     tidy: bool = False
+    values: int = 0
+
+    @property
+    def num_values(self) -> int:
+        """Numbers in the file, which are stored in 16 bit; as listed where nothing was pulled yet."""
+        return sum(part.bytes for part in self.parts.values()) // 2 or self.values
 
 
 @dataclass(frozen=True)
