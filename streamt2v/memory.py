@@ -22,7 +22,8 @@ class MemoryPolicy:
 
     precision: Literal["float32", "float16"]
     keep_networks: bool
-    """Networks of all stages stay; else each goes when its work is done, and a stage ends before the next begins."""
+    """Networks of all stages stay; else a stage ends and goes before the next begins, and what works only once (text
+    and image encoders) stays on the host."""
     batched_guidance: bool
     """Both branches of guidance in one batch; else one after the other."""
     feed_forward_rows: int
@@ -46,8 +47,8 @@ class Stage:
     """A stage in numbers: values of its networks, latent cells of a chunk, channels of its widest features."""
 
     values: int
-    text_values: int
-    """Those of the text encoder, which works once."""
+    encoder_values: int
+    """Those of text and image encoders, which work once."""
     cells: int
     width: int
     inner: int
@@ -69,7 +70,7 @@ def needed(stages: Sequence[Stage], policy: MemoryPolicy) -> int:
     """Bytes at the peak of a run; models of others, which make the first frames before all this, are not counted."""
     share = OFFLOADED_SHARE if policy.offload else 1
     if policy.keep_networks:
-        loaded = sum(stage.values + stage.text_values for stage in stages) * share
+        loaded = sum(stage.values + stage.encoder_values for stage in stages) * share
         values = loaded + max(stage.features(policy) for stage in stages)
     else:
         values = max(stage.values * share + stage.features(policy) for stage in stages)
@@ -82,7 +83,7 @@ def choose(free: int, stages: Sequence[Stage], kind: str) -> MemoryPolicy:
     ladder = [
         MemoryPolicy(precision, True, True, MANY_ROWS, False),
         MemoryPolicy(precision, False, True, MANY_ROWS, False),
-        MemoryPolicy(precision, False, False, MANY_ROWS, False),
+        MemoryPolicy(precision, False, True, FEW_ROWS, False),
         MemoryPolicy(precision, False, False, FEW_ROWS, False),
     ]
     if kind == "cuda":  # elsewhere the host's memory is the device's

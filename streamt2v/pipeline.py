@@ -39,6 +39,7 @@ from streamt2v.stages.denoise import Sampling
 from streamt2v.stages.refine import Denoiser, Refiner, RefineState, noise_grid
 
 STREAM, REFINE = "stream", "refine"
+ENCODERS = ("stream.text", "stream.image", "refine.text")
 PREVIEW_FRAMES = 24
 
 
@@ -495,11 +496,13 @@ class _Maker:
         path = self.family.path(role)
         if path not in self.networks:
             self.report.note(f"loading {role}")
-            policy, home = self.policy, "cpu" if self.policy.offload else self.device.name
-            network = weights.load(self.family, role, home, getattr(torch, policy.precision))
+            policy, sparing = self.policy, self.device.kind == "cuda" and not self.policy.keep_networks
+            on_host = policy.offload or (sparing and role in ENCODERS)
+            place = "cpu" if on_host else self.device.name
+            network = weights.load(self.family, role, place, getattr(torch, policy.precision))
             if isinstance(network, torch.nn.Module):
                 slice_feed_forwards(network, policy.feed_forward_rows)
-                if policy.offload:
+                if on_host:
                     devices.offload(network, self.device)
             self.networks[path] = network
         self.fixed_seconds += time.monotonic() - began

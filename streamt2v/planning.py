@@ -68,7 +68,7 @@ def stages(config: RunConfig, source: tuple[int, int] | None = None) -> tuple[me
     family, stream, refine, output = weights.family(config.model), config.stream, config.refine, config.output
     base, found = source or (stream.height, stream.width), []
     if source is None:
-        parts = ["vae", "image", *(["cam"] if stream.cam else []), *(["apm"] if stream.apm else [])]
+        parts = ["vae", *(["cam"] if stream.cam else []), *(["apm"] if stream.apm else [])]
         found.append(_stage(family, "stream", parts, stream.chunk, base, stream.guidance_scale != 1, stream.cam))
     if refine.enabled:
         box = (output.height or base[0], output.width or base[1])
@@ -91,9 +91,12 @@ def _stage(
     # To multiples of 8 latent cells, which is as far as a canvas may have to grow.
     side = 8 * 2 ** (len(finest) - 1)
     rows, columns = (-(-extent // side) * 8 for extent in size)
-    values = sum(family.file(f"{name}.{part}").num_values for part in ["unet", *parts] if family.has(f"{name}.{part}"))
+    values, encoders = (
+        sum(family.file(f"{name}.{part}").num_values for part in group if family.has(f"{name}.{part}"))
+        for group in (["unet", *parts], ["text", "image"])
+    )
     return memory.Stage(
-        values=values, text_values=family.file(f"{name}.text").num_values, cells=frames * rows * columns, width=width,
+        values=values, encoder_values=encoders, cells=frames * rows * columns, width=width,
         inner=max(width, unet.get("transformer_in_heads", 8) * unet.get("attention_head_dim", 64)), guided=guided,
         cam=cam, frame_values=rows * columns * side**2 // 64 * finest[0],
     )  # fmt: skip

@@ -33,11 +33,11 @@ def published(gigabytes: float, kind: str = "cuda") -> MemoryPolicy:
 
 def test_every_tier_has_a_policy_that_fits_it() -> None:
     stages = planning.stages(PUBLISHED)
-    found = {tier: published(tier) for tier in (4, 8, 12, 16, 24, 48, 80)}
+    found = {tier: published(tier) for tier in (3, 8, 12, 16, 24, 48, 80)}
     for tier, policy in found.items():
-        assert memory.needed(stages, policy) <= tier * 1e9 or tier == 4
+        assert memory.needed(stages, policy) <= tier * 1e9 or tier == 3
         assert policy.precision == "float16"
-    assert found[4].offload and not found[8].offload
+    assert found[3].offload and not found[8].offload
     assert not found[8].batched_guidance and not found[8].keep_networks
     assert found[12].batched_guidance and not found[12].keep_networks
     assert found[24] == found[48] == found[80] == replace(FULL, precision="float16")
@@ -55,7 +55,7 @@ def test_more_memory_never_gives_a_more_sparing_policy() -> None:
 def test_the_estimate_is_near_what_was_counted() -> None:
     """Peaks of the published refiner, 24 frames of 1280x720 in 16 bit, without weights: reference counts in GB."""
     *_, stage = planning.stages(config.merge(config.to_flat(PUBLISHED), {"output.fit": "cover"}))
-    bare = replace(stage, values=0, text_values=0)
+    bare = replace(stage, values=0, encoder_values=0)
     counted = {(True, 1 << 30): 13.89, (False, 1 << 30): 6.95, (False, 1 << 17): 3.56, (False, 1 << 15): 3.05}
     for (batched, rows), gigabytes in counted.items():
         features = bare.features(MemoryPolicy("float16", False, batched, rows, False)) * 2 / 1e9
