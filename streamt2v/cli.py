@@ -20,6 +20,7 @@ from streamt2v import __version__, config, home, hub, initializers, jobs, option
 from streamt2v.errors import ConfigError, Interrupted, MemoryLimitError, StreamT2VError, WeightsError
 from streamt2v.progress import Progress
 
+FETCHING = "stopped; the same command goes on where it stopped"
 app = typer.Typer(
     name="streamt2v",
     no_args_is_help=True,
@@ -141,8 +142,9 @@ def _run(command: str, source: Path | None, output: Path | None, given: dict[str
     resolved = options.resolve(resume_from=output if behaviour["resume"] else None, source=found, **given, **more)
     output = output or default_output(resolved.prompt, resolved.seed)
     job = jobs.Job(command, resolved, output, source, **behaviour)
-    # Everything cheap is checked before torch is imported or a model loads.
-    notices = jobs.check(job, (lambda text: None) if quiet else _say)
+    with _terminable(FETCHING):
+        # Everything cheap is checked before torch is imported or a model loads.
+        notices = jobs.check(job, (lambda text: None) if quiet else _say)
     if not quiet:
         for notice in notices:
             _say(notice)
@@ -156,15 +158,17 @@ def _run(command: str, source: Path | None, output: Path | None, given: dict[str
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that the run can save its partial file as it does on Ctrl-C."""
+def _terminable(said: str = "stopped") -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that a run can save its partial file as it does on Ctrl-C; and name both."""
 
     def stop(_signal: int, _frame: FrameType | None) -> NoReturn:
-        raise Interrupted("terminated", exit_code=143)
+        raise Interrupted(said, exit_code=143)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except KeyboardInterrupt:
+        raise Interrupted(said) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -277,20 +281,16 @@ def weights_pull(
     """
     from streamt2v import checkpoints
 
-    with _terminable():
-        try:
-            if name in weights.pipelines():
-                initializers.locate(name, _say)
-            else:
-                family = weights.family(name)
-                hub.pull(family, checkpoints.convert, _say, source, folder)
-                start = config.merge(config.preset(family.preset)).initialize.text_model
-                if start != initializers.OWN:
-                    _say(f"{start}, which makes the first frames:")
-                    initializers.locate(start, _say)
-        except (KeyboardInterrupt, Interrupted) as stop:
-            code = stop.exit_code if isinstance(stop, Interrupted) else 130
-            raise Interrupted("stopped; the same command goes on where it stopped", exit_code=code) from None
+    with _terminable(FETCHING):
+        if name in weights.pipelines():
+            initializers.locate(name, _say)
+        else:
+            family = weights.family(name)
+            hub.pull(family, checkpoints.convert, _say, source, folder)
+            start = config.merge(config.preset(family.preset)).initialize.text_model
+            if start != initializers.OWN:
+                _say(f"{start}, which makes the first frames:")
+                initializers.locate(start, _say)
     _emit(f"{name}: ready")
 
 
