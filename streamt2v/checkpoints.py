@@ -76,14 +76,23 @@ def convert(
         OutputError: the files cannot be written.
     """
     planned: dict[str, _Network] = {}
+    taken: dict[str, str] = {}
+    seen: list[maps.Layout] = []
     tokenizers: dict[str, None] = {}
     for name, archive in _read(source, layouts).items():
         if archive.refused:
             note(f"{name} asks for {', '.join(archive.refused[:3])}: this was not run, only tensors are read")
         layout, networks = _plan(name, archive.tensors, layouts)
-        if twice := sorted(planned.keys() & networks.keys()):
-            raise WeightsError(f"{source} has {twice[0]} twice, the second time in {name}", "convert one file alone")
+        if any(layout is known for known in seen):
+            raise WeightsError(
+                f"{source} has {min(networks)} twice, the second time in {name}", "convert one file alone"
+            )
+        seen.append(layout)
+        for tower in sorted(taken.keys() & networks.keys()):  # several published files carry the same ones
+            note(f"{tower} is taken from {taken[tower]}; {name} has it too")
+            del networks[tower]
         planned |= networks
+        taken |= dict.fromkeys(networks, name)
         tokenizers |= dict.fromkeys(filter(None, [layout.tokenizer]))
     files.require_space(destination, sum(network.num_bytes for network in planned.values()), "the conversion")
     written = []
@@ -155,7 +164,8 @@ def _lay_out(output: str, part: maps.Part, tensors: Mapping[str, archives.Stored
     import torch
 
     own = {key: row for key, row in tensors.items() if key.startswith(part.keys.prefix)}
-    shapes = weights.shapes_of(Path(output), part.network, part.config)
+    network = weights.build(Path(output), part.network, part.config)
+    shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     part.keys.apply({key: torch.empty(row.shape, device="meta") for key, row in own.items()}, shapes)
     sources: list[Source] = []
     for key, row in own.items():
@@ -163,7 +173,8 @@ def _lay_out(output: str, part: maps.Part, tensors: Mapping[str, archives.Stored
         if targets and row.dtype not in FLOATS:
             raise WeightsError(f"{part.keys.what}: {key!r} holds numbers of type {row.dtype}")
         sources += [(row, targets, reshape)] if targets else []
-    return _Network(output, weights.metadata_of(part.network, part.config, part.schedule), tuple(sources), shapes)
+    metadata = weights.metadata_of(part.network, weights.config_of(network), part.schedule)
+    return _Network(output, metadata, tuple(sources), shapes)
 
 
 # --------------------------------------------------------------------------------------------------------- writing

@@ -9,16 +9,18 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from inspect import signature
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from streamt2v import __version__, config, jobs, options, planning, weights
+from streamt2v import __version__, config, home, hub, initializers, jobs, options, planning, weights
 from streamt2v.errors import ConfigError, Interrupted, MemoryLimitError, StreamT2VError, WeightsError
 from streamt2v.progress import Progress
 
+FETCHING = "stopped; the same command goes on where it stopped"
 app = typer.Typer(
     name="streamt2v",
     no_args_is_help=True,
@@ -61,36 +63,13 @@ def default_output(prompt: str, seed: int) -> Path:
 
 
 @app.command()
+@options.knows(options.making, options.streaming, options.starting, options.running)
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to show; - reads it from standard input.", show_default=False)],
     frames: options.Frames = None,
     output: options.Output = None,
-    model: options.Model = None,
-    seed: options.Seed = None,
     fps: options.Fps = None,
-    size: options.Size = None,
-    fit: options.FitOption = None,
-    no_refine: options.NoRefine = False,
-    negative: options.Negative = None,
-    image: options.Image = None,
-    quality: options.QualityOption = None,
-    steps: options.Steps = None,
-    guidance: options.Guidance = None,
-    refine_steps: options.RefineSteps = None,
-    chunk: options.Chunk = None,
-    overlap: options.Overlap = None,
-    preset: options.Preset = None,
-    config_file: options.ConfigFile = None,
-    settings: options.Settings = None,
-    device: options.DeviceOption = "auto",
-    threads: options.Threads = None,
-    resume: options.Resume = False,
-    overwrite: options.Overwrite = False,
-    keep_run: options.KeepRun = False,
-    preview: options.Preview = None,
-    json_output: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
+    **given: Any,
 ) -> None:
     """Make a video from a prompt.
 
@@ -101,55 +80,27 @@ def generate(
     [b]streamt2v generate "a red ball bouncing over the sea at sunset" --frames 240 -o ball.mp4[/b]
 
     [b]streamt2v generate "a blue star drifting left" --image start.png --frames 48[/b]
+
+    [b]streamt2v generate "a cat on the beach" --model streamingt2v --init svd --image-init sdxl --frames 240[/b]
     """
-    if resume and output is None:
+    if given["resume"] and output is None:
         raise ConfigError("--resume needs to know which output", "name it with -o")
-    resolved = options.resolve(
-        model, preset, quality, config_file, settings, size, output if resume else None,
-        prompt=options.read_prompt(prompt), frames=frames,
-        seed=seed, fps=fps, fit=fit, refine=False if no_refine else None, negative=negative,
-        image=str(image) if image else None, steps=steps, guidance=guidance, refine_steps=refine_steps, chunk=chunk,
-        overlap=overlap,
-    )  # fmt: skip
-    job = jobs.Job(
-        "generate", resolved, output or default_output(resolved.prompt, resolved.seed), None, device, threads, resume,
-        overwrite, keep_run, preview,
-    )  # fmt: skip
-    _run(job, json_output, quiet, verbose)
+    _run("generate", None, output, given, prompt=options.read_prompt(prompt), frames=frames, fps=fps)
 
 
 @app.command()
+@options.knows(options.making, options.running)
 def refine(
     source: Annotated[Path, typer.Argument(help="The video to refine.", show_default=False)],
     output: options.Output = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="What it shows. Default: the video's own prompt.")
     ] = None,
-    model: options.Model = None,
-    seed: options.Seed = None,
     fps: Annotated[float | None, typer.Option("--fps", help="Frames per second. Default: the source's.")] = None,
-    size: options.Size = None,
-    fit: options.FitOption = None,
-    negative: options.Negative = None,
-    quality: options.QualityOption = None,
-    refine_steps: options.RefineSteps = None,
     guidance: Annotated[
         float | None, typer.Option("--guidance", help="Guidance; 1 is off.", rich_help_panel=options.ADVANCED)
     ] = None,
-    chunk: options.Chunk = None,
-    overlap: options.Overlap = None,
-    preset: options.Preset = None,
-    config_file: options.ConfigFile = None,
-    settings: options.Settings = None,
-    device: options.DeviceOption = "auto",
-    threads: options.Threads = None,
-    resume: options.Resume = False,
-    overwrite: options.Overwrite = False,
-    keep_run: options.KeepRun = False,
-    preview: options.Preview = None,
-    json_output: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
+    **given: Any,
 ) -> None:
     """Refine a video of any length: same frames, same sound, more detail.
 
@@ -158,20 +109,42 @@ def refine(
     [b]streamt2v refine ball.mp4 --prompt "a red ball over the sea" --refine-steps 8 -o better.mp4[/b]
     """
     output = output or source.with_name(f"{source.stem}_refined.mp4")
-    resolved = options.resolve(
-        model, preset, quality, config_file, settings, size, output if resume else None, jobs.inspect_source(source),
-        prompt=prompt, seed=seed, fps=fps, fit=fit, negative=negative, refine_guidance=guidance,
-        refine_steps=refine_steps, chunk=chunk, overlap=overlap,
-    )  # fmt: skip
-    job = jobs.Job(
-        "refine", resolved, output, source, device, threads, resume, overwrite, keep_run, preview
-    )  # fmt: skip
-    _run(job, json_output, quiet, verbose)
+    _run("refine", source, output, given, prompt=prompt, fps=fps, refine_guidance=guidance)
 
 
-def _run(job: jobs.Job, json_output: bool, quiet: bool, verbose: bool) -> None:
-    # Everything cheap is checked before torch is imported or a model loads.
-    notices = jobs.check(job)
+@app.command()
+@options.knows(options.making, options.streaming, options.running)
+def extend(
+    source: Annotated[Path, typer.Argument(help="The video to continue.", show_default=False)],
+    frames: Annotated[int, typer.Option("--frames", "-n", help="Frames of the whole result, the source's included.")],
+    output: options.Output = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="What it shows. Default: the video's own prompt.")
+    ] = None,
+    fps: Annotated[float | None, typer.Option("--fps", help="Frames per second. Default: the source's.")] = None,
+    **given: Any,
+) -> None:
+    """Continue a video: its own frames, then new ones that follow from its last 16.
+
+    [b]streamt2v extend ball.mp4 --frames 240 -o longer.mp4[/b]
+
+    [b]streamt2v extend beach.mp4 --prompt "waves on a beach" --frames 480 -o longer.mp4[/b]
+    """
+    output = output or source.with_name(f"{source.stem}_extended.mp4")
+    _run("extend", source, output, given, prompt=prompt, frames=frames, fps=fps)
+
+
+def _run(command: str, source: Path | None, output: Path | None, given: dict[str, Any], **more: Any) -> None:
+    """Carry out a command that makes a video; `given` are the options of the shared groups."""
+    json_output, quiet, verbose = (given.pop(name) for name in ("json_output", "quiet", "verbose"))
+    behaviour = {name: given.pop(name) for name in signature(options.running).parameters if name in given}
+    found = None if source is None else jobs.inspect_source(source)
+    resolved = options.resolve(resume_from=output if behaviour["resume"] else None, source=found, **given, **more)
+    output = output or default_output(resolved.prompt, resolved.seed)
+    job = jobs.Job(command, resolved, output, source, **behaviour)
+    with _terminable(FETCHING):
+        # Everything cheap is checked before torch is imported or a model loads.
+        notices = jobs.check(job, (lambda text: None) if quiet else _say)
     if not quiet:
         for notice in notices:
             _say(notice)
@@ -185,46 +158,40 @@ def _run(job: jobs.Job, json_output: bool, quiet: bool, verbose: bool) -> None:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that the run can save its partial file as it does on Ctrl-C."""
+def _terminable(said: str = "stopped") -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that a run can save its partial file as it does on Ctrl-C; and name both."""
 
     def stop(_signal: int, _frame: FrameType | None) -> NoReturn:
-        raise Interrupted("terminated", exit_code=143)
+        raise Interrupted(said, exit_code=143)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except KeyboardInterrupt:
+        raise Interrupted(said) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 @app.command()
+@options.knows(options.making, options.streaming, options.starting)
 def plan(
     prompt: Annotated[str, typer.Argument(help="What to show.", show_default=False)],
     frames: options.Frames = None,
-    model: options.Model = None,
-    size: options.Size = None,
-    no_refine: options.NoRefine = False,
-    quality: options.QualityOption = None,
-    steps: options.Steps = None,
-    refine_steps: options.RefineSteps = None,
-    chunk: options.Chunk = None,
-    overlap: options.Overlap = None,
-    preset: options.Preset = None,
-    config_file: options.ConfigFile = None,
-    settings: options.Settings = None,
+    fps: options.Fps = None,
+    device: options.DeviceOption = "auto",
+    memory: options.Memory = None,
     json_output: options.Json = False,
+    **given: Any,
 ) -> None:
     """Show chunks, memory and time of a run without loading any weights.
 
     [b]streamt2v plan "a red ball over the sea" --frames 1200[/b]
+
+    [b]streamt2v plan "a cat on the beach" --model streamingt2v --device cuda --memory 12[/b]
     """
-    resolved = options.resolve(
-        model, preset, quality, config_file, settings, size, prompt=options.read_prompt(prompt),
-        frames=frames, steps=steps, refine_steps=refine_steps, chunk=chunk, overlap=overlap,
-        refine=False if no_refine else None,
-    )  # fmt: skip
-    report = planning.plan(resolved)
+    resolved = options.resolve(prompt=options.read_prompt(prompt), frames=frames, fps=fps, **given)
+    report = planning.plan(resolved, device, memory)
     _emit(json.dumps(dataclasses.asdict(report)) if json_output else report.as_text())
 
 
@@ -268,26 +235,74 @@ def doctor(json_output: options.Json = False) -> None:
 
 
 @weights_app.command("list")
-def weights_list(json_output: options.Json = False) -> None:
-    """List the model families: state, size, licence.
+def weights_list(
+    name: Annotated[
+        str | None, typer.Argument(help="A model family: list its files and where they come from.", show_default=False)
+    ] = None,
+    json_output: options.Json = False,
+) -> None:
+    """List the model families: state, size, licence, what they are; or the files of one.
 
     [b]streamt2v weights list[/b]
+
+    [b]streamt2v weights list streamingt2v[/b]
     """
-    rows = [
-        {
-            "name": family.name,
-            "state": "missing" if weights.missing(family) else "ok",
-            "megabytes": round(family.num_bytes / 1e6, 1),
-            "licence": family.licence,
-            "title": family.title,
-        }
-        for family in weights.families().values()
-    ]
+    rows = weights.describe_files(weights.family(name)) if name else weights.describe_families()
     if json_output:
         _emit(json.dumps(rows))
         return
+    width = max(len(row["name"]) for row in rows)
     for row in rows:
-        _emit("{name:<14} {state:<8} {megabytes:>8} MB  {licence:<12} {title}".format(**row))
+        size = f"{row['bytes'] / 1e6:,.1f} MB" if row["bytes"] else "size unknown"
+        _emit(f"{row['name']:<{width}}  {row['state']:<10} {size:>13}  {row['licence']}")
+        _emit(f"    {row['what']}")
+
+
+@weights_app.command("pull")
+def weights_pull(
+    name: Annotated[str, typer.Argument(help="A name that `weights list` shows.", show_default=False)],
+    source: Annotated[
+        str, typer.Option("--source", help="Which published copy, where there are several: see `weights list NAME`.")
+    ] = "",
+    folder: Annotated[
+        Path | None, typer.Option("--from", help="Folder with published files that are here already.")
+    ] = None,
+) -> None:
+    """Fetch a model family and convert it to 16-bit safetensors; or a model that makes first frames, as it is.
+
+    Says the size before it starts; goes on where it was stopped. Files can be placed by hand: published ones in any
+    folder (--from), converted ones in the folder that `weights path NAME` prints. --offline makes no connection.
+
+    [b]streamt2v weights pull streamingt2v[/b]
+
+    [b]streamt2v weights pull streamingt2v --source original --from ~/downloads[/b]
+
+    [b]streamt2v weights pull svd[/b]
+    """
+    from streamt2v import checkpoints
+
+    with _terminable(FETCHING):
+        if name in weights.pipelines():
+            initializers.locate(name, _say)
+        else:
+            family = weights.family(name)
+            hub.pull(family, checkpoints.convert, _say, source, folder)
+            start = config.merge(config.preset(family.preset)).initialize.text_model
+            if start != initializers.OWN:
+                _say(f"{start}, which makes the first frames:")
+                initializers.locate(start, _say)
+    _emit(f"{name}: ready")
+
+
+@weights_app.command("path")
+def weights_path(
+    name: Annotated[str | None, typer.Argument(help="A model family.", show_default=False)] = None,
+) -> None:
+    """Print the folder of the weights, or of one family's. STREAMT2V_HOME sets it.
+
+    [b]streamt2v weights path streamingt2v[/b]
+    """
+    _emit(str(weights.family(name).root / name if name else home.path()))
 
 
 @weights_app.command("verify")
@@ -298,8 +313,11 @@ def weights_verify(model: options.Model = None) -> None:
     """
     chosen = [weights.family(model)] if model else list(weights.families().values())
     for family in chosen:
+        if not model and weights.is_absent(family):
+            _emit(f"{family.name}: not here")
+            continue
         weights.verify(family)
-        _emit(f"{family.name}: {len(family.files)} files, all as recorded")
+        _emit(f"{family.name}: {sum(len(file.parts) for file in family.files)} files, all as recorded")
 
 
 @weights_app.command("convert")
@@ -364,6 +382,9 @@ def root(
         bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Make no connection; STREAMT2V_OFFLINE=1 means the same.")
+    ] = False,
 ) -> None:
     """Long videos from text on your own machine."""
 
@@ -372,8 +393,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with the code that the error, if any, stands for."""
     argv = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in argv
+    if "--offline" in argv:
+        os.environ |= dict.fromkeys(hub.OFFLINE, "1")
     try:
-        app([argument for argument in argv if argument != "--debug"])
+        app([argument for argument in argv if argument not in ("--debug", "--offline")])
     except StreamT2VError as error:
         if debug:
             raise
@@ -384,6 +407,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except MemoryError:
         if debug:
             raise
-        _say("error: out of memory\n  try a smaller --size or --chunk")
+        _say("error: out of memory\n  try a lower --memory, or a smaller --size or --chunk")
         sys.exit(MemoryLimitError.exit_code)
     sys.exit(0)

@@ -31,14 +31,23 @@ def _value(default: Any, help: str, low: float | None = None, high: float | None
 class InitializeConfig:
     """Stage 1: prompt, or picture and prompt, to the first chunk."""
 
-    num_inference_steps: int = _value(50, "denoising steps", 1, 1000)
-    guidance_scale: float = _value(9.0, "classifier-free guidance; 1 switches it off", 1, 100)
+    text_model: str = _value("own", "who starts from a prompt: own, a name of weights.toml, hub:OWNER/NAME or a folder")
+    picture_model: str = _value("own", "who starts from a picture, named in the same way")
+    text_to_image: str = _value(
+        "", "who draws the picture when there is none (prior and decoder joined by +); empty: what the model goes with"
+    )
+    height: int = _value(0, "rows that a model of others works at, pixels; 0: its own area in the base shape", 0, 8192)
+    width: int = _value(0, "columns that a model of others works at, pixels", 0, 8192)
+    num_inference_steps: int = _value(50, "denoising steps; 0: as the model of others likes it", 0, 1000)
+    guidance_scale: float = _value(
+        9.0, "classifier-free guidance; 1 switches it off, 0: as the model of others likes it", 0, 100
+    )
     guidance_rescale: float = _value(
         0.0, "share of the guided prediction's std brought back to the conditional one's", 0, 1
     )
     guidance_stop: float = _value(0.0, "share of the noise range, from its clean end, that is denoised unguided", 0, 1)
     eta: float = _value(0.0, "DDIM's share of fresh noise per step", 0, 1)
-    image_guidance_scale: float = _value(3.0, "guidance when starting from a picture", 1, 100)
+    image_guidance_scale: float = _value(3.0, "the same when starting from a picture", 0, 100)
 
 
 @dataclass(frozen=True)

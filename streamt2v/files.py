@@ -30,7 +30,9 @@ def free_bytes(path: Path) -> int:
     return 0
 
 
-def require_space(path: Path, needed: int, purpose: str) -> None:
+def require_space(
+    path: Path, needed: int, purpose: str, hint: str = "free some space, or choose another place with -o"
+) -> None:
     """Refuse to start what the disk cannot hold.
 
     Raises:
@@ -38,10 +40,8 @@ def require_space(path: Path, needed: int, purpose: str) -> None:
     """
     free = free_bytes(path)
     if free < needed:
-        raise OutputError(
-            f"{purpose} needs about {needed / 1e6:.0f} MB at {path}, {free / 1e6:.0f} MB are free",
-            "free some space, or choose another place with -o",
-        )
+        message = f"{purpose} needs about {needed / 1e6:,.0f} MB at {path}, {free / 1e6:,.0f} MB are free"
+        raise OutputError(message, hint)
 
 
 def explain(path: Path, error: OSError) -> OutputError:
@@ -89,14 +89,19 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         try:
             yield temporary
-            with temporary.open("r+b") as file:  # Windows syncs only what is open for writing
-                os.fsync(file.fileno())
-            os.replace(temporary, path)  # noqa: PTH105 - so that tests can make `os` of this module fail
-            sync_directory(path.parent)
+            publish(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Sync a whole file and give it its name in one step; system errors are the caller's."""
+    with temporary.open("r+b") as file:  # Windows syncs only what is open for writing
+        os.fsync(file.fileno())
+    os.replace(temporary, path)  # noqa: PTH105 - so that tests can make `os` of this module fail
+    sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamt2v import __version__, files, runs, vocabulary, weights
+from streamt2v import __version__, files, hub, initializers, runs, vocabulary, weights
 from streamt2v.config import RunConfig, to_flat
-from streamt2v.errors import ConfigError, OutputError
+from streamt2v.errors import ConfigError, InputError, OutputError
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Job:
     overwrite: bool = False
     keep_run: bool = False
     preview: Path | None = None
+    memory: float | None = None
+    """Gigabytes that the run may take; None means what is free."""
 
     @property
     def run_path(self) -> Path:
@@ -32,13 +34,19 @@ class Job:
 
     def recipe(self) -> dict[str, Any]:
         """Return what decides the frames: a run may only be resumed by a job with an equal recipe."""
+        chosen = initializers.choose(self.config) if self.command == "generate" else None
         return {
             "command": self.command,
             "version": __version__,
             "config": to_flat(self.config),
             "source": None if self.source is None else _fingerprint(self.source),
             "image": _fingerprint(Path(self.config.image)) if self.config.image else None,
-            "weights": {file.path: file.sha256 for file in weights.family(self.config.model).files},
+            "initializer": None if chosen is None else chosen.fingerprint(),
+            "weights": {
+                name: part.sha256
+                for file in weights.family(self.config.model).files
+                for name, part in file.parts.items()
+            },
         }
 
 
@@ -59,7 +67,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Source:
-    """What `refine` needs to know of its input."""
+    """What `refine` and `extend` need to know of their input."""
 
     frames: int
     width: int
@@ -128,13 +136,15 @@ def describe_video(path: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------- cheap checks
 
 
-def check(job: Job) -> list[str]:
+def check(job: Job, note: hub.Note = lambda text: None) -> list[str]:
     """Check everything that is cheap to check and return notices for the user.
+
+    Stage 1's model of others is fetched where it is not here yet; `note` is told the size before that.
 
     Raises:
         ConfigError, InputError, OutputError, WeightsError: what would make the run fail later.
     """
-    if job.command == "generate" and not job.config.prompt.strip():
+    if job.command != "refine" and not job.config.prompt.strip():
         raise ConfigError("the prompt is empty", 'try "a red ball bouncing over the sea at sunset"')
     for text in (job.config.prompt, job.config.negative_prompt, str(job.output)):
         _check_text(text)
@@ -148,8 +158,12 @@ def check(job: Job) -> list[str]:
     files.require_space(job.output, _disk_bytes(job.config), "this run")
     family = weights.family(job.config.model)
     weights.require(family)
-    if job.command == "generate":
+    if job.command != "refine":
         _check_sizes(job.config, family)
+    if job.command == "generate":
+        _check_initializer(job.config, family, note)
+    if job.command == "extend":
+        _check_continued(job)
     return _prompt_notices(job, family.vocabulary_path()) + _source_notices(job)
 
 
@@ -177,12 +191,43 @@ def _check_sizes(config: RunConfig, family: weights.Family) -> None:
         raise ConfigError(f"stream.overlap is {stream.overlap}, the CAM of {config.model} looks at {looked_at} frames")
 
 
+def _check_initializer(run: RunConfig, family: weights.Family, note: hub.Note) -> None:
+    own = run.initialize
+    if initializers.choose(run, note) is not None:
+        return
+    if run.image and not family.has("initialize.image"):
+        raise ConfigError(f"model {family.name} cannot start from a picture by itself", "use --init svd")
+    if not own.num_inference_steps or not (own.image_guidance_scale if run.image else own.guidance_scale):
+        raise ConfigError(
+            "initialize.num_inference_steps or a guidance scale is 0, which only a model of others understands",
+            "name one with --init, or set them to at least 1",
+        )
+
+
+def _check_continued(job: Job) -> None:
+    assert job.source is not None
+    config, found = job.config, inspect_source(job.source)
+    if found.frames < config.stream.chunk:
+        raise InputError(
+            f"{job.source} has {found.frames} frames, model {config.model} continues from {config.stream.chunk}",
+            "streamt2v generate --image starts from a single picture",
+        )
+    if config.num_frames <= found.frames:
+        raise ConfigError(
+            f"--frames is {config.num_frames}, {job.source} has {found.frames} already",
+            "it counts the frames of the whole video",
+        )
+
+
 def _source_notices(job: Job) -> list[str]:
     if job.source is None:
         return []
-    found, output = inspect_source(job.source), job.config.output
+    found, output, stream = inspect_source(job.source), job.config.output, job.config.stream
     notices = []
-    if output.width and (found.width > output.width or found.height > output.height):
+    if job.command == "extend" and abs(found.width / found.height * stream.height / stream.width - 1) > 0.02:
+        shapes = f"{found.width}x{found.height}, model {job.config.model} makes {stream.width}x{stream.height}"
+        notices.append(f"{job.source} is {shapes}: what does not fit into that shape is cut off")
+    if job.command == "refine" and output.width and (found.width > output.width or found.height > output.height):
         box = f"{output.width}x{output.height}"
         notices.append(f"{job.source} is {found.width}x{found.height}, the result fits into {box}; --size changes it")
     if found.has_audio and abs(found.fps - output.fps) > 1e-6:

@@ -10,7 +10,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from importlib.metadata import version
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +20,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamt2v import __version__, devices, frames, planning, runs, video, weights
+from streamt2v import __version__, devices, frames, initializers, jobs, memory, planning, runs, video, weights
 from streamt2v.chunks import covering, refinement_plan, streaming_plan
+from streamt2v.convert import clean_prompt
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from streamt2v.errors import Interrupted, MemoryLimitError, OutputError, StreamT2VError
 from streamt2v.frames import Frames
 from streamt2v.jobs import Job, Result, check, recipe_of
+from streamt2v.memory import MemoryPolicy
 from streamt2v.models.encoders import decode_latents, encode_frames, encode_text, latent_factor, latent_size
+from streamt2v.models.layers import slice_feed_forwards
 from streamt2v.models.refiner import legal_canvas
 from streamt2v.models.unet3d import TextContext
 from streamt2v.progress import Report
 from streamt2v.stages import initialize, stream
-from streamt2v.stages.denoise import Branches, Sampling
-from streamt2v.stages.refine import Denoiser, Refiner, RefineState
+from streamt2v.stages.denoise import Sampling
+from streamt2v.stages.refine import Denoiser, Refiner, RefineState, noise_grid
 
 STREAM, REFINE = "stream", "refine"
+ENCODERS = ("stream.text", "stream.image", "refine.text")
 PREVIEW_FRAMES = 24
 
 
@@ -53,9 +59,12 @@ def run(job: Job, report: Report) -> Result:
     threads = devices.set_threads(resumed.get("threads") if job.threads is None else job.threads)
     devices.keep_freed_memory()
     libraries = {name: version(name) for name in ("torch", "diffusers", "transformers")}
-    recipe = {**job.recipe(), "device": device.name, "threads": threads, "libraries": libraries}
+    policy = _policy(job, device, resumed, report)
+    recipe = {
+        **job.recipe(), "device": device.name, "threads": threads, "libraries": libraries, "memory": asdict(policy)
+    }  # fmt: skip
     with runs.RunDirectory.open(job.run_path, recipe, resume=job.resume) as directory:
-        maker = _Maker(job, report, directory, device)
+        maker = _Maker(job, report, directory, device, policy)
         try:
             width, height = maker.make()
         except (KeyboardInterrupt, Interrupted) as stop:
@@ -64,14 +73,28 @@ def run(job: Job, report: Report) -> Result:
             if not directory.num_base_frames and directory.load_state("output") is None:
                 directory.remove()  # nothing is finished: the next try need not say --resume
             if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-                raise MemoryLimitError("out of memory", "try a smaller --size or --chunk") from error
+                hint = "try a lower --memory, or a smaller --size or --chunk"
+                raise MemoryLimitError("out of memory", hint) from error
             raise
         maker.finish()
         seconds = time.monotonic() - began
         maker.remember(seconds)
     if not job.keep_run:
         directory.remove()
-    return _result(job, width, height, seconds)
+    return _result(job, width, height, seconds, device)
+
+
+def _policy(job: Job, device: devices.Device, resumed: dict[str, Any], report: Report) -> MemoryPolicy:
+    """What the memory allows; a run keeps the policy it began with, as other batches round differently."""
+    if job.memory is None and "memory" in resumed:
+        return MemoryPolicy(**resumed["memory"])
+    free = devices.free_memory(device) if job.memory is None else int(job.memory * 1e9)
+    source = jobs.inspect_source(job.source) if job.source and job.command == "refine" else None
+    known = planning.stages(job.config, None if source is None else (source.height, source.width))
+    policy = memory.choose(free, known, device.kind)
+    need = memory.needed(known, policy)
+    report.note(f"memory: {policy.describe()}: up to {need / 1e9:.1f} of {free / 1e9:.1f} GB", warning=need > free)
+    return policy
 
 
 def _finished_before(job: Job) -> Result:
@@ -82,11 +105,11 @@ def _finished_before(job: Job) -> Result:
     return _result(job, found.width, found.height, 0.0)
 
 
-def _result(job: Job, width: int, height: int, seconds: float) -> Result:
+def _result(job: Job, width: int, height: int, seconds: float, device: devices.Device | None = None) -> Result:
     config = job.config
     return Result(
         str(job.output), config.num_frames, width, height, config.output.fps, round(seconds, 2), config.seed,
-        config.model, round(devices.peak_memory() / 2**20, 1),
+        config.model, round(devices.peak_memory(device) / 2**20, 1),
     )  # fmt: skip
 
 
@@ -158,12 +181,17 @@ def _thumbnail(height: int, width: int) -> tuple[int, int]:
 class _Maker:
     """One run: loads what it needs, pulls frames through the stages, records what is finished."""
 
-    def __init__(self, job: Job, report: Report, directory: runs.RunDirectory, device: devices.Device) -> None:
+    def __init__(
+        self, job: Job, report: Report, directory: runs.RunDirectory, device: devices.Device, policy: MemoryPolicy
+    ) -> None:
         self.job, self.config, self.report, self.directory = job, job.config, report, directory
-        self.device = device
+        self.device, self.policy = device, policy
         self.family = weights.family(job.config.model)
         self.draws = SeededDraws(self.config.seed)
-        self.num_frames = self.config.num_frames
+        # A continued video keeps its frames; the last of them are the first chunk of the base video.
+        kept = jobs.inspect_source(job.source).frames if job.source and job.command == "extend" else 0
+        self.num_kept, self.base_offset = kept, max(0, kept - self.config.stream.chunk)
+        self.num_frames = self.config.num_frames - self.base_offset  # of the base video
         self.stream_plan = streaming_plan(self.num_frames, self.config.stream.chunk, self.config.stream.overlap)
         self.refine_plan = refinement_plan(self.num_frames, self.config.refine.chunk, self.config.refine.overlap)
         self.networks: dict[Path, Any] = {}
@@ -184,24 +212,47 @@ class _Maker:
             self.directory.partial_path, geometry.fit.height, geometry.fit.width, fps,
             crf=self.config.output.crf, resume=mark,
         )  # fmt: skip
-        preview = _Preview(self.job.preview, self.num_frames)
+        preview = _Preview(self.job.preview, self.config.num_frames)
         if self.job.preview and self.writer.mark.frames:
             shown = 0
             for part in video.read_frames(self.directory.partial_path):
                 preview.add(shown, part)
                 shown += len(part)
-        if self.config.refine.enabled:
-            groups = self._refined(
-                geometry, None if state is None else RefineState.from_tensors(state.torch(), self.device.name)
-            )
-        else:
-            groups = ((group, {}) for group in self._unrefined(geometry, self.writer.mark.frames))
-        for group, tensors in groups:
+        for group, tensors in self._groups(geometry, state):
             start = self.writer.mark.frames
             mark = self.writer.append(group)
             self.directory.save_state("output", tensors, {"mark": asdict(mark)})
             preview.add(start, group)
         return geometry.fit.width, geometry.fit.height
+
+    def _groups(self, geometry: Geometry, state: runs.State | None) -> Iterator[tuple[Frames, dict[str, Tensor]]]:
+        """Yield (output frames, state after them): a continued video's own frames, then what the stages make."""
+        assert self.writer is not None
+        for group in self._kept_frames(geometry, self.writer.mark.frames):
+            yield group, {}
+        done = self.writer.mark.frames
+        if not self.config.refine.enabled:
+            for group in self._unrefined(geometry, done - self.base_offset):
+                yield group, {}
+            return
+        tensors = {} if state is None else state.torch()
+        resumed = RefineState.from_tensors(tensors, self.device.name) if tensors else None
+        # Until a refined frame is written, the refiner begins with frames that the source has already shown.
+        extra = self.num_kept - self.base_offset if done == self.num_kept else 0
+        for group, tensors in self._refined(geometry, resumed):
+            if len(group) > extra:
+                yield group[extra:], tensors
+            extra = max(0, extra - len(group))
+
+    def _kept_frames(self, geometry: Geometry, start: int) -> Iterator[Frames]:
+        """Yield the frames of a continued video from `start` on, cropped to the base shape and scaled to the output."""
+        if start >= self.num_kept:
+            return
+        assert self.job.source is not None
+        for group in frames.skip(video.read_frames(self.job.source), start):
+            images = frames.to_float(group)
+            content = frames.fit_into((images.shape[-2], images.shape[-1]), geometry.content, "cover")
+            yield geometry.output(frames.apply_fit(images, content))
 
     def finish(self) -> None:
         """Give the output its name."""
@@ -235,14 +286,14 @@ class _Maker:
             "fixed_seconds": self.fixed_seconds,
             "stream_seconds_per_chunk": self.stream_seconds / later_chunks,
             "refine_seconds_per_chunk": refine_seconds / len(self.refine_plan),
-            "peak_memory_bytes": devices.peak_memory(),
+            "peak_memory_bytes": devices.peak_memory(self.device),
         }
         planning.remember(self.config, measured)
 
     # -- sizes
 
     def _base_size(self) -> tuple[int, int]:
-        if self.job.source is None:
+        if self.job.source is None or self.job.command == "extend":
             return self.config.stream.height, self.config.stream.width
         found = video.probe(self.job.source)
         return found.height, found.width
@@ -262,12 +313,17 @@ class _Maker:
 
     def _refined(self, geometry: Geometry, state: RefineState | None) -> Iterator[tuple[Frames, dict[str, Tensor]]]:
         """Yield (output frames, state after them) group by group."""
-        settings, device = self.config.refine, self.device.name
+        settings, device, schedule = self.config.refine, self.device.name, self._schedule("refine.unet")
+        noise_grid(schedule, settings)  # what it refuses should not cost a first chunk
+        if not self.policy.keep_networks:
+            self._finish_base()
+        base = self._base_frames(0 if state is None else state.encoded)
+        first = list(islice(base, 1))  # before the refiner's networks take memory: a model of others may need it all
+        text = self._text("refine")
         vae, unet = self._load("refine.vae"), self._load("refine.unet")
-        schedule = self._schedule("refine.unet")
-        denoiser = Denoiser(unet, schedule, Branches.of(unet.prepare(self._text("refine"))))
+        denoiser = Denoiser(unet, schedule, unet.prepare(text), self.policy.batched_guidance)
         geometry = Geometry(geometry.fit, legal_canvas(*geometry.content, unet.config, latent_factor(vae)))
-        reader = frames.Reader(self._base_frames(0 if state is None else state.encoded))
+        reader = frames.Reader(chain(first, base))
 
         def encode(start: int, stop: int) -> Tensor:
             return torch.cat([encode_frame(frame) for frame in range(start, stop)])
@@ -282,38 +338,45 @@ class _Maker:
 
         refiner = Refiner(denoiser, self.refine_plan, settings, self.draws, encode, state)
         assert self.writer is not None
-        self.report.start(REFINE, self.num_frames, self.writer.mark.frames)
+        self.report.start(REFINE, self.num_frames, max(0, self.writer.mark.frames - self.base_offset))
         for latents in refiner.run():
             # One frame at a time: decoded floats of a whole group would be the largest thing in memory.
             decoded = (decode_latents(vae, latent.unsqueeze(0)) for latent in latents)
             shown = [geometry.output(frames.unletterbox(frame, geometry.content)) for frame in decoded]
             yield np.concatenate(shown), refiner.state.tensors()
-            done = self.writer.mark.frames
+            done = self.writer.mark.frames - self.base_offset
             self.report.advance(REFINE, done, max(covering(self.refine_plan, done - 1)) + 1, len(self.refine_plan))
+
+    def _finish_base(self) -> None:
+        """Make all base frames and let go of the networks that made them."""
+        if self.job.command != "refine":
+            for _ in self._base_frames(self.directory.num_base_frames):
+                pass
+        self.networks.clear()
+        vars(self).pop("_stream_parts", None)
+        devices.release_memory(self.device)
 
     # -- stages 1 and 2
 
     def _base_frames(self, start: int) -> Iterator[Frames]:
         """Yield base frames from `start` on: what is stored, then what the first two stages make; or the source's."""
-        if self.job.source is not None:
+        if self.job.source is not None and self.job.command == "refine":
             yield from frames.skip(video.read_frames(self.job.source), start)
             return
+        stored = self.directory.num_base_frames
         yield from self.directory.base_frames(start)
-        if self.directory.num_base_frames < self.num_frames:
-            yield from self._stream()
+        if stored < self.num_frames:
+            yield from frames.skip(self._stream(), max(0, start - stored))
 
     def _stream(self) -> Iterator[Frames]:
         """Continue the base video from the stored state, or begin it; store every chunk before passing it on."""
         config, num_stored = self.config.stream, self.directory.num_base_frames
         self.report.start(STREAM, self.num_frames, num_stored)
-        models = self._stream_models()
-        text = self._text("stream")
-        shape = (models.unet.config.out_channels, *latent_size(models.vae, config.height, config.width))
-        noise = stream.chunk_noise(self.draws, config.chunk, shape, self.device.name)
         stored = self.stream_state
         if stored is None:
             began = time.monotonic() - self.fixed_seconds
-            first = self._first_chunk(models, text, noise)
+            first = self._given_first_chunk()  # before the stream's networks take memory
+            first = self._own_first_chunk() if first is None else first
             self.fixed_seconds = time.monotonic() - began
             state = stream.StreamState.after_first_chunk(first, config.overlap)
             yield self._store(0, first[: self.num_frames], state, time.monotonic())
@@ -323,7 +386,9 @@ class _Maker:
         left = self.stream_plan[state.next_chunk :]
         if not left:
             return
-        streamer = stream.Streamer(models, text, state.anchor, Sampling.of(config), noise)
+        models, text, noise = self._stream_parts
+        sampling = Sampling.of(config, self.policy.batched_guidance)
+        streamer = stream.Streamer(models, text, state.anchor, sampling, noise)
         began = time.monotonic()
         for chunk, (new, after) in zip(left, streamer.run(state, left), strict=True):
             yield self._store(chunk.index, new, after, began)
@@ -339,31 +404,91 @@ class _Maker:
         self.report.advance(STREAM, self.directory.num_base_frames, index + 1, len(self.stream_plan))
         return images
 
-    def _first_chunk(self, models: stream.StreamModels, text: TextContext, noise: stream.NoiseOfChunk) -> Tensor:
-        """Run the initializer: frames [F, 3, H, W] in [-1, 1]."""
+    def _given_first_chunk(self) -> Tensor | None:
+        """Take the first chunk [F, 3, H, W] from the source or a model of others; None: the family makes its own."""
+        base = (self.config.stream.height, self.config.stream.width)
+        if self.job.source is not None:
+            made = np.concatenate(list(frames.skip(video.read_frames(self.job.source), self.base_offset)))
+            first = frames.to_float(made, self.device.name)
+        elif (chosen := initializers.choose(self.config)) is not None:
+            self.report.note(f"the first frames come from {chosen.name}")
+            first = self._borrowed_chunk(chosen).to(self.device.name)
+            devices.release_memory(self.device)
+        else:
+            return None
+        return frames.apply_fit(first, frames.fit_into((first.shape[-2], first.shape[-1]), base, "cover"))
+
+    def _borrowed_chunk(self, chosen: initializers.Chosen) -> Tensor:
+        """Run a model of others at its own size and let go of it."""
+        wish, device = initialize.Wish.of(self.config, not self.policy.keep_networks), self.device.name
+        if chosen.kind == initializers.MODELSCOPE:
+            model = initializers.load_modelscope(chosen.folder, device)
+            height, width = wish.working if all(wish.working) else wish.base
+            shape = (model.unet.config.out_channels, *latent_size(model.vae, height, width))
+            noise = stream.chunk_noise(self.draws, wish.num_frames, shape, device)
+            return initialize.from_modelscope(model, wish, self._first_sampling, noise)
+        if chosen.kind == initializers.ADAPTER:
+            pipeline = self._pipeline(chosen.folder, chosen.drawing[0])
+            return initialize.from_pipeline(pipeline, wish, self.draws.generator("initialize"))
+        picture = self._picture("cpu") if self.config.image else None
+        if chosen.drawing:
+            artists = [self._pipeline(folder) for folder in chosen.drawing]
+            picture = initialize.draw_picture(artists, wish, self.draws.generator("initialize.picture"))
+            del artists
+            devices.release_memory(self.device)
+        pipeline = self._pipeline(chosen.folder)
+        return initialize.from_pipeline(pipeline, wish, self.draws.generator("initialize"), picture)
+
+    def _pipeline(self, folder: Path, base: Path | None = None) -> Any:
+        self.report.note(f"loading {folder}")
+        pipeline = initializers.load(folder, self.device.name, base, self.policy)
+        if self.config.negative_prompt and initialize.ignores_negative_prompt(pipeline):
+            self.report.note(f"{type(pipeline).__name__} knows no negative prompt", warning=True)
+        return pipeline
+
+    def _picture(self, device: str) -> Tensor:
+        """Read the picture to start from: [3, h, w] in [-1, 1]."""
+        return frames.to_float(video.read_image(Path(self.config.image))[None], device)[0]
+
+    def _own_first_chunk(self) -> Tensor:
+        """Run the family's own initializer: frames [F, 3, H, W] in [-1, 1]."""
         config, size = self.config.initialize, self.config.stream.chunk
-        sampling = Sampling.of(config)
+        models, text, noise = self._stream_parts
+        sampling = self._first_sampling
         if not self.config.image:
             return initialize.from_text(models, text, sampling, noise, size)
-        picture = frames.to_float(video.read_image(Path(self.config.image))[None], self.device.name)
+        picture = self._picture(self.device.name).unsqueeze(0)
         base = (self.config.stream.height, self.config.stream.width)
         picture = frames.apply_fit(picture, frames.fit_into((picture.shape[-2], picture.shape[-1]), base, "cover"))
         unet = self._load("initialize.image")
         sampling = replace(sampling, guidance_scale=config.image_guidance_scale)
         return initialize.from_image(models, unet, picture[0], text, sampling, noise, size)
 
+    @property
+    def _first_sampling(self) -> Sampling:
+        return Sampling.of(self.config.initialize, self.policy.batched_guidance)
+
     # -- networks
+
+    @cached_property
+    def _stream_parts(self) -> tuple[stream.StreamModels, TextContext, stream.NoiseOfChunk]:
+        text = self._text("stream")
+        config, models = self.config.stream, self._stream_models()
+        shape = (models.unet.config.out_channels, *latent_size(models.vae, config.height, config.width))
+        noise = stream.chunk_noise(self.draws, config.chunk, shape, self.device.name)
+        return models, text, noise
 
     def _stream_models(self) -> stream.StreamModels:
         config, family = self.config.stream, self.family
         apm = config.apm and family.has("stream.apm")
+        starts_from_picture = self.config.image and initializers.named(self.config) == initializers.OWN
         return stream.StreamModels(
             unet=self._load("stream.unet"),
             schedule=self._schedule("stream.unet"),
             vae=self._load("stream.vae"),
             cam=self._load("stream.cam") if config.cam else None,
             apm=self._load("stream.apm") if apm else None,
-            image_encoder=self._load("stream.image") if apm or self.config.image else None,
+            image_encoder=self._load("stream.image") if apm or starts_from_picture else None,
         )
 
     def _load(self, role: str) -> Any:
@@ -371,7 +496,15 @@ class _Maker:
         path = self.family.path(role)
         if path not in self.networks:
             self.report.note(f"loading {role}")
-            self.networks[path] = weights.load(self.family, role, self.device.name, torch.float32)
+            policy, sparing = self.policy, self.device.kind == "cuda" and not self.policy.keep_networks
+            on_host = policy.offload or (sparing and role in ENCODERS)
+            place = "cpu" if on_host else self.device.name
+            network = weights.load(self.family, role, place, getattr(torch, policy.precision))
+            if isinstance(network, torch.nn.Module):
+                slice_feed_forwards(network, policy.feed_forward_rows)
+                if on_host:
+                    devices.offload(network, self.device)
+            self.networks[path] = network
         self.fixed_seconds += time.monotonic() - began
         return self.networks[path]
 
@@ -384,7 +517,12 @@ class _Maker:
         """Encode the negative and the positive prompt for one stage: rows (negative, positive)."""
         tokenizer, encoder = self._load(f"{stage}.tokenizer"), self._load(f"{stage}.text")
         texts, room = [self.config.negative_prompt, self.config.prompt], encoder.config.max_position_embeddings
+        if self.family.file(f"{stage}.tokenizer").tidy:
+            texts = [clean_prompt(text) for text in texts]
         for text, ids in zip(texts, tokenizer(texts).input_ids, strict=True):
             if len(ids) > room:
                 self.report.note(f"the text encoder reads {room} tokens, the end of {text!r} is cut off", warning=True)
-        return encode_text(tokenizer, encoder, texts)
+        encoded = encode_text(tokenizer, encoder, texts)
+        if not self.policy.keep_networks:
+            del self.networks[self.family.path(f"{stage}.text")]
+        return encoded

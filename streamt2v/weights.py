@@ -8,8 +8,8 @@ Torch and the libraries are imported when a file is loaded, not with this module
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
 import importlib
 import json
 import math
@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from streamt2v import config, files
+from streamt2v import config, files, home
 from streamt2v.errors import ConfigError, OutputError, WeightsError
+from streamt2v.home import Recorded
 
 if TYPE_CHECKING:
     import torch
@@ -32,48 +33,78 @@ MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 20_000
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
+_CLIP = "transformers.models.clip"
+_CLIP_TEXT = (f"{_CLIP}.configuration_clip", "CLIPTextConfig")
 # class name -> (module, class, module and name of its config class, None where the config is the keyword arguments)
 NETWORKS: Mapping[str, tuple[str, str, tuple[str, str] | None]] = {
     "UNet3D": ("streamt2v.models.unet3d", "UNet3D", ("streamt2v.models.unet3d", "UNet3DConfig")),
     "ConditionalAttention": ("streamt2v.models.cam", "ConditionalAttention", ("streamt2v.models.cam", "CamConfig")),
     "AppearanceTokens": ("streamt2v.models.apm", "AppearanceTokens", None),
     "AutoencoderKL": ("diffusers.models.autoencoders.autoencoder_kl", "AutoencoderKL", None),
-    "CLIPTextModel": (
-        "transformers.models.clip.modeling_clip",
-        "CLIPTextModel",
-        ("transformers.models.clip.configuration_clip", "CLIPTextConfig"),
-    ),
-    "CLIPTextModelWithProjection": (
-        "transformers.models.clip.modeling_clip",
-        "CLIPTextModelWithProjection",
-        ("transformers.models.clip.configuration_clip", "CLIPTextConfig"),
-    ),
+    "CLIPTextModel": (f"{_CLIP}.modeling_clip", "CLIPTextModel", _CLIP_TEXT),
+    "CLIPTextModelWithProjection": (f"{_CLIP}.modeling_clip", "CLIPTextModelWithProjection", _CLIP_TEXT),
     "CLIPVisionModelWithProjection": (
-        "transformers.models.clip.modeling_clip",
+        f"{_CLIP}.modeling_clip",
         "CLIPVisionModelWithProjection",
-        ("transformers.models.clip.configuration_clip", "CLIPVisionConfig"),
+        (f"{_CLIP}.configuration_clip", "CLIPVisionConfig"),
     ),
 }
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One file row of `weights.toml`: path relative to the package folder, size, SHA-256 (hex), licence, what it is.
+    """One file row of `weights.toml`: path relative to the family's root, licence, what it is, and what must lie there.
 
-    `tokens` is for tokenizers only: keyword arguments such as `pad_token` that their file does not carry.
+    `parts` are the real files by path: usually the file itself, several for a network that is split, none before the
+    family was pulled. `source` is the published file that they were converted from. `tokens` is for tokenizers only:
+    keyword arguments such as `pad_token` that their file does not carry; `tidy` says that texts are cleaned first.
     """
 
     path: str
-    bytes: int
-    sha256: str
     licence: str
     what: str
+    parts: Mapping[str, Recorded]
+    source: str = ""
     tokens: Mapping[str, str | int] = dataclasses.field(default_factory=dict)
+    tidy: bool = False
+    values: int = 0
+
+    @property
+    def num_values(self) -> int:
+        """Numbers in the file, which are stored in 16 bit; as listed where nothing was pulled yet."""
+        return sum(part.bytes for part in self.parts.values()) // 2 or self.values
+
+
+@dataclass(frozen=True)
+class Source:
+    """One published file that a family is made from; `makes` are the paths of the files converted from it.
+
+    Of the sources with a `choice`, one choice is enough; those without are always needed. Size, SHA-256 and revision
+    are given only where they are known: what is not is recorded when the file is fetched for the first time.
+    """
+
+    repository: str
+    path: str
+    licence: str
+    what: str
+    makes: tuple[str, ...]
+    choice: str = ""
+    revision: str = ""
+    bytes: int = 0
+    sha256: str = ""
+
+    @property
+    def name(self) -> str:
+        """Repository and path in one."""
+        return f"{self.repository}/{self.path}"
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: which file plays which role ("stream.unet", "refine.vae", ...), its preset and its vocabulary."""
+    """A model family: which file plays which role ("stream.unet", "refine.vae", ...), its preset and its vocabulary.
+
+    `root` is the package, or the weights home where the family is converted from published files (`sources`).
+    """
 
     name: str
     title: str
@@ -83,11 +114,12 @@ class Family:
     components: Mapping[str, str]
     files: tuple[WeightFile, ...]
     root: Path
+    sources: tuple[Source, ...] = ()
 
     @property
     def num_bytes(self) -> int:
-        """Size of all files of the family together, in bytes."""
-        return sum(file.bytes for file in self.files)
+        """Size of all files of the family together, in bytes; 0 before it was pulled."""
+        return sum(part.bytes for file in self.files for part in file.parts.values())
 
     def path(self, role: str) -> Path:
         """Absolute path of the file that plays `role`. Raises WeightsError when the family has no such role."""
@@ -96,9 +128,27 @@ class Family:
             raise WeightsError(f"the model family {self.name!r} has no {role!r}", f"it has: {known}")
         return self.root / self.components[role]
 
+    def file(self, role: str) -> WeightFile:
+        """The row of the file that plays `role`; raises as `path` does."""
+        wanted = self.path(role)
+        return next(file for file in self.files if self.root / file.path == wanted)
+
     def has(self, role: str) -> bool:
         """Whether the family names a file for `role`; optional parts (such as APM) may be absent."""
         return role in self.components
+
+    def sources_of(self, choice: str = "") -> tuple[Source, ...]:
+        """What a pull needs: the sources without a choice, and those of one choice (by default the first).
+
+        Raises:
+            ConfigError: there is no such choice, or nothing to pull.
+        """
+        if not self.sources:
+            raise ConfigError(f"the model {self.name!r} is part of streamt2v, there is nothing to pull")
+        known = list(dict.fromkeys(source.choice for source in self.sources if source.choice))
+        if choice and choice not in known:
+            raise ConfigError(f"{self.name} has no source {choice!r}", config.nearest(choice, known))
+        return tuple(source for source in self.sources if source.choice in ("", choice or known[0]))
 
     def vocabulary_path(self) -> Path | None:
         """Absolute path of the list of words that the family knows, or None when it takes any text."""
@@ -106,6 +156,8 @@ class Family:
 
 
 # ---------------------------------------------------------------------------------------------- the list of weights
+
+_INSTALL = "install streamt2v again; after training, record the new files"
 
 
 def _manifest(root: Path) -> Path:
@@ -121,6 +173,16 @@ def _inside(root: Path, path: str) -> str:
     return path
 
 
+def _file(row: Mapping[str, Any], root: Path, recorded: Mapping[str, Any] | None) -> WeightFile:
+    """A file row with what must lie under `root`: as the row says, or as was recorded when it was made."""
+    own = {key: value for key, value in row.items() if key not in ("bytes", "sha256")}
+    if "bytes" in row:
+        return WeightFile(**own, parts={_inside(root, row["path"]): Recorded(row["bytes"], row["sha256"])})
+    made = {"parts": {}} if recorded is None else recorded
+    parts = {_inside(root, name): Recorded.from_json(part) for name, part in made["parts"].items()}
+    return WeightFile(**own, parts=parts, source=made.get("source", ""))
+
+
 def families(root: Path = PACKAGE) -> dict[str, Family]:
     """All model families that `weights.toml` lists, by name; `root` is the folder their files lie in.
 
@@ -134,14 +196,19 @@ def families(root: Path = PACKAGE) -> dict[str, Family]:
         raw = tomllib.loads(manifest.read_text("utf-8"))
         if raw["schema"] != 1:
             raise WeightsError(f"{manifest} has schema {raw['schema']}, this version reads 1", "update streamt2v")
-        rows = {row["path"]: WeightFile(**{**row, "path": _inside(root, row["path"])}) for row in raw["files"]}
+        rows = {row["path"]: row for row in raw["files"]}
         found = {}
         for name, table in raw["families"].items():
             roles = config.flatten(table["components"])
             used = dict.fromkeys([*roles.values(), *filter(None, [table["vocabulary"]])])
             head = {key: table[key] for key in ("title", "licence", "preset", "vocabulary")}
-            listed = tuple(rows[path] for path in used)
-            found[name] = Family(name=name, components=roles, files=listed, root=root, **head)
+            sources = tuple(Source(**{**row, "makes": tuple(row["makes"])}) for row in table.get("sources", ()))
+            place = home.path() if sources else root
+            known = home.recorded("files") if sources else {}
+            listed = tuple(_file(rows[path], place, known.get(path)) for path in used)
+            if stray := {path for source in sources for path in source.makes}.difference(used):
+                raise ValueError(f"{name} does not use {min(stray)!r}")
+            found[name] = Family(name=name, components=roles, files=listed, root=place, sources=sources, **head)
         return found
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{manifest} cannot be used: {error}", "install streamt2v again") from error
@@ -162,41 +229,103 @@ def default_family(root: Path = PACKAGE) -> str:
     return complete[0] if complete else list(known)[-1]
 
 
+def pipelines(root: Path = PACKAGE) -> dict[str, dict[str, str]]:
+    """Stage-1 models of others that `weights.toml` knows by name: repository, licence, what; revision where pinned."""
+    rows: dict[str, dict[str, str]] = tomllib.loads(_manifest(root).read_text("utf-8"))["pipelines"]
+    return rows
+
+
 def missing(chosen: Family) -> list[str]:
     """Cheap check: one sentence for each file of the family that is absent or of another size than recorded."""
     found = []
     for file in chosen.files:
-        path = chosen.root / file.path
-        if not path.is_file():
-            found.append(f"{file.path} is missing")
-        elif path.stat().st_size != file.bytes:
-            found.append(f"{file.path} has {path.stat().st_size:,} bytes, {file.bytes:,} are recorded")
+        if not file.parts:
+            found.append(f"{file.path} is not here")
+        for name, part in file.parts.items():
+            path = chosen.root / name
+            if not path.is_file():
+                found.append(f"{name} is missing")
+            elif not part.has_size(path):
+                found.append(f"{name} has {path.stat().st_size:,} bytes, {part.bytes:,} are recorded")
     return found
+
+
+def is_absent(chosen: Family) -> bool:
+    """Whether nothing of a family that must be pulled is here."""
+    return bool(chosen.sources) and not any(
+        (chosen.root / name).exists() for file in chosen.files for name in file.parts
+    )
+
+
+def describe_families() -> list[dict[str, Any]]:
+    """One row per family, then per stage-1 model of others: name, state, bytes (0 where unknown), licence, what."""
+    rows = [
+        {"name": family.name, "state": _state(family), "bytes": family.num_bytes, "licence": family.licence,
+         "what": family.title}
+        for family in families().values()
+    ]  # fmt: skip
+    fetched = {request.partition(" ")[0]: row["files"].values() for request, row in home.recorded("snapshots").items()}
+    for name, row in pipelines().items():
+        parts = fetched.get(row["repository"], ())
+        size, state = sum(part["bytes"] for part in parts), "ok" if parts else "absent"
+        what = {"licence": row["licence"], "what": f"{row['what']} (first frames)"}
+        rows.append({"name": name, "state": state, "bytes": size, **what})
+    return rows
+
+
+def describe_files(chosen: Family) -> list[dict[str, Any]]:
+    """One row per file of a family, then one per published file it is made from: as `describe_families`."""
+    rows = []
+    for file in chosen.files:
+        whole = bool(file.parts) and all(part.has_size(chosen.root / name) for name, part in file.parts.items())
+        size = sum(part.bytes for part in file.parts.values())
+        state = "ok" if whole else "incomplete" if file.parts else "absent"
+        rows.append({"name": file.path, "state": state, "bytes": size, "licence": file.licence, "what": file.what})
+    known = home.recorded("sources") if chosen.sources else {}
+    for source in chosen.sources:
+        size = source.bytes or known.get(source.name, {}).get("bytes", 0)
+        what = f"{source.what} (--source {source.choice})" if source.choice else source.what
+        row = {"name": source.name, "state": "source", "bytes": size, "licence": source.licence, "what": what}
+        rows.append(row)
+    return rows
+
+
+def _state(chosen: Family) -> str:
+    if is_absent(chosen):
+        return "absent"
+    return "incomplete" if missing(chosen) else "ok"
 
 
 def require(chosen: Family) -> None:
     """Refuse a family whose files are not all here. Raises WeightsError naming the first that is not."""
+    if is_absent(chosen):
+        pull = f"fetch them with `streamt2v weights pull {chosen.name}`, or use --model demo"
+        raise WeightsError(f"the weights of {chosen.name!r} are not here", pull)
     _refuse(chosen, missing(chosen))
 
 
 def verify(chosen: Family) -> None:
     """Check size and SHA-256 of every file of the family. Raises WeightsError naming the first that differs."""
     require(chosen)
-    digests = {file.path: sha256_of(chosen.root / file.path) for file in chosen.files}
-    _refuse(chosen, [f"{file.path} is damaged" for file in chosen.files if digests[file.path] != file.sha256])
+    found = {file.path: {name: Recorded.of(chosen.root / name) for name in file.parts} for file in chosen.files}
+    parts = [(name, part, found[file.path][name]) for file in chosen.files for name, part in file.parts.items()]
+    _refuse(chosen, [f"{name} is damaged" for name, part, now in parts if now.sha256 != part.sha256])
+    if chosen.sources:
+        with contextlib.suppress(OutputError):  # where nothing can be written, later looks hash once more
+            home.remember("files", {file.path: made_from(file.source, found[file.path]) for file in chosen.files})
+
+
+def made_from(source: str, parts: Mapping[str, Recorded]) -> dict[str, Any]:
+    """The row of one converted file in the record of the weights home."""
+    return {"source": source, "parts": {name: part.to_json() for name, part in parts.items()}}
 
 
 def _refuse(chosen: Family, problems: list[str]) -> None:
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         message = f"the weights of {chosen.name!r} are not as recorded: {problems[0]}{more}"
-        raise WeightsError(message, "install streamt2v again; after training, record the new files")
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file as hex digits, read as a stream."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        pull = f"run `streamt2v weights pull {chosen.name}`; it replaces what is missing, delete first what is damaged"
+        raise WeightsError(message, pull if chosen.sources else _INSTALL)
 
 
 def record(root: Path = PACKAGE) -> list[str]:
@@ -210,8 +339,8 @@ def record(root: Path = PACKAGE) -> list[str]:
     changed = []
     for row in rows:
         path = root / _inside(root, row["path"])
-        if path.is_file():
-            new = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        if "bytes" in row and path.is_file():
+            new = {"bytes": path.stat().st_size, "sha256": home.sha256_of(path)}
             if new != {key: row[key] for key in new}:
                 changed.append(row["path"])
             row |= new
@@ -333,7 +462,7 @@ def read_header(path: Path) -> tuple[str, dict[str, Any], dict[str, Any] | None]
     return _read_metadata(path, _read_parts(path)[0])
 
 
-def _config_of(module: torch.nn.Module) -> dict[str, Any]:
+def config_of(module: torch.nn.Module) -> dict[str, Any]:
     """The arguments that build `module` again: its dataclass, or the public part of a library's config."""
     config: Any = module.config
     if hasattr(config, "to_diff_dict"):  # transformers: without what every config of the library carries
@@ -380,7 +509,7 @@ def save_module(
         if not torch.isfinite(tensor).all():
             raise WeightsError(f"{key} of {name} has values that are not finite in {stored}: not saved")
         tensors[key] = tensor
-    arguments = _config_of(module) if config is None else dict(config)
+    arguments = config_of(module) if config is None else dict(config)
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
     _check_keys(path, name, shapes_of(path, name, json.loads(json.dumps(arguments))), shapes)
     metadata = metadata_of(name, arguments, schedule)
@@ -405,7 +534,7 @@ def shapes_of(path: Path, name: str, config: Mapping[str, Any]) -> dict[str, tup
     Raises:
         WeightsError: the class is unknown or cannot be built from `config`.
     """
-    return {key: tuple(value.shape) for key, value in _build(path, name, config).state_dict().items()}
+    return {key: tuple(value.shape) for key, value in build(path, name, config).state_dict().items()}
 
 
 def _network(name: str, path: Path) -> tuple[str, str, tuple[str, str] | None]:
@@ -414,14 +543,14 @@ def _network(name: str, path: Path) -> tuple[str, str, tuple[str, str] | None]:
     return NETWORKS[name]
 
 
-def _quiet(package: str) -> None:
+def quiet(package: str) -> None:
     """Turn off what a model library would print while loading: our own checks are stricter than its warnings."""
     logging = importlib.import_module(f"{package}.utils.logging")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
-def _build(path: Path, name: str, config: Mapping[str, Any]) -> torch.nn.Module:
+def build(path: Path, name: str, config: Mapping[str, Any]) -> torch.nn.Module:
     """Construct the network without memory for its parameters; constant buffers are computed as usual.
 
     A plain meta device would also swallow buffers that no file stores (position numbers, frequency tables). Every layer
@@ -448,7 +577,7 @@ def _build(path: Path, name: str, config: Mapping[str, Any]) -> torch.nn.Module:
     module_name, class_name, config_class = _network(name, path)
     package = module_name.split(".")[0]
     if package != __package__:
-        _quiet(package)
+        quiet(package)
     network = getattr(importlib.import_module(module_name), class_name)
     try:
         if config_class is None:
@@ -477,7 +606,7 @@ def load_module(path: Path, device: str | torch.device, dtype: torch.dtype) -> t
     """
     metadata, parts = _read_parts(path)
     name, config, _ = _read_metadata(path, metadata)
-    module = _build(path, name, config)
+    module = build(path, name, config)
     wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     _check_keys(path, name, wanted, {key: row.shape for index in parts.values() for key, row in index.items()})
 
@@ -520,7 +649,7 @@ def load_tokenizer(path: Path, tokens: Mapping[str, str | int] | None = None) ->
     """
     if not path.is_file():
         raise WeightsError(f"{path} is missing", "install streamt2v again")
-    _quiet("transformers")
+    quiet("transformers")
     import transformers
 
     fast: Any = transformers.PreTrainedTokenizerFast  # the class itself has another name in every major version
@@ -538,7 +667,8 @@ def load(chosen: Family, role: str, device: str | torch.device, dtype: torch.dty
             (see `load_module`).
     """
     path = chosen.path(role)
-    row = next(file for file in chosen.files if file.path == chosen.components[role])
-    if path.is_file() and sha256_of(path) != row.sha256:
-        raise WeightsError(f"{path} is damaged: its SHA-256 is not the recorded one", "install streamt2v again")
+    row = chosen.file(role)
+    for name, part in row.parts.items():
+        if (chosen.root / name).is_file() and not part.matches(chosen.root / name):
+            _refuse(chosen, [f"{name} is damaged: its SHA-256 is not the recorded one"])
     return load_tokenizer(path, row.tokens) if path.suffix == ".json" else load_module(path, device, dtype)

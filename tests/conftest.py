@@ -1,14 +1,14 @@
 """What all tests share: one thread, tests that need what is not here are skipped, and where recorded tensors lie."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch starts: small networks only lose by more
 
 import pytest
 
-from streamt2v import weights
+from streamt2v import hub, weights
 from streamt2v.errors import StreamT2VError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -20,6 +20,25 @@ def golden_folder(name: str) -> Path | None:
     places = [Path(given)] if given else [REPOSITORY.parent / "shared" / "reference" / "goldens"]
     found = [place / name for place in [*places, REPOSITORY / "tests" / "data"] if (place / name).is_dir()]
     return found[0] if found else None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test sees, or writes to, the weights that its user has pulled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STREAMT2V_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def online() -> Iterator[None]:
+    """`--offline` sets variables of the process, which ends after it except in tests."""
+    before = {name: os.environ.get(name) for name in hub.OFFLINE}
+    yield
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,8 @@ class SeededDraws:
 
     seed: int
 
-    def _generator(self, purpose: str, address: Address) -> torch.Generator:
+    def generator(self, purpose: str, address: Address = ()) -> torch.Generator:
+        """Return a fresh generator for code of others, which draws from it in its own order."""
         text = "/".join((str(self.seed), purpose, *map(str, address)))
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         # 63 bits: the seed must fit the signed range.
@@ -42,11 +43,11 @@ class SeededDraws:
 
     def normal(self, purpose: str, address: Address, shape: Sequence[int]) -> Tensor:
         """Return unit normals of `shape`, float32 on the CPU."""
-        return torch.randn(tuple(shape), generator=self._generator(purpose, address))
+        return torch.randn(tuple(shape), generator=self.generator(purpose, address))
 
     def integer(self, purpose: str, address: Address, low: int, high: int) -> int:
         """Return a uniform integer from the closed range [low, high]."""
-        return int(torch.randint(low, high + 1, (1,), generator=self._generator(purpose, address)))
+        return int(torch.randint(low, high + 1, (1,), generator=self.generator(purpose, address)))
 
 
 def per_frame(draws: Draws, purpose: str, frames: Iterable[int], shape: Sequence[int], *address: int) -> Tensor:

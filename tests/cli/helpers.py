@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,18 @@ TINY = [
     *("--steps", "1", "--refine-steps", "2", "--size", "80x48", "--seed", "7", "--device", "cpu", "--threads", "1"),
     *("--set", "stream.height=24", "--set", "stream.width=40", "--quiet"),
 ]
+
+FolderOf = Callable[[str], Path]
+# Which folders stand behind --init and --image-init, whether a picture is given, and which options it knows.
+STARTS = {
+    "modelscope": ("modelscope", "", False, ["--steps", "--guidance", "--negative"]),
+    "animatediff": ("motion_adapter", "stable_diffusion", False, ["--steps", "--guidance", "--negative"]),
+    "svd, picture": ("svd", "", True, ["--steps", "--guidance"]),
+    "svd, sdxl": ("svd", "sdxl", False, ["--negative"]),
+    "svd, unclip": ("svd", "unclip", False, ["--guidance"]),
+    "ltx": ("ltx", "", False, ["--steps", "--guidance", "--negative"]),
+    "ltx, picture": ("ltx_from_picture", "", True, ["--negative"]),
+}
 
 
 def call(*arguments: object) -> int:

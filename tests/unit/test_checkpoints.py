@@ -221,6 +221,12 @@ def test_a_folder_of_checkpoints_is_converted_whole(tmp_path: Path) -> None:
     make(source / "again.pth", REFINER)
     with pytest.raises(WeightsError, match=r"has refine/unet twice"):
         tiny_convert(source, tmp_path / "out")
+    (source / "again.pth").unlink()
+    # A tower that two kinds of published files carry is written once.
+    notes: list[str] = []
+    make(source / STREAM, STREAM)
+    assert len(tiny_convert(source, tmp_path / "all", notes.append)) == 11
+    assert f"stream/vision is taken from {CLIP}; {STREAM} has it too" in notes
     (tmp_path / "empty").mkdir()
     for nothing in (tmp_path / "empty", tmp_path / "absent.ckpt"):
         with pytest.raises(InputError):

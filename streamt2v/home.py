@@ -1,0 +1,131 @@
+"""The weights home: where fetched and converted files lie, and the record of what each of them must be.
+
+The record, `weights.lock.json`, is written when a file is first fetched or converted; every later look compares.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from streamt2v import files
+from streamt2v.errors import BusyError, WeightsError
+
+SCHEMA = 1
+Section = Literal["sources", "files", "snapshots"]
+
+
+def path() -> Path:
+    """The weights home: `STREAMT2V_HOME`, else `streamt2v` in the user's cache folder."""
+    if given := os.environ.get("STREAMT2V_HOME"):
+        return Path(given).expanduser().absolute()
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "streamt2v"
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file as hex digits, read as a stream."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a file must be: its size and SHA-256.
+
+    `stamp` is (modification time in ns, inode) of the file that was hashed: while it is the same, the gigabytes need
+    not be hashed again. Files of the package have none and are always hashed.
+    """
+
+    bytes: int
+    sha256: str
+    stamp: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, file: Path) -> Recorded:
+        """Look at a file."""
+        status = file.stat()
+        return cls(status.st_size, sha256_of(file), (status.st_mtime_ns, status.st_ino))
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Recorded:
+        """Read what `to_json` made. Raises KeyError, TypeError or ValueError for anything else."""
+        modified, inode = map(int, row["stamp"])
+        return cls(int(row["bytes"]), str(row["sha256"]), (modified, inode))
+
+    def to_json(self) -> dict[str, Any]:
+        """A row for the record."""
+        return {"bytes": self.bytes, "sha256": self.sha256, "stamp": self.stamp}
+
+    def has_size(self, file: Path) -> bool:
+        """Whether a file is there and as large as recorded."""
+        return file.is_file() and file.stat().st_size == self.bytes
+
+    def matches(self, file: Path) -> bool:
+        """Whether a file is as recorded."""
+        if not self.has_size(file):
+            return False
+        status = file.stat()
+        return (status.st_mtime_ns, status.st_ino) == self.stamp or sha256_of(file) == self.sha256
+
+
+def _record() -> Path:
+    return path() / "weights.lock.json"
+
+
+def recorded(section: Section) -> dict[str, Any]:
+    """What was recorded: for sources by repository and path, for files by name in the home, for snapshots by request.
+
+    Raises:
+        WeightsError: the record is damaged or of another schema.
+    """
+    record = _record()
+    try:
+        table = json.loads(record.read_text("utf-8"))
+        if table["schema"] != SCHEMA:
+            raise ValueError(f"schema {table['schema']}, this version reads {SCHEMA}")
+        return dict(table.get(section, {}))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        hint = "move it away, then run `streamt2v weights pull` again"
+        raise WeightsError(f"the record of the weights, {record}, cannot be used: {error}", hint) from error
+
+
+def remember(section: Section, rows: Mapping[str, Any]) -> None:
+    """Add rows to the record, or replace them.
+
+    Raises:
+        OutputError: the record cannot be written.
+    """
+    sections: tuple[Section, ...] = ("sources", "files", "snapshots")
+    files.make_directory(path())
+    with files.output_errors(_record()), FileLock(path() / ".weights.lock"):
+        table = {name: recorded(name) for name in sections}
+        table[section] |= rows
+        files.write_json(_record(), {"schema": SCHEMA, **table})
+
+
+@contextlib.contextmanager
+def working_on(file: Path) -> Iterator[None]:
+    """Hold a file of the home for this process alone. Raises BusyError when another one has it."""
+    files.make_directory(file.parent)
+    lock = FileLock(file.with_name(f".{file.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:  # which is an OSError too
+        raise BusyError(f"another process is working on {file}", "wait until it has finished, or stop it") from error
+    except OSError as error:
+        raise files.explain(file, error) from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,209 @@
+"""Folders of others are data: what is incomplete, pickled or wants code of its own is refused by name."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from streamt2v import config, initializers, weights
+from streamt2v.diffusion.noise import SeededDraws
+from streamt2v.errors import ConfigError, WeightsError
+from streamt2v.stages import initialize
+from streamt2v.stages.denoise import Sampling
+from streamt2v.stages.stream import chunk_noise
+from tests import pipelines
+
+WISH = initialize.Wish("a red ball", "", 16, (24, 40), (32, 32), 2, 0.0, 0.0)
+SAMPLING = Sampling(num_inference_steps=3, guidance_scale=4.0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A ModelScope folder to damage."""
+    return pipelines.modelscope(tmp_path / "modelscope")
+
+
+def modelscope_frames(model: initialize.ModelScope, wish: initialize.Wish = WISH, seed: int = 1) -> torch.Tensor:
+    noise = chunk_noise(SeededDraws(seed), wish.num_frames, (4, 16, 16))
+    return initialize.from_modelscope(model, wish, SAMPLING, noise)
+
+
+def test_modelscope_loop_equals_the_library_s_scheduler(folder: Path) -> None:
+    from diffusers import DDIMScheduler
+
+    model = initializers.load_modelscope(folder, "cpu")
+    scheduler: Any = DDIMScheduler.from_pretrained(folder / "scheduler")  # type: ignore[no-untyped-call]
+    scheduler.set_timesteps(3)
+    latents = chunk_noise(SeededDraws(1), 16, (4, 16, 16))(initialize.Chunk(0, 0, 16, 0)).initial
+    ids = model.tokenizer(["", WISH.prompt], padding="max_length", max_length=16, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        text = model.text_encoder(ids).last_hidden_state
+        for timestep in scheduler.timesteps:
+            low, high = model.unet(latents.expand(2, -1, -1, -1, -1), timestep, text).sample.chunk(2)
+            latents = scheduler.step(low + 4.0 * (high - low), timestep, latents).prev_sample
+        frames = model.vae.decode(latents[0].transpose(0, 1) / model.vae.config.scaling_factor).sample.clamp(-1, 1)
+    assert torch.allclose(modelscope_frames(model), frames, atol=2e-4)  # float32, a dozen layers
+
+
+def test_modelscope_has_steps_and_guidance_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = initializers.load_modelscope(folder, "cpu")
+    monkeypatch.setattr(initialize, "MODELSCOPE_STEPS", 3)
+    monkeypatch.setattr(initialize, "MODELSCOPE_GUIDANCE", 4.0)
+    noise = chunk_noise(SeededDraws(1), 16, (4, 16, 16))
+    frames = initialize.from_modelscope(model, WISH, Sampling(0, 0.0), noise)
+    assert torch.equal(frames, modelscope_frames(model))
+
+
+def test_a_16_bit_variant_and_both_names_of_a_part_load(folder: Path) -> None:
+    whole = modelscope_frames(initializers.load_modelscope(folder, "cpu"))
+    for path in folder.rglob("*.safetensors"):
+        tensors = {name: value.half() for name, value in load_file(path).items()}
+        save_file(tensors, path.with_name(f"{path.stem}.fp16.safetensors"), {"format": "pt"})
+        path.unlink()
+    halved = modelscope_frames(initializers.load_modelscope(folder, "cpu"))
+    assert halved.dtype == torch.float32
+    assert 0 < (halved - whole).abs().max() < 0.1
+
+
+def without_a_tensor(folder: Path) -> None:
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    del tensors["conv_in.weight"]
+    save_file(tensors, path, {"format": "pt"})
+
+
+def pickled(folder: Path) -> None:
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(path), path.with_suffix(".bin"))
+    path.unlink()
+
+
+def cut_short(folder: Path) -> None:
+    path = folder / "text_encoder" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def index(folder: Path, **change: Any) -> None:
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (without_a_tensor, r"unet lacks the tensor 'conv_in\.weight'"),
+        (pickled, "vae holds no safetensors"),
+        (cut_short, "text_encoder does not load"),
+        (lambda folder: shutil.rmtree(folder / "vae"), "lacks its part 'vae'"),
+        (lambda folder: [path.unlink() for path in (folder / "tokenizer").glob("vocab.json")], "no vocabulary"),
+        (lambda folder: (folder / "scheduler" / "scheduler_config.json").write_text("[]"), "no noise schedule"),
+        (lambda folder: (folder / "model_index.json").write_text("{"), "no diffusers pipeline"),
+        (lambda folder: index(folder, _class_name=["evil", "Pipeline"]), "no pipeline of diffusers"),
+        (lambda folder: index(folder, unet=["my_code", "Network"]), "wants code from"),
+        (lambda folder: index(folder, unet=["os", "system"]), "wants code from"),
+        (lambda folder: index(folder, unet=["diffusers", "NotInvented"]), "have no diffusers.NotInvented"),
+        (lambda folder: index(folder, unet=[None, None]), "lists no unet"),
+    ],
+)
+def test_damaged_and_foreign_folders_are_refused(damage: Any, said: str, folder: Path) -> None:
+    damage(folder)
+    with pytest.raises(WeightsError, match=said):
+        initializers.load_modelscope(folder, "cpu")
+
+
+def test_an_unknown_pipeline_class_is_named(folder: Path) -> None:
+    index(folder, _class_name="NextYearsPipeline")
+    with pytest.raises(WeightsError, match="has no NextYearsPipeline"):
+        initializers.load(folder, "cpu")
+
+
+def test_a_prior_feeds_its_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(initialize, "_working_size", lambda *_: (64, 64))  # the library's own is far too slow here
+    folders = [pipelines.kandinsky_prior(tmp_path / "prior"), pipelines.kandinsky_decoder(tmp_path / "decoder")]
+    run = config.merge(
+        {
+            "prompt": WISH.prompt,
+            "initialize.text_model": str(pipelines.svd(tmp_path / "svd")),
+            "initialize.text_to_image": "+".join(map(str, folders)),
+        }
+    )
+    chosen = initializers.choose(run)
+    assert chosen is not None
+    assert list(chosen.drawing) == folders
+    artists = [initializers.load(folder, "cpu") for folder in chosen.drawing]
+    one, again, other = (
+        initialize.draw_picture(artists, WISH, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+def test_numbers_drawn_past_the_generator_are_seeded_and_nobody_else_s_move() -> None:
+    class Careless:
+        device = torch.device("cpu")
+
+        def __call__(self, prompt: str, num_frames: int, generator: torch.Generator) -> Any:
+            return [[torch.rand(num_frames, 8, 8, 3).numpy()]]
+
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    one, again, other = (
+        initialize.from_pipeline(Careless(), WISH, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+class Fake:
+    """A pipeline that notes what it is asked."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, num_frames: int = 16) -> None:
+        self.count = num_frames
+        self.asked: dict[str, Any] = {}
+
+    def __call__(
+        self, image: Any, height: int = 576, width: int = 1024, num_frames: int = 4, num_inference_steps: int = 25,
+        min_guidance_scale: float = 1.0, max_guidance_scale: float = 3.0,
+    ) -> Any:  # fmt: skip
+        self.asked = {key: value for key, value in locals().items() if key != "self"}
+        return [[torch.zeros(self.count, 8, 8, 3).numpy()]]
+
+
+@pytest.mark.parametrize(
+    ("base", "size"), [((256, 256), (768, 768)), ((72, 128), (576, 1024)), ((256, 144), (1024, 576))]
+)
+def test_a_pipeline_works_at_its_own_area_in_the_shape_of_the_base(
+    base: tuple[int, int], size: tuple[int, int]
+) -> None:
+    fake = Fake()
+    wish = initialize.Wish("", "", 16, base, (0, 0), 0, 9.0, 2.5)
+    initialize.from_pipeline(fake, wish, torch.Generator(), torch.zeros(3, 30, 40))
+    assert (fake.asked["height"], fake.asked["width"]) == size
+    assert fake.asked["image"].size == size[::-1]
+    assert (fake.asked["num_inference_steps"], fake.asked["num_frames"]) == (25, 16)
+    assert (fake.asked["min_guidance_scale"], fake.asked["max_guidance_scale"]) == (1.0, 2.5)
+
+
+def test_pipelines_that_cannot_do_it_say_so() -> None:
+    with pytest.raises(ConfigError, match="starts from a picture"):
+        initialize.from_pipeline(Fake(), WISH, torch.Generator())
+    with pytest.raises(ConfigError, match="made 9 frames, the first chunk needs 16"):
+        initialize.from_pipeline(Fake(9), WISH, torch.Generator(), torch.zeros(3, 8, 8))
+
+
+def test_every_named_pipeline_says_where_it_comes_from() -> None:
+    rows = weights.pipelines()
+    assert {"modelscope", "animatediff", "svd", "sdxl", "realistic-vision"} <= set(rows)
+    for row in rows.values():
+        assert row["repository"].count("/") == 1
+        assert row["licence"]
+        assert row["what"]
+        assert len(row.get("revision", "0" * 40)) == 40
