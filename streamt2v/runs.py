@@ -116,7 +116,7 @@ class _Segment(NamedTuple):
 
 
 class RunDirectory:
-    """One run's directory, locked by this process; a context manager. Made by `open`, `create` or `open_for_resume`."""
+    """One run's directory, locked by this process; a context manager. Made by `open`."""
 
     def __init__(self, path: Path) -> None:
         """Lock a directory, making it when missing. Raises BusyError when another process works in it."""
@@ -129,55 +129,31 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: Path, recipe: Mapping[str, Any], *, resume: bool) -> RunDirectory:
-        """Resume the run in a directory if there is one and that is wanted, else start one, clearing what is there."""
-        if resume and exists(path):
-            return cls.open_for_resume(path, recipe)
-        return cls.create(path, recipe, overwrite=True)
-
-    @classmethod
-    def create(cls, path: Path, recipe: Mapping[str, Any], overwrite: bool = False) -> RunDirectory:
-        """Start a run.
+        """Continue the run in a directory if there is one and that is wanted, else start one, clearing what is there.
 
         Raises:
-            OutputError: a run lies there and `overwrite` is false, or the directory is somebody else's.
+            ResumeError: the run to continue has another recipe (names the first key).
+            OutputError: the directory is somebody else's, or cannot be written.
             BusyError: another process works on it.
         """
-        if path.is_dir() and any(path.iterdir()) and not exists(path) and not (path / "lock").exists():
-            raise OutputError(f"{path} is not a run directory, so it is left alone", "choose another name with -o")
-        run = cls(path)
-        try:
-            if exists(path) and not overwrite:
-                raise OutputError(f"an unfinished run lies in {path}", "continue it with --resume, or use --overwrite")
-            run._clear()
-            files.make_directory(run._base)
-            files.make_directory(run._states)
-            files.write_json(path / "run.json", {"schema": SCHEMA, "recipe": _plain(recipe)})
-        except BaseException:
-            run.close()
-            raise
-        return run
-
-    @classmethod
-    def open_for_resume(cls, path: Path, recipe: Mapping[str, Any] | None = None) -> RunDirectory:
-        """Continue a run.
-
-        Args:
-            path: its directory.
-            recipe: what the run should be; None takes it as recorded.
-
-        Raises:
-            ResumeError: there is no run, or its recipe differs (names the first key). BusyError: it is worked on.
-        """
-        recorded = recorded_recipe(path)
-        difference = None if recipe is None else _first_difference(recorded, _plain(recipe))
-        if difference:
+        resumed = resume and exists(path)
+        if resumed and (difference := _first_difference(recorded_recipe(path), _plain(recipe))):
             raise ResumeError(
                 f"the run in {path} was started with {difference}",
                 "give the same settings to continue it, or start again with --overwrite",
             )
+        if path.is_dir() and any(path.iterdir()) and not exists(path) and not (path / "lock").exists():
+            raise OutputError(f"{path} is not a run directory, so it is left alone", "choose another name with -o")
         run = cls(path)
         try:
-            run._sweep()
+            if not resumed:
+                run._clear()
+            files.make_directory(run._base)
+            files.make_directory(run._states)
+            if resumed:
+                run._sweep()
+            else:
+                files.write_json(path / "run.json", {"schema": SCHEMA, "recipe": _plain(recipe)})
         except BaseException:
             run.close()
             raise
@@ -239,8 +215,6 @@ class RunDirectory:
 
     def _sweep(self) -> None:
         """Remove temporary files and list the base segments up to the first gap."""
-        for folder in (self._base, self._states):
-            files.make_directory(folder)
         with files.output_errors(self.path):
             for folder in (self.path, self._base, self._states):
                 for leftover in folder.glob(".*.part"):
@@ -301,14 +275,6 @@ class RunDirectory:
                 raise ResumeError(error.message, "start again with --overwrite") from error
             yield frames[max(0, start - segment.start) :]
 
-    def drop_base(self, chunks: int) -> None:
-        """Keep the first `chunks` base chunks only, deleting from the end so that no gap can appear."""
-        with files.output_errors(self._base):
-            while self.num_base_chunks > chunks:
-                self._segments[-1].path.unlink(missing_ok=True)
-                self._segments.pop()
-            files.sync_directory(self._base)
-
     # -- states
 
     def save_state(self, name: str, arrays: Mapping[str, Any], meta: Mapping[str, Any] | None = None) -> None:
@@ -356,7 +322,11 @@ class RunDirectory:
         `num_base_chunks`.
         """
         state = self.load_state(name)
-        self.drop_base(state.index if state else 0)
+        chunks = state.index if state else 0
+        with files.output_errors(self._base):
+            while self.num_base_chunks > chunks:  # from the end, so that no gap can appear
+                self._segments.pop().path.unlink(missing_ok=True)
+            files.sync_directory(self._base)
         return state
 
     def _state_files(self, name: str) -> list[Path]:

@@ -49,7 +49,7 @@ def work(run: RunDirectory) -> None:
 
 
 def check_whole(path: Path, expected_video: bytes) -> None:
-    with RunDirectory.open_for_resume(path, RECIPE) as run:
+    with RunDirectory.open(path, RECIPE, resume=True) as run:
         state = run.load_state("stream")
         assert state is not None
         assert float(state.arrays["value"]) == (1 * 3 + 2) * 3 + 3
@@ -61,7 +61,7 @@ def check_whole(path: Path, expected_video: bytes) -> None:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The growing output of a run that was never interrupted."""
-    with RunDirectory.create(tmp_path_factory.mktemp("whole") / "a.streamt2v", RECIPE) as run:
+    with RunDirectory.open(tmp_path_factory.mktemp("whole") / "a.streamt2v", RECIPE, resume=False) as run:
         work(run)
         return run.partial_path.read_bytes()
 
@@ -101,7 +101,7 @@ def test_death_at_any_write_resumes_to_the_same_run(
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "os", Trap(photograph))
-        with RunDirectory.create(path, RECIPE) as run:
+        with RunDirectory.open(path, RECIPE, resume=False) as run:
             work(run)
     assert count > 40
     resumed = 0
@@ -189,68 +189,66 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         child.join(30)
         return child.exitcode
 
-    with RunDirectory.create(path, RECIPE) as run:
+    with RunDirectory.open(path, RECIPE, resume=False) as run:
         assert try_it() == 8
         with pytest.raises(BusyError, match="another process"):
-            RunDirectory.open_for_resume(path, RECIPE)
+            RunDirectory.open(path, RECIPE, resume=True)
         run.append_base(0, picture(0))
     assert try_it() == 0
 
 
 def test_create_respects_what_is_there(tmp_path: Path) -> None:
     path = tmp_path / "run.streamt2v"
-    with RunDirectory.create(path, RECIPE) as run:
+    with RunDirectory.open(path, RECIPE, resume=False) as run:
         run.append_base(0, picture(0))
         run.save_state("stream", {"a": np.zeros(1)})
-    with pytest.raises(OutputError, match="unfinished run"):
-        RunDirectory.create(path, RECIPE)
-    with RunDirectory.open_for_resume(path) as run:
+    with RunDirectory.open(path, RECIPE, resume=True) as run:
         assert run.num_base_frames == 3
         assert run.recipe["config"]["seed"] == 7
-    with RunDirectory.create(path, RECIPE, overwrite=True) as run:
+    with RunDirectory.open(path, RECIPE, resume=False) as run:
         assert run.num_base_frames == 0
         assert run.load_state("stream") is None
     foreign = tmp_path / "mine"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("years")
     with pytest.raises(OutputError, match="not a run directory"):
-        RunDirectory.create(foreign, RECIPE, overwrite=True)
+        RunDirectory.open(foreign, RECIPE, resume=False)
     assert [child.name for child in foreign.iterdir()] == ["thesis.txt"]
 
 
 def test_another_recipe_is_refused_by_its_first_key(tmp_path: Path) -> None:
     path = tmp_path / "run.streamt2v"
-    RunDirectory.create(path, RECIPE).close()
-    RunDirectory.open_for_resume(path, RECIPE).close()
+    RunDirectory.open(path, RECIPE, resume=False).close()
+    RunDirectory.open(path, RECIPE, resume=True).close()
     other = {**RECIPE, "config": {**RECIPE["config"], "seed": 8}}  # type: ignore[dict-item]
     with pytest.raises(ResumeError, match=r"config\.seed = 7, now it is 8"):
-        RunDirectory.open_for_resume(path, other)
+        RunDirectory.open(path, other, resume=True)
     with pytest.raises(ResumeError, match="image = null, now it is 1"):
         RunDirectory.open(path, {**RECIPE, "image": 1}, resume=True)
     RunDirectory.open(path, other, resume=False).close()
-    RunDirectory.open_for_resume(path, other).close()
+    RunDirectory.open(path, other, resume=True).close()
 
 
 def test_no_run_a_damaged_one_and_a_newer_one(tmp_path: Path) -> None:
     path = tmp_path / "run.streamt2v"
     with pytest.raises(ResumeError, match="no run"):
-        RunDirectory.open_for_resume(path, RECIPE)
+        runs.recorded_recipe(path)
     assert not path.exists()
-    RunDirectory.create(path, RECIPE).close()
+    RunDirectory.open(path, RECIPE, resume=False).close()
     files.write_json(path / "run.json", {"schema": 2, "recipe": {}})
     with pytest.raises(ResumeError, match="format 2"):
-        RunDirectory.open_for_resume(path, RECIPE)
+        RunDirectory.open(path, RECIPE, resume=True)
     for text in ("{", "[]", "null", '{"schema": 1}'):
         (path / "run.json").write_text(text)
         with pytest.raises(ResumeError, match="cannot be read"):
-            RunDirectory.open_for_resume(path, RECIPE)
+            RunDirectory.open(path, RECIPE, resume=True)
 
 
 def test_seed_and_places(tmp_path: Path) -> None:
     output = tmp_path / "out.mp4"
     assert runs.directory_for(output) == tmp_path / "out.mp4.streamt2v"
     assert runs.recorded_seed(output) is None
-    RunDirectory.create(runs.directory_for(output), RECIPE).close()
+    RunDirectory.open(runs.directory_for(output), RECIPE, resume=False).close()
     assert runs.recorded_seed(output) == 7
     runs.check_writable(tmp_path)
     with pytest.raises(OutputError, match="does not exist"):
@@ -260,7 +258,7 @@ def test_seed_and_places(tmp_path: Path) -> None:
 
 
 def test_base_frames_from_any_start_and_while_growing(tmp_path: Path) -> None:
-    with RunDirectory.create(tmp_path / "run.streamt2v", RECIPE) as run:
+    with RunDirectory.open(tmp_path / "run.streamt2v", RECIPE, resume=False) as run:
         for index in range(3):
             run.append_base(index, picture(index))
         total = np.concatenate([picture(index) for index in range(4)])
@@ -277,7 +275,7 @@ def test_base_frames_from_any_start_and_while_growing(tmp_path: Path) -> None:
 
 
 def test_a_damaged_base_chunk_is_named(tmp_path: Path) -> None:
-    with RunDirectory.create(tmp_path / "run.streamt2v", RECIPE) as run:
+    with RunDirectory.open(tmp_path / "run.streamt2v", RECIPE, resume=False) as run:
         run.append_base(0, picture(0))
         path = next((run.path / "base").iterdir())
         path.write_bytes(path.read_bytes()[:-400])
@@ -287,12 +285,12 @@ def test_a_damaged_base_chunk_is_named(tmp_path: Path) -> None:
 
 def test_a_gap_in_the_base_store_ends_it(tmp_path: Path) -> None:
     path = tmp_path / "run.streamt2v"
-    with RunDirectory.create(path, RECIPE) as run:
+    with RunDirectory.open(path, RECIPE, resume=False) as run:
         for index in range(4):
             run.append_base(index, picture(index))
             run.save_state("stream", {}, {"chunk": index})
         sorted((path / "base").iterdir())[2].unlink()
-    with RunDirectory.open_for_resume(path, RECIPE) as run:
+    with RunDirectory.open(path, RECIPE, resume=True) as run:
         assert (run.num_base_chunks, run.num_base_frames) == (2, 5)
         # Both kept states counted the lost chunk: nothing can be continued, so nothing is kept.
         assert run.resume_point("stream") is None
@@ -300,7 +298,7 @@ def test_a_gap_in_the_base_store_ends_it(tmp_path: Path) -> None:
 
 
 def test_states_round_trip_every_dtype_and_shape(tmp_path: Path) -> None:
-    with RunDirectory.create(tmp_path / "run.streamt2v", RECIPE) as run:
+    with RunDirectory.open(tmp_path / "run.streamt2v", RECIPE, resume=False) as run:
         tensors = {
             "half": torch.randn(2, 3).half(),
             "brain": torch.randn(4).bfloat16(),
@@ -320,7 +318,7 @@ def test_states_round_trip_every_dtype_and_shape(tmp_path: Path) -> None:
 
 
 def test_two_states_are_kept_and_a_damaged_one_is_passed_over(tmp_path: Path) -> None:
-    with RunDirectory.create(tmp_path / "run.streamt2v", RECIPE) as run:
+    with RunDirectory.open(tmp_path / "run.streamt2v", RECIPE, resume=False) as run:
         for index in range(4):
             run.append_base(index, picture(index))
             run.save_state("stream", {"a": np.full(64, float(index))})
@@ -340,11 +338,11 @@ def test_two_states_are_kept_and_a_damaged_one_is_passed_over(tmp_path: Path) ->
 
 def test_remove_deletes_the_run_but_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "run.streamt2v"
-    with RunDirectory.create(path, RECIPE) as run:
+    with RunDirectory.open(path, RECIPE, resume=False) as run:
         work(run)
     run.remove()
     assert not path.exists()
-    with RunDirectory.create(path, RECIPE) as run:
+    with RunDirectory.open(path, RECIPE, resume=False) as run:
         (path / "note.txt").write_text("mine")
         run.remove()
     assert [child.name for child in path.iterdir()] == ["note.txt"]
@@ -352,7 +350,7 @@ def test_remove_deletes_the_run_but_nothing_else(tmp_path: Path) -> None:
 
 def test_a_half_removed_run_is_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run.streamt2v"
-    run = RunDirectory.create(path, RECIPE)
+    run = RunDirectory.open(path, RECIPE, resume=False)
     work(run)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "disk trouble")))
@@ -366,7 +364,7 @@ def test_a_half_removed_run_is_no_run(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_space_is_asked_for_before_it_is_needed(tmp_path: Path) -> None:
     files.require_space(tmp_path / "not" / "yet" / "there", 1, "a run")
-    with pytest.raises(OutputError, match=r"a run needs about 1000000000 MB .* are free"):
+    with pytest.raises(OutputError, match=r"a run needs about 1,000,000,000 MB .* are free"):
         files.require_space(tmp_path, 10**15, "a run")
 
 
