@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 _DEMUXERS = "mov,matroska,webm,avi,mpegts,mpeg,flv,ogg,gif,yuv4mpegpipe"
 _INPUT_OPTIONS = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}
 _MAX_PIXELS = 8192 * 4320
+BATCH = 8  # frames that are decoded at once
 _MAX_COMMENT = 64 * 1024
 _MP4_AUDIO = {"aac", "mp3", "ac3", "eac3", "alac", "opus", "flac"}
 # Plain swscale drops fractions and repeats chroma samples: a smooth picture came back at 37 dB and 1.2 levels darker,
@@ -149,8 +150,8 @@ def probe(path: Path) -> VideoInfo:
         )
 
 
-def read_frames(path: Path, batch: int = 8) -> Iterator[Frames]:
-    """Decode a video as a stream of uint8 arrays [<=batch,H,W,3] with flat memory.
+def read_frames(path: Path) -> Iterator[Frames]:
+    """Decode a video as a stream of uint8 arrays [<=8,H,W,3] with flat memory.
 
     The rotation tag is applied. Colours are converted by the matrix and range that the file is tagged with; an untagged
     file is taken as BT.709 from 720 rows on and as BT.601 below, in limited range. Frames come in presentation
@@ -165,7 +166,7 @@ def read_frames(path: Path, batch: int = 8) -> Iterator[Frames]:
         if pending and pending[0].shape != rgb.shape:
             raise VideoError(f"{path} changes its frame size to {rgb.shape[1]}x{rgb.shape[0]} midway")
         pending.append(rgb)
-        if len(pending) == batch:
+        if len(pending) == BATCH:
             yield np.stack(pending)
             pending.clear()
     if pending:
@@ -296,25 +297,14 @@ class SegmentWriter:
         height, width: pixels, even.
         fps: exact frame rate.
         crf: x264 quality, 0-51, lower is better.
-        preset: x264 speed preset.
         resume: continue at this mark; the file is cut back to it. None starts a new file.
 
     Raises:
         ConfigError: odd sizes or an impossible rate. ResumeError: the file is shorter than the mark says.
     """
 
-    threads = 1
-
     def __init__(
-        self,
-        path: Path,
-        height: int,
-        width: int,
-        fps: Fraction,
-        *,
-        crf: int = 18,
-        preset: str = "medium",
-        resume: SegmentMark | None = None,
+        self, path: Path, height: int, width: int, fps: Fraction, *, crf: int = 18, resume: SegmentMark | None = None
     ) -> None:
         if height < 2 or width < 2 or height % 2 or width % 2:
             raise ConfigError(f"video of {width}x{height} pixels: both sizes must be even and at least 2")
@@ -323,7 +313,7 @@ class SegmentWriter:
         self.path, self.height, self.width, self.fps = path, height, width, fps
         # x264's macroblock tree is not deterministic, even with one thread: of 24,000 encodings of one 5-frame segment
         # 150 differed, of 33,000 without it none.
-        self._options = {"crf": str(crf), "preset": preset, "bf": "0", "g": "600", "x264-params": "mbtree=0"}
+        self._options = {"crf": str(crf), "preset": "medium", "bf": "0", "g": "600", "x264-params": "mbtree=0"}
         self.mark = resume or SegmentMark(0, 0, 0)
         self._init = b""
         if self.mark.size:
@@ -371,7 +361,7 @@ class SegmentWriter:
             context = stream.codec_context
             stream.height, stream.width, stream.pix_fmt = self.height, self.width, "yuv420p"
             stream.time_base = context.time_base = 1 / self.fps
-            context.thread_count = self.threads
+            context.thread_count = 1
             context.color_range, context.colorspace = ColorRange.MPEG, Colorspace.ITU709
             context.color_primaries = context.color_trc = 1
             for index, image in enumerate(frames):
@@ -474,13 +464,9 @@ def _run_ffmpeg(arguments: list[str], out_path: Path) -> None:
 
 
 def write_image(path: Path, image: Frames) -> None:
-    """Write one uint8 picture [H,W,3] as PNG or JPEG, by the suffix; it appears whole or not at all."""
+    """Write one uint8 picture [H,W,3] as PNG; it appears whole or not at all."""
     from PIL import Image
 
-    kinds = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
-    kind = kinds.get(path.suffix.lower())
-    if kind is None:
-        raise ConfigError(f"unknown picture suffix {path.suffix!r}", "use " + ", ".join(kinds))
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image)).save(buffer, kind, quality=90)
+    Image.fromarray(np.ascontiguousarray(image)).save(buffer, "PNG")
     files.write_bytes(path, buffer.getvalue())

@@ -43,7 +43,7 @@ def decode(path: Path) -> np.ndarray:
 
 
 def written(path: Path, lengths: tuple[int, ...] = (16, 8, 1), fps: Fraction = Fraction(8)) -> video.SegmentWriter:
-    writer = video.SegmentWriter(path, 48, 64, fps, preset="veryfast")
+    writer = video.SegmentWriter(path, 48, 64, fps)
     for length in lengths:
         writer.append(clip(length, start=writer.mark.frames))
     return writer
@@ -172,7 +172,7 @@ def test_colours_follow_the_tags(tmp_path: Path, matrix: str, tag: str, colours:
 
 
 def test_read_frames_batches_and_leaves_no_thread(samples: Path) -> None:
-    assert [len(part) for part in video.read_frames(samples / "aac.mp4", batch=30)] == [30, 30, 15]
+    assert [len(part) for part in video.read_frames(samples / "aac.mp4")] == [8] * 9 + [3]
     reader = video.read_frames(samples / "aac.mp4")
     next(reader)
     reader.close()  # type: ignore[attr-defined]
@@ -207,11 +207,8 @@ def test_read_image_refuses_what_is_none(tmp_path: Path) -> None:
 
 def test_previews_are_readable(tmp_path: Path) -> None:
     frames = clip(5)
-    for name in ("a.png", "a.jpg"):
-        video.write_image(tmp_path / name, frames[0])
-        assert psnr(video.read_image(tmp_path / name), frames[0]) > 28
-    with pytest.raises(ConfigError, match="suffix"):
-        video.write_image(tmp_path / "a.xyz", frames[0])
+    video.write_image(tmp_path / "a.png", frames[0])
+    assert np.array_equal(video.read_image(tmp_path / "a.png"), frames[0])
     with pytest.raises(OutputError):
         video.write_image(tmp_path / "none" / "a.png", frames[0])
 
@@ -305,7 +302,7 @@ def test_a_cut_writer_continues_to_the_same_bytes(tmp_path: Path, segments: int,
     mark = written(path, (16, 8, 1)[:segments]).mark
     with path.open("ab") as file:
         file.write(b"\0" * tail)
-    writer = video.SegmentWriter(path, 48, 64, Fraction(8), preset="veryfast", resume=mark)
+    writer = video.SegmentWriter(path, 48, 64, Fraction(8), resume=mark)
     for length in (16, 8, 1)[segments:]:
         writer.append(clip(length, start=writer.mark.frames))
     assert path.read_bytes() == (tmp_path / "whole.mp4").read_bytes()
