@@ -358,8 +358,6 @@ def train(
 
     [b]streamt2v train base --minutes 30 --out training[/b]
     """
-    if minutes is None and steps is None:
-        raise ConfigError("train needs an end", "give --minutes or --steps")
     from streamt2v import devices
     from streamt2v.training import loop
 

@@ -1,4 +1,4 @@
-"""The configuration of a run: frozen dataclasses, TOML in and out, overrides by dotted key.
+"""The configuration of a run: frozen dataclasses, read from TOML, overrides by dotted key.
 
 Precedence: defaults (the published values) < family preset < `--preset` < `--quality` < `--config` < `--set` < flags.
 Every value is checked against the range written beside it; an unknown key is an error that names the nearest one.
@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_args, get_type_hints
+from typing import Any, Literal, Self, cast, get_args, get_type_hints
 
 from streamt2v.chunks import check_chunking
 from streamt2v.errors import ConfigError
@@ -158,6 +158,18 @@ def _check(key: str, spec: dict[str, Any], value: Any) -> None:
         raise ConfigError(f"{key} is {value}, it must lie in {low}..{high}")
 
 
+class Table:
+    """A base for dataclasses that are stored as JSON."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from parsed JSON, where tuples are lists; an unknown key raises ConfigError that names the nearest."""
+        known = [item.name for item in dataclasses.fields(cast("Any", cls))]
+        if unknown := sorted(set(values) - set(known)):
+            raise ConfigError(f"unknown setting {unknown[0]!r} of {cls.__name__}", nearest(unknown[0], known))
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
 def nearest(word: str, known: Sequence[str]) -> str:
     """Return a hint that names the known word nearest to `word`, or all of them when none is near."""
     close = difflib.get_close_matches(word, known, n=1)
@@ -255,31 +267,3 @@ def preset(name: str, quality: str | None = None) -> dict[str, Any]:
 def to_flat(config: RunConfig) -> dict[str, Any]:
     """Return {dotted key: value} of every leaf, in order."""
     return {key: value for key, _, value in _leaves(config)}
-
-
-def to_toml(config: RunConfig) -> str:
-    """Write a config as TOML that `merge(flatten(...))` reads back to an equal config."""
-    lines: list[str] = []
-    current = ""
-    for key, value in to_flat(config).items():
-        section, _, name = key.rpartition(".")
-        if section != current:
-            lines += ["", f"[{section}]"]
-            current = section
-        lines.append(f"{name} = {_toml_value(value)}")
-    return "\n".join(lines) + "\n"
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return repr(value)
-    escaped = "".join(_toml_character(character) for character in value)
-    return f'"{escaped}"'
-
-
-def _toml_character(character: str) -> str:
-    if character in '"\\':
-        return "\\" + character
-    return f"\\u{ord(character):04x}" if ord(character) < 32 or ord(character) == 127 else character

@@ -393,7 +393,7 @@ _VISION_CONFIG = {
     "num_attention_heads": 16, "projection_dim": 1024, "hidden_act": "gelu",
 }
 _APM_CONFIG = {"embed_dim": 1024, "hidden_dim": 1280, "num_tokens": 16, "context_dim": 1024}
-_REFINER_SCHEDULE = {"kind": "cosine_logsnr", "prediction": "v", "spacing": "trailing", "zero_terminal_snr": True}
+REFINER_SCHEDULE = {"kind": "cosine_logsnr", "prediction": "v", "spacing": "trailing", "zero_terminal_snr": True}
 
 _STREAM_PARTS = {
     "stream/unet": Part("UNet3D", {"cam": True, "image_tokens": 16}, STREAM["unet"], schedule={}),
@@ -424,7 +424,7 @@ CHECKPOINTS: Mapping[str, Layout] = {
     ),
     "vidxtend.safetensors": Layout(vidxtend(_STREAM_PARTS), "stream/tokenizer"),
     "non_ema_0035000.pth": Layout({
-        "refine/unet": Part("UNet3D", {"downsample_padding": [2, 1]}, refiner_unet(), _REFINER_SCHEDULE),
+        "refine/unet": Part("UNet3D", {"downsample_padding": [2, 1]}, refiner_unet(), REFINER_SCHEDULE),
     }),
     "v2-1_512-ema-pruned.ckpt": Layout(
         {"refine/vae": Part("AutoencoderKL", _VAE_CONFIG, refiner_vae())}, ignored=REFINER_VAE_IGNORED,

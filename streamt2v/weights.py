@@ -478,25 +478,17 @@ def config_of(module: torch.nn.Module) -> dict[str, Any]:
     return {key: value for key, value in dict(config).items() if not key.startswith("_")}  # diffusers
 
 
-def save_module(
-    path: Path,
-    module: torch.nn.Module,
-    config: Mapping[str, Any] | None = None,
-    schedule: Mapping[str, Any] | None = None,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Write a network with all that is needed to build it again; the file appears whole or not at all.
+def save_module(path: Path, module: torch.nn.Module, schedule: Mapping[str, Any] | None = None) -> None:
+    """Write a network in 16 bit with all that is needed to build it again; the file appears whole or not at all.
 
     Args:
         path: the safetensors file to write; its folder is made.
         module: a network of one of the classes of `NETWORKS`.
-        config: JSON-able arguments of the class; None takes them from `module.config`.
         schedule: JSON-able noise schedule of a denoiser.
-        dtype: storage type of floating-point tensors; None means float16.
 
     Raises:
-        WeightsError: the class is unknown, the config describes another network, or a value is not finite in the
-            storage type.
+        WeightsError: the class is unknown, its `config` describes another network, or a value is not finite in
+            16 bit.
         OutputError: the file cannot be written.
     """
     import torch
@@ -505,14 +497,14 @@ def save_module(
 
     name = type(module).__name__
     _network(name, path)
-    stored = dtype or torch.float16
     tensors = {}
     for key, value in module.state_dict().items():
-        tensor = value.detach().to("cpu", stored if value.is_floating_point() else value.dtype).contiguous().clone()
+        kind = torch.float16 if value.is_floating_point() else value.dtype
+        tensor = value.detach().to("cpu", kind).contiguous().clone()
         if not torch.isfinite(tensor).all():
-            raise WeightsError(f"{key} of {name} has values that are not finite in {stored}: not saved")
+            raise WeightsError(f"{key} of {name} has values that are not finite in 16 bit: not saved")
         tensors[key] = tensor
-    arguments = config_of(module) if config is None else dict(config)
+    arguments = config_of(module)
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
     _check_keys(path, name, shapes_of(path, name, json.loads(json.dumps(arguments))), shapes)
     metadata = metadata_of(name, arguments, schedule)

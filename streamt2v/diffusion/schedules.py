@@ -5,13 +5,12 @@ coordinates x_t / alpha_t = x_0 + rho_t n, rho = sigma / alpha.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from streamt2v.config import Table
 from streamt2v.errors import ConfigError
 
 KINDS = ("scaled_linear", "linear", "cosine_logsnr")
@@ -20,7 +19,7 @@ SPACINGS = ("leading", "trailing")
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Table):
     """What defines a noise schedule; the defaults are those of the published streaming stage."""
 
     kind: str = "scaled_linear"
@@ -49,21 +48,6 @@ class ScheduleConfig:
                 raise ConfigError(f"schedule {name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         if self.num_train_timesteps < 2:
             raise ConfigError(f"num_train_timesteps must be at least 2, not {self.num_train_timesteps}")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build from parsed JSON; unknown keys raise ConfigError."""
-        if unknown := sorted(set(values) - {field.name for field in fields(cls)}):
-            raise ConfigError(f"unknown schedule setting {unknown[0]!r}")
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready mapping that `from_dict` accepts."""
-        return asdict(self)
-
-
-REFINER_SCHEDULE = ScheduleConfig(kind="cosine_logsnr", prediction="v", spacing="trailing", zero_terminal_snr=True)
-"""The schedule of the published refiner, MS-Vid2Vid-XL."""
 
 
 class NoiseSchedule:

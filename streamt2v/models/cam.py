@@ -9,20 +9,21 @@ Shapes: B batch, Fc conditioning frames, N = B*Fc, C channels.
 # mypy: disable-error-code="no-any-return, no-untyped-call"
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from streamt2v.config import Table
 from streamt2v.errors import ConfigError
 from streamt2v.models.layers import zero_init
 from streamt2v.models.unet3d import CamFeatures, Conditioning, UNet3DConfig, UNetEncoder
 
 
 @dataclass(frozen=True)
-class CamConfig:
+class CamConfig(Table):
     """Sizes of CAM: those of the encoder, of the pixel stack, and the number of conditioning frames."""
 
     unet: UNet3DConfig = field(default_factory=UNet3DConfig)
@@ -32,15 +33,8 @@ class CamConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build from parsed JSON with `unet` as a mapping; unknown keys raise ConfigError."""
-        if unknown := sorted(set(values) - {"unet", "cond_embed_channels", "num_cond_frames"}):
-            raise ConfigError(f"unknown CAM setting {unknown[0]!r}")
-        ready: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**ready | {"unet": UNet3DConfig.from_dict(values.get("unet", {}))})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready mapping that `from_dict` accepts."""
-        return asdict(self)
+        """Build from parsed JSON with `unet` as a mapping."""
+        return super().from_dict({**values, "unet": UNet3DConfig.from_dict(values.get("unet", {}))})
 
 
 class PixelStack(nn.Module):

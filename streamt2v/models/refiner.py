@@ -2,9 +2,6 @@
 
 from streamt2v.models.unet3d import UNet3DConfig
 
-PUBLISHED_REFINER = UNet3DConfig(downsample_padding=(2, 1))
-"""MS-Vid2Vid-XL: the sizes of the streaming UNet, but rows are padded by two on the way down."""
-
 
 def legal_canvas(height: int, width: int, config: UNet3DConfig, latent_factor: int = 8) -> tuple[int, int]:
     """Return the smallest canvas (H, W) in pixels, at least height x width, that VAE and refiner accept.

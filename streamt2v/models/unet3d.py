@@ -8,14 +8,14 @@ Shapes: B batch, F frames, Fc conditioning frames, N = B*F (frames innermost), C
 # Calling a torch module is typed as Any.
 # mypy: disable-error-code="no-any-return, no-untyped-call"
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from streamt2v.config import Table
 from streamt2v.errors import ConfigError
 from streamt2v.models.layers import (
     Attention,
@@ -36,7 +36,7 @@ from streamt2v.models.layers import (
 
 
 @dataclass(frozen=True)
-class UNet3DConfig:
+class UNet3DConfig(Table):
     """Sizes of a video UNet; the defaults are those of the published networks."""
 
     in_channels: int = 4
@@ -100,19 +100,6 @@ class UNet3DConfig:
                 return False
             height, width = height // 2 + 1, width // 2
         return True
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build from parsed JSON, where tuples are lists; unknown keys raise ConfigError."""
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ConfigError(f"unknown network setting {unknown[0]!r}", f"known: {', '.join(sorted(known))}")
-        ready: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**ready)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready mapping that `from_dict` accepts."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

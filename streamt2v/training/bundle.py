@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from streamt2v import files
 from streamt2v.errors import WeightsError
 from streamt2v.training.captions import build_tokenizer, vocabulary
 from streamt2v.training.losses import DEMO_SCHEDULE
@@ -19,12 +21,9 @@ from streamt2v.weights import save_module
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def write(
-    folder: Path, name: str, network: nn.Module, config: dict[str, Any] | None = None, denoiser: bool = False
-) -> None:
+def write(folder: Path, name: str, network: nn.Module, denoiser: bool = False) -> None:
     """Write folder/name.safetensors in half precision; denoisers carry the demo's noise schedule."""
-    schedule = DEMO_SCHEDULE.to_dict() if denoiser else None
-    save_module(folder / f"{name}.safetensors", network, config, schedule)
+    save_module(folder / f"{name}.safetensors", network, asdict(DEMO_SCHEDULE) if denoiser else None)
 
 
 def read(folder: Path, name: str, network: Network) -> Network:
@@ -46,9 +45,8 @@ def read(folder: Path, name: str, network: Network) -> Network:
 def write_words(folder: Path) -> PreTrainedTokenizerFast:
     """Write tokenizer.json and vocabulary.json; returns the tokenizer."""
     tokenizer = build_tokenizer()
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "vocabulary.json").write_text(json.dumps(vocabulary(), indent=1) + "\n", encoding="utf-8")
+    files.write_bytes(folder / "tokenizer.json", tokenizer.backend_tokenizer.to_str(pretty=True).encode())
+    files.write_bytes(folder / "vocabulary.json", (json.dumps(vocabulary(), indent=1) + "\n").encode())
     return tokenizer
 
 

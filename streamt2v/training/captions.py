@@ -20,11 +20,7 @@ UNSPECIFIED = -1
 # Every word that names an attribute value; the first is the canonical one.
 WORDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "colour": (
-        ("red", "crimson"),
-        ("green", "emerald"),
-        ("blue", "azure"),
-        ("yellow", "golden"),
-        ("purple", "violet"),
+        ("red", "crimson"), ("green", "emerald"), ("blue", "azure"), ("yellow", "golden"), ("purple", "violet"),
         ("white",),
     ),
     "subject": (("ball", "sphere"), ("star",), ("cube", "box", "block"), ("fish",)),
@@ -46,31 +42,12 @@ WORDS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("sunset", "dusk", "evening"),
         ("night", "midnight", "moonlight"),
     ),
-}
+}  # fmt: skip
 _CARRIERS = ("drifting", "moving", "floating", "flying", "drifts", "moves")
 IGNORED = (
-    *(
-        "a",
-        "an",
-        "the",
-        "and",
-        "is",
-        "in",
-        "at",
-        "by",
-        "on",
-        "of",
-        "to",
-        "over",
-        "above",
-        "under",
-        "during",
-        "with",
-        "bright",
-    ),
-    *("scene", "video", "clip", "large", "big", "around", "one", "it", "that", "which"),
-    *_CARRIERS,
-)
+    "a", "an", "the", "and", "is", "in", "at", "by", "on", "of", "to", "over", "above", "under", "during", "with",
+    "bright", "scene", "video", "clip", "large", "big", "around", "one", "it", "that", "which", *_CARRIERS,
+)  # fmt: skip
 EXAMPLES = (
     "a red ball bouncing over the sea at sunset",
     "a yellow star drifting right over the desert by day",

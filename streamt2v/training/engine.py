@@ -8,6 +8,7 @@ whenever its minutes end), an average of the weights, and saves usable files eve
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
-from streamt2v.errors import ConfigError, NumericsError
+from streamt2v.errors import NumericsError
 from streamt2v.training.optimizer import Muon
 
 Log = Callable[[str], None]
@@ -99,32 +100,10 @@ def _groups(job: Job) -> list[dict[str, Any]]:
     return groups
 
 
-def _workers() -> int:
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def _share_gradients(parameters: list[nn.Parameter]) -> None:
-    """Average the gradients over all processes of the group, as one message; those that nobody has stay None."""
-    own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([gradient.flatten() for gradient in own])
-    distributed.all_reduce(flat)
-    flat /= _workers()
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter) if part.any() else None
-
-
 def run(
-    job: Job,
-    out: Path,
-    minutes: float | None,
-    steps: int | None,
-    log: Log,
-    report_minutes: float = 4.0,
+    job: Job, out: Path, minutes: float | None, steps: int | None, log: Log, report_minutes: float = 4.0
 ) -> dict[str, float]:
     """Train a job for some minutes or steps, whichever ends first.
-
-    In a process group of torch.distributed (one thread each: two threads in one process are slower) gradients are
-    averaged, and the first process saves and reports.
 
     Args:
         job: what to train.
@@ -140,21 +119,14 @@ def run(
     Raises:
         NumericsError: the loss is no longer finite.
     """
-    if minutes is None and steps is None:
-        raise ConfigError("training needs a limit", "give minutes or steps")
     optimizer = Muon(_groups(job), lr=job.learning_rate)
     average = Average(job.trained, job.average)
     start = last_report = time.monotonic()
     step, smooth, first = 0, 0.0, 0.0
-    first_worker = _workers() == 1 or distributed.get_rank() == 0
     while True:
         now = time.monotonic()
         by_time = (now - start) / (60 * minutes) if minutes else 0.0
         progress = max(by_time, step / steps if steps else 0.0)
-        if _workers() > 1:  # all processes must stop at the same step
-            latest = torch.tensor(progress)
-            distributed.all_reduce(latest, op=distributed.ReduceOp.MAX)
-            progress = float(latest)
         if progress >= 1:
             break
         for group in optimizer.param_groups:
@@ -163,20 +135,18 @@ def run(
             loss = job.loss(progress)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if _workers() > 1:
-            _share_gradients(job.trained)
         nn.utils.clip_grad_norm_(job.trained, 1.0)
         optimizer.step()
         average.update()
         value = float(loss.detach())
-        if value != value or value in (float("inf"), float("-inf")):
+        if not math.isfinite(value):
             raise NumericsError(f"the loss is {value} after {step} steps", "lower the learning rate")
         smooth = value if step == 0 else smooth + max(0.02, 1 / (step + 1)) * (value - smooth)
         first = value if step == 0 else first
         step += 1
         if step in (20, 100):
             log(f"step {step}  {now - start:.0f} s  loss {smooth:.4f}")
-        if now - last_report > 60 * report_minutes and first_worker:
+        if now - last_report > 60 * report_minutes:
             last_report = now
             with average.swapped():
                 job.save(out)

@@ -8,10 +8,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from streamt2v import files
+from streamt2v.training import bundle
 from streamt2v.training.world import ATTRIBUTES, render, sample_scenes
 
 FRAMES = 16
@@ -104,13 +106,10 @@ def held_out_accuracy(judge: Judge, count: int = 100, seed: int = 424242) -> dic
 
 def save_judge(judge: Judge, folder: Path) -> None:
     """Write folder/judge.safetensors (half precision)."""
-    part = folder / "judge.part"
-    save_file({key: value.half().contiguous() for key, value in judge.state_dict().items()}, part)
-    part.replace(folder / "judge.safetensors")
+    with files.replacing(folder / "judge.safetensors") as part:
+        save_file({key: value.half().contiguous() for key, value in judge.state_dict().items()}, part)
 
 
 def load_judge(folder: Path) -> Judge:
     """Read folder/judge.safetensors."""
-    judge = Judge()
-    judge.load_state_dict({key: value.float() for key, value in load_file(folder / "judge.safetensors").items()})
-    return judge.eval()
+    return bundle.read(folder, "judge", Judge()).eval()

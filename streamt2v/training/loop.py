@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from streamt2v import files
 from streamt2v.errors import ConfigError
 from streamt2v.training import bundle, engine
 from streamt2v.training.parts import JOBS, Workshop
@@ -44,15 +45,17 @@ def train(
         steps, first_loss, loss, seconds.
 
     Raises:
-        ConfigError: unknown part, or no limit.
+        ConfigError: unknown part, or no limit above 0.
+        OutputError: `out` cannot be written.
         WeightsError: a part that this one builds on is missing or of other sizes.
         NumericsError: training diverged.
     """
     if part not in JOBS:
         raise ConfigError(f"there is no part {part!r} to train", f"parts: {', '.join(PARTS)}")
-    if minutes is None and steps is None:
-        raise ConfigError("training needs a limit", "give minutes or steps")
-    out.mkdir(parents=True, exist_ok=True)
+    limits = [limit for limit in (minutes, steps) if limit is not None]
+    if not limits or min(limits) <= 0:
+        raise ConfigError("training needs a limit above 0", "give --minutes or --steps")
+    files.make_directory(out)
     bundle.write_words(out)
     workshop = Workshop(out, device, bundle.seeded(seed), resume_from)
     threads = torch.get_num_threads()

@@ -91,7 +91,7 @@ def vae_job(shop: Workshop) -> Job:
     def save(folder: Path) -> None:
         white = copy.deepcopy(network).eval()
         vae.whiten(white, vae.held_out(96, 5).to(shop.device))
-        bundle.write(folder, "vae", white, vae.vae_config())
+        bundle.write(folder, "vae", white)
 
     def loss(progress: float) -> torch.Tensor:
         pixels, mask = vae.training_frames(sample_scenes(8, shop.generator), shop.generator)
@@ -150,7 +150,7 @@ def base_job(shop: Workshop) -> Job:
     return Job(
         loss,
         [p for p in network.parameters() if id(p) not in other],
-        lambda folder: bundle.write(folder, "unet", network, denoisers.BASE.to_dict(), denoiser=True),
+        lambda folder: bundle.write(folder, "unet", network, denoiser=True),
         lambda folder: text_sheet(folder / "base.png", models(network, decoder), text),
         adam=_rims(network) + bundle.parameters_in(network, "frame_codes"),
         learning_rate=2e-3,
@@ -202,10 +202,10 @@ def _streaming_job(shop: Workshop, with_apm: bool, with_base: bool = False) -> J
         parameter.requires_grad_(True)
 
     def save(folder: Path) -> None:
-        bundle.write(folder, "unet", unet, denoisers.BASE.to_dict(), denoiser=True)
-        bundle.write(folder, "cam", cam, denoisers.CAM.to_dict())
+        bundle.write(folder, "unet", unet, denoiser=True)
+        bundle.write(folder, "cam", cam)
         if with_apm:
-            bundle.write(folder, "apm", apm, apm.config)
+            bundle.write(folder, "apm", apm)
 
     def loss(progress: float) -> torch.Tensor:
         if plain is not None and next(turn) % 3 == 0:
@@ -260,9 +260,7 @@ def image_to_video_job(shop: Workshop) -> Job:
     return Job(
         lambda progress: denoisers.image_to_video_loss(network, vision, source, text, shop.generator),
         list(network.parameters()),
-        lambda folder: bundle.write(
-            folder, "image_to_video", network, denoisers.IMAGE_TO_VIDEO.to_dict(), denoiser=True
-        ),
+        lambda folder: bundle.write(folder, "image_to_video", network, denoiser=True),
         adam=_rims(network) + bundle.parameters_in(network, "frame_codes"),
         quick=list(network.conv_in.parameters())[:1],  # the weight: its new channels start at zero
         learning_rate=1.5e-3,
@@ -284,7 +282,7 @@ def refiner_job(shop: Workshop) -> Job:
     return Job(
         loss,
         list(network.parameters()),
-        lambda folder: bundle.write(folder, "refiner", network, denoisers.REFINER.to_dict(), denoiser=True),
+        lambda folder: bundle.write(folder, "refiner", network, denoiser=True),
         adam=_rims(network),
         learning_rate=2e-3,
     )
@@ -292,10 +290,7 @@ def refiner_job(shop: Workshop) -> Job:
 
 def judge_job(shop: Workshop) -> Job:
     """The judge of generated clips."""
-    network = judge.Judge()
-    if shop.resume is not None:
-        network = judge.load_judge(shop.resume).train()
-    network.to(shop.device)
+    network = shop.resumed("judge", judge.Judge())
     return Job(
         lambda progress: judge.judge_loss(network, shop.generator),
         list(network.parameters()),

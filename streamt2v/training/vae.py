@@ -16,27 +16,20 @@ from streamt2v.training.world import Scenes, render, sample_scenes, subject_mask
 WIDTHS = (16, 32, 64, 64)
 
 
-def vae_config(widths: tuple[int, ...] = WIDTHS) -> dict[str, object]:
-    """Arguments of diffusers' AutoencoderKL. Two norm groups: eight of two channels each would remove contrast."""
-    levels = len(widths)
-    return {
-        "in_channels": 3,
-        "out_channels": 3,
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "block_out_channels": list(widths),
-        "layers_per_block": 1,
-        "latent_channels": 4,
-        "norm_num_groups": 2,
-        "mid_block_add_attention": False,
-        "scaling_factor": 1.0,
-        "sample_size": 128,
-    }
+def build_vae() -> Any:
+    """A fresh VAE whose residual branches start at zero and whose posterior starts narrow.
 
-
-def build_vae(widths: tuple[int, ...] = WIDTHS) -> Any:
-    """A fresh VAE whose residual branches start at zero and whose posterior starts narrow."""
-    vae: Any = AutoencoderKL(**vae_config(widths))
+    Two norm groups: eight of two channels each would remove contrast.
+    """
+    vae: Any = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(WIDTHS),
+        up_block_types=("UpDecoderBlock2D",) * len(WIDTHS),
+        block_out_channels=WIDTHS,
+        norm_num_groups=2,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
+        sample_size=128,
+    )
     for module in vae.modules():
         if hasattr(module, "conv2") and hasattr(module, "conv_shortcut"):
             nn.init.zeros_(module.conv2.weight)

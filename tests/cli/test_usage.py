@@ -40,7 +40,7 @@ def python(code: str) -> str:
         (["generate", "a red ball", "--quality", "superb"], 2, "superb"),
         (["refine", "none.mp4"], 3, "none.mp4"),
         (["info", "none.mp4"], 3, "none.mp4"),
-        (["train", "base"], 2, "needs an end"),
+        (["train", "base"], 2, "needs a limit"),
         (["nonsense"], 2, "nonsense"),
     ],
 )

@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ def load(folder: Path) -> Setting:
         image_tokens=facts["image_tokens"],
         cam=True,
     )
-    plain = UNet3DConfig.from_dict(config.to_dict() | {"image_tokens": 0, "cam": False})
+    plain = UNet3DConfig.from_dict(asdict(config) | {"image_tokens": 0, "cam": False})
     hidden, embed = state["resampler.context_embedding.0.weight"].shape
 
     def fill(name: str, network: nn.Module) -> Any:

@@ -20,7 +20,7 @@ from streamt2v import checkpoints, convert, frames
 from streamt2v.chunks import Chunk, refinement_plan
 from streamt2v.config import RefineConfig
 from streamt2v.diffusion import blend, guidance
-from streamt2v.diffusion.schedules import REFINER_SCHEDULE, NoiseSchedule, ScheduleConfig, sdedit_grid
+from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig, sdedit_grid
 from streamt2v.models import encoders
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
 from streamt2v.stages.refine import Denoiser, Refiner
@@ -211,7 +211,7 @@ def block_outputs(unet: UNet3D, latents: Tensor, timestep: Tensor, tokens: Tenso
 def cfg_step(report: Report, file: str, facts: Facts, tensors: Tensors, setting: Setting) -> None:
     """Both velocities and the guided clean latents of single evaluations."""
     unet = setting.unet(report, file, facts["config"], facts["seed"], facts.get("gain", GAIN), facts.get("sha256"))
-    made = NoiseSchedule(REFINER_SCHEDULE)
+    made = NoiseSchedule(ScheduleConfig.from_dict(convert.REFINER_SCHEDULE))
     for case in facts["cases"]:
         index, rescale = case["index"], case["guide_rescale"]
         noisy, negative, positive = (tensors[f"{index}.{name}"] for name in ("xt", "ny", "y"))
@@ -268,7 +268,7 @@ def chain(report: Report, file: str, facts: Facts, tensors: Tensors, setting: Se
     gain = facts.get("gain", GAIN)
     seed, sha256 = facts["weights_seed"], facts.get("weights_sha256")
     unet = setting.unet(report, file, facts["config"], seed, gain, sha256)
-    made = NoiseSchedule(REFINER_SCHEDULE)
+    made = NoiseSchedule(ScheduleConfig.from_dict(convert.REFINER_SCHEDULE))
     start, steps, overlap = facts["total_noise_levels"], facts["steps"], facts["overlap"]
     clean, noise = tensors["z"][0], tensors["init_noise"][0]  # [C, F, h, w]
     count = clean.shape[1]

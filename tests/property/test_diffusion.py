@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -12,13 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from streamt2v import convert
 from streamt2v.chunks import Chunk, refinement_plan
 from streamt2v.diffusion import blend, guidance
-from streamt2v.diffusion.schedules import REFINER_SCHEDULE, NoiseSchedule, ScheduleConfig, sdedit_grid
+from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig, sdedit_grid
 from streamt2v.diffusion.solvers import ddim_step, dpmpp_2m_step
 from streamt2v.errors import ConfigError
 
 PUBLISHED = ScheduleConfig()
+REFINER_SCHEDULE = ScheduleConfig.from_dict(convert.REFINER_SCHEDULE)
 SCHEDULES = [
     PUBLISHED,
     ScheduleConfig(prediction="v", spacing="trailing", zero_terminal_snr=True, final_alpha_one=True),
@@ -123,7 +126,7 @@ def test_settings_out_of_range_are_named(call: Callable[[], Any], named: str) ->
 
 
 def test_schedule_config_survives_json() -> None:
-    assert ScheduleConfig.from_dict(REFINER_SCHEDULE.to_dict()) == REFINER_SCHEDULE
+    assert ScheduleConfig.from_dict(asdict(REFINER_SCHEDULE)) == REFINER_SCHEDULE
 
 
 # ----------------------------------------------------------------------------------------------------------- solvers

@@ -1,7 +1,7 @@
 """CAM and APM, the two modules the method adds: their formulas, and that they start as nothing."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_cam_sees_frames_and_one_embedding_serves_both_branches() -> None:
 
 
 def test_cam_settings_survive_json_and_mistakes_are_named() -> None:
-    assert CamConfig.from_dict(json.loads(json.dumps(CAM.to_dict()))) == CAM
+    assert CamConfig.from_dict(json.loads(json.dumps(asdict(CAM)))) == CAM
     with pytest.raises(ConfigError, match="frames"):
         CamConfig.from_dict({"frames": 8})
     with pytest.raises(ConfigError, match="conv_in"):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from streamt2v.errors import ConfigError, NumericsError, WeightsError
+from streamt2v.errors import ConfigError, NumericsError, OutputError, WeightsError
 from streamt2v.training import data, denoisers, engine, judge, losses, parts, sheets
 from streamt2v.training.captions import parse
 from streamt2v.training.engine import Job
@@ -80,8 +80,19 @@ def test_a_part_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         train("base", minutes=None, steps=1, out=tmp_path)
     with pytest.raises(ConfigError, match="no part"):
         train("unet", minutes=1, steps=None, out=tmp_path)
+    with pytest.raises(WeightsError, match=r"judge\.safetensors"):
+        train("judge", minutes=None, steps=1, out=tmp_path, resume_from=tmp_path / "none")
+    with pytest.raises(OutputError, match="file/out"):
+        (tmp_path / "file").touch()
+        train("judge", minutes=None, steps=1, out=tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize(("minutes", "steps"), [(None, None), (0.0, None), (None, 0), (-1.0, 5)])
+def test_training_without_a_limit_above_zero_is_refused(
+    minutes: float | None, steps: int | None, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match="limit"):
-        train("vae", minutes=None, steps=None, out=tmp_path)
+        train("vae", minutes=minutes, steps=steps, out=tmp_path)
 
 
 def regression(rate: float = 5e-2) -> tuple[nn.Module, Job]:

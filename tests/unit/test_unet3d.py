@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from streamt2v.errors import ConfigError
 from streamt2v.models import layers
-from streamt2v.models.refiner import PUBLISHED_REFINER, legal_canvas
+from streamt2v.models.refiner import legal_canvas
 from streamt2v.models.unet3d import CamFeatures, TextContext, UNet3D, UNet3DConfig
 
 SMALL = UNet3DConfig(
@@ -25,6 +25,7 @@ SMALL = UNet3DConfig(
     norm_num_groups=4,
     text_tokens=7,
 )
+PUBLISHED_REFINER = UNet3DConfig(downsample_padding=(2, 1))
 WHOLE = replace(SMALL, image_tokens=3, cam=True, pooled_text_dim=12, frame_codes=True)
 
 
@@ -193,7 +194,7 @@ def test_gradients_reach_every_trainable_part() -> None:
 
 def test_settings_survive_json() -> None:
     for config in (WHOLE, PUBLISHED_REFINER):
-        assert UNet3DConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        assert UNet3DConfig.from_dict(json.loads(json.dumps(asdict(config)))) == config
 
 
 @pytest.mark.parametrize(

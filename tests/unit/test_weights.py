@@ -64,8 +64,8 @@ def clip_config(**more: Any) -> dict[str, Any]:
     return {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2} | more
 
 
-def networks() -> dict[str, tuple[torch.nn.Module, dict[str, Any] | None]]:
-    """A small network of every class, and its config where the network does not carry it under that name."""
+def networks() -> dict[str, torch.nn.Module]:
+    """A small network of every class."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from transformers import (
         CLIPTextConfig,
@@ -79,13 +79,13 @@ def networks() -> dict[str, tuple[torch.nn.Module, dict[str, Any] | None]]:
     text = clip_config(vocab_size=20, max_position_embeddings=7, projection_dim=4, bos_token_id=1, eos_token_id=3)
     vision = clip_config(image_size=16, patch_size=8, projection_dim=4)
     return {
-        "UNet3D": (UNet3D(UNET), None),
-        "ConditionalAttention": (ConditionalAttention(cam), cam.to_dict()),
-        "AppearanceTokens": (AppearanceTokens(**TOY), TOY),
-        "AutoencoderKL": (AutoencoderKL(block_out_channels=(8,), norm_num_groups=2), None),
-        "CLIPTextModel": (CLIPTextModel(CLIPTextConfig(**text)), None),
-        "CLIPTextModelWithProjection": (CLIPTextModelWithProjection(CLIPTextConfig(**text)), None),
-        "CLIPVisionModelWithProjection": (CLIPVisionModelWithProjection(CLIPVisionConfig(**vision)), None),
+        "UNet3D": UNet3D(UNET),
+        "ConditionalAttention": ConditionalAttention(cam),
+        "AppearanceTokens": AppearanceTokens(**TOY),
+        "AutoencoderKL": AutoencoderKL(block_out_channels=(8,), norm_num_groups=2),
+        "CLIPTextModel": CLIPTextModel(CLIPTextConfig(**text)),
+        "CLIPTextModelWithProjection": CLIPTextModelWithProjection(CLIPTextConfig(**text)),
+        "CLIPVisionModelWithProjection": CLIPVisionModelWithProjection(CLIPVisionConfig(**vision)),
     }
 
 
@@ -99,7 +99,7 @@ def apm() -> AppearanceTokens:
 def file(tmp_path: Path, apm: AppearanceTokens) -> Path:
     """A whole weights file of the smallest network."""
     path = tmp_path / "apm.safetensors"
-    weights.save_module(path, apm, TOY)
+    weights.save_module(path, apm)
     return path
 
 
@@ -109,7 +109,7 @@ def root(tmp_path: Path, apm: AppearanceTokens) -> Path:
     from tokenizers import Tokenizer, models
 
     folder = tmp_path / "package"
-    weights.save_module(folder / "tiny" / "apm.safetensors", apm, TOY)
+    weights.save_module(folder / "tiny" / "apm.safetensors", apm)
     Tokenizer(models.WordLevel({"<pad>": 0, "ball": 1}, unk_token="<pad>")).save(
         str(folder / "tiny" / "tokenizer.json")
     )
@@ -131,9 +131,9 @@ def test_there_is_a_test_network_of_every_class() -> None:
 
 @pytest.mark.parametrize("name", sorted(weights.NETWORKS))
 def test_every_network_comes_back_as_it_was_saved(name: str, tmp_path: Path) -> None:
-    network, config = networks()[name]
+    network = networks()[name].half().float()
     path = tmp_path / "network.safetensors"
-    weights.save_module(path, network, config, {"kind": "scaled_linear"}, torch.float32)
+    weights.save_module(path, network, {"kind": "scaled_linear"})
     loaded = weights.load_module(path, "cpu", torch.float32)
     assert type(loaded) is type(network)
     assert not loaded.training
@@ -159,16 +159,18 @@ def test_storage_is_half_precision_and_a_schedule_is_optional(file: Path, apm: A
 def test_saving_refuses_what_would_not_load(tmp_path: Path, apm: AppearanceTokens) -> None:
     path = tmp_path / "apm.safetensors"
     with pytest.raises(WeightsError, match="unknown class 'Linear'"):
-        weights.save_module(path, torch.nn.Linear(2, 2), {})
+        weights.save_module(path, torch.nn.Linear(2, 2))
     with pytest.raises(WeightsError, match=r"'linear_1\.weight' has shape"):
-        weights.save_module(path, apm, TOY | {"hidden_dim": 6})
+        apm.config["hidden_dim"] = 6
+        weights.save_module(path, apm)
+    apm.config["hidden_dim"] = 5
     with torch.no_grad():
         apm.linear_2.bias[0] = 1e6  # beyond float16
     with pytest.raises(WeightsError, match=r"linear_2\.bias .* not finite"):
-        weights.save_module(path, apm, TOY)
+        weights.save_module(path, apm)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(OutputError):
-        weights.save_module(Path("/proc/nowhere/apm.safetensors"), apm, TOY, None, torch.float32)
+        weights.save_module(Path("/proc/nowhere/apm.safetensors"), AppearanceTokens(**TOY))
 
 
 def rewrite(path: Path, change: Any, **metadata: str) -> None:
@@ -194,7 +196,7 @@ def rewrite(path: Path, change: Any, **metadata: str) -> None:
         (lambda t: None, {"config": "{"}, "damaged metadata"),
         (lambda t: None, {"config": "[]"}, "damaged metadata"),
         (lambda t: None, {"config": '{"hidden": 1}'}, "does not describe a AppearanceTokens"),
-        (lambda t: None, {"class": "UNet3D"}, "does not describe a UNet3D: unknown network setting"),
+        (lambda t: None, {"class": "UNet3D"}, "does not describe a UNet3D: unknown setting"),
     ],
 )
 def test_another_network_is_refused(tmp_path: Path, change: Any, metadata: dict[str, str], said: str) -> None:
