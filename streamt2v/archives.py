@@ -1,7 +1,8 @@
 """Tensors in other people's files, found without running anything that is in them.
 
-A checkpoint of torch is a pickle, which is a program. Here it only ever makes lists, tables and descriptions of tensors:
-no name in it is imported, and whatever else it asks for becomes `Inert`. Tensors are read one at a time from their place in the file, so that 25 GB need no memory.
+A checkpoint of torch is a pickle, which is a program. Here it only ever makes lists, tables and descriptions of
+tensors: no name in it is imported, and whatever else it asks for becomes `Inert`. Tensors are read one at a time from
+their place in the file, so that 25 GB need no memory.
 """
 
 from __future__ import annotations

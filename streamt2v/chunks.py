@@ -39,6 +39,13 @@ def check_chunking(size: int, overlap: int, what: str) -> None:
         raise ConfigError(f"{what}: overlap is {overlap}, it must lie in 0..{size - 1} for chunks of {size} frames")
 
 
+def _first(num_frames: int, size: int, overlap: int, what: str) -> Chunk:
+    if num_frames < 1:
+        raise ConfigError(f"frames is {num_frames}, a video needs at least 1 frame")
+    check_chunking(size, overlap, what)
+    return Chunk(0, 0, min(size, num_frames), 0)
+
+
 def streaming_plan(num_frames: int, size: int, overlap: int) -> tuple[Chunk, ...]:
     """Plan the streaming stage: chunk 0 is the initializer's, later ones repeat `overlap` frames and add the rest.
 
@@ -53,10 +60,7 @@ def streaming_plan(num_frames: int, size: int, overlap: int) -> tuple[Chunk, ...
     Raises:
         ConfigError: sizes out of range.
     """
-    if num_frames < 1:
-        raise ConfigError(f"frames is {num_frames}, a video needs at least 1 frame")
-    check_chunking(size, overlap, "streaming")
-    chunks = [Chunk(0, 0, min(size, num_frames), 0)]
+    chunks = [_first(num_frames, size, overlap, "streaming")]
     while chunks[-1].stop < num_frames:
         new_start = chunks[-1].stop
         stop = min(new_start + size - overlap, num_frames)
@@ -72,10 +76,7 @@ def refinement_plan(num_frames: int, size: int, overlap: int) -> tuple[Chunk, ..
     Raises:
         ConfigError: sizes out of range.
     """
-    if num_frames < 1:
-        raise ConfigError(f"frames is {num_frames}, a video needs at least 1 frame")
-    check_chunking(size, overlap, "refinement")
-    chunks = [Chunk(0, 0, min(size, num_frames), 0)]
+    chunks = [_first(num_frames, size, overlap, "refinement")]
     while chunks[-1].stop < num_frames:
         previous = chunks[-1]
         start = min(previous.start + size - overlap, num_frames - size)

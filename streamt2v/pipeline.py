@@ -135,17 +135,11 @@ class Geometry:
         """(H, W) of the part of the picture that will be seen."""
         return min(self.fit.content_height, self.fit.height), min(self.fit.content_width, self.fit.width)
 
-    @property
-    def _crop(self) -> tuple[int, int]:
-        """(top, left) of the content inside the scaled picture, where `cover` cuts it."""
-        return max(0, -self.fit.top), max(0, -self.fit.left)
-
     def into_canvas(self, images: Tensor) -> Tensor:
         """Scale and crop base frames [F, 3, h, w] to the content and place it on the canvas."""
-        scaled = frames.resize(images, (self.fit.content_height, self.fit.content_width))
-        top, left = self._crop
-        content = scaled[..., top : top + self.content[0], left : left + self.content[1]]
-        return frames.letterbox(content, self.canvas)
+        fit, (height, width) = self.fit, self.content
+        whole = replace(fit, height=height, width=width, top=min(0, fit.top), left=min(0, fit.left))
+        return frames.letterbox(frames.apply_fit(images, whole), self.canvas)
 
     def output(self, content: Tensor) -> Frames:
         """Turn content [F, 3, H, W] into output frames; `pad` adds its bars here, so that no network sees them."""
