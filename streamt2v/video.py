@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,7 +108,7 @@ def _video_stream(container: InputContainer, path: Path) -> VideoStream:
 
 
 def probe(path: Path) -> VideoInfo:
-    """Measure a video: the frames are counted, not taken from the header.
+    """Measure a video: the frames are counted, not taken from the header. An unchanged file is measured once.
 
     MP4 has one packet a frame, so its packets are counted; other containers are decoded. A file that ends before what
     its header announces is refused as truncated (Matroska would otherwise just be shorter).
@@ -115,6 +116,15 @@ def probe(path: Path) -> VideoInfo:
     Raises:
         VideoError: the file is missing, empty, a directory, no video, damaged or truncated.
     """
+    stamp = None
+    with contextlib.suppress(OSError):  # which is explained when the file is opened
+        status = path.stat()
+        stamp = status.st_ino, status.st_size, status.st_mtime_ns
+    return _measure(path, stamp)
+
+
+@lru_cache(maxsize=8)
+def _measure(path: Path, _stamp: tuple[int, int, int] | None) -> VideoInfo:
     first = next(_decoded(path), None)
     if first is None:
         raise VideoError(f"{path} holds no video frame that can be decoded")

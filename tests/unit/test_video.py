@@ -205,6 +205,17 @@ def test_read_image_refuses_what_is_none(tmp_path: Path) -> None:
             video.read_image(tmp_path / name)
 
 
+def test_an_unchanged_video_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, opened = tmp_path / "out.mp4", []
+    real = video._decoded
+    monkeypatch.setattr(video, "_decoded", lambda path: [opened.append(path), real(path)][1])
+    for lengths, frames in (((4,), 4), ((4, 3), 7)):
+        written(tmp_path / "growing.mp4", lengths).finish(path)
+        opened.clear()
+        assert [video.probe(path).frames for _ in range(3)] == [frames] * 3
+        assert len(opened) == 1
+
+
 def test_previews_are_readable(tmp_path: Path) -> None:
     frames = clip(5)
     video.write_image(tmp_path / "a.png", frames[0])
