@@ -41,14 +41,12 @@ def resolve(name: str = "auto") -> Device:
     Raises:
         ConfigError: the name means nothing, or this machine has no such device.
     """
+    kind, index = _parse(name)
     import torch
 
-    kind, _, index = name.partition(":")
     has_mps = torch.backends.mps.is_available()
-    if name == "auto":
+    if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    if kind not in ("cpu", "cuda", "mps") or (":" in name and not (kind == "cuda" and index.isdecimal())):
-        raise ConfigError(f"{name!r} is no device", "devices are auto, cpu, cuda, cuda:0, cuda:1, ... and mps")
     if kind == "mps" and not has_mps:
         raise ConfigError("this machine has no mps device", "use --device cpu")
     if kind == "cuda":
@@ -58,6 +56,14 @@ def resolve(name: str = "auto") -> Device:
             found = f"{count} CUDA device{'s' if count != 1 else ''}"
             raise ConfigError(f"{name!r} is not there: torch finds {found}{why}", "use --device cpu, or auto")
     return Device(f"cuda:{int(index or 0)}" if kind == "cuda" else kind)
+
+
+def _parse(name: str) -> tuple[str, str]:
+    """Split the name of a device into kind and index ("" where it has none); ConfigError where it means nothing."""
+    kind, _, index = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda", "mps") or (":" in name and not (kind == "cuda" and index.isdecimal())):
+        raise ConfigError(f"{name!r} is no device", "devices are auto, cpu, cuda, cuda:0, cuda:1, ... and mps")
+    return kind, index
 
 
 def describe(device: Device) -> str:
@@ -121,8 +127,12 @@ def release_memory(device: Device) -> None:
 
 
 def glance(name: str = "auto") -> tuple[str, int]:
-    """Kind and free bytes of the device that `resolve` would most likely find, without importing torch."""
-    kind = name.partition(":")[0]
+    """Kind and free bytes of the device that `resolve` would most likely find, without importing torch.
+
+    Raises:
+        ConfigError: the name means nothing.
+    """
+    kind, _ = _parse(name)
     if kind in ("auto", "cuda") and (kind == "cuda" or "+cpu" not in importlib.metadata.version("torch")):
         ask = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
         try:

@@ -21,6 +21,10 @@ from streamt2v.errors import BusyError, WeightsError
 
 SCHEMA = 1
 Section = Literal["sources", "files", "snapshots"]
+ROWS: Mapping[Section, set[str]] = {
+    "sources": {"commit", "bytes", "sha256"}, "files": {"parts"}, "snapshots": {"commit", "folder", "files"}
+}  # fmt: skip
+"""What every row of a section of the record says."""
 
 
 def path() -> Path:
@@ -92,7 +96,10 @@ def recorded(section: Section) -> dict[str, Any]:
         table = json.loads(record.read_text("utf-8"))
         if table["schema"] != SCHEMA:
             raise ValueError(f"schema {table['schema']}, this version reads {SCHEMA}")
-        return dict(table.get(section, {}))
+        rows = dict(table.get(section, {}))
+        if not all(isinstance(row, dict) and ROWS[section].issubset(row) for row in rows.values()):
+            raise ValueError(f"a row of {section} lacks something")
+        return rows
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -106,10 +113,9 @@ def remember(section: Section, rows: Mapping[str, Any]) -> None:
     Raises:
         OutputError: the record cannot be written.
     """
-    sections: tuple[Section, ...] = ("sources", "files", "snapshots")
     files.make_directory(path())
     with files.output_errors(_record()), FileLock(path() / ".weights.lock"):
-        table = {name: recorded(name) for name in sections}
+        table = {name: recorded(name) for name in ROWS}
         table[section] |= rows
         files.write_json(_record(), {"schema": SCHEMA, **table})
 

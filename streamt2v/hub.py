@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from streamt2v import files, home, weights
-from streamt2v.errors import OutputError, StreamT2VError, WeightsError
+from streamt2v.errors import InputError, OutputError, StreamT2VError, WeightsError
 from streamt2v.home import Recorded
 from streamt2v.weights import Family, Source
 
@@ -64,12 +64,15 @@ def pull(
 
     Raises:
         ConfigError: the family has no sources, or not this choice.
+        InputError: `folder` is no folder.
         WeightsError: a file cannot be had, is damaged or is not the published one.
         OutputError: the disk is full or cannot be written.
         BusyError: another process pulls the same file.
     """
     from huggingface_hub.utils import logging
 
+    if folder is not None and not folder.is_dir():
+        raise InputError(f"{folder} is not a folder", "give --from the folder with the published files")
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it warns of is said here in fewer words
     needed = [source for source in chosen.sources_of(choice) if not _is_made(chosen, source, choice, note)]
     found = {source: _here(source, folder, note) for source in needed}

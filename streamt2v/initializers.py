@@ -52,7 +52,9 @@ class Chosen:
         """Return what tells this model from another one: names, sizes and times of its files, hashed."""
         digest = hashlib.blake2b(digest_size=16)
         for folder in (self.folder, *self.drawing):
-            for path in sorted(path for path in folder.rglob("*") if path.suffix in FINGERPRINTED):
+            # Not rglob, which passes over linked folders: a part may lie on another disk.
+            found = (path for pattern in ("*", "*/*") for path in folder.glob(pattern))
+            for path in sorted(path for path in found if path.suffix in FINGERPRINTED):
                 status = path.stat()
                 digest.update(f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
         return {"name": self.name, "class": self.kind, "files": digest.hexdigest()}

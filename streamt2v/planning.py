@@ -11,6 +11,8 @@ from streamt2v.chunks import Chunk, refinement_plan, streaming_plan
 from streamt2v.config import RunConfig
 from streamt2v.errors import OutputError
 
+MEASURED = ("fixed_seconds", "stream_seconds_per_chunk", "refine_seconds_per_chunk", "peak_memory_bytes")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -113,7 +115,7 @@ def plan(config: RunConfig, device: str = "auto", gigabytes: float | None = None
     kind, free = devices.glance(device)
     free = free if gigabytes is None else int(gigabytes * 1e9)
     policy = memory.choose(free, known, kind)
-    measured = _measured(config)
+    measured = _timings().get(_key(config))
     streaming = streaming_plan(config.num_frames, stream.chunk, stream.overlap)
     refinement = refinement_plan(config.num_frames, refine.chunk, refine.overlap) if refine.enabled else ()
     seconds = None
@@ -147,18 +149,17 @@ def _key(config: RunConfig) -> str:
     return "/".join(map(str, parts))
 
 
-def _measured(config: RunConfig) -> dict[str, float] | None:
+def _timings() -> dict[str, dict[str, float]]:
+    """Return what runs measured by their key; a damaged file counts as none."""
     try:
-        table: dict[str, dict[str, float]] = json.loads(_timings_path().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return table.get(_key(config))
+        table = json.loads(_timings_path().read_text(encoding="utf-8"))
+        return {key: {name: float(row[name]) for name in MEASURED} for key, row in table.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def remember(config: RunConfig, measured: dict[str, float]) -> None:
     """Store what a finished run measured, for later plans; a cache that cannot be written is not an error."""
-    path = _timings_path()
-    with contextlib.suppress(OSError, ValueError, OutputError):
-        files.make_directory(path.parent)
-        table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        files.write_json(path, table | {_key(config): measured})
+    with contextlib.suppress(OutputError):
+        files.make_directory(home.path())
+        files.write_json(_timings_path(), _timings() | {_key(config): measured})

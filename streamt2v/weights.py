@@ -267,10 +267,13 @@ def describe_families() -> list[dict[str, Any]]:
          "what": family.title}
         for family in families().values()
     ]  # fmt: skip
-    fetched = {request.partition(" ")[0]: row["files"].values() for request, row in home.recorded("snapshots").items()}
+    fetched = {request.partition(" ")[0]: row for request, row in home.recorded("snapshots").items()}
     for name, row in pipelines().items():
-        parts = fetched.get(row["repository"], ())
-        size, state = sum(part["bytes"] for part in parts), "ok" if parts else "absent"
+        found = fetched.get(row["repository"], {"folder": "", "files": {}})
+        parts = {Path(found["folder"]) / part: Recorded.from_json(known) for part, known in found["files"].items()}
+        here = [part.has_size(path) for path, part in parts.items()]
+        size = sum(part.bytes for part in parts.values())
+        state = "absent" if not any(here) else "ok" if all(here) else "incomplete"
         what = {"licence": row["licence"], "what": f"{row['what']} (first frames)"}
         rows.append({"name": name, "state": state, "bytes": size, **what})
     return rows

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from streamt2v import hub, weights
+from streamt2v import home, hub, weights
 from tests.cli.helpers import call
 from tests.hub_server import Hub, serving
 
@@ -67,6 +67,8 @@ def test_path_and_verify(capsys: pytest.CaptureFixture[str], own_home: Path) -> 
         (["weights", "pull", "streamingt2"], 2, f"did you mean '{NAME}'"),
         (["weights", "pull", "demo"], 2, "nothing to pull"),
         (["weights", "pull", NAME, "--source", "copy"], 2, "known: vidxtend, original"),
+        (["weights", "pull", NAME, "--from", "nowhere"], 3, "nowhere is not a folder"),
+        (["weights", "pull", "svd", "--from", "."], 2, "leave --source and --from out"),
         (["weights", "pull", NAME, "--offline"], 4, "no connection is made when offline"),
         (["generate", "a cat", "--model", NAME, "-o", "x.mp4"], 4, f"streamt2v weights pull {NAME}"),
     ],
@@ -81,6 +83,31 @@ def test_failures_are_sentences(
     assert captured.out == ""
     assert said in captured.err
     assert "Traceback" not in captured.err
+
+
+def test_a_first_model_that_was_removed_is_not_listed_as_here(
+    own_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository, folder = weights.pipelines()["svd"]["repository"], tmp_path / "snapshot"
+    folder.mkdir()
+    for name in ("a.json", "b.json"):
+        (folder / name).write_text("{}")
+    parts = {name: home.Recorded.of(folder / name).to_json() for name in ("a.json", "b.json")}
+    row = {"commit": "1", "folder": str(folder), "files": parts}
+    home.remember("snapshots", {f"{repository} main *.json": row})
+    for state in ("ok", "incomplete", "absent"):
+        assert call("weights", "list", "--json") == 0
+        rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+        assert rows["svd"]["state"] == state
+        next(iter([*folder.iterdir(), tmp_path / "x"])).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("rows", ['"files": 3', '"snapshots": {"x": {}}', '"sources": {"x": 3}', '"files": {"x": {}}'])
+def test_a_damaged_record_is_a_sentence(rows: str, own_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own_home.mkdir()
+    (own_home / "weights.lock.json").write_text('{"schema": 1, ' + rows + "}")
+    assert 4 in (call("weights", "list"), call("weights", "list", NAME))
+    assert "cannot be used" in capsys.readouterr().err
 
 
 def test_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:

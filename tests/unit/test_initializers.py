@@ -207,3 +207,17 @@ def test_every_named_pipeline_says_where_it_comes_from() -> None:
         assert row["licence"]
         assert row["what"]
         assert len(row.get("revision", "0" * 40)) == 40
+
+
+def test_a_change_behind_a_link_changes_the_fingerprint(tmp_path: Path) -> None:
+    """A part of a pipeline may lie on another disk."""
+    folder, elsewhere = tmp_path / "pipeline", tmp_path / "elsewhere"
+    for place in (folder, elsewhere):
+        place.mkdir()
+    (elsewhere / "a.safetensors").write_bytes(b"1")
+    (folder / "unet").symlink_to(elsewhere)
+    chosen = initializers.Chosen("x", "Pipeline", folder)
+    before = chosen.fingerprint()
+    assert chosen.fingerprint() == before
+    (elsewhere / "a.safetensors").write_bytes(b"12")
+    assert chosen.fingerprint() != before
