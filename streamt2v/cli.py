@@ -108,7 +108,7 @@ def refine(
 
     [b]streamt2v refine ball.mp4 --prompt "a red ball over the sea" --refine-steps 8 -o better.mp4[/b]
     """
-    output = output or source.with_name(f"{source.stem}_refined.mp4")
+    output = output or source.parent / f"{source.stem}_refined.mp4"
     _run("refine", source, output, given, prompt=prompt, fps=fps, refine_guidance=guidance)
 
 
@@ -130,7 +130,7 @@ def extend(
 
     [b]streamt2v extend beach.mp4 --prompt "waves on a beach" --frames 480 -o longer.mp4[/b]
     """
-    output = output or source.with_name(f"{source.stem}_extended.mp4")
+    output = output or source.parent / f"{source.stem}_extended.mp4"
     _run("extend", source, output, given, prompt=prompt, frames=frames, fps=fps)
 
 
@@ -154,7 +154,7 @@ def _run(command: str, source: Path | None, output: Path | None, given: dict[str
         from streamt2v import pipeline
 
         result = pipeline.run(job, progress)
-    _emit(json.dumps(dataclasses.asdict(result), ensure_ascii=False) if json_output else result.output)
+    _emit(json.dumps(dataclasses.asdict(result)) if json_output else result.output)
 
 
 @contextmanager
@@ -206,7 +206,7 @@ def info(
     """
     facts = jobs.describe_video(video)
     if json_output:
-        _emit(json.dumps(facts, ensure_ascii=False))
+        _emit(json.dumps(facts))
         return
     for key, value in config.flatten(facts).items():
         _emit(plain(f"{key} = {value}"))
@@ -283,6 +283,8 @@ def weights_pull(
 
     with _terminable(FETCHING):
         if name in weights.pipelines():
+            if source or folder:
+                raise ConfigError(f"{name} comes from its repository alone", "leave --source and --from out")
             initializers.locate(name, _say)
         else:
             family = weights.family(name)

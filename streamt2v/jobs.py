@@ -77,7 +77,7 @@ class Source:
     prompt: str
 
 
-MAX_TEXT_BYTES = 16_384  # the recipe, with prompts escaped, must fit the 64 KiB of a comment tag
+MAX_TEXT_BYTES = 24_000  # as JSON: the recipe, with two prompts, must fit the 64 KiB of a comment tag
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -152,8 +152,8 @@ def check(job: Job, note: hub.Note = lambda text: None) -> list[str]:
         from streamt2v import video
 
         video.read_image(Path(job.config.image))
-    if job.command == "refine" and not job.config.refine.enabled:
-        raise ConfigError("refine.enabled is false, so there is nothing to do")
+    if job.command == "refine":
+        _check_refined(job)
     _check_output(job)
     files.require_space(job.output, _disk_bytes(job.config), "this run")
     family = weights.family(job.config.model)
@@ -169,9 +169,10 @@ def check(job: Job, note: hub.Note = lambda text: None) -> list[str]:
 
 def _check_text(text: str) -> None:
     try:
-        size = len(text.encode())
+        text.encode()
     except UnicodeEncodeError:
         raise ConfigError(f"{text!r} is not valid text (UTF-8)") from None
+    size = len(json.dumps(text))
     if size > MAX_TEXT_BYTES or "\0" in text:
         raise ConfigError(f"a text of {size} bytes is too long or holds a NUL", f"at most {MAX_TEXT_BYTES} bytes")
 
@@ -179,14 +180,15 @@ def _check_text(text: str) -> None:
 def _check_sizes(config: RunConfig, family: weights.Family) -> None:
     """Compare the settings with the sizes written in the weights' headers."""
     stream = config.stream
-    factor = 2 ** (len(weights.read_header(family.path("stream.vae"))[1]["block_out_channels"]) - 1)
+    # What a file does not say is the default of its network's class.
+    factor = 2 ** (len(weights.read_header(family.path("stream.vae"))[1].get("block_out_channels", [64])) - 1)
     if stream.height % factor or stream.width % factor:
         raise ConfigError(f"the base size {stream.width}x{stream.height} must be made of multiples of {factor}")
     if not stream.cam:
         return
     if not family.has("stream.cam"):
         raise ConfigError(f"model {config.model} has no CAM", "use --set stream.cam=false")
-    looked_at = weights.read_header(family.path("stream.cam"))[1]["num_cond_frames"]
+    looked_at = weights.read_header(family.path("stream.cam"))[1].get("num_cond_frames", 8)
     if stream.overlap != looked_at and config.num_frames > stream.chunk:
         raise ConfigError(f"stream.overlap is {stream.overlap}, the CAM of {config.model} looks at {looked_at} frames")
 
@@ -201,6 +203,16 @@ def _check_initializer(run: RunConfig, family: weights.Family, note: hub.Note) -
         raise ConfigError(
             "initialize.num_inference_steps or a guidance scale is 0, which only a model of others understands",
             "name one with --init, or set them to at least 1",
+        )
+
+
+def _check_refined(job: Job) -> None:
+    assert job.source is not None
+    if not job.config.refine.enabled:
+        raise ConfigError("refine.enabled is false, so there is nothing to do")
+    if job.config.num_frames > (found := inspect_source(job.source)).frames:
+        raise ConfigError(
+            f"num_frames is {job.config.num_frames}, {job.source} has only {found.frames}", "leave it out to refine all"
         )
 
 
@@ -248,6 +260,8 @@ def _check_output(job: Job) -> None:
     if job.preview is not None:
         if job.preview.suffix.lower() != ".png":
             raise ConfigError(f"the preview {job.preview} must end in .png")
+        if job.preview.is_dir():
+            raise OutputError(f"{job.preview} is a folder", "give a file name with --preview")
         runs.check_writable(job.preview.parent)
     if runs.exists(job.run_path) and not (job.resume or job.overwrite):
         raise OutputError(

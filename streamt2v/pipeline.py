@@ -5,6 +5,7 @@ stream is still running, and memory does not grow with length. Every stage leave
 written after the frames it belongs to: a run that dies at any instant continues from there.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -87,7 +88,8 @@ def run(job: Job, report: Report) -> Result:
 def _policy(job: Job, device: devices.Device, resumed: dict[str, Any], report: Report) -> MemoryPolicy:
     """What the memory allows; a run keeps the policy it began with, as other batches round differently."""
     if job.memory is None and "memory" in resumed:
-        return MemoryPolicy(**resumed["memory"])
+        with contextlib.suppress(TypeError):  # written by another version, which is refused when it is opened
+            return MemoryPolicy(**resumed["memory"])
     free = devices.free_memory(device) if job.memory is None else int(job.memory * 1e9)
     source = jobs.inspect_source(job.source) if job.source and job.command == "refine" else None
     known = planning.stages(job.config, None if source is None else (source.height, source.width))

@@ -45,7 +45,7 @@ _STATES_KEPT = 2
 
 def directory_for(output: Path) -> Path:
     """Return the run directory of an output: beside it, so that both move together."""
-    return output.with_name(output.name + ".streamt2v")
+    return output.parent / f"{output.name}.streamt2v"
 
 
 def exists(path: Path) -> bool:

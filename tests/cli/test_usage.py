@@ -4,11 +4,17 @@ import json
 import resource
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from streamt2v import jobs, planning, video, weights
 from streamt2v.cli import main
+from streamt2v.config import merge, preset
+from streamt2v.errors import ConfigError
+from streamt2v.runs import RunDirectory, directory_for
 
 
 def call(*arguments: str) -> int:
@@ -40,6 +46,12 @@ def python(code: str) -> str:
         (["generate", "a red ball", "--quality", "superb"], 2, "superb"),
         (["refine", "none.mp4"], 3, "none.mp4"),
         (["info", "none.mp4"], 3, "none.mp4"),
+        (["generate", "a red ball", "--resume", "-o", "."], 3, "not a file"),
+        (["refine", ""], 3, "not a file"),
+        (["extend", "/", "--frames", "30"], 3, "not a file"),
+        (["plan", "a red ball", "--device", "banana"], 2, "'banana' is no device"),
+        (["plan", "a red ball", "--device", "cuda:x"], 2, "'cuda:x' is no device"),
+        (["generate", "\u044f" * 9000, "-o", "x.mp4"], 2, "too long"),
         (["train", "base"], 2, "needs a limit"),
         (["nonsense"], 2, "nonsense"),
     ],
@@ -69,6 +81,62 @@ def test_files_that_are_no_video(content: bytes, capsys: pytest.CaptureFixture[s
     assert "odd.mp4" in capsys.readouterr().err
 
 
+def made(path: Path, frames: int, comment: str = "") -> Path:
+    """Write a small video."""
+    writer = video.SegmentWriter(path.with_suffix(".growing"), 16, 32, Fraction(8))
+    writer.append(np.zeros((frames, 16, 32, 3), np.uint8))
+    writer.finish(path, comment)
+    return path
+
+
+def test_more_frames_than_a_video_has_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = made(tmp_path / "in.mp4", 3)
+    assert call("refine", str(path), "--set", "num_frames=4") == 2
+    assert "num_frames is 4" in capsys.readouterr().err
+    assert not (tmp_path / "in_refined.mp4").exists()
+
+
+def test_a_recipe_with_half_a_character_is_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Anybody may have written the tag of a video."""
+    path = made(tmp_path / "in.mp4", 3, r'{"streamt2v": "1", "config": {"prompt": "\ud800"}}')
+    assert call("info", str(path), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["recipe"]["config"]["prompt"] == "\ud800"
+    assert call("info", str(path)) == 0
+    assert "prompt" in capsys.readouterr().out
+
+
+def test_a_preview_that_is_a_folder_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "sheet.png").mkdir()
+    output = str(tmp_path / "x.mp4")
+    assert call("generate", "a red ball", "-o", output, "--preview", str(tmp_path / "sheet.png")) == 5
+    assert "is a folder" in capsys.readouterr().err
+
+
+def test_what_weights_do_not_say_is_their_networks_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "read_header", lambda path: ("any", {}, None))
+    wish = merge(preset("demo"), {"prompt": "a red ball", "num_frames": 40, "stream.overlap": 4})
+    with pytest.raises(ConfigError, match="looks at 8 frames"):
+        jobs.check(jobs.Job("generate", wish, tmp_path / "out.mp4"))
+
+
+def test_a_run_of_another_version_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "out.mp4"
+    recipe = {"command": "generate", "version": "0.0.1", "memory": {"old": 1}, "config": {"seed": 7}}
+    RunDirectory.open(directory_for(path), recipe, resume=False).close()
+    assert call("generate", "a red ball", "--resume", "-o", str(path)) == 5
+    assert '"0.0.1", now it is' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"a": 3}', '{"a": {"fixed_seconds": 1}}', '{"a": null}'])
+def test_damaged_timings_are_forgotten(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STREAMT2V_HOME", str(tmp_path))
+    (tmp_path / "timings.json").write_text(text)
+    wish = merge(preset("demo"), {"prompt": "a red ball"})
+    assert planning.plan(wish, "cpu").seconds is None
+    planning.remember(wish, dict.fromkeys(planning.MEASURED, 2.0))
+    assert planning.plan(wish, "cpu").seconds == 2.0 + 2 * 2.0
+
+
 def test_existing_output_is_kept(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "out.mp4"
     path.write_text("precious")
@@ -79,9 +147,6 @@ def test_existing_output_is_kept(capsys: pytest.CaptureFixture[str], tmp_path: P
 
 def test_unknown_words_are_named(tmp_path: Path) -> None:
     path = tmp_path / "out.mp4"
-    from streamt2v import jobs
-    from streamt2v.config import merge, preset
-
     notices = jobs.check(
         jobs.Job("generate", merge(preset("demo"), {"prompt": "a red zebra over the sea"}), path, overwrite=True)
     )

@@ -374,3 +374,9 @@ def test_importing_runs_loads_nothing_heavy() -> None:
 
     code = "import sys, streamt2v.runs; print([m for m in ('torch', 'av', 'PIL', 'safetensors') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_names_that_are_no_text_are_recorded(tmp_path: Path) -> None:
+    """A picture's name may hold any bytes."""
+    with RunDirectory.open(tmp_path / "run.streamt2v", {"image": "\udcff.png"}, resume=False) as run:
+        assert run.recipe == {"image": "\udcff.png"}
