@@ -19,96 +19,66 @@ ADVANCED = "Advanced"
 STEERING = "What is made"
 RUNNING = "How the run behaves"
 
+
+def _panel(title: str | None) -> Callable[..., Any]:
+    """Return what makes options of one panel of the help: of names, the text, and what else `typer.Option` takes."""
+
+    def option(*names_and_help: str, **more: Any) -> Any:
+        *names, said = names_and_help
+        return typer.Option(*names, help=said, rich_help_panel=title, **more)
+
+    return option
+
+
+_main, _steering, _advanced, _running = map(_panel, (None, STEERING, ADVANCED, RUNNING))
+
 Frames = Annotated[
-    int | None, typer.Option("--frames", "-n", help="Frames of the video: exactly so many are written. Default: 24.")
+    int | None, _main("--frames", "-n", "Frames of the video: exactly so many are written. Default: 24.")
 ]
-Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="The mp4 to write. Default: date, prompt and seed.")
-]
-Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="Model family. Default: the best whose weights are here.")
-]
-Seed = Annotated[
-    int | None, typer.Option("--seed", help="Seed of every random draw. Default: random, printed, stored.")
-]
-Fps = Annotated[float | None, typer.Option("--fps", help="Frames per second. Default: the model's, 8 for demo.")]
+Output = Annotated[Path | None, _main("--output", "-o", "The mp4 to write. Default: date, prompt and seed.")]
+Model = Annotated[str | None, _main("--model", "-m", "Model family. Default: the best whose weights are here.")]
+Seed = Annotated[int | None, _main("--seed", "Seed of every random draw. Default: random, printed, stored.")]
+Fps = Annotated[float | None, _main("--fps", "Frames per second. Default: the model's, 8 for demo.")]
 Size = Annotated[
-    str | None, typer.Option("--size", help="Box WxH that the video fits into. Default: the model's, 256x144 for demo.")
+    str | None, _main("--size", "Box WxH that the video fits into. Default: the model's, 256x144 for demo.")
 ]
-FitOption = Annotated[
-    Fit | None, typer.Option("--fit", help="contain keeps the aspect ratio, cover crops, pad adds borders.")
-]
-NoRefine = Annotated[
-    bool, typer.Option("--no-refine", help="Stop after the streaming stage.", rich_help_panel=STEERING)
-]
-Negative = Annotated[str | None, typer.Option("--negative", help="What to avoid.", rich_help_panel=STEERING)]
-Image = Annotated[Path | None, typer.Option("--image", help="Start from this picture.", rich_help_panel=STEERING)]
+FitOption = Annotated[Fit | None, _main("--fit", "contain keeps the aspect ratio, cover crops, pad adds borders.")]
+NoRefine = Annotated[bool, _steering("--no-refine", "Stop after the streaming stage.")]
+Negative = Annotated[str | None, _steering("--negative", "What to avoid.")]
+Image = Annotated[Path | None, _steering("--image", "Start from this picture.")]
 Init = Annotated[
     str | None,
-    typer.Option(
+    _steering(
         "--init",
-        help="Who makes the first frames: own, modelscope, animatediff, svd, hub:OWNER/NAME or a pipeline's folder.",
-        rich_help_panel=STEERING,
+        "Who makes the first frames: own, modelscope, animatediff, svd, hub:OWNER/NAME or a pipeline's folder.",
     ),
 ]
 ImageInit = Annotated[
     str | None,
-    typer.Option(
+    _steering(
         "--image-init",
-        help="Who draws the picture that --init starts from: sdxl, hub:OWNER/NAME or a folder; PRIOR+DECODER for two.",
-        rich_help_panel=STEERING,
+        "Who draws the picture that --init starts from: sdxl, hub:OWNER/NAME or a folder; PRIOR+DECODER for two.",
     ),
 ]
-QualityOption = Annotated[
-    Quality | None,
-    typer.Option("--quality", help="Step counts: reference, balanced or fast.", rich_help_panel=STEERING),
-]
-Steps = Annotated[
-    int | None, typer.Option("--steps", help="Denoising steps of stages 1 and 2.", rich_help_panel=ADVANCED)
-]
-Guidance = Annotated[
-    float | None, typer.Option("--guidance", help="Guidance of stages 1 and 2; 1 is off.", rich_help_panel=ADVANCED)
-]
-RefineSteps = Annotated[
-    int | None, typer.Option("--refine-steps", help="Steps of the refiner.", rich_help_panel=ADVANCED)
-]
-Chunk = Annotated[
-    int | None, typer.Option("--chunk", help="Frames the refiner handles at once.", rich_help_panel=ADVANCED)
-]
-Overlap = Annotated[
-    int | None, typer.Option("--overlap", help="Frames shared by refiner chunks.", rich_help_panel=ADVANCED)
-]
-Preset = Annotated[str | None, typer.Option("--preset", help="A shipped preset by name.", rich_help_panel=ADVANCED)]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="A TOML file of settings.", rich_help_panel=ADVANCED)]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Any setting, as section.key=value; repeatable.", rich_help_panel=ADVANCED),
-]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=RUNNING)]
-Threads = Annotated[
-    int | None, typer.Option("--threads", help="CPU threads. Default: all cores.", rich_help_panel=RUNNING)
-]
-Memory = Annotated[
-    float | None,
-    typer.Option("--memory", min=0.1, help="GB it may take. Default: what is free.", rich_help_panel=RUNNING),
-]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Continue the run that was interrupted.", rich_help_panel=RUNNING)
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", "-f", help="Replace an existing output.", rich_help_panel=RUNNING)
-]
-KeepRun = Annotated[
-    bool, typer.Option("--keep-run", help="Keep OUT.streamt2v/ after success.", rich_help_panel=RUNNING)
-]
-Preview = Annotated[
-    Path | None, typer.Option("--preview", help="A PNG contact sheet, renewed while running.", rich_help_panel=RUNNING)
-]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on stdout at the end.", rich_help_panel=RUNNING)
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.", rich_help_panel=RUNNING)]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more about each step.", rich_help_panel=RUNNING)]
+QualityOption = Annotated[Quality | None, _steering("--quality", "Step counts: reference, balanced or fast.")]
+Steps = Annotated[int | None, _advanced("--steps", "Denoising steps of stages 1 and 2.")]
+Guidance = Annotated[float | None, _advanced("--guidance", "Guidance of stages 1 and 2; 1 is off.")]
+RefineSteps = Annotated[int | None, _advanced("--refine-steps", "Steps of the refiner.")]
+Chunk = Annotated[int | None, _advanced("--chunk", "Frames the refiner handles at once.")]
+Overlap = Annotated[int | None, _advanced("--overlap", "Frames shared by refiner chunks.")]
+Preset = Annotated[str | None, _advanced("--preset", "A shipped preset by name.")]
+ConfigFile = Annotated[Path | None, _advanced("--config", "A TOML file of settings.")]
+Settings = Annotated[list[str] | None, _advanced("--set", "Any setting, as section.key=value; repeatable.")]
+DeviceOption = Annotated[str, _running("--device", "auto, cpu, cuda, cuda:1, mps.")]
+Threads = Annotated[int | None, _running("--threads", "CPU threads. Default: all cores.")]
+Memory = Annotated[float | None, _running("--memory", "GB it may take. Default: what is free.", min=0.1)]
+Resume = Annotated[bool, _running("--resume", "Continue the run that was interrupted.")]
+Overwrite = Annotated[bool, _running("--overwrite", "-f", "Replace an existing output.")]
+KeepRun = Annotated[bool, _running("--keep-run", "Keep OUT.streamt2v/ after success.")]
+Preview = Annotated[Path | None, _running("--preview", "A PNG contact sheet, renewed while running.")]
+Json = Annotated[bool, _running("--json", "Print one JSON object on stdout at the end.")]
+Quiet = Annotated[bool, _running("--quiet", "-q", "Errors only.")]
+Verbose = Annotated[bool, _running("--verbose", "-v", "Say more about each step.")]
 
 
 def making(
