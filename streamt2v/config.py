@@ -49,6 +49,11 @@ class InitializeConfig:
     eta: float = _value(0.0, "DDIM's share of fresh noise per step", 0, 1)
     image_guidance_scale: float = _value(3.0, "the same when starting from a picture", 0, 100)
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(H, W) that a model of others works at; None leaves the choice to it."""
+        return (self.height, self.width) if self.height and self.width else None
+
 
 @dataclass(frozen=True)
 class StreamConfig:
@@ -70,6 +75,11 @@ class StreamConfig:
     )
     cam: bool = _value(True, "condition on the last frames (conditional attention module)")
     apm: bool = _value(True, "condition on the anchor frame (appearance preservation module)")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of base frames."""
+        return self.height, self.width
 
 
 @dataclass(frozen=True)

@@ -290,7 +290,7 @@ class _Maker:
 
     def _base_size(self) -> tuple[int, int]:
         if self.job.source is None or self.job.command == "extend":
-            return self.config.stream.height, self.config.stream.width
+            return self.config.stream.size
         found = video.probe(self.job.source)
         return found.height, found.width
 
@@ -402,7 +402,6 @@ class _Maker:
 
     def _given_first_chunk(self) -> Tensor | None:
         """Take the first chunk [F, 3, H, W] from the source or a model of others; None: the family makes its own."""
-        base = (self.config.stream.height, self.config.stream.width)
         if self.job.source is not None:
             made = np.concatenate(list(frames.skip(video.read_frames(self.job.source), self.base_offset)))
             first = frames.to_float(made, self.device.name)
@@ -412,28 +411,30 @@ class _Maker:
             devices.release_memory(self.device)
         else:
             return None
-        return frames.apply_fit(first, frames.fit_into((first.shape[-2], first.shape[-1]), base, "cover"))
+        return frames.apply_fit(
+            first, frames.fit_into((first.shape[-2], first.shape[-1]), self.config.stream.size, "cover")
+        )
 
     def _borrowed_chunk(self, chosen: initializers.Chosen) -> Tensor:
         """Run a model of others at its own size and let go of it."""
-        wish, device = initialize.Wish.of(self.config, not self.policy.keep_networks), self.device.name
+        config, device = self.config, self.device.name
         if chosen.kind == initializers.MODELSCOPE:
             model = initializers.load_modelscope(chosen.folder, device)
-            height, width = wish.working if all(wish.working) else wish.base
+            height, width = config.initialize.size or config.stream.size
             shape = (model.unet.config.out_channels, *latent_size(model.vae, height, width))
-            noise = stream.chunk_noise(self.draws, wish.num_frames, shape, device)
-            return initialize.from_modelscope(model, wish, self._first_sampling, noise)
+            noise = stream.chunk_noise(self.draws, config.stream.chunk, shape, device)
+            return initialize.from_modelscope(model, config, self._first_sampling, noise)
         if chosen.kind == initializers.ADAPTER:
             pipeline = self._pipeline(chosen.folder, chosen.drawing[0])
-            return initialize.from_pipeline(pipeline, wish, self.draws.generator("initialize"))
+            return initialize.from_pipeline(pipeline, config, self.draws.generator("initialize"))
         picture = self._picture("cpu") if self.config.image else None
         if chosen.drawing:
             artists = [self._pipeline(folder) for folder in chosen.drawing]
-            picture = initialize.draw_picture(artists, wish, self.draws.generator("initialize.picture"))
+            picture = initialize.draw_picture(artists, config, self.draws.generator("initialize.picture"))
             del artists
             devices.release_memory(self.device)
-        pipeline = self._pipeline(chosen.folder)
-        return initialize.from_pipeline(pipeline, wish, self.draws.generator("initialize"), picture)
+        pipeline, at_once = self._pipeline(chosen.folder), 8 if self.policy.keep_networks else 2
+        return initialize.from_pipeline(pipeline, config, self.draws.generator("initialize"), picture, at_once)
 
     def _pipeline(self, folder: Path, base: Path | None = None) -> Any:
         self.report.note(f"loading {folder}")
@@ -454,7 +455,7 @@ class _Maker:
         if not self.config.image:
             return initialize.from_text(models, text, sampling, noise, size)
         picture = self._picture(self.device.name).unsqueeze(0)
-        base = (self.config.stream.height, self.config.stream.width)
+        base = self.config.stream.size
         picture = frames.apply_fit(picture, frames.fit_into((picture.shape[-2], picture.shape[-1]), base, "cover"))
         unet = self._load("initialize.image")
         sampling = replace(sampling, guidance_scale=config.image_guidance_scale)

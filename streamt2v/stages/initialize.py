@@ -74,34 +74,6 @@ SIDE = 64  # what both sides of a working size are multiples of: it divides even
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What is asked of a model of others; zeros leave the choice to it.
-
-    `base` is the size (H, W) of base frames, `working` the one that the model is to work at.
-    """
-
-    prompt: str
-    negative_prompt: str
-    num_frames: int
-    base: tuple[int, int]
-    working: tuple[int, int]
-    num_inference_steps: int
-    guidance_scale: float
-    image_guidance_scale: float
-    decode_chunk_size: int = 8
-
-    @classmethod
-    def of(cls, config: RunConfig, sparing: bool = False) -> "Wish":
-        """Take the settings of a run; `sparing` lets SVD's temporal decoder see fewer frames at once."""
-        own, stream = config.initialize, config.stream
-        return cls(
-            config.prompt, config.negative_prompt, stream.chunk, (stream.height, stream.width),
-            (own.height, own.width), own.num_inference_steps, own.guidance_scale, own.image_guidance_scale,
-            2 if sparing else 8,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
 class ModelScope:
     """The parts of a ModelScope text-to-video model: library networks, its tokenizer, its noise schedule."""
 
@@ -113,7 +85,7 @@ class ModelScope:
 
 
 @torch.inference_mode()
-def from_modelscope(model: ModelScope, wish: Wish, sampling: Sampling, noise: NoiseOfChunk) -> Tensor:
+def from_modelscope(model: ModelScope, config: RunConfig, sampling: Sampling, noise: NoiseOfChunk) -> Tensor:
     """Sample the first chunk from text with the library's 3D UNet: frames [F, 3, H, W] in [-1, 1].
 
     Steps or a guidance scale of 0 are the published ones.
@@ -125,35 +97,39 @@ def from_modelscope(model: ModelScope, wish: Wish, sampling: Sampling, noise: No
         num_inference_steps=sampling.num_inference_steps or MODELSCOPE_STEPS,
         guidance_scale=sampling.guidance_scale or MODELSCOPE_GUIDANCE,
     )
-    text = encode_text(model.tokenizer, model.text_encoder, [wish.negative_prompt, wish.prompt]).tokens  # [2, S, D]
+    text = encode_text(model.tokenizer, model.text_encoder, [config.negative_prompt, config.prompt]).tokens  # [2, S, D]
 
     def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
         output: Tensor = model.unet(latents.to(model.unet.dtype), timestep, text[rows]).sample
         return output.float()
 
-    latents = denoise(predict, model.schedule, noise(Chunk(0, 0, wish.num_frames, 0)), sampling)
+    latents = denoise(predict, model.schedule, noise(Chunk(0, 0, config.stream.chunk, 0)), sampling)
     return decode_latents(model.vae, latents[0].transpose(0, 1))
 
 
-def draw_picture(pipelines: Sequence[Any], wish: Wish, generator: torch.Generator) -> Tensor:
+def draw_picture(pipelines: Sequence[Any], config: RunConfig, generator: torch.Generator) -> Tensor:
     """Draw a picture by text-to-image pipelines, a prior before its decoder: [3, H, W] in [-1, 1]."""
-    wanted: dict[str, Any] = _texts(wish)
+    wanted, own = _texts(config), config.initialize
     for prior in pipelines[:-1]:
-        wanted |= dict(_call(prior, wanted, wish.num_inference_steps, wish.guidance_scale, generator))
+        wanted |= dict(_call(prior, wanted, own.num_inference_steps, own.guidance_scale, generator))
     decoder = pipelines[-1]
-    wanted |= _sides(_working_size(decoder, wish.base)) | {"output_type": "np"}
-    result = _call(decoder, wanted, wish.num_inference_steps, wish.guidance_scale, generator)
+    wanted |= _sides(_working_size(decoder, config.stream.size)) | {"output_type": "np"}
+    result = _call(decoder, wanted, own.num_inference_steps, own.guidance_scale, generator)
     return _to_frames(result[0])[0]
 
 
-def from_pipeline(pipeline: Any, wish: Wish, generator: torch.Generator, picture: Tensor | None = None) -> Tensor:
+def from_pipeline(
+    pipeline: Any, config: RunConfig, generator: torch.Generator, picture: Tensor | None = None,
+    decode_chunk_size: int = 8,
+) -> Tensor:  # fmt: skip
     """Make the first chunk by a text- or image-to-video pipeline of diffusers: frames [F, 3, H, W] in [-1, 1].
 
     Args:
         pipeline: its signature decides what it is given.
-        wish: what is asked.
+        config: the settings of the run; zeros leave the choice to the pipeline.
         generator: every random number of the pipeline comes from here.
         picture: [3, h, w] in [-1, 1], for an image-to-video pipeline.
+        decode_chunk_size: frames that SVD's temporal decoder sees at once.
 
     Raises:
         ConfigError: the pipeline needs a picture, takes none, or refuses its settings.
@@ -164,22 +140,23 @@ def from_pipeline(pipeline: Any, wish: Wish, generator: torch.Generator, picture
         raise ConfigError(f"{name} takes no picture", "leave --image out, or use --init svd")
     if picture is None and "image" in known and known["image"].default is inspect.Parameter.empty:
         raise ConfigError(f"{name} starts from a picture", "give one with --image")
-    wanted: dict[str, Any] = _texts(wish) | {
-        "num_frames": _num_frames(pipeline, wish.num_frames),
-        "decode_chunk_size": wish.decode_chunk_size,
+    own, num_frames, base = config.initialize, config.stream.chunk, config.stream.size
+    wanted = _texts(config) | {
+        "num_frames": _num_frames(pipeline, num_frames),
+        "decode_chunk_size": decode_chunk_size,
         "output_type": "np",
     }
-    size = wish.working if all(wish.working) else _working_size(pipeline, wish.base)
+    size = own.size or _working_size(pipeline, base)
     wanted |= _sides(size)
     if picture is not None:
         shape = (picture.shape[-2], picture.shape[-1])
-        fitted = apply_fit(picture.unsqueeze(0), fit_into(shape, size or wish.base, "cover"))
+        fitted = apply_fit(picture.unsqueeze(0), fit_into(shape, size or base, "cover"))
         wanted["image"] = Image.fromarray(to_u8(fitted)[0])
-    scale = wish.guidance_scale if picture is None else wish.image_guidance_scale
-    made = _to_frames(_call(pipeline, wanted, wish.num_inference_steps, scale, generator)[0][0])
-    if len(made) < wish.num_frames:
-        raise ConfigError(f"{name} made {len(made)} frames, the first chunk needs {wish.num_frames}")
-    return made[: wish.num_frames]
+    scale = own.guidance_scale if picture is None else own.image_guidance_scale
+    made = _to_frames(_call(pipeline, wanted, own.num_inference_steps, scale, generator)[0][0])
+    if len(made) < num_frames:
+        raise ConfigError(f"{name} made {len(made)} frames, the first chunk needs {num_frames}")
+    return made[:num_frames]
 
 
 def ignores_negative_prompt(pipeline: Any) -> bool:
@@ -188,9 +165,9 @@ def ignores_negative_prompt(pipeline: Any) -> bool:
     return "prompt" in known and "negative_prompt" not in known
 
 
-def _texts(wish: Wish) -> dict[str, Any]:
+def _texts(config: RunConfig) -> dict[str, Any]:
     """An empty negative prompt is not passed: some pipelines have one of their own."""
-    return {"prompt": wish.prompt} | ({"negative_prompt": wish.negative_prompt} if wish.negative_prompt else {})
+    return {"prompt": config.prompt} | ({"negative_prompt": config.negative_prompt} if config.negative_prompt else {})
 
 
 def _sides(size: tuple[int, int] | None) -> dict[str, int]:

@@ -17,7 +17,9 @@ from streamt2v.stages.denoise import Sampling
 from streamt2v.stages.stream import chunk_noise
 from tests import pipelines
 
-WISH = initialize.Wish("a red ball", "", 16, (24, 40), (32, 32), 2, 0.0, 0.0)
+SIZES = {"stream.height": 24, "stream.width": 40, "initialize.height": 32, "initialize.width": 32}
+OPEN = {"initialize.guidance_scale": 0, "initialize.image_guidance_scale": 0}
+WISH = config.merge(SIZES, OPEN, {"prompt": "a red ball", "initialize.num_inference_steps": 2})
 SAMPLING = Sampling(num_inference_steps=3, guidance_scale=4.0)
 
 
@@ -27,8 +29,8 @@ def folder(tmp_path: Path) -> Path:
     return pipelines.modelscope(tmp_path / "modelscope")
 
 
-def modelscope_frames(model: initialize.ModelScope, wish: initialize.Wish = WISH, seed: int = 1) -> torch.Tensor:
-    noise = chunk_noise(SeededDraws(seed), wish.num_frames, (4, 16, 16))
+def modelscope_frames(model: initialize.ModelScope, wish: config.RunConfig = WISH, seed: int = 1) -> torch.Tensor:
+    noise = chunk_noise(SeededDraws(seed), wish.stream.chunk, (4, 16, 16))
     return initialize.from_modelscope(model, wish, SAMPLING, noise)
 
 
@@ -184,7 +186,10 @@ def test_a_pipeline_works_at_its_own_area_in_the_shape_of_the_base(
     base: tuple[int, int], size: tuple[int, int]
 ) -> None:
     fake = Fake()
-    wish = initialize.Wish("", "", 16, base, (0, 0), 0, 9.0, 2.5)
+    wish = config.merge({
+        "stream.height": base[0], "stream.width": base[1], "initialize.num_inference_steps": 0,
+        "initialize.image_guidance_scale": 2.5,
+    })  # fmt: skip
     initialize.from_pipeline(fake, wish, torch.Generator(), torch.zeros(3, 30, 40))
     assert (fake.asked["height"], fake.asked["width"]) == size
     assert fake.asked["image"].size == size[::-1]
