@@ -60,11 +60,6 @@ def parameters_in(network: nn.Module, *parts: str) -> list[nn.Parameter]:
     return [p for name, p in network.named_parameters() if any(part in name for part in parts)]
 
 
-def count(network: nn.Module) -> int:
-    """Number of parameters."""
-    return sum(p.numel() for p in network.parameters())
-
-
 def seeded(seed: int) -> torch.Generator:
     """A generator, and the global one seeded too (initial weights come from it)."""
     torch.manual_seed(seed)

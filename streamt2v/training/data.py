@@ -1,4 +1,4 @@
-"""Clips for the denoisers: rendered, encoded once and kept in a folder of shards, which several processes may fill."""
+"""Clips for the denoisers: rendered, encoded once and kept in a folder of shards."""
 # The libraries' modules are typed as Any.
 # mypy: disable-error-code="no-any-return, no-untyped-call"
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
+from streamt2v import files
 from streamt2v.models.encoders import encode_text
 from streamt2v.models.unet3d import TextContext
 from streamt2v.training.captions import compose
@@ -107,59 +108,47 @@ def make_windows(vae: Any, count: int, frames: int, size: tuple[int, int], gener
 
 
 def write_shard(path: Path, clips: Clips) -> None:
-    """Save clips so that a reader sees the whole file or none."""
-    part = path.with_suffix(".part")
-    torch.save({"latents": clips.latents, "scenes": vars(clips.scenes), "start": clips.start}, part)
-    part.rename(path)
+    """Save clips, whole or not at all."""
+    with files.replacing(path) as part:
+        torch.save({"latents": clips.latents, "scenes": vars(clips.scenes), "start": clips.start}, part)
 
 
-def read_shards(folder: Path, seen: set[str]) -> Iterator[Clips]:
-    """Load shards that are not in `seen`, and add their names to it."""
+def read_shards(folder: Path) -> Iterator[Clips]:
+    """Load the shards of a folder."""
     for path in sorted(folder.glob("*.pt")):
-        if path.name not in seen:
-            seen.add(path.name)
-            data = torch.load(path, weights_only=True)
-            yield Clips(data["latents"], Scenes(**data["scenes"]), data["start"])
+        data = torch.load(path, weights_only=True)
+        yield Clips(data["latents"], Scenes(**data["scenes"]), data["start"])
 
 
 class ClipSource:
     """Random clips from a folder of shards, which grows while training draws from it.
 
     Args:
-        folder: where shards are kept; other processes may write there too, it is looked at again now and then.
+        folder: where shards are kept.
         generator: decides which clips are drawn.
         device: where drawn clips are wanted.
-        make: renders and encodes one more shard; None only reads.
+        make: renders and encodes one more shard.
         enough: number of clips at which no more are made. The first draw makes a fortieth of them.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        generator: torch.Generator,
-        device: str = "cpu",
-        make: Callable[[], Clips] | None = None,
-        enough: int = 3000,
+        self, folder: Path, generator: torch.Generator, device: str, make: Callable[[], Clips], enough: int
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_directory(folder)
         self.folder, self.generator, self.device = folder, generator, device
         self.make, self.enough = make, enough
-        self.seen: set[str] = set()
-        self.shards: list[Clips] = []
+        self.shards = list(read_shards(folder))
         self.draws = 0
 
     def refill(self) -> None:
-        """Read new shards, and make one while there are not enough clips."""
-        if self.draws % 50 == 0:
-            self.shards += list(read_shards(self.folder, self.seen))
-        while self.make is not None:
+        """Make shards until there are some, then one now and then while there are not enough clips."""
+        while True:
             count = sum(map(len, self.shards))
             if count >= self.enough or (count >= self.enough // 40 and self.draws % 5 != 4):
                 break
             self.shards.append(self.make())
             name = f"{self.generator.initial_seed():06d}_{len(self.shards):05d}.pt"
             write_shard(self.folder / name, self.shards[-1])
-            self.seen.add(name)
             if count >= self.enough // 40:
                 break
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from streamt2v.training.losses import DEMO_SCHEDULE, draw_timesteps, pair_contra
 from streamt2v.training.world import render
 
 IMAGE_TOKENS = 8
+
 BASE = UNet3DConfig(
     block_out_channels=(32, 64, 96),
     attention_levels=(True, True, True),
@@ -46,11 +48,21 @@ REFINER = replace(
 )  # fmt: skip
 
 
+@cache
+def _schedule() -> NoiseSchedule:
+    return NoiseSchedule(DEMO_SCHEDULE)
+
+
+def _noised(clips: Clips, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents of clips, a timestep for each, and noise of their shape."""
+    timesteps = draw_timesteps(len(clips), generator, power=0.7).to(clips.latents.device)
+    return clips.latents, timesteps, normal_like(clips.latents, generator)
+
+
 def image_loss(
     unet: UNet3D, source: ClipSource, text: TextSource, generator: torch.Generator, batch: int = 32
 ) -> Tensor:
     """Loss on single frames with every temporal layer bypassed: layout, colours and shapes come cheaply this way."""
-    schedule = NoiseSchedule(DEMO_SCHEDULE)
     clips, _ = source.draw(batch)
     device = clips.latents.device
     frame = torch.randint(clips.latents.shape[2], (batch,), generator=generator).to(device)
@@ -60,8 +72,10 @@ def image_loss(
     timesteps = draw_timesteps(batch, generator, power=0.8).to(clips.latents.device)
     noise = normal_like(latents, generator)
     context = text.encode(text.captions(clips.scenes, generator, drop=0.1))
-    prediction = unet(schedule.add_noise(latents, noise, timesteps), timesteps, unet.prepare(context), temporal=False)
-    return weighted_error(prediction, schedule.velocity(latents, noise, timesteps), mask)
+    prediction = unet(
+        _schedule().add_noise(latents, noise, timesteps), timesteps, unet.prepare(context), temporal=False
+    )
+    return weighted_error(prediction, _schedule().velocity(latents, noise, timesteps), mask)
 
 
 def video_loss(
@@ -77,7 +91,6 @@ def video_loss(
 
     Timesteps 999 u^p favour high noise, where the text decides on motion, and become nearly uniform at the end.
     """
-    schedule = NoiseSchedule(DEMO_SCHEDULE)
     paired = pairs if progress < 0.8 else 0
     clips, rows = source.draw(batch, paired)
     latents, mask = clips.latents, clips.mask()
@@ -87,8 +100,8 @@ def video_loss(
         timesteps[rows[:, 1]] = timesteps[rows[:, 0]]
         noise[rows[:, 1]] = noise[rows[:, 0]]
     context = text.encode(text.captions(clips.scenes, generator, drop=0.1, pairs=len(rows)))
-    prediction = unet(schedule.add_noise(latents, noise, timesteps), timesteps, unet.prepare(context))
-    target = schedule.velocity(latents, noise, timesteps)
+    prediction = unet(_schedule().add_noise(latents, noise, timesteps), timesteps, unet.prepare(context))
+    target = _schedule().velocity(latents, noise, timesteps)
     loss = weighted_error(prediction, target, mask)
     return loss + pair_contrast(prediction, target, rows, timesteps, mask) if len(rows) else loss
 
@@ -101,19 +114,16 @@ def refiner_loss(
     The noisy input is made of the sharp latents moved part of the way to the poor ones, less so where little noise is
     left; the target is always the sharp ones: the refiner learns to repair what SDEdit gives it, not only to keep it.
     """
-    schedule = NoiseSchedule(DEMO_SCHEDULE)
     clips, _ = source.draw(batch)
     sharp, poor = clips.latents.chunk(2, dim=1)
     timesteps = draw_timesteps(batch, generator, top=top).to(sharp.device)
     share = torch.rand(batch, generator=generator).mul(1.6).clamp(max=1).to(sharp.device)
     share = share * (timesteps / 150).clamp(max=1)
     mixed = sharp + share.view(-1, 1, 1, 1, 1) * (poor - sharp)
-    noisy = schedule.add_noise(mixed, normal_like(sharp, generator), timesteps)
-    alpha, sigma = (t.to(sharp)[timesteps].view(-1, 1, 1, 1, 1) for t in (schedule.alphas, schedule.sigmas))
-    implied = (noisy - alpha * sharp) / sigma.clamp(
-        min=1e-3
-    )  # the noise that leads from the sharp latents to the input
-    target = schedule.velocity(sharp, implied, timesteps)
+    noisy = _schedule().add_noise(mixed, normal_like(sharp, generator), timesteps)
+    alpha, sigma = (t.to(sharp)[timesteps].view(-1, 1, 1, 1, 1) for t in (_schedule().alphas, _schedule().sigmas))
+    implied = (noisy - alpha * sharp) / sigma.clamp(min=1e-3)  # the noise that leads from sharp latents to the input
+    target = _schedule().velocity(sharp, implied, timesteps)
     context = text.encode(text.captions(clips.scenes, generator, drop=0.1))
     prediction = unet(noisy, timesteps, unet.prepare(context))
     loss: Tensor = (prediction - target).square().mean()
@@ -164,12 +174,9 @@ def streaming_loss(
     A chunk of 16 frames is denoised while CAM sees its first 8 frames as pixels. Text alone, anchor alone and both are
     dropped 5 % of the time each. Source: arXiv 2403.14773 section 4 and supplement.
     """
-    schedule = NoiseSchedule(DEMO_SCHEDULE)
     clips, _ = source.draw(batch)
-    latents = clips.latents
-    timesteps = draw_timesteps(batch, generator, power=0.7).to(clips.latents.device)
-    noise = normal_like(latents, generator)
-    noisy = schedule.add_noise(latents, noise, timesteps)
+    latents, timesteps, noise = _noised(clips, generator)
+    noisy = _schedule().add_noise(latents, noise, timesteps)
     chance = torch.rand(batch, generator=generator)
     captions = text.captions(clips.scenes, generator, drop=0.0)
     context = text.encode(["" if p < 0.10 else caption for p, caption in zip(chance.tolist(), captions, strict=True)])
@@ -186,7 +193,7 @@ def streaming_loss(
     first = noisy[:, :, : pixels.shape[1]]
     features = cam(first, timesteps, cam.prepare(context), cam.embed_frames(pixels))
     prediction = unet(noisy, timesteps, unet.prepare(context, tokens), features)
-    return weighted_error(prediction, schedule.velocity(latents, noise, timesteps), clips.mask())
+    return weighted_error(prediction, _schedule().velocity(latents, noise, timesteps), clips.mask())
 
 
 def image_to_video_loss(
@@ -203,11 +210,8 @@ def image_to_video_loss(
 
     In one case of ten text and picture are dropped together, in one of ten the text alone.
     """
-    schedule = NoiseSchedule(DEMO_SCHEDULE)
     clips, _ = source.draw(batch)
-    latents = clips.latents
-    timesteps = draw_timesteps(batch, generator, power=0.7).to(clips.latents.device)
-    noise = normal_like(latents, generator)
+    latents, timesteps, noise = _noised(clips, generator)
     chance = torch.rand(batch, generator=generator)
     captions = text.captions(clips.scenes, generator, drop=0.0)
     context = text.encode(["" if p < 0.2 else caption for p, caption in zip(chance.tolist(), captions, strict=True)])
@@ -218,7 +222,7 @@ def image_to_video_loss(
     strength = 0.1 * float(torch.rand((), generator=generator))
     first = latents[:, :, :1] + strength * normal_like(latents[:, :, :1], generator)
     concatenated = (first * kept.view(-1, 1, 1, 1, 1)).expand_as(latents)
-    noisy = torch.cat([schedule.add_noise(latents, noise, timesteps), concatenated], dim=1)
+    noisy = torch.cat([_schedule().add_noise(latents, noise, timesteps), concatenated], dim=1)
     joint = TextContext(torch.cat([context.tokens, embedding], dim=1), context.pooled)
     prediction = unet(noisy, timesteps, unet.prepare(joint))
-    return weighted_error(prediction, schedule.velocity(latents, noise, timesteps), clips.mask())
+    return weighted_error(prediction, _schedule().velocity(latents, noise, timesteps), clips.mask())

@@ -64,19 +64,15 @@ class Average:
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Put the averaged values into the networks inside the block."""
-        self._exchange()
+        self.exchange()
         try:
             yield
         finally:
-            self._exchange()
+            self.exchange()
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Put the averaged values into the networks for good."""
-        torch._foreach_copy_([p.detach() for p in self.parameters], self.values)
-
-    @torch.no_grad()
-    def _exchange(self) -> None:
+    def exchange(self) -> None:
+        """Swap the averaged and the present values."""
         for parameter, value in zip(self.parameters, self.values, strict=True):
             kept = parameter.detach().clone()
             parameter.copy_(value)
@@ -151,10 +147,9 @@ def run(
             with average.swapped():
                 job.save(out)
                 log(f"step {step}  {now - start:.0f} s  loss {smooth:.4f}  {job.report(out)}")
-    with average.swapped():
-        job.save(out)
-        summary = job.report(out)
+    average.exchange()
+    job.save(out)
+    summary = job.report(out)
     seconds = time.monotonic() - start
     log(f"done: {step} steps, {seconds:.0f} s, loss {smooth:.4f}; {summary}")
-    average.restore()
     return {"steps": float(step), "first_loss": first, "loss": smooth, "seconds": seconds}

@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrix updates are orthogonalised, so that few steps go far; AdamW for everything else.
+"""Muon: momentum whose matrix updates are orthogonalised, so that few steps go far; Adam for everything else.
 
 Source: Jordan et al. 2024 (Muon); Liu et al. 2025, arXiv 2502.16982, for the scale 0.2 sqrt(max(rows, columns)) that
 makes one learning rate serve both kinds of parameter.
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MOMENTUM, BETAS = 0.95, (0.9, 0.99)  # of the matrix rule; Adam's averages
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
@@ -30,27 +31,15 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon on weights with two or more axes (flattened to [out, rest]), AdamW on vectors, embeddings and scalars.
+    """Muon on weights with two or more axes (flattened to [out, rest]), Adam on vectors, embeddings and scalars.
 
     Args:
-        params: parameter groups; a group may carry "adam": True to use AdamW for all of its tensors.
+        params: parameter groups; a group may carry "adam": True to use Adam for all of its tensors.
         lr: learning rate of both rules.
-        momentum: momentum of the matrix rule.
-        betas: AdamW's averages.
-        weight_decay: decoupled, applied to matrices only.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float = 1e-3,
-        momentum: float = 0.95,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
-    ) -> None:
-        super().__init__(
-            params, {"lr": lr, "momentum": momentum, "betas": betas, "weight_decay": weight_decay, "adam": False}
-        )
+    def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float) -> None:
+        super().__init__(params, {"lr": lr, "adam": False})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -67,18 +56,17 @@ class Muon(torch.optim.Optimizer):
     def _muon(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state, grad = self.state[parameter], parameter.grad
         assert grad is not None
-        momentum = group["momentum"]
         average = state.setdefault("average", torch.zeros_like(grad))
-        average.lerp_(grad, 1 - momentum)
-        direction = grad.lerp(average, momentum).flatten(1)
+        average.lerp_(grad, 1 - MOMENTUM)
+        direction = grad.lerp(average, MOMENTUM).flatten(1)
         rows, columns = direction.shape
         update = orthogonalise(direction).view_as(grad) * (0.2 * max(rows, columns) ** 0.5)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
+        parameter.sub_(update, alpha=group["lr"])
 
     def _adam(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state, grad = self.state[parameter], parameter.grad
         assert grad is not None
-        first, second = group["betas"]
+        first, second = BETAS
         mean = state.setdefault("mean", torch.zeros_like(grad))
         square = state.setdefault("square", torch.zeros_like(grad))
         state["count"] = count = state.get("count", 0) + 1

@@ -15,28 +15,18 @@ import torch
 from torch import Tensor
 
 ASPECT = 16 / 9
-COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
-SUBJECTS = ("ball", "star", "cube", "fish")
-MOTIONS = ("drifting left", "drifting right", "bouncing", "rising", "circling")
-PLACES = ("sea", "meadow", "desert", "city")
-TIMES = ("day", "sunset", "night")
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
-    "colour": COLOURS,
-    "subject": SUBJECTS,
-    "motion": MOTIONS,
-    "place": PLACES,
-    "time": TIMES,
+    "colour": ("red", "green", "blue", "yellow", "purple", "white"),
+    "subject": ("ball", "star", "cube", "fish"),
+    "motion": ("drifting left", "drifting right", "bouncing", "rising", "circling"),
+    "place": ("sea", "meadow", "desert", "city"),
+    "time": ("day", "sunset", "night"),
 }
 MIRRORED_MOTION = (1, 0, 2, 3, 4)  # the motion a left-right mirrored clip shows
 
 _SUBJECT_RGB = (
-    (0.93, 0.08, 0.08),
-    (0.05, 0.78, 0.15),
-    (0.08, 0.20, 0.95),
-    (1.0, 0.88, 0.05),
-    (0.70, 0.10, 0.85),
-    (0.97,) * 3,
-)
+    (0.93, 0.08, 0.08), (0.05, 0.78, 0.15), (0.08, 0.20, 0.95), (1.0, 0.88, 0.05), (0.70, 0.10, 0.85), (0.97,) * 3,
+)  # fmt: skip
 _SKY_TOP = ((0.25, 0.55, 0.95), (0.35, 0.20, 0.50), (0.02, 0.03, 0.16))
 _SKY_LOW = ((0.75, 0.90, 1.0), (1.0, 0.55, 0.25), (0.12, 0.14, 0.38))
 _GROUND = ((0.05, 0.28, 0.60), (0.25, 0.58, 0.15), (0.88, 0.70, 0.40), (0.42, 0.42, 0.46))
@@ -166,7 +156,7 @@ def _smooth(distance: Tensor, pixel: float) -> Tensor:
 def _shape_distance(dx: Tensor, dy: Tensor, subject: Tensor, facing: Tensor) -> Tensor:
     """Signed distance in units of the radius to each scene's own shape; coordinates [B, F, H, W] in radii."""
     out = torch.empty_like(dx)
-    for index in range(len(SUBJECTS)):
+    for index in range(len(ATTRIBUTES["subject"])):
         rows = (subject == index).nonzero()[:, 0]
         if len(rows) == 0:
             continue

@@ -6,7 +6,6 @@ import torch
 from streamt2v.training.world import (
     ASPECT,
     ATTRIBUTES,
-    MOTIONS,
     Scenes,
     positions,
     render,
@@ -29,7 +28,7 @@ def centre_of(difference: torch.Tensor) -> tuple[float, float]:
     return float(x), float(y)
 
 
-@pytest.mark.parametrize("motion", range(len(MOTIONS)), ids=MOTIONS)
+@pytest.mark.parametrize("motion", range(5), ids=ATTRIBUTES["motion"])
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_positions_say_where_the_pixels_are(motion: int, mirrored: bool) -> None:
     # White against red on the same background: only the subject differs between the two renderings.
