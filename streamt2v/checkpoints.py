@@ -54,10 +54,7 @@ def clip_merges() -> list[str]:
 
 
 def convert(
-    source: Path,
-    destination: Path,
-    note: Callable[[str], None],
-    layouts: Mapping[str, maps.Layout] = maps.CHECKPOINTS,
+    source: Path, destination: Path, note: Callable[[str], None], layouts: Mapping[str, maps.Layout] = maps.CHECKPOINTS
 ) -> list[Path]:
     """Write the networks of a published checkpoint, and the tokenizer they were trained with, as our own files.
 
@@ -165,7 +162,7 @@ def _lay_out(output: str, part: maps.Part, tensors: Mapping[str, archives.Stored
 
     own = {key: row for key, row in tensors.items() if key.startswith(part.keys.prefix)}
     network = weights.build(Path(output), part.network, part.config)
-    shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    shapes = weights.shapes(network)
     part.keys.apply({key: torch.empty(row.shape, device="meta") for key, row in own.items()}, shapes)
     sources: list[Source] = []
     for key, row in own.items():

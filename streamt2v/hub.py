@@ -44,13 +44,7 @@ def offline() -> bool:
 # ------------------------------------------------------------------------------------------------------ a family
 
 
-def pull(
-    chosen: Family,
-    convert: Convert,
-    note: Note,
-    choice: str = "",
-    folder: Path | None = None,
-) -> None:
+def pull(chosen: Family, convert: Convert, note: Note, choice: str = "", folder: Path | None = None) -> None:
     """Make a family complete: fetch the published files that are missing, convert each, record what came out.
 
     A source whose results are here is skipped; converted files that were put there by hand are checked and recorded.
@@ -323,12 +317,7 @@ def _hub_errors(wanted: str) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------- a pipeline
 
 
-def snapshot(
-    repository: str,
-    revision: str | None,
-    patterns: Sequence[str],
-    note: Note = lambda text: None,
-) -> Path:
+def snapshot(repository: str, revision: str | None, patterns: Sequence[str], note: Note = lambda text: None) -> Path:
     """Folder of a repository with the files that match `patterns`, in the library's cache; fetched once, then pinned.
 
     The commit and every file are recorded the first time and compared ever after, without a connection.

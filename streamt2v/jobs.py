@@ -283,7 +283,4 @@ def _prompt_notices(job: Job, words: Path | None) -> list[str]:
     if not unknown:
         return []
     plural = "words" if len(unknown) > 1 else "word"
-    return [
-        f"model {job.config.model} does not know the {plural} {', '.join(unknown)}",
-        f"  it knows {known.hint()}",
-    ]
+    return [f"model {job.config.model} does not know the {plural} {', '.join(unknown)}", f"  it knows {known.hint()}"]

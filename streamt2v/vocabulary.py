@@ -8,12 +8,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words of a family by attribute, words without meaning to it, what synonyms stand for, and example prompts."""
+    """The words of a family by attribute, words without meaning to it, and what synonyms stand for."""
 
     attributes: dict[str, tuple[str, ...]]
     ignored: frozenset[str]
     canonical: dict[str, str]
-    examples: tuple[str, ...]
 
     def unknown_words(self, prompt: str) -> tuple[str, ...]:
         """Return the words of a prompt that the family was never trained on, in order, each once."""
@@ -38,5 +37,4 @@ def load(path: Path) -> Vocabulary:
     """Read a vocabulary file."""
     table = json.loads(path.read_text(encoding="utf-8"))
     attributes = {name: tuple(phrases) for name, phrases in table["attributes"].items()}
-    ignored, examples = frozenset(table.get("ignored", ())), tuple(table.get("examples", ()))
-    return Vocabulary(attributes, ignored, table.get("canonical", {}), examples)
+    return Vocabulary(attributes, frozenset(table.get("ignored", ())), table.get("canonical", {}))

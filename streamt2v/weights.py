@@ -508,8 +508,8 @@ def save_module(path: Path, module: torch.nn.Module, schedule: Mapping[str, Any]
             raise WeightsError(f"{key} of {name} has values that are not finite in 16 bit: not saved")
         tensors[key] = tensor
     arguments = config_of(module)
-    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
-    _check_keys(path, name, shapes_of(path, name, json.loads(json.dumps(arguments))), shapes)
+    again = build(path, name, json.loads(json.dumps(arguments)))
+    _check_keys(path, name, shapes(again), shapes(module))
     metadata = metadata_of(name, arguments, schedule)
     files.make_directory(path.parent)
     with files.replacing(path) as temporary:
@@ -524,15 +524,6 @@ def metadata_of(name: str, config: Mapping[str, Any], schedule: Mapping[str, Any
     """What a weights file says of itself."""
     metadata = {"format": FORMAT, "class": name, "config": json.dumps(dict(config))}
     return metadata if schedule is None else metadata | {"schedule": json.dumps(dict(schedule))}
-
-
-def shapes_of(path: Path, name: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors of a network of class `name`; `path` is for errors only.
-
-    Raises:
-        WeightsError: the class is unknown or cannot be built from `config`.
-    """
-    return {key: tuple(value.shape) for key, value in build(path, name, config).state_dict().items()}
 
 
 def _network(name: str, path: Path) -> tuple[str, str, tuple[str, str] | None]:
@@ -605,7 +596,7 @@ def load_module(path: Path, device: str | torch.device, dtype: torch.dtype) -> t
     metadata, parts = _read_parts(path)
     name, config, _ = _read_metadata(path, metadata)
     module = build(path, name, config)
-    wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    wanted = shapes(module)
     _check_keys(path, name, wanted, {key: row.shape for index in parts.values() for key, row in index.items()})
 
     from safetensors import SafetensorError
@@ -623,6 +614,11 @@ def load_module(path: Path, device: str | torch.device, dtype: torch.dtype) -> t
         if buffer.is_meta:
             raise WeightsError(f"{name} has a buffer {key!r} that no file fills: this is a bug of the network")
     return module.to(device).requires_grad_(False).eval()
+
+
+def shapes(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors of a network."""
+    return {key: tuple(value.shape) for key, value in network.state_dict().items()}
 
 
 def _check_keys(

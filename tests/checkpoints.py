@@ -67,7 +67,7 @@ def published_shapes(layouts: Mapping[str, convert.Layout]) -> dict[str, Shapes]
 
     def shapes(file: str, part: str) -> Shapes:
         found = layouts[file].parts[part]
-        return weights.shapes_of(Path(part), found.network, found.config)
+        return weights.shapes(weights.build(Path(part), found.network, found.config))
 
     def config(file: str, part: str) -> Any:
         return layouts[file].parts[part].config

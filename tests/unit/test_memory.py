@@ -80,7 +80,7 @@ def test_the_counts_in_the_list_are_those_of_the_networks() -> None:
     listed = {Path(file.path).with_suffix("").as_posix(): file.values for file in family.files if file.values}
     for layout in convert.CHECKPOINTS.values():
         for name, part in layout.parts.items():
-            shapes = weights.shapes_of(Path(name), part.network, part.config)
+            shapes = weights.shapes(weights.build(Path(name), part.network, part.config))
             assert listed[f"streamingt2v/{name}"] == sum(torch.Size(shape).numel() for shape in shapes.values())
     assert all(file.num_values for file in weights.family("demo").files)
 
