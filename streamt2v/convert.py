@@ -114,9 +114,7 @@ class KeyMap:
                 raise WeightsError(f"{self.what}: {origins[target]!r} has shape {found}, the network wants {wanted}")
 
 
-def check_prefixes(
-    state: Iterable[str], maps: Iterable[KeyMap], ignored: Mapping[str, str], what: str = "the checkpoint"
-) -> None:
+def check_prefixes(state: Iterable[str], maps: Iterable[KeyMap], ignored: Mapping[str, str]) -> None:
     """Refuse keys that begin with none of the maps' prefixes and none of the `ignored` ones (prefix -> reason).
 
     Raises:
@@ -125,7 +123,7 @@ def check_prefixes(
     known = (*(key_map.prefix for key_map in maps), *ignored)
     for key in state:
         if not key.startswith(known):
-            raise WeightsError(f"{what} has an unknown key {key!r}", f"known beginnings: {', '.join(known)}")
+            raise WeightsError(f"the checkpoint has an unknown key {key!r}", f"known beginnings: {', '.join(known)}")
 
 
 # ------------------------------------------------------------------------------------------------- small reshapes
@@ -218,9 +216,7 @@ STREAM: Mapping[str, KeyMap] = {
 # ----------------------------------------------------------------------- refinement stage: MS-Vid2Vid-XL, three files
 
 
-def refiner_unet(
-    attention_levels: Sequence[bool] = (True, True, True, False), layers: int = 2, prefix: str = ""
-) -> KeyMap:
+def refiner_unet(attention_levels: Sequence[bool] = (True, True, True, False), layers: int = 2) -> KeyMap:
     """Return the key map of `non_ema_0035000.pth`.
 
     The published network numbers its blocks in one row: n layers and a downsampling per level, from 1 (0 is the input).
@@ -228,7 +224,6 @@ def refiner_unet(
     Args:
         attention_levels: which levels have transformers, as in the UNet's config.
         layers: layers per level on the way down.
-        prefix: what every key begins with.
     """
     levels = len(attention_levels)
     rules = [
@@ -255,7 +250,7 @@ def refiner_unet(
     rules += _resnet("middle_block.0", "mid_block", 0) + _resnet("middle_block.3", "mid_block", 1)
     rules += _spatial_transformer("middle_block.1", "mid_block.attentions.0")
     rules += _temporal_transformer("middle_block.2", "mid_block.temp_attentions.0")
-    return KeyMap(prefix, tuple(rules), "the refiner")
+    return KeyMap("", tuple(rules), "the refiner")
 
 
 def _layer(source: str, target: str, layer: int, attends: bool) -> list[Rule]:
@@ -334,14 +329,14 @@ REFINER_VAE_IGNORED: Mapping[str, str] = {
 """Beginnings of the other keys in the VAE's file, and why they are left out."""
 
 
-def open_clip_text(num_layers: int = 23, prefix: str = "") -> KeyMap:
+def open_clip_text(num_layers: int = 23) -> KeyMap:
     """Return the key map of `open_clip_pytorch_model.bin` to a CLIP text model of its first `num_layers` layers.
 
     The refiner reads the second to last layer's output through the final norm, so the last layer is left out.
     """
     kept = "|".join(str(layer) for layer in range(num_layers))
     return KeyMap(
-        prefix,
+        "",
         (
             rename(r"token_embedding\.weight", "embeddings.token_embedding.weight"),
             rename(r"positional_embedding", "embeddings.position_embedding.weight"),

@@ -7,7 +7,7 @@ iterator of uint8 arrays of any lengths: the one thing that crosses stages.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from streamt2v.errors import ConfigError, NumericsError, VideoError
+from streamt2v.errors import ConfigError, NumericsError
 
 Frames: TypeAlias = npt.NDArray[np.uint8]
 FitMode: TypeAlias = Literal["contain", "cover", "pad"]
 
 
-def to_float(frames: Frames, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+def to_float(frames: Frames, device: torch.device | str = "cpu") -> Tensor:
     """Turn uint8 frames [F,H,W,3] into float frames [F,3,H,W] in [-1,1].
 
     The bytes are moved to `device` before they are widened: a quarter of the traffic.
     """
     tensor = torch.from_numpy(np.array(frames)).to(device).permute(0, 3, 1, 2)
-    return tensor.to(dtype).div_(127.5).sub_(1.0).contiguous()
+    return tensor.float().div_(127.5).sub_(1.0).contiguous()
 
 
 def to_u8(frames: Tensor) -> Frames:
@@ -148,26 +148,9 @@ def _margins(frames: Tensor, canvas: tuple[int, int], top: int, left: int) -> tu
     return left, canvas[1] - width - left, top, canvas[0] - height - top
 
 
-class Reader:
-    """Hands out exact numbers of frames of a stream, in order."""
-
-    def __init__(self, source: Iterator[Frames]) -> None:
-        self.source = source
-        self.held: list[Frames] = []
-
-    def read(self, count: int) -> Frames:
-        """Return the next `count` frames. Raises VideoError when the stream ends early."""
-        taken: list[Frames] = []
-        left = count
-        while left > 0:
-            part = self.held.pop() if self.held else next(self.source, None)
-            if part is None:
-                raise VideoError(f"the video ended {left} frames early")
-            taken.append(part[:left])
-            if len(part) > left:
-                self.held.append(part[left:])
-            left -= len(taken[-1])
-        return np.concatenate(taken)
+def singly(source: Iterable[Frames]) -> Iterator[Frames]:
+    """Yield the frames of a stream one by one, [1,H,W,3]."""
+    return (part[index : index + 1] for part in source for index in range(len(part)))
 
 
 def skip(source: Iterator[Frames], count: int) -> Iterator[Frames]:
@@ -178,12 +161,13 @@ def skip(source: Iterator[Frames], count: int) -> Iterator[Frames]:
         count = max(0, count - len(part))
 
 
-def contact_sheet(frames: Frames, gap: int = 4, background: int = 24) -> Frames:
-    """Lay frames [F,H,W,3] out row by row on one picture, about as many rows as columns, gaps of grey between them."""
+def contact_sheet(frames: Frames) -> Frames:
+    """Lay frames [F,H,W,3] out row by row on one picture, about as many rows as columns, 4 pixels of grey between."""
+    gap = 4
     count, height, width, _ = frames.shape
     columns = math.ceil(math.sqrt(count))
     rows = -(-count // columns)
-    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), background, np.uint8)
+    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 24, np.uint8)
     for index, frame in enumerate(frames):
         top, left = gap + index // columns * (height + gap), gap + index % columns * (width + gap)
         sheet[top : top + height, left : left + width] = frame

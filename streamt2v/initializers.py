@@ -80,7 +80,7 @@ def choose(run: RunConfig, note: hub.Note = lambda text: None) -> Chosen | None:
     if name == OWN:
         return None
     folder = locate(name, note)
-    kind = kind_of(folder)
+    kind, _ = read_index(folder)
     adapter = kind == ADAPTER
     if run.image and not takes_picture(kind):
         raise ConfigError(f"{name} ({kind}) makes videos from text alone", "leave --image out, or use --init svd")
@@ -117,17 +117,12 @@ def locate(name: str, note: hub.Note = lambda text: None) -> Path:
     return hub.snapshot(repository, row.get("revision"), (*SMALL_FILES, row.get("weights", ALL_WEIGHTS)), note)
 
 
-def kind_of(folder: Path) -> str:
-    """Return the class that a folder names: a pipeline's, or MotionAdapter.
+def read_index(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Read and check the class and the parts that `model_index.json` names, or the config of a lone motion adapter.
 
     Raises:
         WeightsError: no pipeline, or one that would need code from elsewhere.
     """
-    return _index(folder)[0]
-
-
-def _index(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Read and check the list of parts in `model_index.json`, or the config of a lone motion adapter."""
     path = folder / "model_index.json"
     if not path.is_file():
         path = folder / "config.json"
@@ -174,7 +169,7 @@ def load(folder: Path, device: str, base: Path | None = None, policy: MemoryPoli
     """
     import diffusers
 
-    kind, index = _index(folder)
+    kind, index = read_index(folder)
     if kind == ADAPTER:
         if base is None:
             raise WeightsError(f"{folder} is a motion adapter: it needs a picture model to animate")
@@ -203,7 +198,7 @@ def load_modelscope(folder: Path, device: str) -> ModelScope:
     from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
     from streamt2v.stages.initialize import ModelScope
 
-    _, index = _index(folder)
+    _, index = read_index(folder)
     dtype = _dtype(device, index)
     wanted = ("unet", "vae", "text_encoder", "tokenizer")
     if absent := [name for name in (*wanted, "scheduler") if index.get(name, [None])[0] is None]:
@@ -237,7 +232,7 @@ def _animated(folder: Path, base: Path, device: str) -> Any:
     """
     import diffusers
 
-    kind, index = _index(base)
+    kind, index = read_index(base)
     if kind != "StableDiffusionPipeline":
         raise WeightsError(f"{folder} animates Stable Diffusion 1.x models, {base} is a {kind}")
     dtype = _dtype(device, index)

@@ -26,7 +26,7 @@ from streamt2v.chunks import covering, refinement_plan, streaming_plan
 from streamt2v.convert import clean_prompt
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
-from streamt2v.errors import Interrupted, MemoryLimitError, OutputError, StreamT2VError
+from streamt2v.errors import Interrupted, MemoryLimitError, OutputError, StreamT2VError, VideoError
 from streamt2v.frames import Frames
 from streamt2v.jobs import Job, Result, check, recipe_of
 from streamt2v.memory import MemoryPolicy
@@ -319,13 +319,15 @@ class _Maker:
         vae, unet = self._load("refine.vae"), self._load("refine.unet")
         denoiser = Denoiser(unet, schedule, unet.prepare(text), self.policy.batched_guidance)
         geometry = Geometry(geometry.fit, legal_canvas(*geometry.content, unet.config, latent_factor(vae)))
-        reader = frames.Reader(chain(first, base))
+        source = frames.singly(chain(first, base))
 
         def encode(start: int, stop: int) -> Tensor:
             return torch.cat([encode_frame(frame) for frame in range(start, stop)])
 
         def encode_frame(frame: int) -> Tensor:
-            image = geometry.into_canvas(frames.to_float(reader.read(1), device))
+            if (taken := next(source, None)) is None:
+                raise VideoError(f"the video ended early, after {frame} of {self.num_frames} frames")
+            image = geometry.into_canvas(frames.to_float(taken, device))
             noise = None
             if settings.posterior == "published":
                 shape = (unet.config.in_channels, *latent_size(vae, *geometry.canvas))

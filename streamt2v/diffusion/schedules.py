@@ -99,12 +99,6 @@ class NoiseSchedule:
         alpha, sigma = self._at(timestep, clean)
         return alpha * noise - sigma * clean
 
-    def target(self, clean: Tensor, noise: Tensor, timestep: Tensor | int) -> Tensor:
-        """Return what the network is trained to output, by `config.prediction`."""
-        if self.config.prediction == "v":
-            return self.velocity(clean, noise, timestep)
-        return noise if self.config.prediction == "epsilon" else clean
-
     def to_x0_eps(self, output: Tensor, noisy: Tensor, timestep: Tensor | int) -> tuple[Tensor, Tensor]:
         """Turn a network output at x_t into its estimates of the clean latent and of the noise."""
         alpha, sigma = self._at(timestep, noisy)

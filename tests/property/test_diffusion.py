@@ -101,10 +101,11 @@ def test_a_perfect_prediction_gives_back_latents_and_noise(prediction: str) -> N
     schedule = NoiseSchedule(ScheduleConfig(prediction=prediction))
     clean, drawn, timestep = noise(3, 4, 2, 5, 5), noise(3, 4, 2, 5, 5, seed=1), torch.tensor([40, 300, 800])
     noisy = schedule.add_noise(clean, drawn, timestep)
-    x0, epsilon = schedule.to_x0_eps(schedule.target(clean, drawn, timestep), noisy, timestep)
+    output = {"epsilon": drawn, "v": schedule.velocity(clean, drawn, timestep), "sample": clean}[prediction]
+    x0, epsilon = schedule.to_x0_eps(output, noisy, timestep)
     torch.testing.assert_close(x0, clean, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(epsilon, drawn, rtol=1e-4, atol=1e-4)
-    one, _ = schedule.to_x0_eps(schedule.target(clean, drawn, 300)[1], schedule.add_noise(clean, drawn, 300)[1], 300)
+    one, _ = schedule.to_x0_eps(output[1], noisy[1], 300)
     torch.testing.assert_close(one, clean[1], rtol=1e-4, atol=1e-4)
 
 

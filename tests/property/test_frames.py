@@ -59,15 +59,9 @@ def test_cropping_undoes_letterboxing(size: tuple[int, int], extra: tuple[int, i
     assert torch.equal(frames.unletterbox(boxed, size), content)
 
 
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.lists(st.integers(1, 9)), st.integers(0, 60))
-def test_reading_and_skipping_keep_every_frame_in_order(lengths: list[int], asked: list[int], skipped: int) -> None:
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(0, 60))
+def test_skipping_keeps_the_other_frames_in_order(lengths: list[int], skipped: int) -> None:
     total = np.arange(sum(lengths), dtype=np.uint8).reshape(-1, 1, 1, 1).repeat(3, axis=3)
     stream = np.split(total, np.cumsum(lengths)[:-1])
     rest = list(frames.skip(iter(stream), skipped))
     assert np.array_equal(np.concatenate([total[:0], *rest]), total[skipped:])
-    reader, position = frames.Reader(iter(stream)), 0
-    for count in asked:
-        if position + count > len(total):
-            break
-        assert np.array_equal(reader.read(count), total[position : position + count])
-        position += count

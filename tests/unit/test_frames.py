@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from streamt2v import frames
-from streamt2v.errors import ConfigError, NumericsError, VideoError
+from streamt2v.errors import ConfigError, NumericsError
 
 
 def all_levels() -> frames.Frames:
@@ -22,7 +22,7 @@ def test_every_level_survives_the_trip_to_float_and_back() -> None:
 
 
 def test_half_precision_keeps_every_level_too() -> None:
-    assert np.array_equal(frames.to_u8(frames.to_float(all_levels(), dtype=torch.float16)), all_levels())
+    assert np.array_equal(frames.to_u8(frames.to_float(all_levels()).half()), all_levels())
 
 
 def test_to_u8_rounds_and_clamps() -> None:
@@ -102,25 +102,19 @@ def numbered(*lengths: int) -> list[frames.Frames]:
     return np.split(total, np.cumsum(lengths)[:-1])
 
 
-def test_reader_reads_no_further_than_asked() -> None:
+def test_frames_are_taken_one_by_one_and_no_further_than_asked() -> None:
     def source():  # type: ignore[no-untyped-def]
-        yield from numbered(4, 4)
+        yield from numbered(4, 0, 4)
         raise AssertionError("read past the end")
 
-    reader = frames.Reader(source())
-    assert reader.read(3)[:, 0, 0, 0].tolist() == [0, 1, 2]
-    assert reader.read(5)[:, 0, 0, 0].tolist() == [3, 4, 5, 6, 7]
-
-
-def test_reader_says_how_much_is_missing() -> None:
-    with pytest.raises(VideoError, match="1 frames early"):
-        frames.Reader(iter(numbered(4, 4))).read(9)
+    taken = [next(reader) for reader in [frames.singly(source())] for _ in range(8)]
+    assert [image.shape for image in taken] == [(1, 1, 1, 3)] * 8
+    assert np.concatenate(taken)[:, 0, 0, 0].tolist() == list(range(8))
 
 
 def test_contact_sheet_places_every_frame() -> None:
-    sheet = frames.contact_sheet(np.stack([np.full((2, 3, 3), 100 + i, np.uint8) for i in range(5)]), gap=1)
-    assert sheet.shape == (2 * 3 + 1, 3 * 4 + 1, 3)
-    assert sheet[1, 1, 0] == 100
-    assert sheet[4, 5, 0] == 104
-    assert sheet[4, 9, 0] == 24
-    assert frames.contact_sheet(np.zeros((9, 2, 2, 3), np.uint8), gap=0).shape == (6, 6, 3)
+    sheet = frames.contact_sheet(np.stack([np.full((2, 3, 3), 100 + i, np.uint8) for i in range(5)]))
+    assert sheet.shape == (2 * 6 + 4, 3 * 7 + 4, 3)
+    assert sheet[4, 4, 0] == 100
+    assert sheet[10, 11, 0] == 104
+    assert sheet[10, 18, 0] == 24
