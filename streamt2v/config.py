@@ -4,6 +4,7 @@ Precedence: defaults (the published values) < family preset < `--preset` < `--qu
 Every value is checked against the range written beside it; an unknown key is an error that names the nearest one.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -150,8 +151,8 @@ def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, Any]
 
 
 def describe() -> dict[str, dict[str, Any]]:
-    """Return {dotted key: {type, help, low, high, default}} of every option."""
-    return {key: {**spec, "default": value} for key, spec, value in _leaves(RunConfig())}
+    """Return {dotted key: {type, help, low, high}} of every option."""
+    return {key: spec for key, spec, _ in _leaves(RunConfig())}
 
 
 def _check(key: str, spec: dict[str, Any], value: Any) -> None:
@@ -233,7 +234,10 @@ def merge(*layers: Mapping[str, Any]) -> RunConfig:
             if key not in options:
                 raise ConfigError(f"unknown setting {key!r}", nearest(key, list(options)))
             # A whole number is a valid float in TOML and on the command line.
-            value = float(given) if options[key]["type"] is float and type(given) is int else given
+            value = given
+            if options[key]["type"] is float and type(given) is int:
+                with contextlib.suppress(OverflowError):
+                    value = float(given)
             section, _, name = key.rpartition(".")
             tables.setdefault(section, {})[name] = value
     sections = {"initialize": InitializeConfig, "stream": StreamConfig, "refine": RefineConfig, "output": OutputConfig}
@@ -251,7 +255,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the config file {path}: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also for a number of thousands of digits
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
 
 

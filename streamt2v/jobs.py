@@ -156,15 +156,15 @@ def check(job: Job, note: hub.Note = lambda text: None) -> list[str]:
         _check_refined(job)
     _check_output(job)
     files.require_space(job.output, _disk_bytes(job.config), "this run")
-    family = weights.family(job.config.model)
+    family, notices = weights.family(job.config.model), list[str]()
     weights.require(family)
     if job.command != "refine":
         _check_sizes(job.config, family)
     if job.command == "generate":
-        _check_initializer(job.config, family, note)
+        notices += _check_initializer(job.config, family, note)
     if job.command == "extend":
         _check_continued(job)
-    return _prompt_notices(job, family.vocabulary_path()) + _source_notices(job)
+    return notices + _prompt_notices(job, family.vocabulary_path()) + _source_notices(job)
 
 
 def _check_text(text: str) -> None:
@@ -193,10 +193,12 @@ def _check_sizes(config: RunConfig, family: weights.Family) -> None:
         raise ConfigError(f"stream.overlap is {stream.overlap}, the CAM of {config.model} looks at {looked_at} frames")
 
 
-def _check_initializer(run: RunConfig, family: weights.Family, note: hub.Note) -> None:
-    own = run.initialize
-    if initializers.choose(run, note) is not None:
-        return
+def _check_initializer(run: RunConfig, family: weights.Family, note: hub.Note) -> list[str]:
+    own, chosen = run.initialize, initializers.choose(run, note)
+    idle = own.text_to_image and not (chosen and chosen.drawing)
+    notices = [f"nothing here starts from a picture that is drawn: {own.text_to_image} is not used"] if idle else []
+    if chosen is not None:
+        return notices
     if run.image and not family.has("initialize.image"):
         raise ConfigError(f"model {family.name} cannot start from a picture by itself", "use --init svd")
     if not own.num_inference_steps or not (own.image_guidance_scale if run.image else own.guidance_scale):
@@ -204,6 +206,7 @@ def _check_initializer(run: RunConfig, family: weights.Family, note: hub.Note) -
             "initialize.num_inference_steps or a guidance scale is 0, which only a model of others understands",
             "name one with --init, or set them to at least 1",
         )
+    return notices
 
 
 def _check_refined(job: Job) -> None:

@@ -71,7 +71,7 @@ ConfigFile = Annotated[Path | None, _advanced("--config", "A TOML file of settin
 Settings = Annotated[list[str] | None, _advanced("--set", "Any setting, as section.key=value; repeatable.")]
 DeviceOption = Annotated[str, _running("--device", "auto, cpu, cuda, cuda:1, mps.")]
 Threads = Annotated[int | None, _running("--threads", "CPU threads. Default: all cores.")]
-Memory = Annotated[float | None, _running("--memory", "GB it may take. Default: what is free.", min=0.1)]
+Memory = Annotated[float | None, _running("--memory", "GB it may take. Default: what is free.", min=0.1, max=1e6)]
 Resume = Annotated[bool, _running("--resume", "Continue the run that was interrupted.")]
 Overwrite = Annotated[bool, _running("--overwrite", "-f", "Replace an existing output.")]
 KeepRun = Annotated[bool, _running("--keep-run", "Keep OUT.streamt2v/ after success.")]
@@ -163,7 +163,7 @@ def parse_size(text: str) -> tuple[int, int]:
         ConfigError: not two whole numbers with an x between them.
     """
     width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
+    if not (width.isdecimal() and height.isdecimal() and len(text) < 20):
         raise ConfigError(f"--size is {text!r}, it must look like 1280x720 (width x height)")
     return int(height), int(width)
 

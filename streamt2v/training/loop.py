@@ -53,7 +53,7 @@ def train(
     if part not in JOBS:
         raise ConfigError(f"there is no part {part!r} to train", f"parts: {', '.join(PARTS)}")
     limits = [limit for limit in (minutes, steps) if limit is not None]
-    if not limits or min(limits) <= 0:
+    if not limits or not all(limit > 0 for limit in limits):
         raise ConfigError("training needs a limit above 0", "give --minutes or --steps")
     files.make_directory(out)
     bundle.write_words(out)

@@ -37,6 +37,8 @@ def python(code: str) -> str:
         (["generate", "a red ball", "--set", "stream.etta=1"], 2, "did you mean 'stream.eta'"),
         (["generate", "a red ball", "--set", "nonsense"], 2, "must look like"),
         (["generate", "a red ball", "--size", "big"], 2, "1280x720"),
+        (["plan", "a red ball", "--size", "9" * 5000 + "x3"], 2, "1280x720"),
+        (["plan", "a red ball", "--memory", "inf"], 2, "--memory"),
         (["generate", "a red ball", "--fps", "0"], 2, "output.fps is 0"),
         (["generate", "a red ball", "-o", "out.avi"], 2, "must end in .mp4"),
         (["generate", "a red ball", "--image", "none.png", "-o", "x.mp4"], 3, "none.png"),
@@ -153,6 +155,11 @@ def test_unknown_words_are_named(tmp_path: Path) -> None:
     assert "zebra" in notices[0]
     assert "red" not in notices[0]
     assert "red" in notices[1]
+
+
+def test_an_artist_that_is_not_asked_is_named(tmp_path: Path) -> None:
+    wish = merge(preset("demo"), {"prompt": "a red ball", "initialize.text_to_image": "sdxl"})
+    assert "sdxl is not used" in jobs.check(jobs.Job("generate", wish, tmp_path / "out.mp4"))[0]
 
 
 def test_plan_is_json_and_counts(capsys: pytest.CaptureFixture[str]) -> None:

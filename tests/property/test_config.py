@@ -79,6 +79,9 @@ def test_unknown_preset_quality_and_file(tmp_path: Path) -> None:
         config.preset("demo", "superb")
     with pytest.raises(ConfigError, match="cannot read"):
         config.read_toml(tmp_path / "none.toml")
-    (tmp_path / "bad.toml").write_text("a = = 1")
-    with pytest.raises(ConfigError, match="not valid TOML"):
-        config.read_toml(tmp_path / "bad.toml")
+    for text in ("a = = 1", f"a = {'9' * 5000}", "a = " + "[" * 5000):
+        (tmp_path / "bad.toml").write_text(text)
+        with pytest.raises(ConfigError, match="not valid TOML"):
+            config.read_toml(tmp_path / "bad.toml")
+    with pytest.raises(ConfigError, match="must be of type float"):
+        config.merge({"stream.guidance_scale": 10**400})

@@ -87,7 +87,7 @@ def test_a_part_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         train("judge", minutes=None, steps=1, out=tmp_path / "file" / "out")
 
 
-@pytest.mark.parametrize(("minutes", "steps"), [(None, None), (0.0, None), (None, 0), (-1.0, 5)])
+@pytest.mark.parametrize(("minutes", "steps"), [(None, None), (0.0, None), (None, 0), (-1.0, 5), (float("nan"), None)])
 def test_training_without_a_limit_above_zero_is_refused(
     minutes: float | None, steps: int | None, tmp_path: Path
 ) -> None:
