@@ -1,15 +1,15 @@
 """Tensors in other people's files, found without running anything that is in them.
 
-A checkpoint of torch is a pickle, which is a program. Here it only ever makes lists, tables and descriptions of
-tensors: no name in it is imported, and whatever else it asks for becomes `Inert`. Tensors are read one at a time from
-their place in the file, so that 25 GB need no memory.
+A checkpoint of torch is a pickle, which is a program. Here it is read as data by a small interpreter that makes lists,
+tables and descriptions of tensors and never calls or imports anything: whatever else the pickle asks for becomes an
+inert `Name` or `Inert`. Tensors are read one at a time from their place in the file, so that 25 GB need no memory.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import pickle
+import pickletools
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -122,8 +122,8 @@ def _read_zip(path: Path) -> Archive:
             root = names[0].removesuffix("data.pkl")
             if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
                 raise WeightsError(f"{path} was written on a big-endian machine")
-            reader = _PickleReader(io.BytesIO(archive.read(names[0])))
-            found = reader.load()
+            reader = _PickleReader()
+            found = reader.run(io.BytesIO(archive.read(names[0])))
 
             def place(storage: _Storage) -> tuple[int, int]:
                 """First byte and size of a storage: its content follows a header of variable length."""
@@ -142,14 +142,14 @@ def _read_legacy(path: Path, stream: BinaryIO) -> Archive:
     """Read the format before 2020: five pickles (magic, version, machine, content, storage keys), then the storages."""
     stream.seek(0)
     head = io.BytesIO(stream.read(MAX_PICKLE_BYTES))
-    reader = _PickleReader(head)
+    reader = _PickleReader()
     try:
-        if reader.load() != LEGACY_MAGIC:
+        if reader.run(head) != LEGACY_MAGIC:
             raise WeightsError(f"{path} is a pickle, but no checkpoint of torch")
-        reader.load()
-        if reader.load().get("little_endian") is not True:
+        reader.run(head)
+        if reader.run(head).get("little_endian") is not True:
             raise WeightsError(f"{path} was written on a big-endian machine")
-        found, keys = reader.load(), reader.load()
+        found, keys = reader.run(head), reader.run(head)
         placed, position = {}, head.tell()
         for key in keys:
             stream.seek(position)
@@ -183,9 +183,20 @@ def _tensors(path: Path, found: Any, place: Any) -> Iterator[tuple[str, Stored]]
 # ------------------------------------------------------------------------------------------------ pickles as data
 
 _DAMAGE = (
-    pickle.UnpicklingError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, ArithmeticError,
-    MemoryError, AssertionError, struct.error,
+    ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, ArithmeticError, struct.error
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Name:
+    """What a pickle would have imported."""
+
+    module: str
+    name: str
+
+
+class Inert:
+    """What a pickle would have built."""
 
 
 @dataclass(frozen=True)
@@ -204,68 +215,130 @@ class _View:
     stride: tuple[int, ...]
 
 
-class Inert:
-    """What a pickle would have imported, called or built: takes everything and does nothing."""
-
-    def __new__(cls, *_: Any, **__: Any) -> Inert:
-        return object.__new__(cls)
-
-    def _ignore(self, *_: Any, **__: Any) -> None: ...
-
-    __call__ = __setstate__ = __setitem__ = append = extend = add = _ignore
-
-
-class _Table(dict[Any, Any]):
-    """What OrderedDict becomes; its attributes are of no interest."""
-
-    def __setstate__(self, _: Any) -> None: ...
+_PUSH = {
+    "INT", "LONG", "LONG1", "LONG4", "BININT", "BININT1", "BININT2", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
+    "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES",
+    "BINBYTES8", "BYTEARRAY8",
+}  # fmt: skip
+_EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set, "EMPTY_TUPLE": tuple}
+_CONSTANT = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_TUPLE = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-def _view(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _View:
-    if not isinstance(storage, _Storage):
-        raise ValueError("a tensor without a storage")
-    return _View(storage, int(offset), tuple(map(int, shape)), tuple(map(int, stride)))
+class _PickleReader:
+    """An interpreter for the opcodes of pickles that has no operation that calls or imports."""
 
-
-def _parameter(view: Any, *_: Any) -> Any:
-    return view
-
-
-_KNOWN: Mapping[str, Any] = {
-    "torch._utils._rebuild_tensor_v2": _view,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
-    "collections.OrderedDict": _Table,
-    **{f"{module}.{name}": dtype for module in ("torch", "torch.storage") for name, dtype in STORAGES.items()},
-}
-"""The names in a pickle that mean something here. A storage's class is only asked for its type of numbers."""
-
-
-class _PickleReader(pickle._Unpickler):
-    """Looks up names in `_KNOWN` and nowhere else, so that nothing is imported and nothing of others is called.
-
-    This is the unpickler written in Python: the one in C takes gigabytes where a damaged file misnumbers its memo.
-    """
-
-    def __init__(self, stream: BinaryIO) -> None:
-        super().__init__(stream, encoding="latin1")
+    def __init__(self) -> None:
         self.storages: dict[str, _Storage] = {}
         self.refused: set[str] = set()
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
 
-    def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for a name here."""
-        if (full := f"{module}.{name}") not in _KNOWN:
-            self.refused.add(full)
-        return _KNOWN.get(full, Inert)
+    def run(self, stream: BinaryIO) -> Any:
+        """Read one pickle and return the value it describes."""
+        self.stack, self.marks, self.memo = [], [], {}
+        for opcode, argument, _ in pickletools.genops(stream):
+            if opcode.name == "STOP":
+                return self.stack.pop()
+            self._step(opcode.name, argument)
+        raise EOFError("a pickle has no end")
 
-    def get_extension(self, code: int) -> None:
-        """Return something inert for a numbered name: the library's own table of them may hold the genuine thing."""
-        self.refused.add(f"extension {code}")
-        self.append(Inert)  # type: ignore[attr-defined]
+    def _step(self, name: str, argument: Any) -> None:
+        stack = self.stack
+        if name in _PUSH:
+            stack.append(argument)
+        elif name in _EMPTY:
+            stack.append(_EMPTY[name]())
+        elif name in _CONSTANT:
+            stack.append(_CONSTANT[name])
+        elif name in _TUPLE:
+            stack[-_TUPLE[name] :] = [tuple(stack[-_TUPLE[name] :])]
+        elif name in ("TUPLE", "LIST", "FROZENSET"):
+            stack.append({"TUPLE": tuple, "LIST": list, "FROZENSET": frozenset}[name](self._marked()))
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self.memo[len(self.memo) if argument is None else int(argument)] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(self.memo[int(argument)])
+        elif name == "MARK":
+            self.marks.append(len(stack))
+        elif name == "POP":  # a mark where one lies on top
+            (self.marks if self.marks[-1:] == [len(stack)] else stack).pop()
+        elif name == "POP_MARK":
+            self._marked()
+        elif name == "DUP":
+            stack.append(stack[-1])
+        elif name in ("PROTO", "FRAME"):
+            pass
+        elif name in ("APPEND", "APPENDS", "ADDITEMS", "SETITEM", "SETITEMS", "DICT"):
+            self._fill(name)
+        else:
+            self._build(name, argument)
 
-    def persistent_load(self, described: Any) -> _Storage:
-        """Describe a tensor's bytes: ("storage", type, key, device, number of elements, ...)."""
-        kind, dtype, key = described[:3]
-        if kind != "storage" or not isinstance(dtype, str):
+    def _marked(self) -> list[Any]:
+        """Take everything above the topmost mark, and the mark."""
+        at = self.marks.pop()
+        items = self.stack[at:]
+        del self.stack[at:]
+        return items
+
+    def _fill(self, name: str) -> None:
+        """Put items into the container below them; one that was not built stays empty."""
+        count = {"APPEND": 1, "SETITEM": 2}.get(name)
+        items = self._marked() if count is None else [self.stack.pop() for _ in range(count)][::-1]
+        if name == "DICT":
+            self.stack.append({})
+        container = self.stack[-1]
+        if isinstance(container, dict):
+            container.update(zip(items[::2], items[1::2], strict=True))
+        elif isinstance(container, list):
+            container.extend(items)
+        elif isinstance(container, set):
+            container.update(items)
+
+    def _build(self, name: str, argument: Any) -> None:
+        """Describe what the pickle would import, call or build."""
+        stack = self.stack
+        if name == "GLOBAL":
+            stack.append(Name(*argument.split(" ", 1)))
+        elif name == "STACK_GLOBAL":
+            stack[-2:] = [Name(str(stack[-2]), str(stack[-1]))]
+        elif name in ("PERSID", "BINPERSID"):
+            stack.append(self._storage(stack.pop() if name == "BINPERSID" else argument))
+        elif name == "REDUCE":
+            arguments = stack.pop()
+            stack.append(self._call(stack.pop(), arguments))
+        elif name == "BUILD":  # attributes: of no interest
+            stack.pop()
+        elif name in ("NEWOBJ", "NEWOBJ_EX"):
+            del stack[-1 if name == "NEWOBJ" else -2 :]
+            stack.append(self._call(stack.pop(), None))
+        elif name in ("OBJ", "INST"):
+            marked = self._marked()
+            stack.append(self._call(marked[0] if name == "OBJ" else Name(*argument.split(" ", 1)), None))
+        elif name in ("EXT1", "EXT2", "EXT4"):
+            stack.append(Name("copyreg", f"extension {argument}"))
+        else:
+            raise ValueError(f"a pickle has an operation {name}")
+
+    def _storage(self, described: Any) -> _Storage:
+        """A tensor's bytes: ("storage", type, key, device, number of elements, ...)."""
+        kind, storage, key = described[:3]
+        if kind != "storage" or not isinstance(storage, Name) or storage.module not in ("torch", "torch.storage"):
             raise ValueError("a pickle refers to something that is no storage")
-        return self.storages.setdefault(str(key), _Storage(dtype, str(key)))
+        return self.storages.setdefault(str(key), _Storage(STORAGES.get(storage.name, storage.name), str(key)))
+
+    def _call(self, called: Any, arguments: Any) -> Any:
+        """Describe the result of a call: a tensor, a table, or nothing known."""
+        known = f"{called.module}.{called.name}" if isinstance(called, Name) else "a value"
+        if known == "torch._utils._rebuild_tensor_v2":
+            storage, offset, shape, stride = arguments[:4]
+            if not isinstance(storage, _Storage):
+                raise ValueError("a tensor without a storage")
+            return _View(storage, int(offset), tuple(map(int, shape)), tuple(map(int, stride)))
+        if known in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
+            return arguments[0]
+        if known == "collections.OrderedDict" and isinstance(arguments, tuple):
+            return dict(*arguments)
+        self.refused.add(known)
+        return Inert()

@@ -393,7 +393,7 @@ def test_pickles_of_every_protocol_are_read_as_data(protocol: int) -> None:
         value["texts"] = value["again"] = ("a", "\u00e9" * 300)
     if protocol < 4:
         del value["sets"]
-    assert archives._PickleReader(io.BytesIO(pickle.dumps(value, protocol))).load() == value
+    assert archives._PickleReader().run(io.BytesIO(pickle.dumps(value, protocol))) == value
 
 
 # ------------------------------------------------------------------------------------------------- hostile files
