@@ -100,7 +100,7 @@ class Subject:
 
 @dataclass
 class Measured:
-    """What one pass over a video gave: scores by name, series of one value a frame, cuts, frames for a contact sheet."""
+    """What one pass over a video gave: scores by name, series of one value a frame, cuts, a few small frames."""
 
     subject: Subject
     clip: str
@@ -140,15 +140,12 @@ def seams_of(recipe: Mapping[str, Any], num_frames: int) -> tuple[tuple[int, ...
         run = config.merge(recipe.get("config", {}))
     except ConfigError:  # written by another version
         return (), ()
-    if not recipe or recipe.get("command") == "extend":
+    if recipe.get("command") not in ("generate", "refine"):
         return (), ()
     stream, refine = run.stream, run.refine
-    plans = (
-        chunks.streaming_plan(run.num_frames, stream.chunk, stream.overlap) if recipe["command"] == "generate" else (),
-        chunks.refinement_plan(run.num_frames, refine.chunk, refine.overlap) if refine.enabled else (),
-    )
-    first, second = (tuple(seam for seam in chunks.seams(plan) if seam < num_frames) for plan in plans)
-    return first, second
+    first = chunks.streaming_plan(num_frames, stream.chunk, stream.overlap) if recipe["command"] == "generate" else ()
+    second = chunks.refinement_plan(num_frames, refine.chunk, refine.overlap) if refine.enabled else ()
+    return chunks.seams(first), chunks.seams(second)
 
 
 def inspect(path: Path, settings: Settings) -> Subject:
