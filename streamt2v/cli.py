@@ -9,9 +9,10 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from inspect import signature
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -19,6 +20,7 @@ from streamt2v import __version__, config, files, home, hub, initializers, jobs,
 from streamt2v.errors import ConfigError, Interrupted, MemoryLimitError, StreamT2VError, WeightsError
 from streamt2v.progress import Progress
 
+FETCHING = "stopped; the same command goes on where it stopped"
 app = typer.Typer(
     name="streamt2v",
     no_args_is_help=True,
@@ -61,38 +63,13 @@ def default_output(prompt: str, seed: int) -> Path:
 
 
 @app.command()
+@options.knows(options.making, options.streaming, options.starting, options.running)
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to show; - reads it from standard input.", show_default=False)],
     frames: options.Frames = None,
     output: options.Output = None,
-    model: options.Model = None,
-    seed: options.Seed = None,
     fps: options.Fps = None,
-    size: options.Size = None,
-    fit: options.FitOption = None,
-    no_refine: options.NoRefine = False,
-    negative: options.Negative = None,
-    image: options.Image = None,
-    init: options.Init = None,
-    image_init: options.ImageInit = None,
-    quality: options.QualityOption = None,
-    steps: options.Steps = None,
-    guidance: options.Guidance = None,
-    refine_steps: options.RefineSteps = None,
-    chunk: options.Chunk = None,
-    overlap: options.Overlap = None,
-    preset: options.Preset = None,
-    config_file: options.ConfigFile = None,
-    settings: options.Settings = None,
-    device: options.DeviceOption = "auto",
-    threads: options.Threads = None,
-    resume: options.Resume = False,
-    overwrite: options.Overwrite = False,
-    keep_run: options.KeepRun = False,
-    preview: options.Preview = None,
-    json_output: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
+    **given: Any,
 ) -> None:
     """Make a video from a prompt.
 
@@ -106,54 +83,24 @@ def generate(
 
     [b]streamt2v generate "a cat on the beach" --model streamingt2v --init svd --image-init sdxl --frames 240[/b]
     """
-    if resume and output is None:
+    if given["resume"] and output is None:
         raise ConfigError("--resume needs to know which output", "name it with -o")
-    resolved = options.resolve(
-        model, preset, quality, config_file, settings, size, output if resume else None,
-        prompt=options.read_prompt(prompt), frames=frames,
-        seed=seed, fps=fps, fit=fit, refine=False if no_refine else None, negative=negative,
-        image=str(image) if image else None, init=init, image_init=image_init, steps=steps,
-        guidance=guidance, refine_steps=refine_steps, chunk=chunk, overlap=overlap,
-    )  # fmt: skip
-    job = jobs.Job(
-        "generate", resolved, output or default_output(resolved.prompt, resolved.seed), None, device, threads, resume,
-        overwrite, keep_run, preview,
-    )  # fmt: skip
-    _run(job, json_output, quiet, verbose)
+    _run("generate", None, output, given, prompt=options.read_prompt(prompt), frames=frames, fps=fps)
 
 
 @app.command()
+@options.knows(options.making, options.running)
 def refine(
     source: Annotated[Path, typer.Argument(help="The video to refine.", show_default=False)],
     output: options.Output = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="What it shows. Default: the video's own prompt.")
     ] = None,
-    model: options.Model = None,
-    seed: options.Seed = None,
     fps: Annotated[float | None, typer.Option("--fps", help="Frames per second. Default: the source's.")] = None,
-    size: options.Size = None,
-    fit: options.FitOption = None,
-    negative: options.Negative = None,
-    quality: options.QualityOption = None,
-    refine_steps: options.RefineSteps = None,
     guidance: Annotated[
         float | None, typer.Option("--guidance", help="Guidance; 1 is off.", rich_help_panel=options.ADVANCED)
     ] = None,
-    chunk: options.Chunk = None,
-    overlap: options.Overlap = None,
-    preset: options.Preset = None,
-    config_file: options.ConfigFile = None,
-    settings: options.Settings = None,
-    device: options.DeviceOption = "auto",
-    threads: options.Threads = None,
-    resume: options.Resume = False,
-    overwrite: options.Overwrite = False,
-    keep_run: options.KeepRun = False,
-    preview: options.Preview = None,
-    json_output: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
+    **given: Any,
 ) -> None:
     """Refine a video of any length: same frames, same sound, more detail.
 
@@ -162,18 +109,11 @@ def refine(
     [b]streamt2v refine ball.mp4 --prompt "a red ball over the sea" --refine-steps 8 -o better.mp4[/b]
     """
     output = output or source.with_name(f"{source.stem}_refined.mp4")
-    resolved = options.resolve(
-        model, preset, quality, config_file, settings, size, output if resume else None, jobs.inspect_source(source),
-        prompt=prompt, seed=seed, fps=fps, fit=fit, negative=negative, refine_guidance=guidance,
-        refine_steps=refine_steps, chunk=chunk, overlap=overlap,
-    )  # fmt: skip
-    job = jobs.Job(
-        "refine", resolved, output, source, device, threads, resume, overwrite, keep_run, preview
-    )  # fmt: skip
-    _run(job, json_output, quiet, verbose)
+    _run("refine", source, output, given, prompt=prompt, fps=fps, refine_guidance=guidance)
 
 
 @app.command()
+@options.knows(options.making, options.streaming, options.running)
 def extend(
     source: Annotated[Path, typer.Argument(help="The video to continue.", show_default=False)],
     frames: Annotated[int, typer.Option("--frames", "-n", help="Frames of the whole result, the source's included.")],
@@ -181,31 +121,8 @@ def extend(
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="What it shows. Default: the video's own prompt.")
     ] = None,
-    model: options.Model = None,
-    seed: options.Seed = None,
     fps: Annotated[float | None, typer.Option("--fps", help="Frames per second. Default: the source's.")] = None,
-    size: options.Size = None,
-    fit: options.FitOption = None,
-    no_refine: options.NoRefine = False,
-    negative: options.Negative = None,
-    quality: options.QualityOption = None,
-    steps: options.Steps = None,
-    guidance: options.Guidance = None,
-    refine_steps: options.RefineSteps = None,
-    chunk: options.Chunk = None,
-    overlap: options.Overlap = None,
-    preset: options.Preset = None,
-    config_file: options.ConfigFile = None,
-    settings: options.Settings = None,
-    device: options.DeviceOption = "auto",
-    threads: options.Threads = None,
-    resume: options.Resume = False,
-    overwrite: options.Overwrite = False,
-    keep_run: options.KeepRun = False,
-    preview: options.Preview = None,
-    json_output: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
+    **given: Any,
 ) -> None:
     """Continue a video: its own frames, then new ones that follow from its last 16.
 
@@ -214,20 +131,20 @@ def extend(
     [b]streamt2v extend beach.mp4 --prompt "waves on a beach" --frames 480 -o longer.mp4[/b]
     """
     output = output or source.with_name(f"{source.stem}_extended.mp4")
-    resolved = options.resolve(
-        model, preset, quality, config_file, settings, size, output if resume else None, jobs.inspect_source(source),
-        frames=frames, prompt=prompt, seed=seed, fps=fps, fit=fit, refine=False if no_refine else None,
-        negative=negative, steps=steps, guidance=guidance, refine_steps=refine_steps, chunk=chunk, overlap=overlap,
-    )  # fmt: skip
-    job = jobs.Job(
-        "extend", resolved, output, source, device, threads, resume, overwrite, keep_run, preview
-    )  # fmt: skip
-    _run(job, json_output, quiet, verbose)
+    _run("extend", source, output, given, prompt=prompt, frames=frames, fps=fps)
 
 
-def _run(job: jobs.Job, json_output: bool, quiet: bool, verbose: bool) -> None:
-    # Everything cheap is checked before torch is imported or a model loads.
-    notices = jobs.check(job, (lambda text: None) if quiet else _say)
+def _run(command: str, source: Path | None, output: Path | None, given: dict[str, Any], **more: Any) -> None:
+    """Carry out a command that makes a video; `given` are the options of the shared groups."""
+    json_output, quiet, verbose = (given.pop(name) for name in ("json_output", "quiet", "verbose"))
+    behaviour = {name: given.pop(name) for name in signature(options.running).parameters if name in given}
+    found = None if source is None else jobs.inspect_source(source)
+    resolved = options.resolve(resume_from=output if behaviour["resume"] else None, source=found, **given, **more)
+    output = output or default_output(resolved.prompt, resolved.seed)
+    job = jobs.Job(command, resolved, output, source, **behaviour)
+    with _terminable(FETCHING):
+        # Everything cheap is checked before torch is imported or a model loads.
+        notices = jobs.check(job, (lambda text: None) if quiet else _say)
     if not quiet:
         for notice in notices:
             _say(notice)
@@ -241,49 +158,40 @@ def _run(job: jobs.Job, json_output: bool, quiet: bool, verbose: bool) -> None:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that the run can save its partial file as it does on Ctrl-C."""
+def _terminable(said: str = "stopped") -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that a run can save its partial file as it does on Ctrl-C; and name both."""
 
     def stop(_signal: int, _frame: FrameType | None) -> NoReturn:
-        raise Interrupted("terminated", exit_code=143)
+        raise Interrupted(said, exit_code=143)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except KeyboardInterrupt:
+        raise Interrupted(said) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 @app.command()
+@options.knows(options.making, options.streaming, options.starting)
 def plan(
     prompt: Annotated[str, typer.Argument(help="What to show.", show_default=False)],
     frames: options.Frames = None,
-    model: options.Model = None,
-    size: options.Size = None,
-    no_refine: options.NoRefine = False,
-    image: options.Image = None,
-    init: options.Init = None,
-    image_init: options.ImageInit = None,
-    quality: options.QualityOption = None,
-    steps: options.Steps = None,
-    refine_steps: options.RefineSteps = None,
-    chunk: options.Chunk = None,
-    overlap: options.Overlap = None,
-    preset: options.Preset = None,
-    config_file: options.ConfigFile = None,
-    settings: options.Settings = None,
+    fps: options.Fps = None,
+    device: options.DeviceOption = "auto",
+    memory: options.Memory = None,
     json_output: options.Json = False,
+    **given: Any,
 ) -> None:
     """Show chunks, memory and time of a run without loading any weights.
 
     [b]streamt2v plan "a red ball over the sea" --frames 1200[/b]
+
+    [b]streamt2v plan "a cat on the beach" --model streamingt2v --device cuda --memory 12[/b]
     """
-    resolved = options.resolve(
-        model, preset, quality, config_file, settings, size, prompt=options.read_prompt(prompt),
-        frames=frames, steps=steps, refine_steps=refine_steps, chunk=chunk, overlap=overlap,
-        refine=False if no_refine else None, image=str(image) if image else None, init=init, image_init=image_init,
-    )  # fmt: skip
-    report = planning.plan(resolved)
+    resolved = options.resolve(prompt=options.read_prompt(prompt), frames=frames, fps=fps, **given)
+    report = planning.plan(resolved, device, memory)
     _emit(json.dumps(dataclasses.asdict(report)) if json_output else report.as_text())
 
 
@@ -374,7 +282,7 @@ def evaluate(
         if path is not None:
             files.write_bytes(path, page.encode(errors="replace"))
     if json_output:
-        _emit(json.dumps(report.as_json(results, settings), ensure_ascii=False, default=str))
+        _emit(json.dumps(report.as_json(results, settings), ensure_ascii=False, allow_nan=False))
     else:
         _emit(plain(report.as_text(results)))
 
@@ -448,20 +356,16 @@ def weights_pull(
     """
     from streamt2v import checkpoints
 
-    with _terminable():
-        try:
-            if name in weights.pipelines():
-                initializers.locate(name, _say)
-            else:
-                family = weights.family(name)
-                hub.pull(family, checkpoints.convert, _say, source, folder)
-                start = config.merge(config.preset(family.preset)).initialize.text_model
-                if start != initializers.OWN:
-                    _say(f"{start}, which makes the first frames:")
-                    initializers.locate(start, _say)
-        except (KeyboardInterrupt, Interrupted) as stop:
-            code = stop.exit_code if isinstance(stop, Interrupted) else 130
-            raise Interrupted("stopped; the same command goes on where it stopped", exit_code=code) from None
+    with _terminable(FETCHING):
+        if name in weights.pipelines():
+            initializers.locate(name, _say)
+        else:
+            family = weights.family(name)
+            hub.pull(family, checkpoints.convert, _say, source, folder)
+            start = config.merge(config.preset(family.preset)).initialize.text_model
+            if start != initializers.OWN:
+                _say(f"{start}, which makes the first frames:")
+                initializers.locate(start, _say)
     _emit(f"{name}: ready")
 
 
@@ -578,6 +482,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except MemoryError:
         if debug:
             raise
-        _say("error: out of memory\n  try a smaller --size or --chunk")
+        _say("error: out of memory\n  try a lower --memory, or a smaller --size or --chunk")
         sys.exit(MemoryLimitError.exit_code)
     sys.exit(0)

@@ -1,23 +1,23 @@
 """The device a run computes on: its name, its threads, its memory. No other file decides any of these.
 
-Networks compute in float32 everywhere so far.
-
 Torch is imported when a device is resolved, not with this module.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from streamt2v.errors import ConfigError
 
 if TYPE_CHECKING:
-    pass
+    import torch
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,50 @@ def release_memory(device: Device) -> None:
         import torch
 
         torch.cuda.empty_cache()
+
+
+def glance(name: str = "auto") -> tuple[str, int]:
+    """Kind and free bytes of the device that `resolve` would most likely find, without importing torch."""
+    kind = name.partition(":")[0]
+    if kind in ("auto", "cuda") and (kind == "cuda" or "+cpu" not in importlib.metadata.version("torch")):
+        ask = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+        try:
+            said = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout.split()
+            return "cuda", int(said[0]) * 2**20
+        except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+            pass
+    return "cpu" if kind == "auto" else kind, free_memory()
+
+
+def offload(network: torch.nn.Module, device: Device) -> None:
+    """Keep the weights of a network on the host; those of each layer are copied to the device while it runs."""
+    import torch
+
+    host: dict[torch.nn.Parameter, torch.Tensor] = {}
+
+    def moved(value: Any) -> Any:
+        return value.to(device.name) if isinstance(value, torch.Tensor) else value
+
+    def fetch(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for parameter in layer.parameters(recurse=False):
+            host[parameter] = parameter.data
+            parameter.data = parameter.data.to(device.name, non_blocking=True, copy=True)
+        return tuple(map(moved, args)), {name: moved(value) for name, value in kwargs.items()}
+
+    def give_back(layer: torch.nn.Module, *_: Any) -> None:
+        for parameter in layer.parameters(recurse=False):
+            parameter.data = host.pop(parameter)
+
+    for buffer in network.buffers():
+        buffer.data = moved(buffer.data)
+    for layer in network.modules():
+        if not any(True for _ in layer.parameters(recurse=False)):
+            continue
+        for parameter in layer.parameters(recurse=False):
+            if device.kind == "cuda":
+                parameter.data = parameter.data.pin_memory()  # copied without waiting
+        layer.register_forward_pre_hook(fetch, with_kwargs=True)
+        layer.register_forward_hook(give_back, always_call=True)
 
 
 def free_memory(device: Device | None = None) -> int:

@@ -11,12 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamt2v import devices, files, weights
+from streamt2v import config, devices, files, memory, planning, weights
 from streamt2v.errors import StreamT2VError
 
 OLDEST_PYTHON = (3, 11)
 LOW_DISK_BYTES = 2 * 10**9
-LOW_MEMORY_BYTES = 3 * 10**9
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def checks(folder: Path | None = None, device: str = "auto") -> list[Check]:
         ("python", _python),
         ("torch", lambda: _torch(device)),
         ("libraries", _libraries),
-        ("memory", _memory),
+        ("memory", lambda: _memory(device)),
         ("ffmpeg", _ffmpeg),
         ("PyAV", _pyav),
         ("writing", lambda: _writing(place)),
@@ -78,10 +77,15 @@ def _libraries() -> Check:
     return Check("libraries", True, ", ".join(found))
 
 
-def _memory() -> Check:
-    free = devices.free_memory()
-    advice = "close other programs: the demo family needs about 2 GB at its default size, more at larger ones"
-    return Check("memory", free >= LOW_MEMORY_BYTES, f"{free / 1e9:.1f} GB free", advice)
+def _memory(name: str) -> Check:
+    """How the family that a run takes by default fits into the device's memory at its default size."""
+    device, family = devices.resolve(name), weights.family(weights.default_family())
+    free = devices.free_memory(device)
+    known = planning.stages(config.merge(config.preset(family.preset), {"model": family.name}))
+    policy = memory.choose(free, known, device.kind)
+    need = memory.needed(known, policy)
+    found = f"{family.name}: {policy.describe()}: up to {need / 1e9:.1f} of {free / 1e9:.1f} GB free"
+    return Check("memory", need <= free, found, "close other programs, or try a smaller --size or --chunk")
 
 
 def _ffmpeg() -> Check:

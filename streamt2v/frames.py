@@ -41,7 +41,9 @@ def to_u8(frames: Tensor) -> Frames:
     wide = frames.detach().to(torch.float32)
     # One reduction instead of a mask as large as the frames; a finite sum of values near [-1,1] cannot hide an Inf.
     if not torch.isfinite(wide.sum()):
-        raise NumericsError("the decoded frames hold NaN or Inf", "half precision may be too narrow: use float32")
+        raise NumericsError(
+            "the decoded frames hold NaN or Inf", "16 bit may be too narrow; --device cpu computes in 32"
+        )
     levels = wide.add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
     array: Frames = levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return array

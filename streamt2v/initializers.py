@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from streamt2v.config import RunConfig
+    from streamt2v.memory import MemoryPolicy
     from streamt2v.stages.initialize import ModelScope
 
 OWN = "own"
@@ -157,13 +158,14 @@ def _is_library_class(value: list[Any]) -> bool:
 # ----------------------------------------------------------------------------------------------------------- loading
 
 
-def load(folder: Path, device: str, base: Path | None = None) -> Any:
+def load(folder: Path, device: str, base: Path | None = None, policy: MemoryPolicy | None = None) -> Any:
     """Load the pipeline of a folder, ready to be called.
 
     Args:
         folder: as `save_pretrained` writes it.
         device: where its networks go; 16 bit except on the CPU.
         base: for a motion adapter, the Stable Diffusion folder that it animates.
+        policy: where not all networks can stay, each comes to the device only for its part, or layer by layer.
 
     Raises:
         WeightsError: a part is missing, damaged, no safetensors or unknown to the installed libraries.
@@ -174,13 +176,20 @@ def load(folder: Path, device: str, base: Path | None = None) -> Any:
     if kind == ADAPTER:
         if base is None:
             raise WeightsError(f"{folder} is a motion adapter: it needs a picture model to animate")
-        return _animated(folder, base, device)
+        return _placed(_animated(folder, base, device), device, policy)
     pipeline = getattr(diffusers, kind, None)
     if pipeline is None:
         raise WeightsError(f"the installed diffusers {diffusers.__version__} has no {kind}", "update diffusers")
     dtype = _dtype(device, index)
     parts: dict[str, Any] = {name: _part(folder, name, value, dtype) for name, value in index.items()}
-    return _built(pipeline, parts, folder).to(device)
+    return _placed(_built(pipeline, parts, folder), device, policy)
+
+
+def _placed(pipeline: Any, device: str, policy: MemoryPolicy | None) -> Any:
+    if device == "cpu" or policy is None or policy.keep_networks:
+        return pipeline.to(device)
+    (pipeline.enable_sequential_cpu_offload if policy.offload else pipeline.enable_model_cpu_offload)(device=device)
+    return pipeline
 
 
 def load_modelscope(folder: Path, device: str) -> ModelScope:
@@ -243,7 +252,7 @@ def _animated(folder: Path, base: Path, device: str) -> Any:
         steps_offset=1,
     )
     parts["motion_adapter"] = load_network(diffusers.MotionAdapter, folder, dtype)
-    return _built(diffusers.AnimateDiffPipeline, parts, folder).to(device)
+    return _built(diffusers.AnimateDiffPipeline, parts, folder)
 
 
 def _built(pipeline: Any, parts: Mapping[str, Any], folder: Path) -> Any:

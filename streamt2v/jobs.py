@@ -24,6 +24,8 @@ class Job:
     overwrite: bool = False
     keep_run: bool = False
     preview: Path | None = None
+    memory: float | None = None
+    """Gigabytes that the run may take; None means what is free."""
 
     @property
     def run_path(self) -> Path:

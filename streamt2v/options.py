@@ -2,8 +2,10 @@
 
 import secrets
 import sys
+from collections.abc import Callable
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -12,6 +14,7 @@ from streamt2v.config import Fit, Quality, RunConfig
 from streamt2v.errors import ConfigError
 from streamt2v.initializers import OWN, named
 
+Command = TypeVar("Command", bound=Callable[..., None])
 ADVANCED = "Advanced"
 STEERING = "What is made"
 RUNNING = "How the run behaves"
@@ -85,6 +88,10 @@ DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cu
 Threads = Annotated[
     int | None, typer.Option("--threads", help="CPU threads. Default: all cores.", rich_help_panel=RUNNING)
 ]
+Memory = Annotated[
+    float | None,
+    typer.Option("--memory", min=0.1, help="GB it may take. Default: what is free.", rich_help_panel=RUNNING),
+]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue the run that was interrupted.", rich_help_panel=RUNNING)
 ]
@@ -104,12 +111,63 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.", rich_
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more about each step.", rich_help_panel=RUNNING)]
 
 
+def making(
+    model: Model = None,
+    seed: Seed = None,
+    size: Size = None,
+    fit: FitOption = None,
+    negative: Negative = None,
+    quality: QualityOption = None,
+    refine_steps: RefineSteps = None,
+    chunk: Chunk = None,
+    overlap: Overlap = None,
+    preset: Preset = None,
+    config_file: ConfigFile = None,
+    settings: Settings = None,
+) -> None:
+    """What every command that makes frames knows; `resolve` takes these by name."""
+
+
+def streaming(no_refine: NoRefine = False, steps: Steps = None, guidance: Guidance = None) -> None:
+    """What those with a streaming stage know besides."""
+
+
+def starting(image: Image = None, init: Init = None, image_init: ImageInit = None) -> None:
+    """What those know that begin from nothing."""
+
+
+def running(
+    device: DeviceOption = "auto",
+    threads: Threads = None,
+    memory: Memory = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    keep_run: KeepRun = False,
+    preview: Preview = None,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """How a run behaves."""
+
+
+def knows(*groups: Callable[..., None]) -> Callable[[Command], Command]:
+    """Give a command the options of groups; it receives them in its `**` parameter."""
+
+    def extend(command: Command) -> Command:
+        own = [p for p in signature(command).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+        shared = [parameter for group in groups for parameter in signature(group).parameters.values()]
+        vars(command)["__signature__"] = Signature([*own, *shared])
+        return command
+
+    return extend
+
+
 # Flags that set one thing in several places, or whose name differs from the setting's.
 _KEYS = {
     "steps": ("initialize.num_inference_steps", "stream.num_inference_steps"),
     "guidance": ("initialize.guidance_scale", "initialize.image_guidance_scale", "stream.guidance_scale"),
     "refine_guidance": ("refine.guidance_scale",),
-    "refine": ("refine.enabled",),
     "negative": ("negative_prompt",),
     "refine_steps": ("refine.num_inference_steps",),
     "chunk": ("refine.chunk",),
@@ -117,11 +175,8 @@ _KEYS = {
     "fps": ("output.fps",),
     "fit": ("output.fit",),
     "frames": ("num_frames",),
-    "prompt": ("prompt",),
-    "image": ("image",),
     "init": ("initialize.text_model", "initialize.picture_model"),
     "image_init": ("initialize.text_to_image",),
-    "seed": ("seed",),
 }
 
 
@@ -167,6 +222,7 @@ def resolve(
     size: str | None,
     resume_from: Path | None = None,
     source: jobs.Source | None = None,
+    no_refine: bool = False,
     **flags: Any,
 ) -> RunConfig:
     """Merge options, files and presets in the order of precedence into one checked config.
@@ -176,6 +232,7 @@ def resolve(
         resume_from: an output whose run gives the seed when no other was asked for.
         source: the video to refine or extend; its rate and prompt stand below the files and flags, its
             length above the files.
+        no_refine: leave the last stage out.
         flags: other flags by name; None where not given.
 
     Raises:
@@ -183,9 +240,13 @@ def resolve(
     """
     from_file = config.flatten(config.read_toml(config_file)) if config_file else {}
     given = parse_settings(settings or [])
-    given.update({key: value for name, value in flags.items() if value is not None for key in _KEYS[name]})
+    given.update({key: value for name, value in flags.items() if value is not None for key in _KEYS.get(name, (name,))})
+    if no_refine:
+        given["refine.enabled"] = False
     if size is not None:
         given["output.height"], given["output.width"] = parse_size(size)
+    if "image" in given:
+        given["image"] = str(given["image"])
     asked = {**from_file, **given}
     chosen = model or asked.get("model") or weights.default_family()
     given["model"] = chosen
@@ -193,9 +254,8 @@ def resolve(
         stored = jobs.recorded_seed(resume_from) if resume_from else None
         given["seed"] = secrets.randbelow(2**31) if stored is None else stored
     if asked.get("refine.enabled") is False and not {"output.width", "output.height"} & set(asked):
-        given["output.width"] = given["output.height"] = (
-            0  # unrefined frames keep their own size unless one is asked for
-        )
+        # Unrefined frames keep their own size unless one is asked for.
+        given["output.width"] = given["output.height"] = 0
     layers = [config.preset(weights.family(str(chosen)).preset, None if preset else quality)]
     if preset:
         layers.append(config.preset(preset, quality))

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from importlib.metadata import version
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamt2v import __version__, devices, frames, initializers, jobs, planning, runs, video, weights
+from streamt2v import __version__, devices, frames, initializers, jobs, memory, planning, runs, video, weights
 from streamt2v.chunks import covering, refinement_plan, streaming_plan
 from streamt2v.convert import clean_prompt
 from streamt2v.diffusion.noise import SeededDraws
@@ -27,15 +28,18 @@ from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from streamt2v.errors import Interrupted, MemoryLimitError, OutputError, StreamT2VError
 from streamt2v.frames import Frames
 from streamt2v.jobs import Job, Result, check, recipe_of
+from streamt2v.memory import MemoryPolicy
 from streamt2v.models.encoders import decode_latents, encode_frames, encode_text, latent_factor, latent_size
+from streamt2v.models.layers import slice_feed_forwards
 from streamt2v.models.refiner import legal_canvas
 from streamt2v.models.unet3d import TextContext
 from streamt2v.progress import Report
 from streamt2v.stages import initialize, stream
-from streamt2v.stages.denoise import Branches, Sampling
-from streamt2v.stages.refine import Denoiser, Refiner, RefineState
+from streamt2v.stages.denoise import Sampling
+from streamt2v.stages.refine import Denoiser, Refiner, RefineState, noise_grid
 
 STREAM, REFINE = "stream", "refine"
+ENCODERS = ("stream.text", "stream.image", "refine.text")
 PREVIEW_FRAMES = 24
 
 
@@ -55,9 +59,12 @@ def run(job: Job, report: Report) -> Result:
     threads = devices.set_threads(resumed.get("threads") if job.threads is None else job.threads)
     devices.keep_freed_memory()
     libraries = {name: version(name) for name in ("torch", "diffusers", "transformers")}
-    recipe = {**job.recipe(), "device": device.name, "threads": threads, "libraries": libraries}
+    policy = _policy(job, device, resumed, report)
+    recipe = {
+        **job.recipe(), "device": device.name, "threads": threads, "libraries": libraries, "memory": asdict(policy)
+    }  # fmt: skip
     with runs.RunDirectory.open(job.run_path, recipe, resume=job.resume) as directory:
-        maker = _Maker(job, report, directory, device)
+        maker = _Maker(job, report, directory, device, policy)
         try:
             width, height = maker.make()
         except (KeyboardInterrupt, Interrupted) as stop:
@@ -66,14 +73,28 @@ def run(job: Job, report: Report) -> Result:
             if not directory.num_base_frames and directory.load_state("output") is None:
                 directory.remove()  # nothing is finished: the next try need not say --resume
             if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-                raise MemoryLimitError("out of memory", "try a smaller --size or --chunk") from error
+                hint = "try a lower --memory, or a smaller --size or --chunk"
+                raise MemoryLimitError("out of memory", hint) from error
             raise
         maker.finish()
         seconds = time.monotonic() - began
         maker.remember(seconds)
     if not job.keep_run:
         directory.remove()
-    return _result(job, width, height, seconds)
+    return _result(job, width, height, seconds, device)
+
+
+def _policy(job: Job, device: devices.Device, resumed: dict[str, Any], report: Report) -> MemoryPolicy:
+    """What the memory allows; a run keeps the policy it began with, as other batches round differently."""
+    if job.memory is None and "memory" in resumed:
+        return MemoryPolicy(**resumed["memory"])
+    free = devices.free_memory(device) if job.memory is None else int(job.memory * 1e9)
+    source = jobs.inspect_source(job.source) if job.source and job.command == "refine" else None
+    known = planning.stages(job.config, None if source is None else (source.height, source.width))
+    policy = memory.choose(free, known, device.kind)
+    need = memory.needed(known, policy)
+    report.note(f"memory: {policy.describe()}: up to {need / 1e9:.1f} of {free / 1e9:.1f} GB", warning=need > free)
+    return policy
 
 
 def _finished_before(job: Job) -> Result:
@@ -84,11 +105,11 @@ def _finished_before(job: Job) -> Result:
     return _result(job, found.width, found.height, 0.0)
 
 
-def _result(job: Job, width: int, height: int, seconds: float) -> Result:
+def _result(job: Job, width: int, height: int, seconds: float, device: devices.Device | None = None) -> Result:
     config = job.config
     return Result(
         str(job.output), config.num_frames, width, height, config.output.fps, round(seconds, 2), config.seed,
-        config.model, round(devices.peak_memory() / 2**20, 1),
+        config.model, round(devices.peak_memory(device) / 2**20, 1),
     )  # fmt: skip
 
 
@@ -160,9 +181,11 @@ def _thumbnail(height: int, width: int) -> tuple[int, int]:
 class _Maker:
     """One run: loads what it needs, pulls frames through the stages, records what is finished."""
 
-    def __init__(self, job: Job, report: Report, directory: runs.RunDirectory, device: devices.Device) -> None:
+    def __init__(
+        self, job: Job, report: Report, directory: runs.RunDirectory, device: devices.Device, policy: MemoryPolicy
+    ) -> None:
         self.job, self.config, self.report, self.directory = job, job.config, report, directory
-        self.device = device
+        self.device, self.policy = device, policy
         self.family = weights.family(job.config.model)
         self.draws = SeededDraws(self.config.seed)
         # A continued video keeps its frames; the last of them are the first chunk of the base video.
@@ -263,7 +286,7 @@ class _Maker:
             "fixed_seconds": self.fixed_seconds,
             "stream_seconds_per_chunk": self.stream_seconds / later_chunks,
             "refine_seconds_per_chunk": refine_seconds / len(self.refine_plan),
-            "peak_memory_bytes": devices.peak_memory(),
+            "peak_memory_bytes": devices.peak_memory(self.device),
         }
         planning.remember(self.config, measured)
 
@@ -290,12 +313,17 @@ class _Maker:
 
     def _refined(self, geometry: Geometry, state: RefineState | None) -> Iterator[tuple[Frames, dict[str, Tensor]]]:
         """Yield (output frames, state after them) group by group."""
-        settings, device = self.config.refine, self.device.name
+        settings, device, schedule = self.config.refine, self.device.name, self._schedule("refine.unet")
+        noise_grid(schedule, settings)  # what it refuses should not cost a first chunk
+        if not self.policy.keep_networks:
+            self._finish_base()
+        base = self._base_frames(0 if state is None else state.encoded)
+        first = list(islice(base, 1))  # before the refiner's networks take memory: a model of others may need it all
+        text = self._text("refine")
         vae, unet = self._load("refine.vae"), self._load("refine.unet")
-        schedule = self._schedule("refine.unet")
-        denoiser = Denoiser(unet, schedule, Branches.of(unet.prepare(self._text("refine"))))
+        denoiser = Denoiser(unet, schedule, unet.prepare(text), self.policy.batched_guidance)
         geometry = Geometry(geometry.fit, legal_canvas(*geometry.content, unet.config, latent_factor(vae)))
-        reader = frames.Reader(self._base_frames(0 if state is None else state.encoded))
+        reader = frames.Reader(chain(first, base))
 
         def encode(start: int, stop: int) -> Tensor:
             return torch.cat([encode_frame(frame) for frame in range(start, stop)])
@@ -318,6 +346,15 @@ class _Maker:
             yield np.concatenate(shown), refiner.state.tensors()
             done = self.writer.mark.frames - self.base_offset
             self.report.advance(REFINE, done, max(covering(self.refine_plan, done - 1)) + 1, len(self.refine_plan))
+
+    def _finish_base(self) -> None:
+        """Make all base frames and let go of the networks that made them."""
+        if self.job.command != "refine":
+            for _ in self._base_frames(self.directory.num_base_frames):
+                pass
+        self.networks.clear()
+        vars(self).pop("_stream_parts", None)
+        devices.release_memory(self.device)
 
     # -- stages 1 and 2
 
@@ -350,7 +387,8 @@ class _Maker:
         if not left:
             return
         models, text, noise = self._stream_parts
-        streamer = stream.Streamer(models, text, state.anchor, Sampling.of(config), noise)
+        sampling = Sampling.of(config, self.policy.batched_guidance)
+        streamer = stream.Streamer(models, text, state.anchor, sampling, noise)
         began = time.monotonic()
         for chunk, (new, after) in zip(left, streamer.run(state, left), strict=True):
             yield self._store(chunk.index, new, after, began)
@@ -382,13 +420,13 @@ class _Maker:
 
     def _borrowed_chunk(self, chosen: initializers.Chosen) -> Tensor:
         """Run a model of others at its own size and let go of it."""
-        wish, device = initialize.Wish.of(self.config), self.device.name
+        wish, device = initialize.Wish.of(self.config, not self.policy.keep_networks), self.device.name
         if chosen.kind == initializers.MODELSCOPE:
             model = initializers.load_modelscope(chosen.folder, device)
             height, width = wish.working if all(wish.working) else wish.base
             shape = (model.unet.config.out_channels, *latent_size(model.vae, height, width))
             noise = stream.chunk_noise(self.draws, wish.num_frames, shape, device)
-            return initialize.from_modelscope(model, wish, Sampling.of(self.config.initialize), noise)
+            return initialize.from_modelscope(model, wish, self._first_sampling, noise)
         if chosen.kind == initializers.ADAPTER:
             pipeline = self._pipeline(chosen.folder, chosen.drawing[0])
             return initialize.from_pipeline(pipeline, wish, self.draws.generator("initialize"))
@@ -403,7 +441,7 @@ class _Maker:
 
     def _pipeline(self, folder: Path, base: Path | None = None) -> Any:
         self.report.note(f"loading {folder}")
-        pipeline = initializers.load(folder, self.device.name, base)
+        pipeline = initializers.load(folder, self.device.name, base, self.policy)
         if self.config.negative_prompt and initialize.ignores_negative_prompt(pipeline):
             self.report.note(f"{type(pipeline).__name__} knows no negative prompt", warning=True)
         return pipeline
@@ -416,7 +454,7 @@ class _Maker:
         """Run the family's own initializer: frames [F, 3, H, W] in [-1, 1]."""
         config, size = self.config.initialize, self.config.stream.chunk
         models, text, noise = self._stream_parts
-        sampling = Sampling.of(config)
+        sampling = self._first_sampling
         if not self.config.image:
             return initialize.from_text(models, text, sampling, noise, size)
         picture = self._picture(self.device.name).unsqueeze(0)
@@ -426,14 +464,19 @@ class _Maker:
         sampling = replace(sampling, guidance_scale=config.image_guidance_scale)
         return initialize.from_image(models, unet, picture[0], text, sampling, noise, size)
 
+    @property
+    def _first_sampling(self) -> Sampling:
+        return Sampling.of(self.config.initialize, self.policy.batched_guidance)
+
     # -- networks
 
     @cached_property
     def _stream_parts(self) -> tuple[stream.StreamModels, TextContext, stream.NoiseOfChunk]:
+        text = self._text("stream")
         config, models = self.config.stream, self._stream_models()
         shape = (models.unet.config.out_channels, *latent_size(models.vae, config.height, config.width))
         noise = stream.chunk_noise(self.draws, config.chunk, shape, self.device.name)
-        return models, self._text("stream"), noise
+        return models, text, noise
 
     def _stream_models(self) -> stream.StreamModels:
         config, family = self.config.stream, self.family
@@ -453,7 +496,15 @@ class _Maker:
         path = self.family.path(role)
         if path not in self.networks:
             self.report.note(f"loading {role}")
-            self.networks[path] = weights.load(self.family, role, self.device.name, torch.float32)
+            policy, sparing = self.policy, self.device.kind == "cuda" and not self.policy.keep_networks
+            on_host = policy.offload or (sparing and role in ENCODERS)
+            place = "cpu" if on_host else self.device.name
+            network = weights.load(self.family, role, place, getattr(torch, policy.precision))
+            if isinstance(network, torch.nn.Module):
+                slice_feed_forwards(network, policy.feed_forward_rows)
+                if on_host:
+                    devices.offload(network, self.device)
+            self.networks[path] = network
         self.fixed_seconds += time.monotonic() - began
         return self.networks[path]
 
@@ -471,4 +522,7 @@ class _Maker:
         for text, ids in zip(texts, tokenizer(texts).input_ids, strict=True):
             if len(ids) > room:
                 self.report.note(f"the text encoder reads {room} tokens, the end of {text!r} is cut off", warning=True)
-        return encode_text(tokenizer, encoder, texts)
+        encoded = encode_text(tokenizer, encoder, texts)
+        if not self.policy.keep_networks:
+            del self.networks[self.family.path(f"{stage}.text")]
+        return encoded

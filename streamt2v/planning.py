@@ -1,13 +1,15 @@
 """What a run will do, before it does it: chunks, sizes, memory and time. Loads no weights and no torch."""
 
+import contextlib
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from streamt2v import home, initializers, weights
+from streamt2v import devices, files, home, initializers, memory, weights
 from streamt2v.chunks import Chunk, refinement_plan, streaming_plan
 from streamt2v.config import RunConfig
+from streamt2v.errors import OutputError
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,10 @@ class Plan:
     box_height: int
     box_width: int
     weights_bytes: int
+    device: str
+    free_bytes: int
+    policy: memory.MemoryPolicy
+    needed_bytes: int
     peak_memory_bytes: int | None
     seconds: float | None
 
@@ -45,24 +51,68 @@ class Plan:
         else:
             lines.append("refine   no")
         unknown = "unknown until the first run on this machine"
-        memory = (
-            unknown
-            if self.peak_memory_bytes is None
-            else f"about {self.peak_memory_bytes / 1e6:.0f} MB, for any length"
+        short = "; MORE THAN THERE IS" if self.needed_bytes > self.free_bytes else ""
+        lines.append(f"memory   {self.policy.describe()}")
+        lines.append(
+            f"         up to {self.needed_bytes / 1e9:.1f} of {self.free_bytes / 1e9:.1f} GB ({self.device}), "
+            f"for any length{short}"
         )
-        lines.append(f"memory   {memory}")
+        if self.peak_memory_bytes is not None:
+            lines.append(f"         {self.peak_memory_bytes / 1e6:.0f} MB when it last ran")
         lines.append(f"time     {unknown if self.seconds is None else f'about {self.seconds:.0f} s'}")
         return "\n".join(lines)
 
 
-def plan(config: RunConfig) -> Plan:
-    """Plan a run.
+def stages(config: RunConfig, source: tuple[int, int] | None = None) -> tuple[memory.Stage, ...]:
+    """Return the stages of a run in numbers; `source` is the size (H, W) of a video that is only refined."""
+    family, stream, refine, output = weights.family(config.model), config.stream, config.refine, config.output
+    base, found = source or (stream.height, stream.width), []
+    if source is None:
+        parts = ["vae", *(["cam"] if stream.cam else []), *(["apm"] if stream.apm else [])]
+        found.append(_stage(family, "stream", parts, stream.chunk, base, stream.guidance_scale != 1, stream.cam))
+    if refine.enabled:
+        box = (output.height or base[0], output.width or base[1])
+        scale = min(box[0] / base[0], box[1] / base[1])
+        canvas = box if output.fit == "cover" else (round(base[0] * scale), round(base[1] * scale))
+        frames = min(refine.chunk, config.num_frames)
+        found.append(_stage(family, "refine", ["vae"], frames, canvas, refine.guidance_scale != 1, cam=False))
+    return tuple(found)
+
+
+def _stage(
+    family: weights.Family, name: str, parts: list[str], frames: int, size: tuple[int, int], guided: bool, cam: bool
+) -> memory.Stage:
+    def config(role: str) -> dict[str, Any]:
+        here = all((family.root / part).is_file() for part in family.file(role).parts or ["-"])
+        return weights.read_header(family.path(role))[1] if here else {}
+
+    unet, vae = config(f"{name}.unet"), config(f"{name}.vae")
+    width, finest = unet.get("block_out_channels", [320])[0], vae.get("block_out_channels", [128] * 4)
+    # To multiples of 8 latent cells, which is as far as a canvas may have to grow.
+    side = 8 * 2 ** (len(finest) - 1)
+    rows, columns = (-(-extent // side) * 8 for extent in size)
+    values, encoders = (
+        sum(family.file(f"{name}.{part}").num_values for part in group if family.has(f"{name}.{part}"))
+        for group in (["unet", *parts], ["text", "image"])
+    )
+    return memory.Stage(
+        values=values, encoder_values=encoders, cells=frames * rows * columns, width=width,
+        inner=max(width, unet.get("transformer_in_heads", 8) * unet.get("attention_head_dim", 64)), guided=guided,
+        cam=cam, frame_values=rows * columns * side**2 // 64 * finest[0],
+    )  # fmt: skip
+
+
+def plan(config: RunConfig, device: str = "auto", gigabytes: float | None = None) -> Plan:
+    """Plan a run on a device, within `gigabytes` of memory; None means what is free.
 
     Raises:
         ConfigError: the numbers of frames do not fit together.
     """
     stream, refine, output = config.stream, config.refine, config.output
-    family = weights.family(config.model)
+    family, known = weights.family(config.model), stages(config)
+    kind, free = devices.glance(device)
+    free = free if gigabytes is None else int(gigabytes * 1e9)
+    policy = memory.choose(free, known, kind)
     measured = _measured(config)
     streaming = streaming_plan(config.num_frames, stream.chunk, stream.overlap)
     refinement = refinement_plan(config.num_frames, refine.chunk, refine.overlap) if refine.enabled else ()
@@ -72,7 +122,8 @@ def plan(config: RunConfig) -> Plan:
         seconds += len(refinement) * measured["refine_seconds_per_chunk"]
     return Plan(
         config.model, config.num_frames, output.fps, initializers.named(config), streaming, refinement,
-        stream.height, stream.width, output.height, output.width, family.num_bytes,
+        stream.height, stream.width, output.height, output.width,
+        2 * sum(file.num_values for file in family.files), kind, free, policy, memory.needed(known, policy),
         None if measured is None else int(measured["peak_memory_bytes"]), seconds,
     )  # fmt: skip
 
@@ -91,16 +142,8 @@ def _key(config: RunConfig) -> str:
         refine.enabled,
     ]  # fmt: skip
     if refine.enabled:
-        parts += [
-            refine.chunk,
-            refine.overlap,
-            refine.blending,
-            refine.num_inference_steps,
-            refine.guidance_scale > 1,
-            output.height,
-            output.width,
-            output.fit,
-        ]
+        parts += [refine.chunk, refine.overlap, refine.blending, refine.num_inference_steps, refine.guidance_scale > 1]
+        parts += [output.height, output.width, output.fit]
     return "/".join(map(str, parts))
 
 
@@ -115,12 +158,7 @@ def _measured(config: RunConfig) -> dict[str, float] | None:
 def remember(config: RunConfig, measured: dict[str, float]) -> None:
     """Store what a finished run measured, for later plans; a cache that cannot be written is not an error."""
     path = _timings_path()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError, ValueError, OutputError):
+        files.make_directory(path.parent)
         table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        table[_key(config)] = measured
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            json.dump(table, file)
-        Path(file.name).replace(path)
-    except (OSError, ValueError):
-        return
+        files.write_json(path, table | {_key(config): measured})

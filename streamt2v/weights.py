@@ -33,26 +33,20 @@ MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 20_000
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
+_CLIP = "transformers.models.clip"
+_CLIP_TEXT = (f"{_CLIP}.configuration_clip", "CLIPTextConfig")
 # class name -> (module, class, module and name of its config class, None where the config is the keyword arguments)
 NETWORKS: Mapping[str, tuple[str, str, tuple[str, str] | None]] = {
     "UNet3D": ("streamt2v.models.unet3d", "UNet3D", ("streamt2v.models.unet3d", "UNet3DConfig")),
     "ConditionalAttention": ("streamt2v.models.cam", "ConditionalAttention", ("streamt2v.models.cam", "CamConfig")),
     "AppearanceTokens": ("streamt2v.models.apm", "AppearanceTokens", None),
     "AutoencoderKL": ("diffusers.models.autoencoders.autoencoder_kl", "AutoencoderKL", None),
-    "CLIPTextModel": (
-        "transformers.models.clip.modeling_clip",
-        "CLIPTextModel",
-        ("transformers.models.clip.configuration_clip", "CLIPTextConfig"),
-    ),
-    "CLIPTextModelWithProjection": (
-        "transformers.models.clip.modeling_clip",
-        "CLIPTextModelWithProjection",
-        ("transformers.models.clip.configuration_clip", "CLIPTextConfig"),
-    ),
+    "CLIPTextModel": (f"{_CLIP}.modeling_clip", "CLIPTextModel", _CLIP_TEXT),
+    "CLIPTextModelWithProjection": (f"{_CLIP}.modeling_clip", "CLIPTextModelWithProjection", _CLIP_TEXT),
     "CLIPVisionModelWithProjection": (
-        "transformers.models.clip.modeling_clip",
+        f"{_CLIP}.modeling_clip",
         "CLIPVisionModelWithProjection",
-        ("transformers.models.clip.configuration_clip", "CLIPVisionConfig"),
+        (f"{_CLIP}.configuration_clip", "CLIPVisionConfig"),
     ),
 }
 
@@ -73,6 +67,12 @@ class WeightFile:
     source: str = ""
     tokens: Mapping[str, str | int] = dataclasses.field(default_factory=dict)
     tidy: bool = False
+    values: int = 0
+
+    @property
+    def num_values(self) -> int:
+        """Numbers in the file, which are stored in 16 bit; as listed where nothing was pulled yet."""
+        return sum(part.bytes for part in self.parts.values()) // 2 or self.values
 
 
 @dataclass(frozen=True)
@@ -280,9 +280,7 @@ def describe_files(chosen: Family) -> list[dict[str, Any]]:
         whole = bool(file.parts) and all(part.has_size(chosen.root / name) for name, part in file.parts.items())
         size = sum(part.bytes for part in file.parts.values())
         state = "ok" if whole else "incomplete" if file.parts else "absent"
-        rows.append(
-            {"name": file.path, "state": state, "bytes": size, "licence": file.licence, "what": file.what}
-        )  # fmt: skip
+        rows.append({"name": file.path, "state": state, "bytes": size, "licence": file.licence, "what": file.what})
     known = home.recorded("sources") if chosen.sources else {}
     for source in chosen.sources:
         size = source.bytes or known.get(source.name, {}).get("bytes", 0)
@@ -310,13 +308,8 @@ def verify(chosen: Family) -> None:
     """Check size and SHA-256 of every file of the family. Raises WeightsError naming the first that differs."""
     require(chosen)
     found = {file.path: {name: Recorded.of(chosen.root / name) for name in file.parts} for file in chosen.files}
-    wrong = (
-        name
-        for file in chosen.files
-        for name, part in file.parts.items()
-        if found[file.path][name].sha256 != part.sha256
-    )
-    _refuse(chosen, [f"{name} is damaged" for name in wrong])
+    parts = [(name, part, found[file.path][name]) for file in chosen.files for name, part in file.parts.items()]
+    _refuse(chosen, [f"{name} is damaged" for name, part, now in parts if now.sha256 != part.sha256])
     if chosen.sources:
         with contextlib.suppress(OutputError):  # where nothing can be written, later looks hash once more
             home.remember("files", {file.path: made_from(file.source, found[file.path]) for file in chosen.files})

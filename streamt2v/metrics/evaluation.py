@@ -355,5 +355,5 @@ class _Cuts:
         """Take the next RGB frame."""
         small = frame if self.size == frame.shape[1::-1] else cv2.resize(frame, self.size)
         cuts = self.detector.process_frame(FrameTimecode(self.count, self.fps), cv2.cvtColor(small, cv2.COLOR_RGB2BGR))
-        self.found += [cut.frame_num for cut in cuts]
+        self.found += [int(cut.frame_num) for cut in cuts]
         self.count += 1

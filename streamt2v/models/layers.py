@@ -19,7 +19,6 @@ from streamt2v.models.apm import TokenMixing
 
 # CUDA attention kernels take at most 65535 sequences at once, and bounded pieces keep activations small at 720p.
 MAX_SEQUENCES = 32768
-MAX_FEED_FORWARD_ROWS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,9 @@ class GatedLinear(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Gated feed-forward layer, four times as wide inside."""
+    """Gated feed-forward layer, four times as wide inside; takes at most `rows_at_once` rows at once."""
+
+    rows_at_once = 1 << 17
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -124,10 +125,17 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
-        if torch.is_grad_enabled() or len(rows) <= MAX_FEED_FORWARD_ROWS:
+        if torch.is_grad_enabled() or len(rows) <= self.rows_at_once:
             return self.net(x)
         # The gated product is the peak of the whole network's memory; rows are independent.
-        return torch.cat([self.net(piece) for piece in rows.split(MAX_FEED_FORWARD_ROWS)]).view_as(x)
+        return torch.cat([self.net(piece) for piece in rows.split(self.rows_at_once)]).view_as(x)
+
+
+def slice_feed_forwards(network: nn.Module, rows: int) -> None:
+    """Let every feed-forward layer of a network take at most `rows` rows at once."""
+    for layer in network.modules():
+        if isinstance(layer, FeedForward):
+            layer.rows_at_once = rows
 
 
 class TransformerBlock(nn.Module):
@@ -193,7 +201,7 @@ class FrameCode(nn.Module):
         turn = 2 * math.pi * index / 16
         growth = torch.stack([torch.ones_like(index), index / 8 - 1, turn.sin(), turn.cos()], dim=1)  # [F, 4]
         directions = self.text(pooled).unflatten(-1, (4, -1))  # [B, 4, C]
-        return code + growth.to(weight.dtype) @ directions
+        return code + growth.to(directions) @ directions
 
 
 class TemporalTransformer(nn.Module):

@@ -134,10 +134,10 @@ class Conditioning:
     keys_values: tuple[KeysValues, ...]
     pooled: Tensor | None = None
 
-    def rows(self, start: int, stop: int) -> "Conditioning":
-        """Return batch rows start..stop-1, e.g. one guidance branch where both do not fit in memory."""
-        kept = tuple(KeysValues(kv.keys[start:stop], kv.values[start:stop]) for kv in self.keys_values)
-        return Conditioning(kept, None if self.pooled is None else self.pooled[start:stop])
+    def rows(self, rows: slice) -> "Conditioning":
+        """Return some batch rows, e.g. one guidance branch where both do not fit in memory."""
+        kept = tuple(KeysValues(kv.keys[rows], kv.values[rows]) for kv in self.keys_values)
+        return Conditioning(kept, None if self.pooled is None else self.pooled[rows])
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ from torch import Tensor
 from streamt2v.config import InitializeConfig, StreamConfig
 from streamt2v.diffusion import guidance, solvers
 from streamt2v.diffusion.schedules import NoiseSchedule
-from streamt2v.models.unet3d import Conditioning
 
-Predict = Callable[[Tensor, int, bool], Tensor]
-"""(latents [B, C, F, h, w], timestep, guided) -> model output [B, C, F, h, w].
+Predict = Callable[[Tensor, int, slice], Tensor]
+"""(latents [B, C, F, h, w], timestep, rows) -> model output [B, C, F, h, w]; B is the number of rows.
 
-Guided: B is 2, the rows are the unconditional and the conditional branch. Else: B is 1, the conditional one.
+Rows of everything that is prepared for guidance: BOTH, or UNCONDITIONAL or CONDITIONAL alone.
 """
+
+BOTH, UNCONDITIONAL, CONDITIONAL = slice(0, 2), slice(0, 1), slice(1, 2)
 
 Observe = Callable[[int, Tensor, Tensor], None]
 """Called with (step, guided model output, latents after the step), for tests and previews."""
@@ -23,7 +24,10 @@ Observe = Callable[[int, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample: steps, guidance, DDIM's share of fresh noise (eta), and whether the last step adds any."""
+    """How to sample: steps, guidance, DDIM's share of fresh noise (eta), and whether the last step adds any.
+
+    `batched` runs both branches of guidance in one batch, else one after the other with half the memory.
+    """
 
     num_inference_steps: int
     guidance_scale: float
@@ -31,13 +35,14 @@ class Sampling:
     guidance_stop: float = 0.0
     eta: float = 0.0
     final_noise: bool = False
+    batched: bool = True
 
     @classmethod
-    def of(cls, config: InitializeConfig | StreamConfig) -> "Sampling":
+    def of(cls, config: InitializeConfig | StreamConfig, batched: bool = True) -> "Sampling":
         """Take the settings of a stage."""
         return cls(
             config.num_inference_steps, config.guidance_scale, config.guidance_rescale, config.guidance_stop,
-            config.eta, isinstance(config, StreamConfig) and config.final_noise == "published",
+            config.eta, isinstance(config, StreamConfig) and config.final_noise == "published", batched,
         )  # fmt: skip
 
 
@@ -47,6 +52,14 @@ class ChunkNoise:
 
     initial: Tensor
     step: Callable[[int], Tensor]
+
+
+def both_branches(predict: Predict, latents: Tensor, timestep: int, batched: bool) -> tuple[Tensor, Tensor]:
+    """Return the unconditional and the conditional output for latents [1, C, F, h, w]."""
+    if not batched:
+        return predict(latents, timestep, UNCONDITIONAL), predict(latents, timestep, CONDITIONAL)
+    unconditional, conditional = predict(latents.expand(2, -1, -1, -1, -1), timestep, BOTH).chunk(2)
+    return unconditional, conditional
 
 
 @torch.inference_mode()
@@ -64,10 +77,10 @@ def denoise(
     stop = sampling.guidance_stop * schedule.config.num_train_timesteps
     for step, timestep in enumerate(timesteps.tolist()):
         if sampling.guidance_scale != 1.0 and timestep >= stop:
-            unconditional, conditional = predict(latents.expand(2, -1, -1, -1, -1), timestep, True).chunk(2)
+            unconditional, conditional = both_branches(predict, latents, timestep, sampling.batched)
             output = guidance.combine(unconditional, conditional, sampling.guidance_scale, sampling.guidance_rescale)
         else:
-            output = predict(latents, timestep, False)
+            output = predict(latents, timestep, CONDITIONAL)
         x0, epsilon = schedule.to_x0_eps(output, latents, timestep)
         last = step == len(timesteps) - 1
         eta = 0.0 if last and not sampling.final_noise else sampling.eta
@@ -76,20 +89,3 @@ def denoise(
         if observe is not None:
             observe(step, output, latents)
     return latents
-
-
-@dataclass(frozen=True)
-class Branches:
-    """Conditioning of both guidance branches as a batch of two, and of the conditional one alone."""
-
-    both: Conditioning
-    conditional: Conditioning
-
-    @classmethod
-    def of(cls, both: Conditioning) -> "Branches":
-        """Split a prepared batch of (unconditional, conditional)."""
-        return cls(both, both.rows(1, 2))
-
-    def pick(self, guided: bool) -> Conditioning:
-        """Return what a prediction needs."""
-        return self.both if guided else self.conditional

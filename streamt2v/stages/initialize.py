@@ -22,7 +22,7 @@ from streamt2v.errors import ConfigError
 from streamt2v.frames import apply_fit, fit_into, to_u8
 from streamt2v.models.encoders import decode_latents, embed_image, encode_frames, encode_text
 from streamt2v.models.unet3d import TextContext, UNet3D
-from streamt2v.stages.denoise import Branches, Sampling, denoise
+from streamt2v.stages.denoise import Sampling, denoise
 from streamt2v.stages.stream import NoiseOfChunk, StreamModels
 
 
@@ -31,10 +31,9 @@ def from_text(
     models: StreamModels, text: TextContext, sampling: Sampling, noise: NoiseOfChunk, num_frames: int
 ) -> Tensor:
     """Sample the first chunk from text alone, CAM and APM off: frames [F, 3, H, W] in [-1, 1]."""
-
-    branches = Branches.of(models.unet.prepare(text))
+    conditioning = models.unet.prepare(text)
     latents = denoise(
-        lambda latents, timestep, guided: models.unet(latents, timestep, branches.pick(guided)),
+        lambda latents, timestep, rows: models.unet(latents, timestep, conditioning.rows(rows)),
         models.schedule, noise(Chunk(0, 0, num_frames, 0)), sampling,
     )  # fmt: skip
     return decode_latents(models.vae, latents[0].transpose(0, 1))
@@ -56,12 +55,13 @@ def from_image(
     assert models.image_encoder is not None  # the family ships one, checked when its files are listed
     embedding = embed_image(models.image_encoder, image.unsqueeze(0)).unsqueeze(1)  # [1, 1, D]
     tokens = torch.cat([text.tokens, torch.cat([torch.zeros_like(embedding), embedding])], dim=1)
-    branches = Branches.of(unet.prepare(TextContext(tokens, text.pooled)))
+    conditioning = unet.prepare(TextContext(tokens, text.pooled))
     concatenated = latent[:, :, None].expand(-1, -1, num_frames, -1, -1)  # [1, C, F, h, w]
 
-    def predict(latents: Tensor, timestep: int, guided: bool) -> Tensor:
-        pictures = torch.cat([torch.zeros_like(concatenated), concatenated]) if guided else concatenated
-        return unet(torch.cat([latents, pictures], dim=1), timestep, branches.pick(guided))  # type: ignore[no-any-return]
+    pictures = torch.cat([torch.zeros_like(concatenated), concatenated])
+
+    def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
+        return unet(torch.cat([latents, pictures[rows]], dim=1), timestep, conditioning.rows(rows))  # type: ignore[no-any-return]
 
     latents = denoise(predict, models.schedule, noise(Chunk(0, 0, num_frames, 0)), sampling)
     return decode_latents(models.vae, latents[0].transpose(0, 1))
@@ -70,7 +70,6 @@ def from_image(
 # ------------------------------------------------------------------------------------------------- models of others
 
 MODELSCOPE_STEPS, MODELSCOPE_GUIDANCE = 50, 9.0  # as published with StreamingT2V
-DECODE_CHUNK_SIZE = 8  # frames that SVD's temporal decoder sees at once: all of them would be its largest piece
 SIDE = 64  # what both sides of a working size are multiples of: it divides evenly in every network known
 
 
@@ -89,14 +88,16 @@ class Wish:
     num_inference_steps: int
     guidance_scale: float
     image_guidance_scale: float
+    decode_chunk_size: int = 8
 
     @classmethod
-    def of(cls, config: RunConfig) -> "Wish":
-        """Take the settings of a run."""
+    def of(cls, config: RunConfig, sparing: bool = False) -> "Wish":
+        """Take the settings of a run; `sparing` lets SVD's temporal decoder see fewer frames at once."""
         own, stream = config.initialize, config.stream
         return cls(
             config.prompt, config.negative_prompt, stream.chunk, (stream.height, stream.width),
             (own.height, own.width), own.num_inference_steps, own.guidance_scale, own.image_guidance_scale,
+            2 if sparing else 8,
         )  # fmt: skip
 
 
@@ -126,9 +127,8 @@ def from_modelscope(model: ModelScope, wish: Wish, sampling: Sampling, noise: No
     )
     text = encode_text(model.tokenizer, model.text_encoder, [wish.negative_prompt, wish.prompt]).tokens  # [2, S, D]
 
-    def predict(latents: Tensor, timestep: int, guided: bool) -> Tensor:
-        context = text if guided else text[1:]
-        output: Tensor = model.unet(latents.to(model.unet.dtype), timestep, context).sample
+    def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
+        output: Tensor = model.unet(latents.to(model.unet.dtype), timestep, text[rows]).sample
         return output.float()
 
     latents = denoise(predict, model.schedule, noise(Chunk(0, 0, wish.num_frames, 0)), sampling)
@@ -166,7 +166,7 @@ def from_pipeline(pipeline: Any, wish: Wish, generator: torch.Generator, picture
         raise ConfigError(f"{name} starts from a picture", "give one with --image")
     wanted: dict[str, Any] = _texts(wish) | {
         "num_frames": _num_frames(pipeline, wish.num_frames),
-        "decode_chunk_size": DECODE_CHUNK_SIZE,
+        "decode_chunk_size": wish.decode_chunk_size,
         "output_type": "np",
     }
     size = wish.working if all(wish.working) else _working_size(pipeline, wish.base)

@@ -20,8 +20,8 @@ from streamt2v.diffusion import blend, guidance, solvers
 from streamt2v.diffusion.noise import Draws
 from streamt2v.diffusion.schedules import NoiseSchedule, sdedit_grid
 from streamt2v.errors import ConfigError
-from streamt2v.models.unet3d import UNet3D
-from streamt2v.stages.denoise import Branches
+from streamt2v.models.unet3d import Conditioning, UNet3D
+from streamt2v.stages.denoise import CONDITIONAL, both_branches
 
 Encode = Callable[[int, int], Tensor]
 """(start, stop) -> clean latents [F, C, h, w] of these frames of the source; asked once for every frame, in order."""
@@ -29,11 +29,17 @@ Encode = Callable[[int, int], Tensor]
 
 @dataclass(frozen=True)
 class Denoiser:
-    """The refiner network with its schedule and its text."""
+    """The refiner network with its schedule and its text; `batched` as in `denoise.Sampling`."""
 
     unet: UNet3D
     schedule: NoiseSchedule
-    text: Branches
+    text: Conditioning
+    batched: bool = True
+
+    def __call__(self, latents: Tensor, timestep: int, rows: slice) -> Tensor:
+        """Predict, see `denoise.Predict`."""
+        output: Tensor = self.unet(latents, timestep, self.text.rows(rows))
+        return output
 
 
 @dataclass
@@ -84,6 +90,14 @@ class RefineState:
 _STACKS = ("latents", "previous", "pending", "clean")
 
 
+def noise_grid(schedule: NoiseSchedule, settings: RefineConfig) -> tuple[Tensor, Tensor]:
+    """Return timesteps and noise levels (see `sdedit_grid`). Raises ConfigError where the first leaves no picture."""
+    timesteps, rho = sdedit_grid(schedule, settings.noise_level, settings.num_inference_steps)
+    if not torch.isfinite(rho[0]):
+        raise ConfigError(f"refine.noise_level {settings.noise_level} leaves nothing of the video", "use a lower one")
+    return timesteps, rho
+
+
 def _slots(plan: Sequence[Chunk], blending: Blending) -> tuple[tuple[Chunk, ...], list[int]]:
     """Return the chunks in slots, and the frame of every slot.
 
@@ -108,11 +122,7 @@ class Refiner:
         self.source_plan = plan
         self.plan, self.frames = _slots(plan, settings.blending)
         self.state = state or RefineState(steps_done=[0] * len(plan))
-        self.timesteps, self.rho = sdedit_grid(denoiser.schedule, settings.noise_level, settings.num_inference_steps)
-        if not torch.isfinite(self.rho[0]):
-            raise ConfigError(
-                f"refine.noise_level {settings.noise_level} leaves nothing of the video", "use a lower one"
-            )
+        self.timesteps, self.rho = noise_grid(denoiser.schedule, settings)
 
     def run(self) -> Iterator[Tensor]:
         """Yield the final latents [n, C, h, w] of one group of frames after the other, in order.
@@ -210,11 +220,11 @@ class Refiner:
         """Predict the clean latents of one chunk: [F, C, h, w] -> [F, C, h, w]."""
         scaled = (latents / (self.rho[step] ** 2 + 1) ** 0.5).transpose(0, 1).unsqueeze(0)  # [1, C, F, h, w]
         timestep = int(self.timesteps[step])
-        unet, text, scale = self.denoiser.unet, self.denoiser.text, self.settings.guidance_scale
+        scale = self.settings.guidance_scale
         if scale == 1.0:
-            output = unet(scaled, timestep, text.conditional)
+            output = self.denoiser(scaled, timestep, CONDITIONAL)
         else:
-            unconditional, conditional = unet(scaled.expand(2, -1, -1, -1, -1), timestep, text.both).chunk(2)
+            unconditional, conditional = both_branches(self.denoiser, scaled, timestep, self.denoiser.batched)
             output = guidance.combine(unconditional, conditional, scale, self.settings.guidance_rescale)
         x0, _ = self.denoiser.schedule.to_x0_eps(output, scaled, timestep)
         return x0[0].transpose(0, 1)

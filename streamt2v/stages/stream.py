@@ -16,8 +16,8 @@ from streamt2v.diffusion.schedules import NoiseSchedule
 from streamt2v.models.apm import AppearanceTokens
 from streamt2v.models.cam import ConditionalAttention
 from streamt2v.models.encoders import decode_latents, embed_image
-from streamt2v.models.unet3d import TextContext, UNet3D
-from streamt2v.stages.denoise import Branches, ChunkNoise, Observe, Predict, Sampling, denoise
+from streamt2v.models.unet3d import Conditioning, TextContext, UNet3D
+from streamt2v.stages.denoise import ChunkNoise, Observe, Predict, Sampling, denoise
 
 NoiseOfChunk = Callable[[Chunk], ChunkNoise]
 
@@ -82,17 +82,19 @@ def anchor_tokens(models: StreamModels, anchor: Tensor) -> Tensor | None:
     return tokens
 
 
-def cam_predictor(models: StreamModels, denoiser: Branches, extractor: Branches | None, frames: Tensor) -> Predict:
+def cam_predictor(
+    models: StreamModels, denoiser: Conditioning, extractor: Conditioning | None, frames: Tensor
+) -> Predict:
     """Return the network with CAM looking at conditioning frames [Fc, 3, H, W]; both branches see the same frames."""
     if models.cam is None or extractor is None:
-        return lambda latents, timestep, guided: models.unet(latents, timestep, denoiser.pick(guided))
+        return lambda latents, timestep, rows: models.unet(latents, timestep, denoiser.rows(rows))
     cam = models.cam
     # The pixel stack depends on neither step nor branch: once per chunk.
     embedded = cam.embed_frames(frames.unsqueeze(0))  # [1, C, Fc, h, w]
 
-    def predict(latents: Tensor, timestep: int, guided: bool) -> Tensor:
-        features = cam(latents[:, :, : len(frames)], timestep, extractor.pick(guided), embedded)
-        return models.unet(latents, timestep, denoiser.pick(guided), features)  # type: ignore[no-any-return]
+    def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
+        features = cam(latents[:, :, : len(frames)], timestep, extractor.rows(rows), embedded)
+        return models.unet(latents, timestep, denoiser.rows(rows), features)  # type: ignore[no-any-return]
 
     return predict
 
@@ -105,8 +107,8 @@ class Streamer:
     ) -> None:
         self.models, self.sampling, self.noise = models, sampling, noise
         with torch.inference_mode():
-            self.denoiser = Branches.of(models.unet.prepare(text, anchor_tokens(models, anchor)))
-            self.extractor = None if models.cam is None else Branches.of(models.cam.prepare(text))
+            self.denoiser = models.unet.prepare(text, anchor_tokens(models, anchor))
+            self.extractor = None if models.cam is None else models.cam.prepare(text)
 
     @torch.inference_mode()
     def chunk_latents(self, chunk: Chunk, conditioning_frames: Tensor, observe: Observe | None = None) -> Tensor:

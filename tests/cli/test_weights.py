@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from streamt2v import weights
+from streamt2v import hub, weights
 from tests.cli.helpers import call
 from tests.hub_server import Hub, serving
 
@@ -140,6 +140,18 @@ def test_a_stopped_pull_says_how_it_goes_on(server: Hub, own_home: Path, sent: s
     assert "goes on where it stopped" in err
     assert "Traceback" not in err
     assert "\x1b" not in err
+
+
+def test_stopping_while_a_first_model_is_fetched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hub, "snapshot", stop)
+    assert call("generate", "a ball", "--model", "demo", "--init", "modelscope", "-o", tmp_path / "x.mp4") == 130
+    assert "goes on where it stopped" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_no_published_file_is_refused_and_kept_for_a_look(server: Hub, own_home: Path) -> None:

@@ -23,7 +23,6 @@ from streamt2v.diffusion import blend, guidance
 from streamt2v.diffusion.schedules import REFINER_SCHEDULE, NoiseSchedule, ScheduleConfig, sdedit_grid
 from streamt2v.models import encoders
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
-from streamt2v.stages.denoise import Branches
 from streamt2v.stages.refine import Denoiser, Refiner
 from tests.parity import official
 from tests.parity.report import COMPONENT, TABLE, WHOLE_RUN, Report
@@ -286,7 +285,7 @@ def chain(report: Report, file: str, facts: Facts, tensors: Tensors, setting: Se
     if "cuts_step_major" in facts:
         report.same(file, "cuts", tensors["cuts"].tolist(), facts["cuts_step_major"])
 
-    text = Branches.of(unet.prepare(TextContext(torch.cat([tensors["ny"], tensors["y"]]))))
+    text = unet.prepare(TextContext(torch.cat([tensors["ny"], tensors["y"]])))
     draws = RecordedDraws(noise, tensors["step_noise"][:, 0], tensors["cuts"], overlap)
     for order in ("sweep", "diagonal"):
         watched = Watched(unet)

@@ -13,7 +13,6 @@ from streamt2v.config import RefineConfig
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from streamt2v.models.unet3d import Conditioning
-from streamt2v.stages.denoise import Branches
 from streamt2v.stages.refine import Denoiser, Refiner, RefineState
 
 
@@ -28,7 +27,7 @@ class Toy:
 
 
 def refiner(num_frames: int, config: RefineConfig, state: RefineState | None = None, seed: int = 3) -> Refiner:
-    text = Branches.of(Conditioning(()))
+    text = Conditioning(())
     denoiser: Any = Denoiser(Toy(), NoiseSchedule(ScheduleConfig(prediction="v")), text)  # type: ignore[arg-type]
     source = torch.randn(num_frames, 2, 1, 2, generator=torch.Generator().manual_seed(1))
     plan = refinement_plan(num_frames, config.chunk, config.overlap)

@@ -148,9 +148,9 @@ def test_a_batch_is_its_rows_and_one_text_serves_several_latents() -> None:
     both = unet(latents, timestep, conditioning, features)
     for row in (0, 1):
         part = CamFeatures(tuple(f[row : row + 1] for f in features.down), features.mid[row : row + 1])
-        alone = unet(latents[row : row + 1], timestep[row], conditioning.rows(row, row + 1), part)
+        alone = unet(latents[row : row + 1], timestep[row], conditioning.rows(slice(row, row + 1)), part)
         close(alone, both[row : row + 1])
-    shared = unet(latents, 300, conditioning.rows(1, 2))
+    shared = unet(latents, 300, conditioning.rows(slice(1, 2)))
     repeated = unet.prepare(TextContext(context.tokens[[1, 1]], context.pooled[[1, 1]]), tokens[[1, 1]])  # type: ignore[index]
     close(shared, unet(latents, 300, repeated))
 
@@ -162,7 +162,7 @@ def test_work_in_pieces_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     latents, conditioning = torch.randn(2, 4, 3, 8, 12), unet.prepare(text(config=SMALL))
     whole = unet(latents, 500, conditioning)
     monkeypatch.setattr(layers, "MAX_SEQUENCES", 50)
-    monkeypatch.setattr(layers, "MAX_FEED_FORWARD_ROWS", 100)
+    layers.slice_feed_forwards(unet, 100)
     close(unet(latents, 500, conditioning), whole)
 
 

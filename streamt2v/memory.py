@@ -1,0 +1,91 @@
+"""How a run fits into memory: what is loaded, computed and kept at the same time. Arithmetic only.
+
+Peaks were counted on the networks of the published sizes (tensors without data, fused attention): a UNet holds at most
+14 features of its finest level at once, or 6.5 and the inside of a feed-forward, which is cut into slices of rows.
+The VAE always works one frame at a time and holds 6 features of a frame's size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+UNET_FEATURES, FEATURES_BESIDE_FEED_FORWARD, CAM_FEATURES, VAE_FEATURES = 14, 6.5, 4, 6
+FEED_FORWARD_WIDTH = 16  # inside of a gated feed-forward: projection 8, gate 4, product 4 times as wide as its input
+MARGIN, OWN_BYTES = 1.15, 600_000_000  # fragments of the allocator; libraries and contexts
+MANY_ROWS, FEW_ROWS = 1 << 17, 1 << 15
+OFFLOADED_SHARE = 1 / 16  # of the weights, on the device at once: the largest layer and what waits to be freed
+
+
+@dataclass(frozen=True)
+class MemoryPolicy:
+    """What is kept in memory and computed at once; part of a run's recipe, as other batches round differently."""
+
+    precision: Literal["float32", "float16"]
+    keep_networks: bool
+    """Networks of all stages stay; else a stage ends and goes before the next begins, and what works only once (text
+    and image encoders) stays on the host."""
+    batched_guidance: bool
+    """Both branches of guidance in one batch; else one after the other."""
+    feed_forward_rows: int
+    """Rows that a feed-forward layer takes at once."""
+    offload: bool
+    """Weights stay on the host; each layer's come to the device while it runs."""
+
+    def describe(self) -> str:
+        """Say it in words."""
+        parts = [
+            "16 bit" if self.precision == "float16" else "32 bit",
+            "all stages loaded" if self.keep_networks else "one stage at a time",
+            "guidance in one batch" if self.batched_guidance else "guidance in two passes",
+        ]
+        parts += ["small slices"] if self.feed_forward_rows < MANY_ROWS else []
+        return ", ".join(parts + (["weights on the host"] if self.offload else []))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage in numbers: values of its networks, latent cells of a chunk, channels of its widest features."""
+
+    values: int
+    encoder_values: int
+    """Those of text and image encoders, which work once."""
+    cells: int
+    width: int
+    inner: int
+    """Channels inside the first temporal transformer, which sees all cells."""
+    guided: bool
+    cam: bool
+    frame_values: int
+    """Pixels of a frame times channels of the VAE's finest level."""
+
+    def features(self, policy: MemoryPolicy) -> float:
+        """Values of features at the peak."""
+        cells = self.cells * (2 if self.guided and policy.batched_guidance else 1)
+        feed_forward = FEED_FORWARD_WIDTH * self.inner * min(cells, policy.feed_forward_rows)
+        unet = max(UNET_FEATURES * self.width * cells, FEATURES_BESIDE_FEED_FORWARD * self.width * cells + feed_forward)
+        return max(unet + self.cam * CAM_FEATURES * self.width * cells, VAE_FEATURES * self.frame_values)
+
+
+def needed(stages: Sequence[Stage], policy: MemoryPolicy) -> int:
+    """Bytes at the peak of a run; models of others, which make the first frames before all this, are not counted."""
+    share = OFFLOADED_SHARE if policy.offload else 1
+    if policy.keep_networks:
+        loaded = sum(stage.values + stage.encoder_values for stage in stages) * share
+        values = loaded + max(stage.features(policy) for stage in stages)
+    else:
+        values = max(stage.values * share + stage.features(policy) for stage in stages)
+    return int(values * (2 if policy.precision == "float16" else 4) * MARGIN) + OWN_BYTES
+
+
+def choose(free: int, stages: Sequence[Stage], kind: str) -> MemoryPolicy:
+    """Pick the fastest policy that fits into `free` bytes of a device ("cpu", "cuda", "mps"); else the most sparing."""
+    precision: Literal["float32", "float16"] = "float32" if kind == "cpu" else "float16"
+    ladder = [
+        MemoryPolicy(precision, True, True, MANY_ROWS, False),
+        MemoryPolicy(precision, False, True, MANY_ROWS, False),
+        MemoryPolicy(precision, False, True, FEW_ROWS, False),
+        MemoryPolicy(precision, False, False, FEW_ROWS, False),
+    ]
+    if kind == "cuda":  # elsewhere the host's memory is the device's
+        ladder.append(MemoryPolicy(precision, False, False, FEW_ROWS, True))
+    return next((policy for policy in ladder if needed(stages, policy) <= free), ladder[-1])
