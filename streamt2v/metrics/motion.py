@@ -1,7 +1,7 @@
 """What moves between two frames: dense optical flow, and the warp errors that MAWE is made of.
 
 Flow is OpenCV's DIS (dense inverse search) with its medium preset: the same numbers with any number of threads, and
-within 0.15 pixels of a known shift of a textured picture. H, W are rows and columns, a flow [H,W,2] holds (x, y) pixels.
+within 0.15 pixels of a known shift of a textured picture. H, W are rows and columns; a flow [H,W,2] holds (x, y).
 """
 
 from __future__ import annotations

@@ -173,6 +173,20 @@ def test_mistakes(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_stopped_writes_nothing(
+    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streamt2v.metrics import motion
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(motion, "compare", stop)
+    assert call("evaluate", clip, *QUICK, "--csv", tmp_path / "scores.csv") == 130
+    assert "nothing was written" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("absent", ["cv2", "scenedetect"])
 def test_without_the_extra(absent: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("streamt2v.metrics")]:
