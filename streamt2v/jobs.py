@@ -39,7 +39,7 @@ class Job:
             "command": self.command,
             "version": __version__,
             "config": to_flat(self.config),
-            "source": None if self.source is None else _fingerprint(self.source),
+            "source": self.source and {**_fingerprint(self.source), "frames": inspect_source(self.source).frames},
             "image": _fingerprint(Path(self.config.image)) if self.config.image else None,
             "initializer": None if chosen is None else chosen.fingerprint(),
             "weights": {

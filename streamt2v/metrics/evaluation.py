@@ -134,18 +134,20 @@ def parse_seams(text: str) -> tuple[int, ...]:
 def seams_of(recipe: Mapping[str, Any], num_frames: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Frames at which chunks begin, of the streaming and of the refinement stage, by the settings stored in a video.
 
-    An extended video does not say how long its beginning was, so nothing is known of its chunks.
+    The chunks of an extended video begin with the last frames of what it continues.
     """
     try:
-        run = config.merge(recipe.get("config", {}))
-    except ConfigError:  # written by another version
+        run, command = config.merge(recipe["config"]), recipe["command"]
+        kept = int(recipe["source"]["frames"]) if command == "extend" else 0
+    except (ConfigError, KeyError, TypeError, ValueError):  # none, or written by another version
         return (), ()
-    if recipe.get("command") not in ("generate", "refine"):
+    stream, refine, begin = run.stream, run.refine, max(0, kept - run.stream.chunk)
+    made = num_frames - begin
+    if made < 1:
         return (), ()
-    stream, refine = run.stream, run.refine
-    first = chunks.streaming_plan(num_frames, stream.chunk, stream.overlap) if recipe["command"] == "generate" else ()
-    second = chunks.refinement_plan(num_frames, refine.chunk, refine.overlap) if refine.enabled else ()
-    return chunks.seams(first), chunks.seams(second)
+    first = chunks.streaming_plan(made, stream.chunk, stream.overlap) if command != "refine" else ()
+    second = chunks.refinement_plan(made, refine.chunk, refine.overlap) if refine.enabled else ()
+    return tuple(begin + seam for seam in chunks.seams(first)), tuple(begin + seam for seam in chunks.seams(second))
 
 
 def inspect(path: Path, settings: Settings) -> Subject:

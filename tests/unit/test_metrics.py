@@ -401,8 +401,15 @@ def test_chunks_are_read_from_the_settings() -> None:
     assert refine == seams(refinement_plan(60, 24, 8)) == (24, 40, 56)
     assert seams_of(recipe("refine"), 60) == ((), refine)
     assert seams_of(recipe(**{"refine.enabled": False, "stream.chunk": 20}), 40) == ((20, 32), ())
-    assert seams_of(recipe("extend"), 60) == ((), ())
-    for foreign in ({}, {"command": "generate", "config": {"unknown": 1}}, {"config": {"stream.chunk": "many"}}):
+    extended = recipe("extend") | {"source": {"name": "a.mp4", "frames": 40}}
+    assert seams_of(extended, 60) == ((40, 48, 56), (48,))  # the last 16 frames of the 40 are the first chunk
+    assert seams_of(extended, 20) == ((), ())
+    for foreign in (
+        {},
+        recipe("extend"),
+        {"command": "generate", "config": {"unknown": 1}},
+        {"config": {"stream.chunk": "many"}},
+    ):
         assert seams_of(foreign, 60) == ((), ())
 
 
