@@ -23,7 +23,7 @@ from streamt2v.chunks import refinement_plan, seams, streaming_plan
 from streamt2v.errors import ConfigError, InputError, WeightsError
 from streamt2v.frames import Frames
 from streamt2v.metrics import clip as clips
-from streamt2v.metrics import motion, report, scores
+from streamt2v.metrics import evaluation, motion, report, scores
 from streamt2v.metrics.evaluation import (
     SCORES,
     Measured,
@@ -142,21 +142,42 @@ def test_a_hard_cut(cut: int) -> None:
     assert int(np.nanargmax(result.series["change"])) == cut
 
 
-def test_cuts_are_those_of_the_library(tmp_path: Path) -> None:
-    frames = np.concatenate([moving(20, (1, 0), seed=seed) // (1 + seed % 2) for seed in range(4)])
-    frames = np.stack([cv2.resize(frame, (320, 192)) for frame in frames])
+class Recording(scenedetect.AdaptiveDetector):  # type: ignore[misc]
+    """The detector, which also keeps how different it found each frame from the one before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: list[float] = []
+        made.append(self)
+
+    def process_frame(self, *arguments: Any) -> Any:
+        found = super().process_frame(*arguments)
+        self.values.append(self._frame_score)
+        return found
+
+
+made: list[Recording] = []
+
+
+def test_cuts_are_those_of_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Fine detail, so that it matters how the frames are scaled; grey, as decoders differ in how they enlarge colours.
+    pictures = [np.repeat(texture(seed, 640, blur=0.6)[:384, :, :1], 3, axis=2) // (1 + seed % 2) for seed in range(4)]
     path = tmp_path / "cuts.mp4"
-    write(path, frames)
-    theirs = scenedetect.detect(str(path), scenedetect.AdaptiveDetector())
+    write(path, np.repeat(pictures, 20, axis=0))
+    monkeypatch.setattr(evaluation, "AdaptiveDetector", Recording)
     ours = evaluate([path], Settings(clip="none", flow_size=32), Progress(quiet=True), lambda text: None)[0].cuts
+    theirs = scenedetect.detect(str(path), Recording())
     assert ours == [scene[0].frame_num for scene in theirs[1:]] == [20, 40, 60]
+    assert made[0].values == pytest.approx(made[1].values, rel=0.01, abs=0.2)
 
 
 def test_motion_that_stagnates() -> None:
-    fast, slow = moving(20, (0, 4)), moving(20, (0, 2), seed=3)
-    result = measured(np.concatenate([fast, slow]), window=15)
-    assert result.scores["stagnation"] == pytest.approx(0.5, rel=0.05)
-    assert result.scores["flow_deviation"] == pytest.approx(1, rel=0.2)
+    frames = np.concatenate([moving(20, (0, 5)), moving(20, (0, 2), seed=3)])
+    result = measured(frames, window=15)
+    assert result.scores["stagnation"] == pytest.approx(0.4, rel=0.05)
+    assert result.scores["flow_deviation"] == pytest.approx(1.5, rel=0.2)
+    # The first frames are those after the first chunk, where chunks are known.
+    assert measured(frames, window=15, stream_seams=(21,)).scores["stagnation"] == pytest.approx(1, abs=0.02)
 
 
 def test_the_windows_of_a_long_video() -> None:
@@ -178,6 +199,10 @@ def test_seams() -> None:
     assert found["seam_score_refine"] == pytest.approx(2)
     assert measured(frames, stream_seams=(5, 6)).scores["seam_score"] == pytest.approx(1)
     assert measured(frames).scores["seam_score"] is None
+    changes = np.array([np.nan, 9, 4, 4, 4, 1, 1])
+    assert scores.seam_score(changes, [1]) == pytest.approx(9 / 4)
+    assert scores.seam_score(changes, [1], [2, 3, 4]) == 9
+    assert scores.seam_score(changes, [1, 2, 3, 4, 5, 6]) is None
 
 
 def test_flicker_is_what_jumps_there_and_back() -> None:
@@ -228,17 +253,19 @@ def test_warping_is_sampling_where_the_flow_points() -> None:
 def test_what_is_visible() -> None:
     forward = cv2.GaussianBlur(random_flow(1, size=8), (0, 0), 2)
     backward = -forward + random_flow(2, size=0.4)
-    slow = np.zeros(forward.shape[:2], bool)
+    slow, clear = np.zeros((2, *forward.shape[:2]), bool)
     for y in range(14):
         for x in range(18):
             ahead = forward[y, x].astype(float)
             to_x, to_y = x + ahead[0], y + ahead[1]
             back = sampled(backward, to_x, to_y)
             apart = ((ahead + back) ** 2).sum()
-            consistent = apart <= 0.01 * ((ahead**2).sum() + (back**2).sum()) + 0.5
-            slow[y, x] = consistent and 0 <= to_x <= 17 and 0 <= to_y <= 13
+            allowed = 0.01 * ((ahead**2).sum() + (back**2).sum()) + 0.5
+            slow[y, x] = apart <= allowed and 0 <= to_x <= 17 and 0 <= to_y <= 13
+            clear[y, x] = abs(apart - allowed) > 0.05  # as OpenCV rounds to 1/32 of a pixel
     assert 0.05 < slow.mean() < 0.95
-    assert (motion.visible(forward, backward) != slow).mean() < 0.03  # those at the very threshold
+    assert clear.mean() > 0.8
+    assert (motion.visible(forward, backward) == slow)[clear].all()
 
 
 def test_what_is_landed_on() -> None:
@@ -254,9 +281,10 @@ def test_what_is_landed_on() -> None:
 
 
 def test_the_parts_of_mawe() -> None:
-    pictures = np.random.default_rng(0).integers(0, 256, (2, 14, 18, 3), dtype=np.uint8)
-    first, second = cv2.GaussianBlur(pictures[0], (0, 0), 2), cv2.GaussianBlur(pictures[1], (0, 0), 2)
-    forward, backward = random_flow(1, size=0.6), random_flow(2, size=0.6)
+    ramp = np.linspace(0, 200, 18)[None, :, None] * np.array([1, 0.7, 0.4]) + np.linspace(0, 50, 14)[:, None, None]
+    first, second = ramp.astype(np.uint8), (0.8 * ramp + 20).astype(np.uint8)
+    forward = random_flow(1, size=0.2) + np.float32([1, -0.4])
+    backward = random_flow(2, size=0.2) + np.float32([-0.6, 0.7])
     found = motion.compare(first, second, forward, backward)
     seen, hit = motion.visible(forward, backward), motion.landed_on(forward)
     own, script, magnitudes = [], [], []
@@ -270,6 +298,7 @@ def test_the_parts_of_mawe() -> None:
                 script.append(((second[y, x] - sampled(first, x + bx, y + by)) ** 2).sum())
     assert found.magnitude == pytest.approx(np.mean(magnitudes), rel=1e-5)
     assert found.squared_magnitude == pytest.approx(np.mean(np.square(magnitudes)), rel=1e-5)
+    assert len(own) > 100
     assert found.warp_error == pytest.approx(np.mean(own), rel=0.01)
     assert found.script_warp_error == pytest.approx(np.mean(script), rel=0.01)
 
