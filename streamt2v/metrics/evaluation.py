@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -347,7 +346,7 @@ class _Cuts:
 
     def __init__(self, subject: Subject) -> None:
         self.detector = AdaptiveDetector()
-        self.fps = Fraction(subject.fps).limit_denominator(1001)
+        self.fps = subject.fps
         factor = compute_downscale_factor(max(subject.width, subject.height))
         self.size = (max(1, round(subject.width / factor)), max(1, round(subject.height / factor)))
         self.count = 0

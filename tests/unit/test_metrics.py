@@ -98,6 +98,14 @@ def test_the_flow_points_where_things_go() -> None:
     assert np.abs(motion.dense_flow(second, first)[12:-12, 12:-12] - [-3, 2]).max() < 0.15
 
 
+def test_frames_are_averaged_when_shrunk_and_interpolated_when_enlarged() -> None:
+    checks = np.repeat((np.indices((64, 64)).sum(axis=0) % 2 * 200)[..., None], 3, axis=2).astype(np.uint8)
+    assert (motion.square(checks, 32) == 100).all()
+    ramp = np.broadcast_to(np.arange(0, 240, 30, np.uint8)[None, :, None], (4, 8, 3)).copy()
+    steps = np.diff(motion.square(ramp, 32).astype(int), axis=1)
+    assert steps.min() >= 0 and steps.max() <= 8  # a quarter of 30 a pixel, no steps of 30
+
+
 def test_a_frozen_clip() -> None:
     result = measured(np.repeat(texture(0, SIDE)[None], 40, axis=0), stream_seams=(16, 24, 32))
     still = ("scene_cuts", "warp_error", "flow_score", "flow", "flow_deviation", "colour_drift", "flicker")
@@ -417,6 +425,7 @@ def write(path: Path, frames: Iterator[Frames] | Frames, comment: str = "") -> N
         writer.append(group)
     assert writer is not None
     writer.finish(path, comment)
+    writer.path.unlink()
 
 
 def recipe(command: str = "generate", **more: Any) -> dict[str, Any]:
