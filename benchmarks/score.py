@@ -16,6 +16,7 @@ from torch import Tensor
 from streamt2v.models.apm import AppearanceTokens
 from streamt2v.models.cam import ConditionalAttention
 from streamt2v.models.unet3d import UNet3D
+from streamt2v.stages.stream import StreamModels
 from streamt2v.training import bundle, denoisers, sheets
 from streamt2v.training.captions import build_tokenizer, canonical
 from streamt2v.training.clip import DIM, build_text, build_vision
@@ -25,6 +26,7 @@ from streamt2v.training.vae import build_vae
 from streamt2v.training.world import sample_scenes
 
 HERE = Path(__file__).parent
+WEIGHTS = HERE.parent / "streamt2v" / "demo"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,21 @@ def prompts(count: int, seed: int) -> tuple[list[str], Tensor]:
     return [canonical(row) for row in labels.tolist()], labels
 
 
+def load(folder: Path, cam: bool = True, apm: bool = True) -> tuple[StreamModels, TextSource]:
+    """Load the networks of the first two stages from a folder; False leaves a part out."""
+    tokenizer = build_tokenizer()
+    text = TextSource(tokenizer, bundle.freeze(bundle.read(folder, "text", build_text(len(tokenizer)))))
+    tokens = bundle.read(folder, "apm", AppearanceTokens(DIM, 2 * DIM, denoisers.IMAGE_TOKENS, DIM))
+    vision = bundle.freeze(bundle.read(folder, "vision", build_vision()))
+    models = sheets.models(
+        bundle.freeze(bundle.read(folder, "unet", UNet3D(denoisers.BASE))),
+        bundle.freeze(bundle.read(folder, "vae", build_vae())),
+        bundle.freeze(bundle.read(folder, "cam", ConditionalAttention(denoisers.CAM))) if cam else None,
+        (bundle.freeze(tokens), vision) if apm else None,
+    )
+    return models, text
+
+
 def evaluate(
     folder: Path, count: int = 20, chunks: int = 0, seed: int = 10, cam: bool = True, apm: bool = True
 ) -> tuple[Scores, Tensor]:
@@ -58,16 +75,7 @@ def evaluate(
     Returns:
         Scores, and the videos [count, 16 + 8 chunks, 3, 72, 128] in [-1, 1].
     """
-    tokenizer = build_tokenizer()
-    text = TextSource(tokenizer, bundle.freeze(bundle.read(folder, "text", build_text(len(tokenizer)))))
-    tokens = bundle.read(folder, "apm", AppearanceTokens(DIM, 2 * DIM, denoisers.IMAGE_TOKENS, DIM))
-    vision = bundle.freeze(bundle.read(folder, "vision", build_vision()))
-    models = sheets.models(
-        bundle.freeze(bundle.read(folder, "unet", UNet3D(denoisers.BASE))),
-        bundle.freeze(bundle.read(folder, "vae", build_vae())),
-        bundle.freeze(bundle.read(folder, "cam", ConditionalAttention(denoisers.CAM))) if cam else None,
-        (bundle.freeze(tokens), vision) if apm else None,
-    )
+    models, text = load(folder, cam, apm)
     asked, labels = prompts(count, seed)
     judge = load_judge(HERE)
     videos = [sheets.make_video(models, text, prompt, chunks, seed + index) for index, prompt in enumerate(asked)]
@@ -79,7 +87,7 @@ def evaluate(
 def main() -> None:
     """Print the scores of a folder of weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, default=HERE.parent / "streamt2v" / "demo")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--chunks", type=int, default=0)
     parser.add_argument("--seed", type=int, default=10)

@@ -17,7 +17,7 @@ import tomllib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from streamt2v import config, files, home
@@ -167,9 +167,12 @@ def _manifest(root: Path) -> Path:
 
 
 def _inside(root: Path, path: str) -> str:
-    """Return `path` unchanged when it stays inside `root`; the list of weights may name no other place."""
-    if not (root / path).resolve().is_relative_to(root.resolve()):
-        raise WeightsError(f"weights.toml names {path!r}, which lies outside the package")
+    """Return `path` unchanged when it stays inside `root`; the list of weights may name no other place.
+
+    The name is what counts: a user may link a folder of the weights home to a larger disk.
+    """
+    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+        raise WeightsError(f"weights.toml names {path!r}, which lies outside {root}")
     return path
 
 

@@ -22,7 +22,7 @@ from streamt2v.models.cam import ConditionalAttention
 from streamt2v.models.unet3d import UNet3D
 from streamt2v.stages.denoise import Sampling
 from streamt2v.stages.initialize import from_text
-from streamt2v.stages.stream import Streamer, StreamModels, StreamState, chunk_noise
+from streamt2v.stages.stream import NoiseOfChunk, Streamer, StreamModels, StreamState, chunk_noise
 from streamt2v.training.captions import EXAMPLES
 from streamt2v.training.data import CLIP_FRAMES, LATENT_SIZE, TextSource
 from streamt2v.training.losses import DEMO_SCHEDULE
@@ -44,12 +44,26 @@ def make_video(models: StreamModels, text: TextSource, prompt: str, chunks: int 
     """Make the first two stages' video with the demo's settings: frames [16 + 8 chunks, 3, H, W] in [-1, 1]."""
     demo = merge(preset("demo"))
     context = text.encode([demo.negative_prompt, prompt])
-    noise = chunk_noise(SeededDraws(seed), CLIP_FRAMES, (4, *LATENT_SIZE), models.unet.conv_in.weight.device.type)
-    first = from_text(models, context, Sampling.of(demo.initialize), noise, CLIP_FRAMES)
+    first = from_text(models, context, Sampling.of(demo.initialize), _noise(models, seed), CLIP_FRAMES)
+    return stream_video(models, text, prompt, first, chunks, seed) if chunks else first
+
+
+@torch.inference_mode()
+def stream_video(
+    models: StreamModels, text: TextSource, prompt: str, first: Tensor, chunks: int, seed: int = 0
+) -> Tensor:
+    """Continue a first chunk [16, 3, H, W] in [-1, 1] by `chunks` of 8 frames: frames [16 + 8 chunks, 3, H, W]."""
+    demo = merge(preset("demo"))
+    context = text.encode([demo.negative_prompt, prompt])
     plan = streaming_plan(CLIP_FRAMES + OVERLAP * chunks, CLIP_FRAMES, OVERLAP)
-    streamer = Streamer(models, context, first[0], Sampling.of(demo.stream), noise)
+    streamer = Streamer(models, context, first[0], Sampling.of(demo.stream), _noise(models, seed))
     state = StreamState.after_first_chunk(first, OVERLAP)
     return torch.cat([first, *(new for new, _ in streamer.run(state, plan[1:]))])
+
+
+def _noise(models: StreamModels, seed: int) -> NoiseOfChunk:
+    device = models.unet.conv_in.weight.device.type
+    return chunk_noise(SeededDraws(seed), CLIP_FRAMES, (4, *LATENT_SIZE), device)
 
 
 def write_sheet(path: Path, rows: Tensor) -> None:
