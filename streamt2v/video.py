@@ -475,12 +475,17 @@ def _run_ffmpeg(arguments: list[str], out_path: Path) -> None:
 
 def write_image(path: Path, image: Frames) -> None:
     """Write one uint8 picture [H,W,3] as PNG or JPEG, by the suffix; it appears whole or not at all."""
-    from PIL import Image
-
     kinds = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
     kind = kinds.get(path.suffix.lower())
     if kind is None:
         raise ConfigError(f"unknown picture suffix {path.suffix!r}", "use " + ", ".join(kinds))
+    files.write_bytes(path, encode_image(image, kind))
+
+
+def encode_image(image: Frames, kind: str) -> bytes:
+    """Return one uint8 picture [H,W,3] as the bytes of a PNG or JPEG file."""
+    from PIL import Image
+
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image)).save(buffer, kind, quality=90)
-    files.write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()

@@ -40,6 +40,7 @@ def python(code: str) -> str:
         (["generate", "a red ball", "--quality", "superb"], 2, "superb"),
         (["refine", "none.mp4"], 3, "none.mp4"),
         (["info", "none.mp4"], 3, "none.mp4"),
+        (["evaluate"], 2, "Missing argument"),
         (["train", "base"], 2, "needs an end"),
         (["nonsense"], 2, "nonsense"),
     ],
@@ -117,13 +118,14 @@ def test_help_is_instant_and_light() -> None:
         "import sys; from streamt2v.cli import main\n"
         "try: main(['plan', 'a red ball'])\n"
         "except SystemExit: pass\n"
-        "print('heavy', *({'torch', 'diffusers', 'transformers', 'av', 'numpy'} & set(sys.modules)))"
+        "heavy = {'torch', 'diffusers', 'transformers', 'av', 'numpy', 'cv2', 'scenedetect'}\n"
+        "print('heavy', *(heavy & set(sys.modules)))"
     )
     assert heavy.splitlines()[-1] == "heavy"
 
 
 def test_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("generate", "refine", "plan", "info", "doctor", "train"):
+    for command in ("generate", "refine", "plan", "evaluate", "info", "doctor", "train"):
         assert call(command, "--help") == 0
         assert f"streamt2v {command}" in capsys.readouterr().out
 
