@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from streamt2v import __version__, config, home, hub, initializers, jobs, options, planning, weights
+from streamt2v import __version__, config, files, home, hub, initializers, jobs, options, planning, weights
 from streamt2v.errors import ConfigError, Interrupted, MemoryLimitError, StreamT2VError, WeightsError
 from streamt2v.progress import Progress
 
@@ -210,6 +210,81 @@ def info(
         return
     for key, value in config.flatten(facts).items():
         _emit(plain(f"{key} = {value}"))
+
+
+@app.command()
+def evaluate(
+    videos: Annotated[list[Path], typer.Argument(help="Videos to measure, of any origin.", show_default=False)],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="What they show, for CLIP. Default: each video's own prompt.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", help="Compare every frame with this video's: PSNR, SSIM.")
+    ] = None,
+    report_file: Annotated[
+        Path | None, typer.Option("--report", help="Write an HTML page with plots and a contact sheet.")
+    ] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the scores, one row a video.")] = None,
+    frames_csv: Annotated[
+        Path | None, typer.Option("--frames-csv", help="Write what was measured at every frame, one row each.")
+    ] = None,
+    seams: Annotated[
+        str | None,
+        typer.Option("--seams", help="Frames where chunks begin: 16,24,32 or 16:1200:8. Default: the video's own."),
+    ] = None,
+    window: Annotated[int, typer.Option("--window", help="Frames that count as the first, and as the last.")] = 100,
+    flow_size: Annotated[
+        int, typer.Option("--flow-size", help="Square that frames are scaled to before the flow; less is faster.")
+    ] = 720,
+    clip: Annotated[
+        str,
+        typer.Option("--clip", help="auto (the published one if fetched, else demo), demo, hub:OWNER/NAME, none."),
+    ] = "auto",
+    clip_every: Annotated[int, typer.Option("--clip-every", help="CLIP looks at every so manieth frame.")] = 8,
+    device: Annotated[str, typer.Option("--device", help="Where CLIP runs: auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", "-f", help="Replace files that exist.")] = False,
+    json_output: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure videos: scene cuts, motion and warp error (MAWE), CLIP, drift, seams, stagnation, flicker.
+
+    Any length at the same memory. docs/metrics.md defines every score.
+
+    [b]streamt2v evaluate ball.mp4 --report ball.html[/b]
+
+    [b]streamt2v evaluate videos/*.mp4 --json[/b]
+
+    [b]streamt2v evaluate ball_fast.mp4 --against ball.mp4[/b]
+    """
+    try:
+        from streamt2v.metrics import evaluation, report
+    except ImportError as error:
+        hint = 'install what it needs with `pip install "streamt2v[metrics]"`'
+        raise ConfigError(f"evaluate cannot start: {error}", hint) from error
+    settings = evaluation.Settings(
+        prompt, against, None if seams is None else evaluation.parse_seams(seams), window, flow_size, clip,
+        clip_every, device,
+    )  # fmt: skip
+    for target in filter(None, (report_file, csv_file, frames_csv)):
+        jobs.check_target(target, overwrite)
+    try:
+        with _terminable(), Progress(quiet=quiet) as progress:
+            results = evaluation.evaluate(videos, settings, progress, (lambda text: None) if quiet else _say)
+    except (KeyboardInterrupt, Interrupted) as stop:
+        code = stop.exit_code if isinstance(stop, Interrupted) else 130
+        raise Interrupted("stopped; nothing was written", exit_code=code) from None
+    pages = {
+        report_file: report.as_html(results, settings),
+        csv_file: report.videos_csv(results),
+        frames_csv: report.frames_csv(results),
+    }
+    for path, page in pages.items():
+        if path is not None:
+            files.write_bytes(path, page.encode(errors="replace"))
+    if json_output:
+        _emit(json.dumps(report.as_json(results, settings), ensure_ascii=False, allow_nan=False))
+    else:
+        _emit(plain(report.as_text(results)))
 
 
 @app.command()

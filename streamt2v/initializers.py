@@ -248,7 +248,7 @@ def _animated(folder: Path, base: Path, device: str) -> Any:
         timestep_spacing="linspace",
         steps_offset=1,
     )
-    parts["motion_adapter"] = _model(diffusers.MotionAdapter, folder, dtype)
+    parts["motion_adapter"] = load_network(diffusers.MotionAdapter, folder, dtype)
     return _built(diffusers.AnimateDiffPipeline, parts, folder)
 
 
@@ -299,7 +299,7 @@ def _part(folder: Path, name: str, value: Any, dtype: torch.dtype) -> Any:
     import torch
 
     if isinstance(part_class, type) and issubclass(part_class, torch.nn.Module):
-        return _model(part_class, place, dtype)
+        return load_network(part_class, place, dtype)
     if "Tokenizer" in class_name and not _has_vocabulary(place):
         # The library would return a working tokenizer that knows two words.
         raise WeightsError(f"{place} holds no vocabulary")
@@ -315,7 +315,7 @@ def _has_vocabulary(place: Path) -> bool:
     )
 
 
-def _model(model_class: Any, place: Path, dtype: torch.dtype) -> Any:
+def load_network(model_class: Any, place: Path, dtype: torch.dtype) -> Any:
     """Load a network of a library; unlike the library, refuse files that do not hold every parameter."""
     halved = any(place.glob("*.fp16*.safetensors"))
     if not any(place.glob("*.safetensors")):

@@ -39,7 +39,7 @@ class Job:
             "command": self.command,
             "version": __version__,
             "config": to_flat(self.config),
-            "source": None if self.source is None else _fingerprint(self.source),
+            "source": self.source and {**_fingerprint(self.source), "frames": inspect_source(self.source).frames},
             "image": _fingerprint(Path(self.config.image)) if self.config.image else None,
             "initializer": None if chosen is None else chosen.fingerprint(),
             "weights": {
@@ -250,16 +250,21 @@ def _source_notices(job: Job) -> list[str]:
     return notices
 
 
+def check_target(path: Path, overwrite: bool) -> None:
+    """Refuse a name that a file cannot be written to. Raises OutputError."""
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder", "give the name of a file")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists already", "choose another name, or --overwrite")
+    runs.check_writable(path.parent)
+
+
 def _check_output(job: Job) -> None:
     if job.output.suffix.lower() != ".mp4":
         raise ConfigError(f"the output {job.output} must end in .mp4")
     if job.source is not None and job.output.resolve() == job.source.resolve():
         raise ConfigError(f"the output {job.output} is the input", "choose another name with -o")
-    if job.output.is_dir():
-        raise OutputError(f"{job.output} is a folder", "give a file name with -o")
-    if job.output.exists() and not (job.overwrite or job.resume):
-        raise OutputError(f"{job.output} exists already", "choose another name with -o, or --overwrite")
-    runs.check_writable(job.output.parent)
+    check_target(job.output, job.overwrite or job.resume)
     if job.preview is not None:
         if job.preview.suffix.lower() != ".png":
             raise ConfigError(f"the preview {job.preview} must end in .png")

@@ -475,8 +475,13 @@ def _run_ffmpeg(arguments: list[str], out_path: Path) -> None:
 
 def write_image(path: Path, image: Frames) -> None:
     """Write one uint8 picture [H,W,3] as PNG; it appears whole or not at all."""
+    files.write_bytes(path, encode_image(image, "PNG"))
+
+
+def encode_image(image: Frames, kind: str) -> bytes:
+    """Return one uint8 picture [H,W,3] as the bytes of a PNG or JPEG file."""
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image)).save(buffer, "PNG")
-    files.write_bytes(path, buffer.getvalue())
+    Image.fromarray(np.ascontiguousarray(image)).save(buffer, kind, quality=90)
+    return buffer.getvalue()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from streamt2v import video
+from streamt2v import jobs, video
 from streamt2v.frames import Frames
 from tests.cli.helpers import PROMPT, STARTS, TINY, FolderOf, call, digest, generate, result
 
@@ -142,6 +142,7 @@ def test_extending_keeps_the_source_and_counts_exactly(
     assert np.abs(made[:21] - before).mean() < 3  # encoded twice, not generated again
     assert np.abs(made[21:] - before[-1]).mean() > 3
     assert list(tmp_path.iterdir()) == [path]
+    assert jobs.recipe_of(video.probe(path).comment)["source"]["frames"] == 21  # where its chunks begin follows
 
 
 def test_an_extended_video_depends_on_its_source_and_its_seed(source: Path, tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def python(code: str) -> str:
         (["plan", "a red ball", "--device", "cuda:x"], 2, "'cuda:x' is no device"),
         (["generate", "\u044f" * 9000, "-o", "x.mp4"], 2, "too long"),
         (["train", "base"], 2, "needs a limit"),
+        (["evaluate"], 2, "Missing argument"),
         (["nonsense"], 2, "nonsense"),
     ],
 )
@@ -189,13 +190,14 @@ def test_help_is_instant_and_light() -> None:
         "import sys; from streamt2v.cli import main\n"
         "try: main(['plan', 'a red ball'])\n"
         "except SystemExit: pass\n"
-        "print('heavy', *({'torch', 'diffusers', 'transformers', 'av', 'numpy'} & set(sys.modules)))"
+        "heavy = {'torch', 'diffusers', 'transformers', 'av', 'numpy', 'cv2', 'scenedetect'}\n"
+        "print('heavy', *(heavy & set(sys.modules)))"
     )
     assert heavy.splitlines()[-1] == "heavy"
 
 
 def test_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("generate", "refine", "plan", "info", "doctor", "train"):
+    for command in ("generate", "refine", "plan", "evaluate", "info", "doctor", "train"):
         assert call(command, "--help") == 0
         assert f"streamt2v {command}" in capsys.readouterr().out
 

@@ -1,0 +1,180 @@
+"""What was measured, for people and for scripts: a table, CSV, and one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from streamt2v import __version__, video
+from streamt2v.frames import contact_sheet
+from streamt2v.metrics.evaluation import SCORES, Measured, Settings
+from streamt2v.metrics.motion import FLOW
+from streamt2v.metrics.scores import Series, mean
+
+MEAN = "mean"
+_WIDTH, _HEIGHT, _MARGIN = 900, 130, 48  # of a plot, in pixels
+_MAX_POINTS = 1500
+_PLOTS: Mapping[str, str] = {
+    "change": "change to the frame before, levels",
+    "flow": "flow magnitude, pixels",
+    "warp_error": "warp error, squared levels",
+    "flicker": "flicker, levels",
+    "colour_drift": "colour distance to the first frame, levels",
+    "clip_image": "CLIP similarity to the first frame, x 100",
+    "clip_text": "CLIP similarity to the prompt, x 100",
+    "mse": "mean squared difference to the other video",
+    "ssim": "SSIM with the other video",
+}
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1000px; padding: 0 1em; color: #222 }
+table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }
+td, th { padding: 3px 9px; text-align: right; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums }
+td:first-child, th:first-child { text-align: left }
+svg, img { display: block; max-width: 100%; margin: 4px 0 }
+svg text { font: 11px system-ui, sans-serif; fill: #555 }
+"""
+
+
+def means(results: Sequence[Measured]) -> dict[str, float | None]:
+    """Mean of each score over the videos that have it."""
+    columns = {name: [result.scores[name] for result in results] for name in SCORES}
+    return {name: mean(np.array(values, np.float64)) for name, values in columns.items()}
+
+
+def as_json(results: Sequence[Measured], settings: Settings) -> dict[str, Any]:
+    """Everything but series and pictures, as JSON takes it."""
+    how = {"flow": FLOW, "flow_size": settings.flow_size, "window": settings.window, "version": __version__}
+    how["against"] = None if settings.against is None else str(settings.against)
+    return {"videos": [result.summary() for result in results], MEAN: means(results), "settings": how}
+
+
+def as_text(results: Sequence[Measured]) -> str:
+    """One video as a list of scores with what they say; several as a table with a row for each and one of means."""
+    notes = [f"CLIP: {name}" for name in dict.fromkeys(result.clip for result in results)]
+    rows = _rows(results)
+    if len(results) == 1:
+        header, row = rows
+        width = max(map(len, header))
+        pairs = zip(header[1:], row[1:], strict=True)
+        lines = [f"{name:<{width}}  {value:>9}  {SCORES[name]}" for name, value in pairs]
+        return "\n".join([row[0], *lines, *notes])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    padded = [[f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return "\n".join(["  ".join(row) for row in padded] + notes)
+
+
+def _rows(results: Sequence[Measured]) -> list[list[str]]:
+    """Header, a row a video, and the means where there are several; scores that no video has are left out."""
+    table = [(result.subject.video, result.scores) for result in results]
+    if len(results) > 1:
+        table.append((MEAN, means(results)))
+    shown = [name for name in SCORES if any(row[name] is not None for _, row in table)]
+    return [["video", *shown], *([name, *(_number(row[key]) for key in shown)] for name, row in table)]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+
+
+def videos_csv(results: Sequence[Measured]) -> str:
+    """One row a video: what it is and its scores, empty where there is none."""
+    facts = ("video", "frames", "width", "height", "fps", "prompt")
+    rows = [[getattr(result.subject, fact) for fact in facts] + list(result.scores.values()) for result in results]
+    return _csv([*facts, *SCORES], rows)
+
+
+def frames_csv(results: Sequence[Measured]) -> str:
+    """One row a frame of every video: what was measured there, empty where nothing was."""
+    rows = [
+        [result.subject.video, frame, *("" if np.isnan(value) else value for value in values)]
+        for result in results
+        for frame, values in enumerate(zip(*(series.tolist() for series in result.series.values()), strict=True))
+    ]
+    return _csv(["video", "frame", *results[0].series], rows)
+
+
+def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows([header, *rows])
+    return stream.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------------------- HTML
+
+
+def as_html(results: Sequence[Measured], settings: Settings) -> str:
+    """A page with the table, and for each video its plots and a contact sheet; pictures and plots are inside."""
+    header, *body = [[html.escape(cell) for cell in row] for row in _rows(results)]
+    titles = ["<th>video</th>", *(f'<th title="{html.escape(SCORES[name])}">{name}</th>' for name in header[1:])]
+    rows = "\n".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in body)
+    explained = "\n".join(f"<dt>{name}</dt><dd>{html.escape(text)}</dd>" for name, text in SCORES.items())
+    how = f"flow: {FLOW}, at {settings.flow_size}x{settings.flow_size}; first and last {settings.window} frames"
+    if settings.against is not None:
+        how += f"; compared with {settings.against}"
+    sections = "\n".join(_section(result) for result in results)
+    return (
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>streamt2v evaluate</title>\n'
+        f"<style>{_STYLE}</style>\n<h1>streamt2v evaluate</h1>\n<p>{html.escape(how)}; streamt2v {__version__}</p>\n"
+        f"<table><tr>{''.join(titles)}</tr>\n{rows}</table>\n{sections}\n"
+        f"<details><summary>What the scores say</summary><dl>{explained}</dl></details>\n</html>\n"
+    )
+
+
+def _section(result: Measured) -> str:
+    subject = result.subject
+    facts = f"{subject.frames} frames of {subject.width}x{subject.height} at {subject.fps:g} fps; CLIP: {result.clip}"
+    if subject.prompt:
+        facts += f"; prompt: {subject.prompt}"
+    if result.cuts:
+        facts += f"; cuts at {', '.join(map(str, result.cuts))}"
+    plots = "\n".join(
+        f"<p>{title}</p>\n{plot(result.series[name], subject.stream_seams + subject.refine_seams, result.cuts)}"
+        for name, title in _PLOTS.items()
+        if np.isfinite(result.series[name]).sum() > 1
+    )
+    sheet = base64.b64encode(video.encode_image(contact_sheet(np.stack(result.thumbnails)), "JPEG")).decode()
+    return (
+        f"<h2>{html.escape(subject.video)}</h2>\n<p>{html.escape(facts)}</p>\n"
+        f'<img alt="frames, evenly spaced" src="data:image/jpeg;base64,{sheet}">\n{plots}'
+    )
+
+
+def plot(series: Series, seams: Sequence[int] = (), cuts: Sequence[int] = ()) -> str:
+    """Draw a series over its frames as SVG: chunks begin at grey lines, cuts are red; long series by their extremes."""
+    frames = np.flatnonzero(np.isfinite(series))
+    low, high = float(series[frames].min()), float(series[frames].max())
+    last, span = max(1, len(series) - 1), (high - low) or 1.0
+
+    def x(frame: float) -> str:
+        return f"{_MARGIN + frame / last * (_WIDTH - _MARGIN):.1f}"
+
+    def y(value: float) -> str:
+        return f"{(high - value) / span * (_HEIGHT - 20) + 4:.1f}"
+
+    points = []
+    for part in np.array_split(frames, min(len(frames), _MAX_POINTS)):
+        extremes = {part[series[part].argmin()], part[series[part].argmax()]}
+        points += [f"{x(frame)},{y(series[frame])}" for frame in sorted(extremes)]
+    marks = [(seam, "#ccc") for seam in sorted(set(seams))] + [(cut, "#d33") for cut in cuts]
+    lines = "".join(
+        f'<line x1="{x(at)}" x2="{x(at)}" y1="4" y2="{_HEIGHT - 16}" stroke="{colour}"/>' for at, colour in marks
+    )
+    labels = "".join(
+        f'<text x="{place[0]}" y="{place[1]}" text-anchor="{anchor}">{text}</text>'
+        for place, anchor, text in (
+            ((_MARGIN - 4, 12), "end", f"{high:.3g}"),
+            ((_MARGIN - 4, _HEIGHT - 16), "end", f"{low:.3g}"),
+            ((_MARGIN, _HEIGHT - 2), "start", "0"),
+            ((_WIDTH, _HEIGHT - 2), "end", f"{len(series) - 1}"),
+        )
+    )
+    return (
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}">{lines}'
+        f'<polyline fill="none" stroke="#26c" points="{" ".join(points)}"/>{labels}</svg>'
+    )

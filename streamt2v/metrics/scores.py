@@ -1,0 +1,148 @@
+"""The maths of the metrics: pictures and series of numbers in, one number out. `docs/metrics.md` has the formulas.
+
+A series has one value a frame, NaN where nothing was measured: what compares a frame with the one before has none at 0.
+A score is None where it has no meaning, such as a ratio to no motion at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from streamt2v.frames import Frames
+from streamt2v.metrics.motion import SCRIPT_SCALE
+
+Series: TypeAlias = npt.NDArray[np.float64]
+Grey: TypeAlias = npt.NDArray[np.float32]
+
+CELLS = 16  # rows and columns of the grid on which flicker is measured
+
+
+def mean(series: Series) -> float | None:
+    """Mean of the values that are there."""
+    known = series[np.isfinite(series)]
+    return float(known.mean()) if len(known) else None
+
+
+def ratio(part: float | None, whole: float | None) -> float | None:
+    """Quotient of two scores; None where one is missing or the divisor is 0."""
+    return None if part is None or not whole else part / whole
+
+
+def mawe_paper(warp_errors: Series, squared_magnitudes: Series) -> float | None:
+    """MAWE as printed: mean warp error over mean squared flow magnitude. Source: the paper's definition of MAWE."""
+    return ratio(mean(warp_errors), mean(squared_magnitudes))
+
+
+def mawe_script(warp_errors: Series, magnitudes: Series) -> float | None:
+    """MAWE as the released script computes it: the mean over pairs of warp error / (9.5 mean flow magnitude).
+
+    Pairs without any motion have no ratio and are left out.
+    """
+    moving = magnitudes > 0
+    return mean(warp_errors[moving] / (SCRIPT_SCALE * magnitudes[moving]))
+
+
+def deviation(series: Series) -> float | None:
+    """Standard deviation of the values that are there."""
+    known = series[np.isfinite(series)]
+    return float(known.std()) if len(known) else None
+
+
+def seam_score(changes: Series, seams: Sequence[int], other_seams: Sequence[int] = ()) -> float | None:
+    """Mean change into the frames where chunks begin, over the median change into all frames that are no seam.
+
+    Args:
+        changes: mean absolute difference of each frame to the one before.
+        seams: frames at which a chunk begins.
+        other_seams: seams of another stage, which are no part of "elsewhere" either.
+    """
+    elsewhere = np.isfinite(changes)
+    elsewhere[[*seams, *other_seams]] = False
+    if not len(seams) or not elsewhere.any():
+        return None
+    return ratio(mean(changes[list(seams)]), float(np.median(changes[elsewhere])))
+
+
+def windows(num_frames: int, start: int, window: int) -> tuple[slice, slice] | None:
+    """The first and the last `window` frames from `start` on, shortened so that they do not overlap; None: no room."""
+    size = min(window, (num_frames - start) // 2)
+    return (slice(start, start + size), slice(num_frames - size, num_frames)) if size > 0 else None
+
+
+def stagnation(magnitudes: Series, start: int, window: int) -> float | None:
+    """Flow in the last frames over flow in the first ones from `start` on: 1 keeps moving, 0 has come to rest."""
+    parts = windows(len(magnitudes), start, window)
+    return None if parts is None else ratio(mean(magnitudes[parts[1]]), mean(magnitudes[parts[0]]))
+
+
+def at_the_end(series: Series, window: int) -> float | None:
+    """Mean over the last `window` frames, at most the second half of the series."""
+    parts = windows(len(series), 0, window)
+    return None if parts is None else mean(series[parts[1]])
+
+
+def histograms(frame: Frames) -> Series:
+    """Share of every level in every channel of a frame [H,W,3]: [3,256]."""
+    counts = np.stack([np.bincount(frame[..., channel].ravel(), minlength=256) for channel in range(3)])
+    shares: Series = counts / counts.sum(axis=1, keepdims=True)
+    return shares
+
+
+def colour_distance(first: Series, second: Series) -> float:
+    """Distance of two frames' colours in levels, wherever they are: how far levels move to turn one histogram into the
+    other (1-Wasserstein), mean over the channels. Brightening by 10 levels is 10; moving things are 0."""
+    return float(np.abs(np.cumsum(first - second, axis=1)).sum(axis=1).mean())
+
+
+def cells(grey: Grey) -> Series:
+    """Mean brightness of a grey picture [H,W] on a grid [16,16]."""
+    return np.asarray(cv2.resize(grey, (CELLS, CELLS), interpolation=cv2.INTER_AREA), np.float64)
+
+
+def flicker(before: Series, now: Series, after: Series) -> float:
+    """How far brightness jumps there and back, in levels: alternating +a, -a is a, any steady fade is 0.
+
+    Args:
+        before, now, after: `cells` of three frames in a row.
+    """
+    return float(np.abs(before - 2 * now + after).mean() / 4)
+
+
+def squared_error(first: Frames, second: Frames) -> float:
+    """Mean squared difference of two frames, in squared levels."""
+    return float(np.square(first.astype(np.float32) - second).mean(dtype=np.float64))
+
+
+def psnr(mean_squared_error: float | None) -> float | None:
+    """Peak signal to noise ratio in dB; None for no error at all, where it is infinite."""
+    return 10 * math.log10(255**2 / mean_squared_error) if mean_squared_error else None
+
+
+def ssim(first: Grey, second: Grey) -> float:
+    """Structural similarity of two grey pictures [H,W] of levels 0-255, at least 11 x 11.
+
+    Source: Wang et al. (2004): Gaussian window of 11 x 11 with deviation 1.5, K1 = 0.01, K2 = 0.03, windows that lie
+    wholly inside.
+    """
+
+    def smooth(picture: Any) -> Any:
+        return cv2.GaussianBlur(picture, (11, 11), 1.5)[5:-5, 5:-5]
+
+    a, b = first.astype(np.float64), second.astype(np.float64)
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    mean_a, mean_b = smooth(a), smooth(b)
+    spread = smooth(a * a) - mean_a**2 + smooth(b * b) - mean_b**2
+    shared = smooth(a * b) - mean_a * mean_b
+    index = (2 * mean_a * mean_b + c1) * (2 * shared + c2) / ((mean_a**2 + mean_b**2 + c1) * (spread + c2))
+    return float(index.mean())
+
+
+def cosine(first: Series, second: Series) -> float:
+    """Cosine of the angle between two vectors."""
+    return float(first @ second / (np.linalg.norm(first) * np.linalg.norm(second)))
