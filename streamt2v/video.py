@@ -46,7 +46,6 @@ log = logging.getLogger(__name__)
 _DEMUXERS = "mov,matroska,webm,avi,mpegts,mpeg,flv,ogg,gif,yuv4mpegpipe"
 _INPUT_OPTIONS = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}
 _MAX_PIXELS = 8192 * 4320
-BATCH = 8  # frames that are decoded at once
 _MAX_COMMENT = 64 * 1024
 _MP4_AUDIO = {"aac", "mp3", "ac3", "eac3", "alac", "opus", "flac"}
 # Plain swscale drops fractions and repeats chroma samples: a smooth picture came back at 37 dB and 1.2 levels darker,
@@ -160,8 +159,8 @@ def _measure(path: Path, _stamp: tuple[int, int, int] | None) -> VideoInfo:
         )
 
 
-def read_frames(path: Path) -> Iterator[Frames]:
-    """Decode a video as a stream of uint8 arrays [<=8,H,W,3] with flat memory.
+def read_frames(path: Path, batch: int = 8) -> Iterator[Frames]:
+    """Decode a video as a stream of uint8 arrays [<=batch,H,W,3] with flat memory.
 
     The rotation tag is applied. Colours are converted by the matrix and range that the file is tagged with; an untagged
     file is taken as BT.709 from 720 rows on and as BT.601 below, in limited range. Frames come in presentation
@@ -176,7 +175,7 @@ def read_frames(path: Path) -> Iterator[Frames]:
         if pending and pending[0].shape != rgb.shape:
             raise VideoError(f"{path} changes its frame size to {rgb.shape[1]}x{rgb.shape[0]} midway")
         pending.append(rgb)
-        if len(pending) == BATCH:
+        if len(pending) == batch:
             yield np.stack(pending)
             pending.clear()
     if pending:
