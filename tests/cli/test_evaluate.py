@@ -44,7 +44,7 @@ def darker(clip: Path) -> Path:
 
 def written(path: Path, frames: Any, comment: str = "") -> Path:
     growing = path.with_suffix(".growing")
-    writer = video.SegmentWriter(growing, *frames.shape[1:3], Fraction(8), crf=0, preset="ultrafast")
+    writer = video.SegmentWriter(growing, *frames.shape[1:3], Fraction(8), crf=0)
     writer.append(frames)
     writer.finish(path, comment)
     return path

@@ -421,7 +421,7 @@ def write(path: Path, frames: Iterator[Frames] | Frames, comment: str = "") -> N
     for group in groups:
         if writer is None:
             growing = path.with_suffix(".growing")
-            writer = video.SegmentWriter(growing, *group.shape[1:3], Fraction(8), crf=4, preset="ultrafast")
+            writer = video.SegmentWriter(growing, *group.shape[1:3], Fraction(8), crf=4)
         writer.append(group)
     assert writer is not None
     writer.finish(path, comment)
