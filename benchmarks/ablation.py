@@ -35,6 +35,7 @@ from score import WEIGHTS, load
 from streamt2v import config, jobs, pipeline, video
 from streamt2v.chunks import Chunk, refinement_plan, seams, streaming_plan
 from streamt2v.frames import Frames, to_float, to_u8
+from streamt2v.metrics import scores
 from streamt2v.progress import Progress
 from streamt2v.stages.stream import StreamModels
 from streamt2v.training.captions import canonical
@@ -84,10 +85,10 @@ def differences(frames: Frames) -> np.ndarray:
 
 
 def seam_score(frames: Frames, at: tuple[int, ...]) -> float:
-    """Mean difference at seams over the median elsewhere."""
-    d = differences(frames)
-    inside = np.delete(d, [f - 1 for f in at])
-    return float(d[[f - 1 for f in at]].mean() / np.median(inside))
+    """The seam score of `streamt2v evaluate`; the frames have seams and move."""
+    found = scores.seam_score(np.concatenate([[np.nan], differences(frames)]), at)
+    assert found is not None
+    return found
 
 
 def overlap_score(frames: Frames, plan: tuple[Chunk, ...]) -> float:
