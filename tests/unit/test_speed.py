@@ -1,0 +1,67 @@
+"""The speed benchmark, at sizes where it takes seconds: both families, every row of the table."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import speed
+from streamt2v import convert
+from tests.checkpoints import tiny_layouts
+
+TINY = ["--device", "cpu", "--repeats", "1", "--set", "initialize.num_inference_steps=1"]
+SIZES = {
+    "demo": ["stream.height=24", "stream.width=40", "output.height=48", "output.width=80"],
+    "streamingt2v": ["stream.height=32", "stream.width=32", "output.height=80", "output.width=128"],
+}
+
+
+@pytest.mark.parametrize("model", SIZES)
+def test_one_command_makes_the_whole_table(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "CHECKPOINTS", tiny_layouts())
+    steps = ["stream.num_inference_steps=1", "refine.num_inference_steps=1", "refine.chunk=8", "refine.overlap=2"]
+    given = [word for pair in [*SIZES[model], *steps] for word in ("--set", pair)]
+    where = ["--results", str(tmp_path), "--page", str(tmp_path / "speed.md")]
+    speed.main([*TINY, *given, *where, "--model", model, "--memory", "1,80", "--run", "17"])
+
+    (written,) = tmp_path.glob("*-speed-*.json")
+    result = json.loads(written.read_text())
+    assert all(row["seconds"] > 0 and row["tflop"] > 0 and row["peak_bytes"] > 1e8 for row in result["parts"].values())
+    assert all(row["together"] > 0 for row in result["totals"].values())
+    for name, row in result["gains"].items():
+        assert (row["difference"] is None) == name.startswith("no bars")
+        assert (row["difference"] or 0) < 1e-4
+    assert [row["gigabytes"] for row in result["tiers"]] == [1, 80]
+    assert all(row["peak_bytes"] > 1e8 for row in result["tiers"])
+    assert (result["run"]["frames"], result["run"]["seconds"] > 0) == (17, True)
+    page = (tmp_path / "speed.md").read_text()
+    assert all(f"| {name} " in page for name in [*result["parts"], *result["gains"], *result["totals"]])
+    assert "**extrapolated**" in page and "**really made**" in page
+    assert ("target (H100)" in page) == (model == "streamingt2v")
+
+
+def test_work_is_counted_in_full() -> None:
+    """One branch of the published streaming network, 16 frames of 256x256: the reference counts 5.042 TFLOP."""
+    import torch
+
+    from streamt2v import weights
+    from streamt2v.models.unet3d import CamFeatures, TextContext, UNet3D
+
+    part = convert.CHECKPOINTS["streaming_t2v.ckpt"].parts["stream/unet"]
+    unet = weights.build(Path(part.network), part.network, part.config).to("meta")
+    assert isinstance(unet, UNet3D)
+    config, count = unet.config, speed.Instruments(speed.devices.Device("cpu"), 1)
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta")
+
+    sides = [32, 32, 32, 16, 16, 16, 8, 8, 8, 4, 4, 4]
+    features = [empty(1, width, 8, side, side) for width, side in zip(config.skip_channels, sides, strict=True)]
+    cam = CamFeatures(tuple(features), empty(1, 1280, 8, 4, 4))
+
+    def forward() -> torch.Tensor:
+        text = unet.prepare(TextContext(empty(1, 77, 1024)), empty(1, 16, 1024))
+        return unet(empty(1, 4, 16, 32, 32), 500, text, cam)  # type: ignore[no-any-return]
+
+    with torch.inference_mode():
+        assert count.measure(forward)["tflop"] == pytest.approx(5.042, rel=0.02)
