@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from streamt2v import config, convert, devices, jobs, memory, options, pipeline, planning, weights
-from streamt2v.chunks import refinement_plan, streaming_plan
+from streamt2v.chunks import length, refinement_plan, streaming_plan
 from streamt2v.config import RunConfig
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
@@ -267,7 +267,7 @@ def measure_parts(networks: Networks, tools: Instruments, given: Mapping[str, An
         print(f"{what}: {found[what]['seconds']:.4f} s", flush=True)
 
     base, own = networks.config.stream.size, networks.config.stream
-    _, second = streaming_plan(2 * own.chunk - own.overlap, own.chunk, own.overlap)
+    _, second = streaming_plan(length(2, own.chunk, own.overlap), own.chunk, own.overlap)
     state = stream.StreamState.after_first_chunk(networks.base_frames(own.chunk), own.overlap)
     for quality in QUALITIES:
         asked = settings(networks.config.model, quality, given)

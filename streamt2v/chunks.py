@@ -84,6 +84,11 @@ def refinement_plan(num_frames: int, size: int, overlap: int) -> tuple[Chunk, ..
     return tuple(chunks)
 
 
+def length(num_chunks: int, size: int, overlap: int) -> int:
+    """Return the number of frames that so many chunks cover."""
+    return size + (num_chunks - 1) * (size - overlap)
+
+
 def covering(plan: Sequence[Chunk], frame: int) -> tuple[int, ...]:
     """Return the indices of the chunks that cover `frame`, in order. Starts and stops both grow along a plan."""
     first = bisect_right(plan, frame, key=lambda chunk: chunk.stop)

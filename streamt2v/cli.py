@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from inspect import signature
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -191,6 +192,39 @@ def plan(
     [b]streamt2v plan "a cat on the beach" --model streamingt2v --device cuda --memory 12[/b]
     """
     resolved = options.resolve(prompt=options.read_prompt(prompt), frames=frames, fps=fps, **given)
+    report = planning.plan(resolved, device, memory)
+    _emit(json.dumps(dataclasses.asdict(report)) if json_output else report.as_text())
+
+
+@app.command()
+@options.knows(options.making, options.streaming, options.starting)
+def bench(
+    frames: Annotated[int, typer.Option("--frames", "-n", help="Length that the time is then told for.")] = 1200,
+    device: options.DeviceOption = "auto",
+    threads: options.Threads = None,
+    memory: options.Memory = None,
+    json_output: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    **given: Any,
+) -> None:
+    """Measure this machine: make a short video, throw it away, and show what a long one will take.
+
+    From then on `plan` knows, for the same model, sizes and steps.
+
+    [b]streamt2v bench[/b]
+
+    [b]streamt2v bench --model streamingt2v --quality fast --size 720x720[/b]
+    """
+    resolved = options.resolve(prompt="a red ball bouncing over the sea at sunset", frames=frames, **given)
+    short = dataclasses.replace(resolved, num_frames=planning.short_length(resolved))
+    with TemporaryDirectory(prefix="streamt2v-") as folder, _terminable():
+        job = jobs.Job("generate", short, Path(folder) / "bench.mp4", device=device, threads=threads, memory=memory)
+        jobs.check(job, (lambda text: None) if quiet else _say)
+        with Progress(quiet=quiet, verbose=verbose) as progress:
+            from streamt2v import pipeline
+
+            pipeline.run(job, progress)
     report = planning.plan(resolved, device, memory)
     _emit(json.dumps(dataclasses.asdict(report)) if json_output else report.as_text())
 

@@ -133,6 +133,14 @@ def arrange(network: torch.nn.Module, device: Device) -> None:
                 parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
 
 
+def wait(device: Device) -> None:
+    """Return when the device has done what it was given; a CUDA device works behind our back."""
+    if device.kind == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device.name)
+
+
 def release_memory(device: Device) -> None:
     """Give freed blocks of a CUDA device back, before another model wants them in other sizes."""
     if device.kind == "cuda":

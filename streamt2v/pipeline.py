@@ -191,7 +191,8 @@ class _Maker:
         self.stream_plan = streaming_plan(self.num_frames, self.config.stream.chunk, self.config.stream.overlap)
         self.refine_plan = refinement_plan(self.num_frames, self.config.refine.chunk, self.config.refine.overlap)
         self.networks: dict[Path, Any] = {}
-        self.fixed_seconds = self.stream_seconds = 0.0  # loading and the first chunk; later chunks
+        # Loading and the first chunk; later chunks; what the refiner's pixels take: its VAE, writing, the final file.
+        self.fixed_seconds = self.stream_seconds = self.frame_seconds = 0.0
         self.writer: video.SegmentWriter | None = None
         # Before any frame is read: the store drops what no state accounts for.
         self.stream_state = directory.resume_point("stream")
@@ -216,7 +217,8 @@ class _Maker:
                 shown += len(part)
         for group, tensors in self._groups(geometry, state):
             start = self.writer.mark.frames
-            mark = self.writer.append(group)
+            with self._timing_frames():
+                mark = self.writer.append(group)
             self.directory.save_state("output", tensors, {"mark": asdict(mark)})
             preview.add(start, group)
         return geometry.fit.width, geometry.fit.height
@@ -253,7 +255,8 @@ class _Maker:
     def finish(self) -> None:
         """Give the output its name."""
         assert self.writer is not None
-        self.writer.finish(self.job.output, json.dumps(self._metadata()), self.job.source)
+        with self._timing_frames():
+            self.writer.finish(self.job.output, json.dumps(self._metadata()), self.job.source)
         if self.directory.load_state("partial") is not None:
             self._partial_path.unlink(missing_ok=True)
 
@@ -277,14 +280,25 @@ class _Maker:
         later_chunks = len(self.stream_plan) - 1
         if self.job.command != "generate" or self.job.resume or not later_chunks or len(self.refine_plan) < 2:
             return
-        refine_seconds = seconds - self.fixed_seconds - self.stream_seconds
+        rest = seconds - self.fixed_seconds - self.stream_seconds
+        frame_seconds = self.frame_seconds if self.config.refine.enabled else rest
         measured = {
             "fixed_seconds": self.fixed_seconds,
             "stream_seconds_per_chunk": self.stream_seconds / later_chunks,
-            "refine_seconds_per_chunk": refine_seconds / len(self.refine_plan),
+            "refine_seconds_per_chunk": (rest - frame_seconds) / len(self.refine_plan),
+            "seconds_per_frame": frame_seconds / self.config.num_frames,
             "peak_memory_bytes": devices.peak_memory(self.device),
         }
-        planning.remember(self.config, measured)
+        planning.remember(self.config, self.device.kind, self.policy, measured)
+
+    @contextlib.contextmanager
+    def _timing_frames(self) -> Iterator[None]:
+        """Count the time of work that grows with frames, not with chunks."""
+        devices.wait(self.device)  # what is still queued belongs to the chunk
+        began = time.monotonic()
+        yield
+        devices.wait(self.device)
+        self.frame_seconds += time.monotonic() - began
 
     # -- sizes
 
@@ -332,7 +346,8 @@ class _Maker:
             if settings.posterior == "published":
                 shape = (unet.config.in_channels, *latent_size(vae, *geometry.canvas))
                 noise = self.draws.normal("refine.posterior", (frame,), shape).unsqueeze(0)
-            return encode_frames(vae, image, noise)
+            with self._timing_frames():
+                return encode_frames(vae, image, noise)
 
         refiner = Refiner(denoiser, self.refine_plan, settings, self.draws, encode, state)
         assert self.writer is not None
@@ -340,7 +355,8 @@ class _Maker:
         for latents in refiner.run():
             # One frame at a time: decoded floats of a whole group would be the largest thing in memory.
             decoded = (decode_latents(vae, latent.unsqueeze(0)) for latent in latents)
-            shown = [geometry.output(frames.unletterbox(frame, geometry.content)) for frame in decoded]
+            with self._timing_frames():
+                shown = [geometry.output(frames.unletterbox(frame, geometry.content)) for frame in decoded]
             yield np.concatenate(shown), refiner.state.tensors()
             done = self.writer.mark.frames - self.base_offset
             self.report.advance(REFINE, done, max(covering(self.refine_plan, done - 1)) + 1, len(self.refine_plan))

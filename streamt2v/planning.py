@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from streamt2v import devices, files, home, initializers, memory, weights
-from streamt2v.chunks import Chunk, refinement_plan, streaming_plan
+from streamt2v.chunks import Chunk, length, refinement_plan, streaming_plan
 from streamt2v.config import RunConfig
 from streamt2v.errors import OutputError
 
-MEASURED = ("fixed_seconds", "stream_seconds_per_chunk", "refine_seconds_per_chunk", "peak_memory_bytes")
+MEASURED = (
+    "fixed_seconds", "stream_seconds_per_chunk", "refine_seconds_per_chunk", "seconds_per_frame", "peak_memory_bytes"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Plan:
     free_bytes: int
     policy: memory.MemoryPolicy
     needed_bytes: int
-    peak_memory_bytes: int | None
+    measured: dict[str, float] | None
     seconds: float | None
 
     def as_text(self) -> str:
@@ -52,16 +54,21 @@ class Plan:
             )
         else:
             lines.append("refine   no")
-        unknown = "unknown until the first run on this machine"
         short = "; MORE THAN THERE IS" if self.needed_bytes > self.free_bytes else ""
         lines.append(f"memory   {self.policy.describe()}")
         lines.append(
             f"         up to {self.needed_bytes / 1e9:.1f} of {self.free_bytes / 1e9:.1f} GB ({self.device}), "
             f"for any length{short}"
         )
-        if self.peak_memory_bytes is not None:
-            lines.append(f"         {self.peak_memory_bytes / 1e6:.0f} MB when it last ran")
-        lines.append(f"time     {unknown if self.seconds is None else f'about {self.seconds:.0f} s'}")
+        if self.measured is None:
+            lines.append("time     unknown until the first run on this machine; `streamt2v bench` measures it")
+        else:
+            start, chunk, refined, frame, peak = (self.measured[name] for name in MEASURED)
+            lines.append(f"         {peak / 1e6:.0f} MB when it last ran")
+            lines.append(
+                f"time     about {self.seconds:.0f} s: {start:.3g} s to load and begin, {chunk:.3g} s a chunk,"
+            )
+            lines.append(f"         {refined:.3g} s a chunk of the refiner, {frame:.3g} s a frame for its pixels")
         return "\n".join(lines)
 
 
@@ -115,18 +122,19 @@ def plan(config: RunConfig, device: str = "auto", gigabytes: float | None = None
     kind, free = devices.glance(device)
     free = free if gigabytes is None else int(gigabytes * 1e9)
     policy = memory.choose(free, known, kind)
-    measured = _timings().get(_key(config))
+    measured = _timings().get(_key(config, kind, policy))
     streaming = streaming_plan(config.num_frames, stream.chunk, stream.overlap)
     refinement = refinement_plan(config.num_frames, refine.chunk, refine.overlap) if refine.enabled else ()
     seconds = None
     if measured is not None:
         seconds = measured["fixed_seconds"] + (len(streaming) - 1) * measured["stream_seconds_per_chunk"]
         seconds += len(refinement) * measured["refine_seconds_per_chunk"]
+        seconds += config.num_frames * measured["seconds_per_frame"]
     return Plan(
         config.model, config.num_frames, output.fps, initializers.named(config), streaming, refinement,
         stream.height, stream.width, output.height, output.width,
         2 * sum(file.num_values for file in family.files), kind, free, policy, memory.needed(known, policy),
-        None if measured is None else int(measured["peak_memory_bytes"]), seconds,
+        measured, seconds,
     )  # fmt: skip
 
 
@@ -134,11 +142,11 @@ def _timings_path() -> Path:
     return home.path() / "timings.json"
 
 
-def _key(config: RunConfig) -> str:
-    """Return what the time of a chunk depends on."""
+def _key(config: RunConfig, kind: str, policy: memory.MemoryPolicy) -> str:
+    """Return what the time of a chunk depends on: of the memory policy only what makes it many times slower."""
     stream, refine, output = config.stream, config.refine, config.output
     parts = [
-        config.model, initializers.named(config), config.initialize.text_to_image,
+        kind, policy.offload, config.model, initializers.named(config), config.initialize.text_to_image,
         stream.chunk, stream.overlap, stream.height, stream.width,
         stream.num_inference_steps, stream.guidance_scale > 1, stream.guidance_stop, stream.cam, stream.apm,
         refine.enabled,
@@ -158,8 +166,14 @@ def _timings() -> dict[str, dict[str, float]]:
         return {}
 
 
-def remember(config: RunConfig, measured: dict[str, float]) -> None:
+def short_length(config: RunConfig) -> int:
+    """Frames of a video that is just long enough to measure: two chunks of the refiner, and two after the first."""
+    stream, refine = config.stream, config.refine
+    return max(length(3, stream.chunk, stream.overlap), length(2, refine.chunk, refine.overlap))
+
+
+def remember(config: RunConfig, kind: str, policy: memory.MemoryPolicy, measured: dict[str, float]) -> None:
     """Store what a finished run measured, for later plans; a cache that cannot be written is not an error."""
     with contextlib.suppress(OutputError):
         files.make_directory(home.path())
-        files.write_json(_timings_path(), _timings() | {_key(config): measured})
+        files.write_json(_timings_path(), _timings() | {_key(config, kind, policy): measured})

@@ -136,8 +136,9 @@ def test_damaged_timings_are_forgotten(text: str, tmp_path: Path, monkeypatch: p
     (tmp_path / "timings.json").write_text(text)
     wish = merge(preset("demo"), {"prompt": "a red ball"})
     assert planning.plan(wish, "cpu").seconds is None
-    planning.remember(wish, dict.fromkeys(planning.MEASURED, 2.0))
-    assert planning.plan(wish, "cpu").seconds == 2.0 + 2 * 2.0
+    planning.remember(wish, "cpu", planning.plan(wish, "cpu").policy, dict.fromkeys(planning.MEASURED, 2.0))
+    assert planning.plan(wish, "cpu").seconds == 2.0 + (1 + 1 + 24) * 2.0
+    assert planning.plan(wish, "mps").seconds is None
 
 
 def test_existing_output_is_kept(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""`bench` and `plan`: what a short run measures foretells a long one."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from streamt2v import pipeline, planning, video
+from streamt2v.stages import refine, stream
+from tests.cli.helpers import PROMPT, TINY, call, generate, result
+
+PLANNED = [
+    word for at, word in enumerate(TINY) if "--threads" not in TINY[max(0, at - 1) : at + 1] and word != "--quiet"
+]
+
+
+class SlowMachine:
+    """A clock that only work moves, so many seconds for each call of a function."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now, self.patch = 0.0, patch
+        patch.setattr(pipeline, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+    def takes(self, owner: Any, name: str, seconds: float) -> None:
+        done = getattr(owner, name)
+
+        def slowly(*arguments: Any, **more: Any) -> Any:
+            self.now += seconds
+            return done(*arguments, **more)
+
+        self.patch.setattr(owner, name, slowly)
+
+
+def test_a_short_run_foretells_a_long_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STREAMT2V_HOME", str(tmp_path))
+    machine = SlowMachine(monkeypatch)
+    machine.takes(pipeline.weights, "load", 5)
+    machine.takes(pipeline.initialize, "from_text", 20)
+    machine.takes(stream.Streamer, "chunk_latents", 7)
+    machine.takes(refine.Refiner, "_run_step", 3)
+    machine.takes(pipeline, "encode_frames", 0.25)
+    machine.takes(pipeline, "decode_latents", 0.5)
+    machine.takes(video.SegmentWriter, "append", 1)
+
+    assert call("plan", PROMPT, *PLANNED, "--frames", 120) == 0
+    assert "`streamt2v bench` measures it" in capsys.readouterr().out
+    assert call("bench", *TINY, "--frames", 120, "--json") == 0
+    told = result(capsys)
+    assert told["measured"]["stream_seconds_per_chunk"] == 7
+    assert told["measured"]["refine_seconds_per_chunk"] == 2 * 3
+    assert list(tmp_path.glob("*.mp4")) == []
+
+    began = machine.now
+    assert generate(tmp_path / "long.mp4", 120) == 0
+    assert told["seconds"] == pytest.approx(machine.now - began, rel=0.02)
+    capsys.readouterr()
+    assert call("plan", PROMPT, *PLANNED, "--frames", 120, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["seconds"] == pytest.approx(machine.now - began, rel=0.02)
+
+
+def test_other_settings_are_not_foretold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STREAMT2V_HOME", str(tmp_path))
+    assert call("bench", *TINY, "--no-refine", "--frames", 100) == 0
+    table = json.loads((tmp_path / "timings.json").read_text())
+    (row,) = table.values()
+    assert row["refine_seconds_per_chunk"] == 0
+    assert set(row) == set(planning.MEASURED)
+    assert all(row[name] > 0 for name in planning.MEASURED if name != "refine_seconds_per_chunk")
