@@ -6,8 +6,9 @@
     python benchmarks/speed.py --table                                  # nothing but docs/speed.md, from the results
 
 On a GPU the published family is measured at its full size, filled with random numbers (what a network takes does not
-depend on them, and no weights are needed); on a CPU the demo family. `--model` and `--set` choose otherwise. Writes
-benchmarks/results/DATE-speed-DEVICE-MODEL.json and, from all such files, docs/speed.md.
+depend on them, and no weights are needed); on a CPU the demo family. `--model` and `--set` choose otherwise. Every
+section is written to benchmarks/results/DATE-speed-DEVICE-MODEL.json when it is done: run again on the same day, it
+goes on with what that file lacks. docs/speed.md is made of all such files.
 
 Times are medians of repeats after a warm-up: CUDA events on a GPU, seconds of this process on one core of a CPU, where
 other programs do not count. Two ways of doing one thing are timed in turn. Shares are of the machine's own rate at a
@@ -42,6 +43,7 @@ from streamt2v.chunks import length, refinement_plan, streaming_plan
 from streamt2v.config import RunConfig
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from streamt2v.errors import MemoryLimitError
 from streamt2v.models.encoders import decode_latents, encode_frames, latent_factor, latent_size
 from streamt2v.models.refiner import legal_canvas
 from streamt2v.models.unet3d import Conditioning, TextContext, UNet3D
@@ -361,6 +363,7 @@ def gains(networks: Networks, compiled: bool) -> Iterator[tuple[str, Work, Work]
     yield "no bars around a square clip, refiner", networks.chunk_step(canvas), networks.chunk_step(square)
     changes: list[tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = [("channels last", plain, channels_last)]
     if compiled:
+        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
         changes.append(("compiled", channels_last, torch.compile))
     for name, old, new_way in changes:
         before, after = predictor(old), predictor(new_way)
@@ -372,14 +375,33 @@ def gains(networks: Networks, compiled: bool) -> Iterator[tuple[str, Work, Work]
         yield f"channels last, {what} a frame", partial(way, before_vae, given), partial(way, after_vae, given)
 
 
+def difference(one: Tensor, other: Tensor) -> float | None:
+    """The largest difference over the largest value; None where sizes differ."""
+    one, other = one.float(), other.float()
+    return float((other - one).abs().max() / one.abs().max()) if one.shape == other.shape else None
+
+
+def rounding(networks: Networks) -> dict[str, float | None]:
+    """What 16 bit (bfloat16 where the device is a CPU) changes against 32 in the plain networks."""
+    short = torch.bfloat16 if networks.device.kind == "cpu" else torch.float16
+    found = {}
+    for name, unet in {"stage 2": networks.streaming.unet, "refiner": networks.refining[0]}.items():
+        text, vae = networks.text(unet), networks.refining[1]
+        size = legal_canvas(*networks.config.stream.size, unet.config, latent_factor(vae))
+        latents = networks.random(1, unet.config.in_channels, networks.config.stream.chunk, *latent_size(vae, *size))
+        ways = [plain(unet).to(dtype) for dtype in (torch.float32, short)]
+        one, other = (way(latents.expand(2, -1, -1, -1, -1), 500, way.prepare(text)) for way in ways)
+        found[name] = difference(one, other)
+    return found
+
+
 def measure_gains(networks: Networks, tools: Instruments, compiled: bool) -> dict[str, dict[str, Any]]:
     """Seconds without and with each gain, and the largest difference of the results over their largest value."""
     found: dict[str, dict[str, Any]] = {}
     for name, without, with_it in gains(networks, compiled):
-        old, new = without().float(), with_it().float()
-        difference = None if old.shape != new.shape else float((new - old).abs().max() / old.abs().max())
+        change = difference(without(), with_it())
         before, after = tools.seconds(without, with_it)
-        found[name] = {"without": before, "with": after, "difference": difference}
+        found[name] = {"without": before, "with": after, "difference": change}
         print(f"{name}: {before:.4f} -> {after:.4f} s", flush=True)
     return found
 
@@ -421,7 +443,7 @@ def measure_tiers(asked: RunConfig, tools: Instruments, tiers: Sequence[float]) 
         try:
             whole_run(asked, tools.device, gigabytes)
             row |= {"peak_bytes": tools.peak()}
-        except pipeline.MemoryLimitError as error:
+        except MemoryLimitError as error:
             row |= {"peak_bytes": None, "error": str(error)}
         found.append(row)
         print(row, flush=True)
@@ -476,6 +498,8 @@ def section(result: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"| {name} | {row['without']:.3g} | {row['with']:.3g} | {row['with'] / row['without']:.2f} | {change} |"
         )
+    gaps = ", ".join(f"{gap:.0e} in {name}" for name, gap in result["rounding"].items())
+    lines += ["", f"For comparison, the largest difference between 16 and 32 bit of the same way: {gaps}."]
     if result["tiers"]:
         lines += ["", "| memory | what is done | stated peak, GB | measured peak, GB |", "|---|---|---|---|"]
     for row in result["tiers"]:
@@ -517,27 +541,37 @@ def measure_all(asked: argparse.Namespace) -> None:
     name = (
         devices.describe(device).partition(" (")[0] if device.kind == "cuda" else f"{platform.machine()} {device.kind}"
     )
+    result: dict[str, Any] = {
+        "date": date.today().isoformat(), "device": name, "model": model, "dtype": str(dtype).removeprefix("torch."),
+        "clock": "CUDA events" if device.kind == "cuda" else "seconds of this process on one core",
+        "versions": {package: version(package) for package in ("torch", "diffusers", "transformers")},
+        "python": platform.python_version(), "repeats": asked.repeats, "settings": given,
+        "parts": {}, "totals": {}, "rounding": {}, "gains": {}, "tiers": [], "run": None,
+    }  # fmt: skip
+    target = asked.results / f"{result['date']}-speed-{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{model}.json"
+
+    if target.exists():
+        result = json.loads(target.read_text("utf-8"))
+        print(f"going on with {target}", flush=True)
+
+    def keep(**more: Any) -> None:
+        result.update(more)
+        target.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+
     with stand_ins(model):
-        networks = Networks(settings(model, "fast", given), device, dtype)
-        found = measure_parts(networks, tools, given)
-        result = {
-            "date": date.today().isoformat(), "device": name, "model": model,
-            "dtype": str(dtype).removeprefix("torch."),
-            "clock": "CUDA events" if device.kind == "cuda" else "seconds of this process on one core",
-            "versions": {package: version(package) for package in ("torch", "diffusers", "transformers")},
-            "python": platform.python_version(), "repeats": asked.repeats, "settings": given,
-            "matmul_tflops": tools.matmul_rate(dtype), "parts": found, "totals": totals(found, model, given),
-            "gains": measure_gains(networks, tools, asked.compile), "tiers": [], "run": None,
-        }  # fmt: skip
-        del networks  # what follows loads its own
         fast = settings(model, "fast", given)
-        result["tiers"] = measure_tiers(fast, tools, [float(tier) for tier in asked.memory.split(",") if tier])
-        if asked.run:
+        networks = Networks(fast, device, dtype)
+        if not result["parts"]:
+            keep(matmul_tflops=tools.matmul_rate(dtype), parts=measure_parts(networks, tools, given))
+            keep(totals=totals(result["parts"], model, given))
+        if not result["gains"]:
+            keep(rounding=rounding(networks), gains=measure_gains(networks, tools, asked.compile))
+        del networks  # what follows loads its own
+        if not result["tiers"]:
+            keep(tiers=measure_tiers(fast, tools, [float(tier) for tier in asked.memory.split(",") if tier]))
+        if asked.run and not result["run"]:
             made = whole_run(config.merge(config.to_flat(fast), {"num_frames": asked.run}), device, None)
-            result["run"] = {"frames": made.frames, "width": made.width, "height": made.height, "seconds": made.seconds}
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower())
-    target = asked.results / f"{result['date']}-speed-{slug}-{model}.json"
-    target.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+            keep(run={"frames": made.frames, "width": made.width, "height": made.height, "seconds": made.seconds})
     print(target)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from streamt2v import pipeline, planning, video
 from streamt2v.stages import refine, stream
-from tests.cli.helpers import PROMPT, TINY, call, generate, result
+from tests.cli.helpers import PROMPT, TINY, call, generate, result, start
 
 PLANNED = [
     word for at, word in enumerate(TINY) if "--threads" not in TINY[max(0, at - 1) : at + 1] and word != "--quiet"
@@ -70,3 +70,16 @@ def test_other_settings_are_not_foretold(tmp_path: Path, monkeypatch: pytest.Mon
     assert row["refine_seconds_per_chunk"] == 0
     assert set(row) == set(planning.MEASURED)
     assert all(row[name] > 0 for name in planning.MEASURED if name != "refine_seconds_per_chunk")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_memory_does_not_grow_with_the_length(tmp_path: Path) -> None:
+    """Ten times the frames, each run in a process of its own: within 5 % of the peak."""
+    peaks = []
+    for frames in (240, 2400):
+        command = ["generate", PROMPT, "--frames", frames, "-o", tmp_path / f"{frames}.mp4", *TINY, "--json"]
+        said, _ = start(*command).communicate()
+        peaks.append(json.loads(said)["peak_memory_mb"])
+    print(f"240 frames: {peaks[0]} MB, 2400 frames: {peaks[1]} MB")
+    assert peaks[1] < 1.05 * peaks[0]
