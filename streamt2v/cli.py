@@ -65,7 +65,7 @@ def default_output(prompt: str, seed: int) -> Path:
 @app.command()
 @options.knows(options.making, options.streaming, options.starting, options.running)
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to show; - reads it from standard input.", show_default=False)],
+    prompt: options.Prompt = None,
     frames: options.Frames = None,
     output: options.Output = None,
     fps: options.Fps = None,
@@ -78,6 +78,8 @@ def generate(
     drifting left or right, bouncing, rising or circling; sea, meadow, desert or city; day, sunset or night.
 
     [b]streamt2v generate "a red ball bouncing over the sea at sunset" --frames 240 -o ball.mp4[/b]
+
+    [b]streamt2v generate "a red ball over the sea" --at 10s "a blue ball over the sea" --frames 240[/b]
 
     [b]streamt2v generate "a blue star drifting left" --image start.png --frames 48[/b]
 
@@ -176,7 +178,7 @@ def _terminable(said: str = "stopped") -> Iterator[None]:
 @app.command()
 @options.knows(options.making, options.streaming, options.starting)
 def plan(
-    prompt: Annotated[str, typer.Argument(help="What to show.", show_default=False)],
+    prompt: options.Prompt = None,
     frames: options.Frames = None,
     fps: options.Fps = None,
     device: options.DeviceOption = "auto",
@@ -191,8 +193,9 @@ def plan(
     [b]streamt2v plan "a cat on the beach" --model streamingt2v --device cuda --memory 12[/b]
     """
     resolved = options.resolve(prompt=options.read_prompt(prompt), frames=frames, fps=fps, **given)
+    jobs.check_wishes(resolved)
     report = planning.plan(resolved, device, memory)
-    _emit(json.dumps(dataclasses.asdict(report)) if json_output else report.as_text())
+    _emit(json.dumps(dataclasses.asdict(report)) if json_output else plain(report.as_text()))
 
 
 @app.command()
@@ -471,7 +474,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     if "--offline" in argv:
         os.environ |= dict.fromkeys(hub.OFFLINE, "1")
     try:
-        app([argument for argument in argv if argument not in ("--debug", "--offline")])
+        app(options.paired([argument for argument in argv if argument not in ("--debug", "--offline")]))
     except StreamT2VError as error:
         if debug:
             raise

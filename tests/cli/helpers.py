@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,14 @@ def start(*arguments: object) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
+
+
+def wait_for(folder: Path, pattern: str, count: int) -> None:
+    """Wait until so many files of a run exist."""
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob(pattern))) < count:
+        assert time.monotonic() < deadline, "the run made no progress"
+        time.sleep(0.005)
 
 
 def digest(path: Path) -> tuple[int, str]:
