@@ -511,8 +511,8 @@ class _Maker:
         path = self.family.path(role)
         if path not in self.networks:
             self.report.note(f"loading {role}")
-            policy, sparing = self.policy, self.device.kind == "cuda" and not self.policy.keep_networks
-            on_host = policy.offload or (sparing and role in ENCODERS)
+            policy = self.policy
+            on_host = policy.offload or (policy.encoders_on_host and role in ENCODERS)
             place = "cpu" if on_host else self.device.name
             network = weights.load(self.family, role, place, getattr(torch, policy.precision))
             if isinstance(network, torch.nn.Module):
