@@ -338,7 +338,12 @@ def weights_list(
 
 @weights_app.command("pull")
 def weights_pull(
-    name: Annotated[str, typer.Argument(help="A name that `weights list` shows.", show_default=False)],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A name that `weights list` shows.", show_default=False, autocompletion=options.names_of_weights
+        ),
+    ],
     source: Annotated[
         str, typer.Option("--source", help="Which published copy, where there are several: see `weights list NAME`.")
     ] = "",
@@ -360,12 +365,11 @@ def weights_pull(
     from streamt2v import checkpoints
 
     with _terminable(FETCHING):
-        if name in weights.pipelines():
+        if (family := weights.listed(name)) is None:
             if source or folder:
                 raise ConfigError(f"{name} comes from its repository alone", "leave --source and --from out")
             initializers.locate(name, _say)
         else:
-            family = weights.family(name)
             hub.pull(family, checkpoints.convert, _say, source, folder)
             start = config.merge(config.preset(family.preset)).initialize.text_model
             if start != initializers.OWN:
@@ -375,29 +379,29 @@ def weights_pull(
 
 
 @weights_app.command("path")
-def weights_path(
-    name: Annotated[str | None, typer.Argument(help="A model family.", show_default=False)] = None,
-) -> None:
-    """Print the folder of the weights, or of one family's. STREAMT2V_HOME sets it.
+def weights_path(name: options.WeightsName = None) -> None:
+    """Print the folder of the weights, or of one name that `weights list` shows. STREAMT2V_HOME sets it.
 
     [b]streamt2v weights path streamingt2v[/b]
     """
-    _emit(str(weights.family(name).root / name if name else home.path()))
+    _emit(str(weights.folder_of(name) if name else home.path()))
 
 
 @weights_app.command("verify")
-def weights_verify(model: options.Model = None) -> None:
-    """Check every weight file against its recorded size and SHA-256.
+def weights_verify(name: options.WeightsName = None) -> None:
+    """Check every weight file, or those of one name, against recorded sizes and SHA-256.
 
     [b]streamt2v weights verify[/b]
+
+    [b]streamt2v weights verify svd[/b]
     """
-    chosen = [weights.family(model)] if model else list(weights.families().values())
-    for family in chosen:
-        if not model and weights.is_absent(family):
-            _emit(f"{family.name}: not here")
-            continue
-        weights.verify(family)
-        _emit(f"{family.name}: {sum(len(file.parts) for file in family.files)} files, all as recorded")
+    for one in [name] if name else [row["name"] for row in weights.describe_families() if row["state"] != "absent"]:
+        if (family := weights.listed(one)) is None:
+            count = weights.verify_snapshot(one)
+        else:
+            weights.verify(family)
+            count = sum(len(file.parts) for file in family.files)
+        _emit(f"{one}: {count} files, all as recorded")
 
 
 @weights_app.command("convert")
@@ -463,6 +467,7 @@ def root(
     offline: Annotated[
         bool, typer.Option("--offline", help="Make no connection; STREAMT2V_OFFLINE=1 means the same.")
     ] = False,
+    no_color: Annotated[bool, typer.Option("--no-color", help="No colours; NO_COLOR=1 means the same.")] = False,
 ) -> None:
     """Long videos from text on your own machine."""
 
@@ -473,8 +478,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     debug = "--debug" in argv
     if "--offline" in argv:
         os.environ |= dict.fromkeys(hub.OFFLINE, "1")
+    if "--no-color" in argv:
+        os.environ["NO_COLOR"] = "1"
+    anywhere = ("--debug", "--offline", "--no-color")
     try:
-        app(options.paired([argument for argument in argv if argument not in ("--debug", "--offline")]))
+        app(options.paired([argument for argument in argv if argument not in anywhere]), prog_name="streamt2v")
     except StreamT2VError as error:
         if debug:
             raise

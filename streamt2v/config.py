@@ -24,6 +24,7 @@ Blending = Literal["randomized", "shared", "independent"]
 Variant = Literal["published", "corrected"]
 Order = Literal["diagonal", "sweep"]
 Quality = Literal["reference", "balanced", "fast"]
+PRESETS = Path(__file__).parent / "presets"
 
 
 def _value(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
@@ -218,7 +219,7 @@ def _check(key: str, spec: dict[str, Any], value: Any) -> None:
     if type(value) is not expected:
         raise ConfigError(f"{key} is {value!r}, it must be of type {expected.__name__}")
     if choices and value not in choices:
-        raise ConfigError(f"{key} is {value!r}, it must be one of {', '.join(choices)}")
+        raise ConfigError(f"{key} is {value!r}, it must be one of {', '.join(choices)}", nearest(value, choices))
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key} is {value}, it must be a finite number")
     low, high = spec["low"], spec["high"]
@@ -311,17 +312,20 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
 
 
+def presets() -> list[str]:
+    """Return the names of the shipped presets."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
 def preset(name: str, quality: str | None = None) -> dict[str, Any]:
     """Return {dotted key: value} of a shipped preset, with one of its `quality` tables on top.
 
     Raises:
         ConfigError: no such preset, or the preset has no such quality.
     """
-    folder = Path(__file__).parent / "presets"
-    known = sorted(path.stem for path in folder.glob("*.toml"))
-    if name not in known:
+    if name not in (known := presets()):
         raise ConfigError(f"unknown preset {name!r}", nearest(name, known))
-    table = read_toml(folder / f"{name}.toml")
+    table = read_toml(PRESETS / f"{name}.toml")
     qualities = cast("dict[str, dict[str, Any]]", table.pop("quality", {}))
     if quality is None:
         return flatten(table)

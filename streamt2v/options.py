@@ -4,10 +4,10 @@ import json
 import re
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import typer
 
@@ -34,18 +34,41 @@ def _panel(title: str | None) -> Callable[..., Any]:
 
 _main, _steering, _advanced, _running = map(_panel, (None, STEERING, ADVANCED, RUNNING))
 
+
+def _completing(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    return lambda incomplete: [name for name in names() if name.startswith(incomplete)]
+
+
+names_of_weights = _completing(lambda: [*weights.families(), *weights.pipelines()])
+_INITIALIZERS = _completing(lambda: [OWN, *weights.pipelines()])
+WeightsName = Annotated[
+    str | None,
+    typer.Argument(help="A name that `weights list` shows.", show_default=False, autocompletion=names_of_weights),
+]
 Prompt = Annotated[str | None, typer.Argument(help="What to show; - reads it from standard input.", show_default=False)]
 Frames = Annotated[
     int | None, _main("--frames", "-n", "Frames of the video: exactly so many are written. Default: 24.")
 ]
 Output = Annotated[Path | None, _main("--output", "-o", "The mp4 to write. Default: date, prompt and seed.")]
-Model = Annotated[str | None, _main("--model", "-m", "Model family. Default: the best whose weights are here.")]
+Model = Annotated[
+    str | None,
+    _main(
+        "--model", "-m", "Model family. Default: the best whose weights are here.",
+        autocompletion=_completing(weights.families),
+    ),
+]  # fmt: skip
 Seed = Annotated[int | None, _main("--seed", "Seed of every random draw. Default: random, printed, stored.")]
 Fps = Annotated[float | None, _main("--fps", "Frames per second. Default: the model's, 8 for demo.")]
 Size = Annotated[
     str | None, _main("--size", "Box WxH that the video fits into. Default: the model's, 256x144 for demo.")
 ]
-FitOption = Annotated[Fit | None, _main("--fit", "contain keeps the aspect ratio, cover crops, pad adds borders.")]
+FitOption = Annotated[
+    str | None,
+    _main(
+        "--fit", "contain keeps the aspect ratio, cover crops, pad adds borders.",
+        autocompletion=_completing(lambda: get_args(Fit)),
+    ),
+]  # fmt: skip
 NoRefine = Annotated[bool, _steering("--no-refine", "Stop after the streaming stage.")]
 At = Annotated[
     list[str] | None,
@@ -61,6 +84,7 @@ Init = Annotated[
     _steering(
         "--init",
         "Who makes the first frames: own, modelscope, animatediff, svd, hub:OWNER/NAME or a pipeline's folder.",
+        autocompletion=_INITIALIZERS,
     ),
 ]
 ImageInit = Annotated[
@@ -68,15 +92,23 @@ ImageInit = Annotated[
     _steering(
         "--image-init",
         "Who draws the picture that --init starts from: sdxl, hub:OWNER/NAME or a folder; PRIOR+DECODER for two.",
+        autocompletion=_INITIALIZERS,
     ),
 ]
-QualityOption = Annotated[Quality | None, _steering("--quality", "Step counts: reference, balanced or fast.")]
+QualityOption = Annotated[
+    str | None,
+    _steering(
+        "--quality", "Step counts: reference, balanced or fast.", autocompletion=_completing(lambda: get_args(Quality))
+    ),
+]
 Steps = Annotated[int | None, _advanced("--steps", "Denoising steps of stages 1 and 2.")]
 Guidance = Annotated[float | None, _advanced("--guidance", "Guidance of stages 1 and 2; 1 is off.")]
 RefineSteps = Annotated[int | None, _advanced("--refine-steps", "Steps of the refiner.")]
 Chunk = Annotated[int | None, _advanced("--chunk", "Frames the refiner handles at once.")]
 Overlap = Annotated[int | None, _advanced("--overlap", "Frames shared by refiner chunks.")]
-Preset = Annotated[str | None, _advanced("--preset", "A shipped preset by name.")]
+Preset = Annotated[
+    str | None, _advanced("--preset", "A shipped preset by name.", autocompletion=_completing(config.presets))
+]
 ConfigFile = Annotated[Path | None, _advanced("--config", "A TOML file of settings.")]
 Settings = Annotated[list[str] | None, _advanced("--set", "Any setting, as section.key=value; repeatable.")]
 DeviceOption = Annotated[str, _running("--device", "auto, cpu, cuda, cuda:1, mps.")]
@@ -260,7 +292,7 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
 def resolve(
     model: str | None,
     preset: str | None,
-    quality: Quality | None,
+    quality: str | None,
     config_file: Path | None,
     settings: list[str] | None,
     size: str | None,
