@@ -99,17 +99,6 @@ def test_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> Non
         assert f"streamt2v weights {command}" in capsys.readouterr().out
 
 
-def test_nothing_heavy_is_loaded_to_list() -> None:
-    code = (
-        "import sys; from streamt2v.cli import main\n"
-        "try: main(['weights', 'list'])\n"
-        "except SystemExit: pass\n"
-        "print('heavy', *({'torch', 'diffusers', 'transformers', 'huggingface_hub', 'numpy'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "heavy"
-
-
 # ---------------------------------------------------------------------------------------------- a hub, own processes
 
 
