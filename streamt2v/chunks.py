@@ -96,6 +96,12 @@ def seams(plan: Sequence[Chunk], begin: int = 0) -> tuple[int, ...]:
     return tuple(begin + chunk.new_start for chunk in plan[1:])
 
 
+def evenly(num_frames: int, count: int) -> tuple[int, ...]:
+    """Return up to `count` frames evenly spaced over a video, the first and the last among them."""
+    count = min(count, num_frames)
+    return tuple(index * (num_frames - 1) // max(1, count - 1) for index in range(count))
+
+
 def snap(asked: Sequence[int], starts: Sequence[int]) -> tuple[int, ...]:
     """Return where changes take effect: each at the first of `starts` that is not before it.
 

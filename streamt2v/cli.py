@@ -291,6 +291,62 @@ def evaluate(
 
 
 @app.command()
+def preview(
+    source: Annotated[Path, typer.Argument(metavar="VIDEO", help="Any video.", show_default=False)],
+    output: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--output", "-o", help="A .png is a contact sheet; .webp and .gif move. Default: a .png and a .webp."
+        ),
+    ] = None,
+    width: Annotated[int, typer.Option("--width", help="Width of a frame, at most.", min=16, max=4096)] = 320,
+    overwrite: Annotated[bool, typer.Option("--overwrite", "-f", help="Replace files that exist.")] = False,
+) -> None:
+    """Make small pictures of a video: a contact sheet of 24 frames, and a preview of 96 that moves.
+
+    [b]streamt2v preview ball.mp4[/b]
+
+    [b]streamt2v preview ball.mp4 -o ball.gif --width 160[/b]
+    """
+    targets = output or [source.parent / f"{source.stem}_preview{kind}" for kind in (".png", ".webp")]
+    for target in targets:
+        jobs.check_target(target, overwrite)
+    from streamt2v import preview
+
+    for target in targets:
+        preview.check(target)
+    with _terminable():
+        for target in targets:
+            preview.write(source, target, width)
+            _emit(str(target))
+
+
+@app.command()
+def report(
+    video: Annotated[
+        Path, typer.Argument(help="A video, or the output of a run that is not finished.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The HTML file. Default: the video's name.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", "-f", help="Replace a file that exists.")] = False,
+) -> None:
+    """Write how a video was made as one HTML file: recipe, prompts, chunks, contact sheet.
+
+    [b]streamt2v report ball.mp4[/b]
+
+    [b]streamt2v report ball.mp4 -o made.html[/b]
+    """
+    target = output or video.parent / f"{video.stem}.html"
+    jobs.check_target(target, overwrite)
+    from streamt2v import report
+
+    with _terminable():
+        files.write_bytes(target, report.as_html(video).encode(errors="replace"))
+    _emit(str(target))
+
+
+@app.command()
 def doctor(json_output: options.Json = False) -> None:
     """Check this machine: device, memory, ffmpeg, weights; what works and what to do.
 

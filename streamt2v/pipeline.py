@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamt2v import __version__, devices, frames, initializers, jobs, memory, planning, runs, video, weights
+from streamt2v import __version__, devices, frames, initializers, jobs, memory, planning, preview, runs, video, weights
 from streamt2v.chunks import Chunk, covering, refinement_plan, streaming_plan
 from streamt2v.config import prompt_at
 from streamt2v.convert import clean_prompt
@@ -42,7 +42,6 @@ from streamt2v.stages.refine import Denoiser, Refiner, RefineState, noise_grid
 
 STREAM, REFINE = "stream", "refine"
 ENCODERS = ("stream.text", "stream.image", "refine.text")
-PREVIEW_FRAMES = 24
 
 
 def run(job: Job, report: Report) -> Result:
@@ -155,24 +154,16 @@ class _Preview:
     """A contact sheet of frames evenly spaced over the video, renewed while it grows."""
 
     def __init__(self, path: Path | None, num_frames: int) -> None:
-        self.path = path
-        count = min(PREVIEW_FRAMES, num_frames)
-        self.wanted = {index * (num_frames - 1) // max(1, count - 1) for index in range(count)}
+        self.path, self.num_frames = path, num_frames
         self.shown: list[Frames] = []
 
     def add(self, start: int, group: Frames) -> None:
         """Take what is wanted of frames start.. and rewrite the sheet when something was."""
-        chosen = [group[i] for i in range(len(group)) if start + i in self.wanted]
-        if self.path is None or not chosen:
+        if self.path is None:
             return
-        small = frames.resize(frames.to_float(np.stack(chosen)), _thumbnail(group.shape[1], group.shape[2]))
-        self.shown.extend(frames.to_u8(small))
-        video.write_image(self.path, frames.contact_sheet(np.stack(self.shown)))
-
-
-def _thumbnail(height: int, width: int) -> tuple[int, int]:
-    scale = min(1.0, 320 / width)
-    return max(1, round(height * scale)), max(1, round(width * scale))
+        for chosen in preview.pick([group], self.num_frames, preview.SHEET_FRAMES, start):
+            self.shown.extend(preview.shrink(chosen))
+            video.write_image(self.path, frames.contact_sheet(np.stack(self.shown)))
 
 
 class _Maker:
@@ -210,17 +201,17 @@ class _Maker:
             self.directory.partial_path, geometry.fit.height, geometry.fit.width, fps,
             crf=self.config.output.crf, resume=mark,
         )  # fmt: skip
-        preview = _Preview(self.job.preview, self.config.num_frames)
+        sheet = _Preview(self.job.preview, self.config.num_frames)
         if self.job.preview and self.writer.mark.frames:
             shown = 0
             for part in video.read_frames(self.directory.partial_path):
-                preview.add(shown, part)
+                sheet.add(shown, part)
                 shown += len(part)
         for group, tensors in self._groups(geometry, state):
             start = self.writer.mark.frames
             mark = self.writer.append(group)
             self.directory.save_state("output", tensors, {"mark": asdict(mark)})
-            preview.add(start, group)
+            sheet.add(start, group)
         return geometry.fit.width, geometry.fit.height
 
     def _groups(self, geometry: Geometry, state: runs.State | None) -> Iterator[tuple[Frames, dict[str, Tensor]]]:

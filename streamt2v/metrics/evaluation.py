@@ -247,7 +247,7 @@ class _Meter:
         self.detector = _Cuts(subject)
         self.text = clip.text(subject.prompt) if clip and subject.prompt else None
         self.thumbnails: list[Frames] = []
-        self.shown = set(np.linspace(0, subject.frames - 1, min(THUMBNAILS, subject.frames)).round().astype(int))
+        self.shown = set(chunks.evenly(subject.frames, THUMBNAILS))
         self.last: Frames | None = None
         self.last_square: Frames | None = None
         self.cells: list[Series] = []

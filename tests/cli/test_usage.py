@@ -4,17 +4,15 @@ import json
 import re
 import subprocess
 import sys
-from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from streamt2v import jobs, planning, video, weights
+from streamt2v import jobs, planning, weights
 from streamt2v.config import merge, preset
 from streamt2v.errors import ConfigError
 from streamt2v.runs import RunDirectory, directory_for
-from tests.cli.helpers import call
+from tests.cli.helpers import call, made
 
 MISTAKES = [
     (["generate", ""], 2, "the prompt is empty"),
@@ -120,14 +118,6 @@ def test_files_that_are_no_video(content: bytes, capsys: pytest.CaptureFixture[s
     path.write_bytes(content)
     assert call("refine", str(path)) == 3
     assert "odd.mp4" in capsys.readouterr().err
-
-
-def made(path: Path, frames: int, comment: str = "") -> Path:
-    """Write a small video."""
-    writer = video.SegmentWriter(path.with_suffix(".growing"), 16, 32, Fraction(8))
-    writer.append(np.zeros((frames, 16, 32, 3), np.uint8))
-    writer.finish(path, comment)
-    return path
 
 
 def test_more_frames_than_a_video_has_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
