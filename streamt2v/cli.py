@@ -1,6 +1,7 @@
 """The command line: arguments to a config, one call into the pipeline, results to stdout, everything else to stderr."""
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -536,6 +537,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         os.environ |= dict.fromkeys(hub.OFFLINE, "1")
     if "--no-color" in argv:
         os.environ["NO_COLOR"] = "1"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a prompt may hold what a terminal of ASCII cannot show
     anywhere = ("--debug", "--offline", "--no-color")
     try:
         app(options.paired([argument for argument in argv if argument not in anywhere]), prog_name="streamt2v")

@@ -532,7 +532,7 @@ class _Maker:
                 texts = [clean_prompt(text) for text in texts]
             for text, ids in zip(texts, tokenizer(texts).input_ids, strict=True):
                 if len(ids) > room:
-                    cut = f"the text encoder reads {room} tokens, the end of {text!r} ({len(ids)}) is cut off"
+                    cut = f"the text encoder reads {room} of {len(ids)} tokens, the rest is cut off: {text[:60]!r}..."
                     self.report.note(cut, warning=True)
             encoded[prompt] = encode_text(tokenizer, encoder, texts)
         if not self.policy.keep_networks:

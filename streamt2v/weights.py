@@ -17,7 +17,7 @@ import tomllib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from streamt2v import config, files, home
@@ -171,7 +171,8 @@ def _inside(root: Path, path: str) -> str:
 
     The name is what counts: a user may link a folder of the weights home to a larger disk.
     """
-    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+    seen = PureWindowsPath(path)  # which takes both kinds of slashes for what they are
+    if seen.anchor or ".." in seen.parts or "\0" in path:
         raise WeightsError(f"weights.toml names {path!r}, which lies outside {root}")
     return path
 
