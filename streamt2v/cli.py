@@ -97,7 +97,7 @@ def refine(
     source: Annotated[Path, typer.Argument(help="The video to refine.", show_default=False)],
     output: options.Output = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="What it shows. Default: the video's own prompt.")
+        str | None, typer.Option("--prompt", help="What it shows. Default: the video's own prompts.")
     ] = None,
     fps: Annotated[float | None, typer.Option("--fps", help="Frames per second. Default: the source's.")] = None,
     guidance: Annotated[
@@ -122,7 +122,7 @@ def extend(
     frames: Annotated[int, typer.Option("--frames", "-n", help="Frames of the whole result, the source's included.")],
     output: options.Output = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="What it shows. Default: the video's own prompt.")
+        str | None, typer.Option("--prompt", help="What it shows. Default: the video's last prompt.")
     ] = None,
     fps: Annotated[float | None, typer.Option("--fps", help="Frames per second. Default: the source's.")] = None,
     **given: Any,

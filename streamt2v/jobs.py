@@ -198,7 +198,8 @@ def check(job: Job, note: hub.Note = lambda text: None) -> list[str]:
         notices += _check_initializer(job.config, family, note)
     if job.command == "extend":
         _check_continued(job)
-    job.timeline()
+    turns = [prompt for prompt in job.timeline() if prompt.frame != prompt.asked]
+    notices += [f"the prompt of frame {turn.asked} begins with the next chunk, at frame {turn.frame}" for turn in turns]
     return notices + _prompt_notices(job, family.vocabulary_path()) + _source_notices(job)
 
 
@@ -207,8 +208,11 @@ def check_wishes(config: RunConfig, prompt_needed: bool = True) -> None:
     prompts = (config.prompt, *config.prompts.values())
     if prompt_needed and not all(text.strip() for text in prompts):
         raise ConfigError("the prompt is empty", 'try "a red ball bouncing over the sea at sunset"')
-    for text in (*prompts, config.negative_prompt, " ".join(prompts)):
+    for text in (*prompts, config.negative_prompt):
         _check_text(text)
+    size = sum(len(json.dumps(text)) + 24 for text in prompts)  # with its key
+    if size > MAX_TEXT_BYTES + 24:
+        raise ConfigError(f"{len(prompts)} prompts of {size} bytes are too long", f"at most {MAX_TEXT_BYTES} together")
     if config.image:
         from streamt2v import video
 
