@@ -1,18 +1,34 @@
-"""Score demo weights: what the judge sees in generated clips, at the start and after streaming.
+"""Does the demo do what its prompts say, and does it hold? Random prompts of its world, judged at both ends.
 
-python benchmarks/score.py --count 40
-python benchmarks/score.py --count 8 --chunks 10 --without apm --weights DIR
+    python benchmarks/score.py --prompts 100 --frames 16 --jobs 2
+    python benchmarks/score.py --prompts 20 --frames 1200 --jobs 2
+
+Makes the first two stages' video of every prompt and writes benchmarks/results/DATE-demo-FRAMES.json after each; run
+again, it goes on. The judge of docs/demo.md says what the first and the last 16 frames show; the rest is what
+`streamt2v evaluate` measures (flow at 144x144).
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+import datetime
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from streamt2v.chunks import seams, streaming_plan
+from streamt2v.frames import Frames, to_float, to_u8
+from streamt2v.metrics.evaluation import Settings, Subject, measure
 from streamt2v.models.apm import AppearanceTokens
 from streamt2v.models.cam import ConditionalAttention
 from streamt2v.models.unet3d import UNet3D
@@ -20,33 +36,25 @@ from streamt2v.stages.stream import StreamModels
 from streamt2v.training import bundle, denoisers, sheets
 from streamt2v.training.captions import build_tokenizer, canonical
 from streamt2v.training.clip import DIM, build_text, build_vision
-from streamt2v.training.data import TextSource
-from streamt2v.training.judge import load_judge, score
+from streamt2v.training.data import CLIP_FRAMES, TextSource
+from streamt2v.training.judge import load_judge, verdict
 from streamt2v.training.vae import build_vae
-from streamt2v.training.world import sample_scenes
+from streamt2v.training.world import ATTRIBUTES, Scenes, sample_scenes
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE.parent / "streamt2v" / "demo"
+FLOW_SIZE = 144
+Work = Callable[[int], dict[str, Any]]
+SCORES = ("scene_cuts", "seam_score", "seam_score_refine", "stagnation", "flow_deviation", "flicker")
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Share of clips in which each attribute is as asked, first and last 16 frames, and the change between frames."""
-
-    first: dict[str, float]
-    last: dict[str, float]
-    seam_change: float
-    inside_change: float
+def scenes(count: int, seed: int) -> list[Scenes]:
+    """Random scenes of the demo's world, one by one; the first ones do not depend on how many there are."""
+    return [sample_scenes(1, torch.Generator().manual_seed(seed + index)) for index in range(count)]
 
 
-def prompts(count: int, seed: int) -> tuple[list[str], Tensor]:
-    """Random prompts of the world and their attribute indices [count, 5]."""
-    labels = sample_scenes(count, torch.Generator().manual_seed(seed)).labels()
-    return [canonical(row) for row in labels.tolist()], labels
-
-
-def load(folder: Path, cam: bool = True, apm: bool = True) -> tuple[StreamModels, TextSource]:
-    """Load the networks of the first two stages from a folder; False leaves a part out."""
+def load(folder: Path) -> tuple[StreamModels, TextSource]:
+    """Load the networks of the first two stages from a folder."""
     tokenizer = build_tokenizer()
     text = TextSource(tokenizer, bundle.freeze(bundle.read(folder, "text", build_text(len(tokenizer)))))
     tokens = bundle.read(folder, "apm", AppearanceTokens(DIM, 2 * DIM, denoisers.IMAGE_TOKENS, DIM))
@@ -54,53 +62,108 @@ def load(folder: Path, cam: bool = True, apm: bool = True) -> tuple[StreamModels
     models = sheets.models(
         bundle.freeze(bundle.read(folder, "unet", UNet3D(denoisers.BASE))),
         bundle.freeze(bundle.read(folder, "vae", build_vae())),
-        bundle.freeze(bundle.read(folder, "cam", ConditionalAttention(denoisers.CAM))) if cam else None,
-        (bundle.freeze(tokens), vision) if apm else None,
+        bundle.freeze(bundle.read(folder, "cam", ConditionalAttention(denoisers.CAM))),
+        (bundle.freeze(tokens), vision),
     )
     return models, text
 
 
-def evaluate(
-    folder: Path, count: int = 20, chunks: int = 0, seed: int = 10, cam: bool = True, apm: bool = True
-) -> tuple[Scores, Tensor]:
-    """Generate `count` videos from random prompts and judge them.
+def judged(frames: Frames) -> list[int]:
+    """Return the judge's verdict on 16 frames, as indices in the order of `ATTRIBUTES`."""
+    seen: list[int] = verdict(load_judge(HERE), to_float(frames).unsqueeze(0))[0].tolist()
+    return seen
 
-    Args:
-        folder: the weights files.
-        count: number of videos.
-        chunks: chunks of 8 frames streamed after the first 16 frames.
-        seed: of prompts and noise.
-        cam, apm: False switches that part off.
 
-    Returns:
-        Scores, and the videos [count, 16 + 8 chunks, 3, 72, 128] in [-1, 1].
+def measured(frames: Frames, seams_at: Iterable[int] = (), refine_seams: Iterable[int] = ()) -> dict[str, float | None]:
+    """Return what `evaluate` says of frames [F, H, W, 3]."""
+    count, height, width, _ = frames.shape
+    subject = Subject("", count, width, height, 8.0, "", tuple(seams_at), tuple(refine_seams))
+    found = measure(iter([frames]), subject, Settings(clip="none", flow_size=FLOW_SIZE)).scores
+    return {name: found[name] for name in SCORES}
+
+
+def score(index: int, seed: int, frames: int, weights: Path, sheet: Path | None) -> dict[str, Any]:
+    """Make and measure the video of one random prompt; `sheet` takes a picture of it."""
+    torch.set_num_threads(1)
+    models, text = load(weights)
+    asked = scenes(index + 1, seed)[index].labels().tolist()[0]
+    prompt = canonical(asked)
+    plan = streaming_plan(frames, CLIP_FRAMES, sheets.OVERLAP)
+    video: Tensor = sheets.make_video(models, text, prompt, len(plan) - 1, seed + index)[:frames]
+    if sheet is not None:
+        sheets.write_sheet(sheet / f"{index:03d}.png", video[None, :: max(1, frames // 24)])
+    shown = to_u8(video)
+    ends = {"first": judged(shown[:CLIP_FRAMES]), "last": judged(shown[-CLIP_FRAMES:])}
+    right = {end: dict(zip(ATTRIBUTES, np.equal(seen, asked).tolist(), strict=True)) for end, seen in ends.items()}
+    return {"index": index, "prompt": prompt, "seed": seed + index, **right, **measured(shown, seams(plan))}
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the share of prompts followed at both ends, the share of those held, and the means of the scores.
+
+    `held` counts videos whose first 16 frames were right, and among them those whose last 16 frames are, too.
     """
-    models, text = load(folder, cam, apm)
-    asked, labels = prompts(count, seed)
-    judge = load_judge(HERE)
-    videos = [sheets.make_video(models, text, prompt, chunks, seed + index) for index, prompt in enumerate(asked)]
-    video = torch.stack(videos)
-    seam, inside = sheets.seam_change(video) if chunks else (float("nan"), float(video.diff(dim=1).abs().mean()))
-    return Scores(score(judge, video[:, :16], labels), score(judge, video[:, -16:], labels), seam, inside), video
+    shares: dict[str, Any] = {}
+    for name in ATTRIBUTES:
+        began = [row for row in rows if row["first"][name]]
+        shares[name] = {
+            "right_at_first": len(began) / len(rows),
+            "held": sum(row["last"][name] for row in began) / len(began) if began else None,
+            "chance": 1 / len(ATTRIBUTES[name]),
+        }
+    known = {name: [row[name] for row in rows if row[name] is not None] for name in SCORES}
+    means = {name: float(np.mean(values)) for name, values in known.items() if values}
+    return {"prompts": len(rows), **shares, **means}
+
+
+def machine(frames: int, weights: Path) -> dict[str, Any]:
+    """Return what a results file says of the length, the weights, the versions and the machine."""
+    digest = hashlib.sha256(b"".join((weights / f"{name}.safetensors").read_bytes() for name in ("unet", "cam", "apm")))
+    return {
+        "frames": frames, "flow_size": FLOW_SIZE, "weights": digest.hexdigest()[:16], "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread a video",
+    }  # fmt: skip
+
+
+def options(about: str | None, prompts: int, frames: int, seed: int) -> argparse.ArgumentParser:
+    """Return the options of a script that makes a row for every prompt."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=prompts)
+    parser.add_argument("--frames", type=int, default=frames)
+    parser.add_argument("--seed", type=int, default=seed)
+    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
+    parser.add_argument("--sheets", type=Path, help="folder for a picture of every video")
+    parser.add_argument("--out", type=Path, help="the JSON file; by default one of today in benchmarks/results")
+    return parser
+
+
+def collect(path: Path, header: dict[str, Any], work: Work, count: int, at_once: int) -> list[dict[str, Any]]:
+    """Make what is missing of rows 0..count-1 and store the file after each; return all rows.
+
+    A file of another length, of other weights or versions is begun again.
+    """
+    before = json.loads(path.read_text()) if path.exists() else {}
+    rows = before["rows"] if all(before.get(key) == value for key, value in header.items()) else []
+    done = {row["index"] for row in rows}
+    with ProcessPoolExecutor(at_once) as pool:
+        for task in as_completed([pool.submit(work, index) for index in range(count) if index not in done]):
+            rows = sorted([*rows, task.result()], key=lambda row: int(row["index"]))
+            path.write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
+            print(f"{len(rows)}/{count} {task.result()['prompt']}", flush=True)
+    return rows
 
 
 def main() -> None:
-    """Print the scores of a folder of weights."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Score, store after every prompt, add the summary and print it."""
+    parser = options(__doc__, prompts=100, frames=CLIP_FRAMES, seed=5000)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--count", type=int, default=40)
-    parser.add_argument("--chunks", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=10)
-    parser.add_argument("--without", choices=("cam", "apm"), action="append", default=[])
-    parser.add_argument("--sheet", type=Path, help="write every fourth frame of the videos to this picture")
     asked = parser.parse_args()
-    torch.set_num_threads(1)
-    scores, video = evaluate(
-        asked.weights, asked.count, asked.chunks, asked.seed, "cam" not in asked.without, "apm" not in asked.without
-    )
-    print(scores)
-    if asked.sheet:
-        sheets.write_sheet(asked.sheet, video[:, ::4])
+    work = partial(score, seed=asked.seed, frames=asked.frames, weights=asked.weights, sheet=asked.sheets)
+    path = asked.out or HERE / "results" / f"{datetime.date.today()}-demo-{asked.frames}.json"
+    header = machine(asked.frames, asked.weights)
+    rows = collect(path, header, work, asked.prompts, asked.jobs)
+    path.write_text(json.dumps({**header, "summary": summary(rows), "rows": rows}, indent=1) + "\n")
+    print(json.dumps(summary(rows), indent=1))
 
 
 if __name__ == "__main__":

@@ -480,7 +480,9 @@ def weights_convert(
 
 @app.command()
 def train(
-    part: Annotated[str, typer.Argument(help="vae, clip, base, cam, apm, joint, image_to_video, refiner or judge.")],
+    part: Annotated[
+        str, typer.Argument(help="vae, clip, base, cam, apm, joint, concatenated, image_to_video, refiner or judge.")
+    ],
     minutes: Annotated[float | None, typer.Option("--minutes", help="Stop after so many minutes.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Stop after so many optimiser steps.")] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder of checkpoints, log and sample sheets.")] = Path(

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from streamt2v.chunks import Chunk
 from streamt2v.diffusion.noise import Draws, per_frame
 from streamt2v.diffusion.schedules import NoiseSchedule
 from streamt2v.models.apm import AppearanceTokens
 from streamt2v.models.cam import ConditionalAttention
-from streamt2v.models.encoders import decode_latents, embed_image
+from streamt2v.models.encoders import decode_latents, embed_image, encode_frames
 from streamt2v.models.unet3d import Conditioning, TextContext, UNet3D
 from streamt2v.stages.denoise import ChunkNoise, Observe, Predict, Sampling, denoise
 
@@ -24,7 +25,11 @@ NoiseOfChunk = Callable[[Chunk], ChunkNoise]
 
 @dataclass(frozen=True)
 class StreamModels:
-    """The networks of the stage; `cam` None switches CAM off, `apm` None switches APM off."""
+    """The networks of the stage; `cam` None switches CAM off, `apm` None switches APM off.
+
+    A `unet` with more input than output channels also gets the latents of the conditioning frames: the concatenation
+    that the paper compares CAM with (arXiv 2403.14773 section 5.3).
+    """
 
     unet: UNet3D
     schedule: NoiseSchedule
@@ -82,10 +87,17 @@ def anchor_tokens(models: StreamModels, anchor: Tensor) -> Tensor | None:
     return tokens
 
 
-def cam_predictor(
-    models: StreamModels, denoiser: Conditioning, extractor: Conditioning | None, frames: Tensor
-) -> Predict:
-    """Return the network with CAM looking at conditioning frames [Fc, 3, H, W]; both branches see the same frames."""
+def beside(conditioning: Tensor, latents: Tensor) -> Tensor:
+    """Put conditioning latents [B or 1, C, Fc, h, w], then zeros, beside the channels of latents [B, C, F, h, w]."""
+    padding = (0, 0, 0, 0, 0, latents.shape[2] - conditioning.shape[2])
+    return torch.cat([latents, functional.pad(conditioning, padding).expand(len(latents), -1, -1, -1, -1)], dim=1)
+
+
+def predictor(models: StreamModels, denoiser: Conditioning, extractor: Conditioning | None, frames: Tensor) -> Predict:
+    """Return the network conditioned on frames [Fc, 3, H, W] in its way; both branches see the same frames."""
+    if models.unet.config.in_channels > models.unet.config.out_channels:
+        clean = encode_frames(models.vae, frames).transpose(0, 1).unsqueeze(0)  # [1, C, Fc, h, w]
+        return lambda latents, timestep, rows: models.unet(beside(clean, latents), timestep, denoiser.rows(rows))
     if models.cam is None or extractor is None:
         return lambda latents, timestep, rows: models.unet(latents, timestep, denoiser.rows(rows))
     cam = models.cam
@@ -116,7 +128,7 @@ class Streamer:
 
         The first Fc frames of the result re-create the conditioning frames, the others are new.
         """
-        predict = cam_predictor(self.models, self.denoiser, self.extractor, conditioning_frames)
+        predict = predictor(self.models, self.denoiser, self.extractor, conditioning_frames)
         return denoise(predict, self.models.schedule, self.noise(chunk), self.sampling, observe)
 
     @torch.inference_mode()

@@ -18,11 +18,12 @@ from streamt2v.models.apm import AppearanceTokens
 from streamt2v.models.cam import CamConfig, ConditionalAttention
 from streamt2v.models.encoders import embed_image
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
+from streamt2v.stages.stream import beside
 from streamt2v.training.captions import MAX_TOKENS
 from streamt2v.training.clip import DIM
-from streamt2v.training.data import Clips, ClipSource, TextSource, decode, normal_like
-from streamt2v.training.losses import DEMO_SCHEDULE, draw_timesteps, pair_contrast, weighted_error
-from streamt2v.training.world import render
+from streamt2v.training.data import Clips, ClipSource, TextSource, decode, encode, normal_like
+from streamt2v.training.losses import DEMO_SCHEDULE, draw_timesteps, flicker_error, pair_contrast, weighted_error
+from streamt2v.training.world import ATTRIBUTES, render
 
 IMAGE_TOKENS = 8
 
@@ -41,6 +42,7 @@ BASE = UNet3DConfig(
     frame_codes=True,
 )
 IMAGE_TO_VIDEO = replace(BASE, in_channels=8, text_tokens=MAX_TOKENS + 1, image_tokens=0, cam=False)
+CONCATENATED = replace(BASE, in_channels=8, cam=False)
 CAM = CamConfig(replace(BASE, cam=False, image_tokens=0), cond_embed_channels=(16, 32, 48, 64), num_cond_frames=8)
 REFINER = replace(
     BASE, block_out_channels=(32, 48, 96), attention_levels=(False, False, True), image_tokens=0, cam=False,
@@ -102,7 +104,7 @@ def video_loss(
     context = text.encode(text.captions(clips.scenes, generator, drop=0.1, pairs=len(rows)))
     prediction = unet(_schedule().add_noise(latents, noise, timesteps), timesteps, unet.prepare(context))
     target = _schedule().velocity(latents, noise, timesteps)
-    loss = weighted_error(prediction, target, mask)
+    loss = weighted_error(prediction, target, mask) + flicker_error(prediction, target, mask)
     return loss + pair_contrast(prediction, target, rows, timesteps, mask) if len(rows) else loss
 
 
@@ -135,14 +137,19 @@ def conditioning_pixels(clips: Clips, vae: Any, generator: torch.Generator, fram
 
     While streaming, CAM sees what the model itself made. So some are rendered, some decoded from disturbed latents,
     and all carry a little noise: otherwise small errors are copied and grow from chunk to chunk. Half of the batches
-    have a false tint: the true colours must then come from the anchor or the text, which do not drift.
+    have a false tint, and one rendered batch in four shows false subjects: true colours and shapes must then come from
+    the anchor or the text, which do not drift.
     """
     if torch.rand((), generator=generator) < 0.35:
         strength = 0.35 * float(torch.rand((), generator=generator))
         latents = clips.latents[:, :, :frames]
         pixels = decode(vae, latents + strength * normal_like(latents, generator))
     else:
-        pixels = render(clips.scenes, clips.frames()[:, :frames])
+        scenes = clips.scenes
+        if torch.rand((), generator=generator) < 0.25:
+            subjects = torch.randint(len(ATTRIBUTES["subject"]), (len(clips),), generator=generator)
+            scenes = replace(scenes, subject=subjects.to(scenes.subject.device))
+        pixels = render(scenes, clips.frames()[:, :frames])
         if torch.rand((), generator=generator) < 0.5:  # as soft as the VAE leaves it
             small = functional.avg_pool2d(pixels.flatten(0, 1), 2)
             pixels = functional.interpolate(small, scale_factor=2, mode="bilinear").view_as(pixels)
@@ -161,7 +168,7 @@ def anchors(clips: Clips, generator: torch.Generator) -> Tensor:
 
 def streaming_loss(
     unet: UNet3D,
-    cam: ConditionalAttention,
+    cam: ConditionalAttention | None,
     apm: tuple[AppearanceTokens, CLIPVisionModelWithProjection] | None,
     vae: Any,
     source: ClipSource,
@@ -170,6 +177,8 @@ def streaming_loss(
     batch: int = 4,
 ) -> Tensor:
     """Loss of CAM (apm None, the paper's first phase) or of CAM and APM together (its second phase).
+
+    Without CAM the conditioning frames' latents are concatenated to the input instead: the paper's comparison.
 
     A chunk of 16 frames is denoised while CAM sees its first 8 frames as pixels. Text alone, anchor alone and both are
     dropped 5 % of the time each. Source: arXiv 2403.14773 section 4 and supplement.
@@ -190,10 +199,14 @@ def streaming_loss(
         tokens = network(embedding)
     with torch.no_grad():
         pixels = conditioning_pixels(clips, vae, generator, CAM.num_cond_frames)
-    first = noisy[:, :, : pixels.shape[1]]
-    features = cam(first, timesteps, cam.prepare(context), cam.embed_frames(pixels))
-    prediction = unet(noisy, timesteps, unet.prepare(context, tokens), features)
-    return weighted_error(prediction, _schedule().velocity(latents, noise, timesteps), clips.mask())
+        shown = noisy if cam is not None else beside(encode(vae, pixels), noisy)
+    features = None
+    if cam is not None:
+        first = noisy[:, :, : pixels.shape[1]]
+        features = cam(first, timesteps, cam.prepare(context), cam.embed_frames(pixels))
+    prediction = unet(shown, timesteps, unet.prepare(context, tokens), features)
+    target, mask = _schedule().velocity(latents, noise, timesteps), clips.mask()
+    return weighted_error(prediction, target, mask) + flicker_error(prediction, target, mask)
 
 
 def image_to_video_loss(

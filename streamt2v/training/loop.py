@@ -29,7 +29,8 @@ def train(
     """Train one part and write its weights into `out`.
 
     Later parts build on earlier ones: vae and clip come first, then base, then cam and apm, or joint for all three;
-    image_to_video needs base, refiner needs vae and clip, judge needs nothing. What `out` lacks comes from the package.
+    concatenated and image_to_video need base, refiner needs vae and clip, judge needs nothing. What `out` lacks comes
+    from the package.
 
     Args:
         part: one of `PARTS`.

@@ -33,6 +33,14 @@ def weighted_error(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return ((prediction - target).square() * weight).mean() / weight.mean()
 
 
+def flicker_error(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Half the weighted error of the changes from frame to frame: errors that flicker count for more than steady ones.
+
+    Shapes as in `weighted_error`.
+    """
+    return 0.5 * weighted_error(prediction.diff(dim=2), target.diff(dim=2), mask[:, 1:])
+
+
 def pair_contrast(prediction: Tensor, target: Tensor, pairs: Tensor, timesteps: Tensor, mask: Tensor) -> Tensor:
     """How wrongly the prediction changes between the two clips of a mirrored pair.
 

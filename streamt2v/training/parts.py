@@ -250,10 +250,7 @@ def image_to_video_job(shop: Workshop) -> Job:
     if shop.resume is not None:
         bundle.read(shop.resume, "image_to_video", network)
     else:
-        start = shop.finished("unet", UNet3D(denoisers.BASE)).cpu().state_dict()
-        state = {key: value for key, value in start.items() if MERGERS not in key and MIXING not in key}
-        state["conv_in.weight"] = torch.cat([start["conv_in.weight"], torch.zeros_like(start["conv_in.weight"])], 1)
-        network.load_state_dict(state)
+        network.load_state_dict(_widened(shop, MERGERS, MIXING))
     network.to(shop.device)
     text, decoder, vision = shop.text(), shop.vae(), shop.vision()
     source = shop.clips("late", lambda: make_clips(decoder, 10, shop.generator, late=1.0))
@@ -265,6 +262,35 @@ def image_to_video_job(shop: Workshop) -> Job:
         quick=list(network.conv_in.parameters())[:1],  # the weight: its new channels start at zero
         learning_rate=1.5e-3,
     )
+
+
+def concatenated_job(shop: Workshop) -> Job:
+    """The paper's alternative to CAM, for comparison: a copy of the base that sees the conditioning frames' latents."""
+    network = UNet3D(denoisers.CONCATENATED)
+    if shop.resume is not None:
+        bundle.read(shop.resume, "concatenated", network)
+    else:
+        network.load_state_dict(_widened(shop, MERGERS))
+    network.to(shop.device)
+    text, decoder, vision = shop.text(), shop.vae(), shop.vision()
+    apm = shop.frozen("apm", AppearanceTokens(DIM, 2 * DIM, denoisers.IMAGE_TOKENS, DIM))
+    source = shop.clips("late", lambda: make_clips(decoder, 10, shop.generator, late=1.0))
+    return Job(
+        lambda progress: denoisers.streaming_loss(network, None, (apm, vision), decoder, source, text, shop.generator),
+        list(network.parameters()),
+        lambda folder: bundle.write(folder, "concatenated", network, denoiser=True),
+        adam=_rims(network) + bundle.parameters_in(network, "frame_codes", "apm.alpha"),
+        quick=list(network.conv_in.parameters())[:1],
+        learning_rate=1e-3,
+    )
+
+
+def _widened(shop: Workshop, *without: str) -> dict[str, torch.Tensor]:
+    """The base's weights, less some, with input channels for other latents that start at zero."""
+    start = shop.finished("unet", UNet3D(denoisers.BASE)).cpu().state_dict()
+    state = {key: value for key, value in start.items() if not any(part in key for part in without)}
+    state["conv_in.weight"] = torch.cat([start["conv_in.weight"], torch.zeros_like(start["conv_in.weight"])], 1)
+    return state
 
 
 def refiner_job(shop: Workshop) -> Job:
@@ -312,6 +338,7 @@ JOBS: dict[str, Callable[[Workshop], Job]] = {
     "cam": cam_job,
     "apm": apm_job,
     "joint": joint_job,
+    "concatenated": concatenated_job,
     "image_to_video": image_to_video_job,
     "refiner": refiner_job,
     "judge": judge_job,

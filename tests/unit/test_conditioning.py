@@ -7,10 +7,16 @@ import pytest
 import torch
 from torch.nn import functional
 
+from streamt2v.diffusion.schedules import NoiseSchedule
 from streamt2v.errors import ConfigError
 from streamt2v.models.apm import AppearanceTokens, TokenMixing
 from streamt2v.models.cam import CamConfig, ConditionalAttention, init_from_unet
+from streamt2v.models.encoders import encode_frames
 from streamt2v.models.unet3d import CamMerger, TextContext, UNet3D, UNet3DConfig
+from streamt2v.stages.denoise import BOTH
+from streamt2v.stages.stream import StreamModels, predictor
+from streamt2v.training.losses import DEMO_SCHEDULE
+from streamt2v.training.vae import build_vae
 
 SIZES = UNet3DConfig(
     block_out_channels=(16, 32),
@@ -112,3 +118,16 @@ def test_anchor_tokens_average_several_anchors() -> None:
     assert tokens(embeddings).shape == (2, 4, 6)
     torch.testing.assert_close(tokens(embeddings), tokens(embeddings.mean(dim=1)))
     assert AppearanceTokens(**tokens.config)(embeddings).shape == (2, 4, 6)
+
+
+@torch.no_grad()
+def test_without_cam_a_wider_denoiser_gets_the_frames_latents_beside_its_own() -> None:
+    models = StreamModels(UNet3D(replace(SIZES, in_channels=8)).eval(), NoiseSchedule(DEMO_SCHEDULE), build_vae())
+    denoiser = models.unet.prepare(text())
+    frames, latents = torch.rand(3, 3, 16, 16) * 2 - 1, torch.randn(2, 4, 5, 2, 2)
+    clean = encode_frames(models.vae, frames)  # [3, 4, 2, 2]
+    joined = torch.zeros(2, 8, 5, 2, 2)
+    joined[:, :4] = latents
+    joined[:, 4:, :3] = clean.transpose(0, 1)
+    found = predictor(models, denoiser, None, frames)(latents, 700, BOTH)
+    torch.testing.assert_close(found, models.unet(joined, 700, denoiser))

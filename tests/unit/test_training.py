@@ -23,7 +23,7 @@ def micro_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two narrow levels, few clips, no sample sheets: every part in about a second."""
     from dataclasses import replace
 
-    for name in ("BASE", "IMAGE_TO_VIDEO", "REFINER"):
+    for name in ("BASE", "CONCATENATED", "IMAGE_TO_VIDEO", "REFINER"):
         monkeypatch.setattr(denoisers, name, replace(getattr(denoisers, name), **MICRO))
     monkeypatch.setattr(denoisers, "CAM", replace(denoisers.CAM, unet=replace(denoisers.CAM.unet, **MICRO)))
     small: Callable[..., data.Clips] = data.make_clips
@@ -56,7 +56,7 @@ def test_every_part_trains_on_what_the_parts_before_it_left(tmp_path: Path) -> N
         assert result["steps"] == 2
         assert lines[-1].startswith("done: 2 steps")
     files = {path.name for path in tmp_path.glob("*.safetensors")}
-    networks = ["vae", "text", "vision", "unet", "cam", "apm", "image_to_video", "refiner", "judge"]
+    networks = ["vae", "text", "vision", "unet", "cam", "apm", "concatenated", "image_to_video", "refiner", "judge"]
     assert files == {f"{name}.safetensors" for name in networks}
     assert (tmp_path / "tokenizer.json").is_file()
 
@@ -162,6 +162,13 @@ def test_the_pair_contrast_sees_differences_only() -> None:
     assert losses.pair_contrast(target + 0.7, target, pairs, late, mask) < 1e-10
     assert losses.pair_contrast(target.flip(0), target, pairs, late, mask) > 1
     assert losses.pair_contrast(target.flip(0), target, pairs, late - 500, mask) == 0
+
+
+def test_a_steady_error_does_not_flicker() -> None:
+    target, mask = torch.randn(2, 4, 16, 9, 16), torch.rand(2, 16, 9, 16)
+    assert losses.flicker_error(target + torch.randn(2, 4, 1, 9, 16), target, mask) < 1e-10
+    alternating = torch.tensor([1.0, -1.0]).repeat(8).view(1, 1, 16, 1, 1)
+    assert losses.flicker_error(target + alternating, target, mask) == pytest.approx(2.0, rel=1e-4)
 
 
 def test_timesteps_cover_the_range_and_lean_towards_noise() -> None:
