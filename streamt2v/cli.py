@@ -1,6 +1,7 @@
 """The command line: arguments to a config, one call into the pipeline, results to stdout, everything else to stderr."""
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -65,7 +66,7 @@ def default_output(prompt: str, seed: int) -> Path:
 @app.command()
 @options.knows(options.making, options.streaming, options.starting, options.running)
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to show; - reads it from standard input.", show_default=False)],
+    prompt: options.Prompt = None,
     frames: options.Frames = None,
     output: options.Output = None,
     fps: options.Fps = None,
@@ -78,6 +79,8 @@ def generate(
     drifting left or right, bouncing, rising or circling; sea, meadow, desert or city; day, sunset or night.
 
     [b]streamt2v generate "a red ball bouncing over the sea at sunset" --frames 240 -o ball.mp4[/b]
+
+    [b]streamt2v generate "a red ball over the sea" --at 10s "a blue ball over the sea" --frames 240[/b]
 
     [b]streamt2v generate "a blue star drifting left" --image start.png --frames 48[/b]
 
@@ -94,7 +97,7 @@ def refine(
     source: Annotated[Path, typer.Argument(help="The video to refine.", show_default=False)],
     output: options.Output = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="What it shows. Default: the video's own prompt.")
+        str | None, typer.Option("--prompt", help="What it shows. Default: the video's own prompts.")
     ] = None,
     fps: Annotated[float | None, typer.Option("--fps", help="Frames per second. Default: the source's.")] = None,
     guidance: Annotated[
@@ -119,7 +122,7 @@ def extend(
     frames: Annotated[int, typer.Option("--frames", "-n", help="Frames of the whole result, the source's included.")],
     output: options.Output = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="What it shows. Default: the video's own prompt.")
+        str | None, typer.Option("--prompt", help="What it shows. Default: the video's last prompt.")
     ] = None,
     fps: Annotated[float | None, typer.Option("--fps", help="Frames per second. Default: the source's.")] = None,
     **given: Any,
@@ -176,7 +179,7 @@ def _terminable(said: str = "stopped") -> Iterator[None]:
 @app.command()
 @options.knows(options.making, options.streaming, options.starting)
 def plan(
-    prompt: Annotated[str, typer.Argument(help="What to show.", show_default=False)],
+    prompt: options.Prompt = None,
     frames: options.Frames = None,
     fps: options.Fps = None,
     device: options.DeviceOption = "auto",
@@ -191,8 +194,9 @@ def plan(
     [b]streamt2v plan "a cat on the beach" --model streamingt2v --device cuda --memory 12[/b]
     """
     resolved = options.resolve(prompt=options.read_prompt(prompt), frames=frames, fps=fps, **given)
+    jobs.check_wishes(resolved)
     report = planning.plan(resolved, device, memory)
-    _emit(json.dumps(dataclasses.asdict(report)) if json_output else report.as_text())
+    _emit(json.dumps(dataclasses.asdict(report)) if json_output else plain(report.as_text()))
 
 
 @app.command()
@@ -288,6 +292,62 @@ def evaluate(
 
 
 @app.command()
+def preview(
+    source: Annotated[Path, typer.Argument(metavar="VIDEO", help="Any video.", show_default=False)],
+    output: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--output", "-o", help="A .png is a contact sheet; .webp and .gif move. Default: a .png and a .webp."
+        ),
+    ] = None,
+    width: Annotated[int, typer.Option("--width", help="Width of a frame, at most.", min=16, max=4096)] = 320,
+    overwrite: Annotated[bool, typer.Option("--overwrite", "-f", help="Replace files that exist.")] = False,
+) -> None:
+    """Make small pictures of a video: a contact sheet of 24 frames, and a preview of 96 that moves.
+
+    [b]streamt2v preview ball.mp4[/b]
+
+    [b]streamt2v preview ball.mp4 -o ball.gif --width 160[/b]
+    """
+    targets = output or [source.parent / f"{source.stem}_preview{kind}" for kind in (".png", ".webp")]
+    for target in targets:
+        jobs.check_target(target, overwrite)
+    from streamt2v import preview
+
+    for target in targets:
+        preview.check(target)
+    with _terminable():
+        for target in targets:
+            preview.write(source, target, width)
+            _emit(str(target))
+
+
+@app.command()
+def report(
+    video: Annotated[
+        Path, typer.Argument(help="A video, or the output of a run that is not finished.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The HTML file. Default: the video's name.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", "-f", help="Replace a file that exists.")] = False,
+) -> None:
+    """Write how a video was made as one HTML file: recipe, prompts, chunks, contact sheet.
+
+    [b]streamt2v report ball.mp4[/b]
+
+    [b]streamt2v report ball.mp4 -o made.html[/b]
+    """
+    target = output or video.parent / f"{video.stem}.html"
+    jobs.check_target(target, overwrite)
+    from streamt2v import report
+
+    with _terminable():
+        files.write_bytes(target, report.as_html(video).encode(errors="replace"))
+    _emit(str(target))
+
+
+@app.command()
 def doctor(json_output: options.Json = False) -> None:
     """Check this machine: device, memory, ffmpeg, weights; what works and what to do.
 
@@ -335,7 +395,12 @@ def weights_list(
 
 @weights_app.command("pull")
 def weights_pull(
-    name: Annotated[str, typer.Argument(help="A name that `weights list` shows.", show_default=False)],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A name that `weights list` shows.", show_default=False, autocompletion=options.names_of_weights
+        ),
+    ],
     source: Annotated[
         str, typer.Option("--source", help="Which published copy, where there are several: see `weights list NAME`.")
     ] = "",
@@ -357,12 +422,11 @@ def weights_pull(
     from streamt2v import checkpoints
 
     with _terminable(FETCHING):
-        if name in weights.pipelines():
+        if (family := weights.listed(name)) is None:
             if source or folder:
                 raise ConfigError(f"{name} comes from its repository alone", "leave --source and --from out")
             initializers.locate(name, _say)
         else:
-            family = weights.family(name)
             hub.pull(family, checkpoints.convert, _say, source, folder)
             start = config.merge(config.preset(family.preset)).initialize.text_model
             if start != initializers.OWN:
@@ -372,29 +436,29 @@ def weights_pull(
 
 
 @weights_app.command("path")
-def weights_path(
-    name: Annotated[str | None, typer.Argument(help="A model family.", show_default=False)] = None,
-) -> None:
-    """Print the folder of the weights, or of one family's. STREAMT2V_HOME sets it.
+def weights_path(name: options.WeightsName = None) -> None:
+    """Print the folder of the weights, or of one name that `weights list` shows. STREAMT2V_HOME sets it.
 
     [b]streamt2v weights path streamingt2v[/b]
     """
-    _emit(str(weights.family(name).root / name if name else home.path()))
+    _emit(str(weights.folder_of(name) if name else home.path()))
 
 
 @weights_app.command("verify")
-def weights_verify(model: options.Model = None) -> None:
-    """Check every weight file against its recorded size and SHA-256.
+def weights_verify(name: options.WeightsName = None) -> None:
+    """Check every weight file, or those of one name, against recorded sizes and SHA-256.
 
     [b]streamt2v weights verify[/b]
+
+    [b]streamt2v weights verify svd[/b]
     """
-    chosen = [weights.family(model)] if model else list(weights.families().values())
-    for family in chosen:
-        if not model and weights.is_absent(family):
-            _emit(f"{family.name}: not here")
-            continue
-        weights.verify(family)
-        _emit(f"{family.name}: {sum(len(file.parts) for file in family.files)} files, all as recorded")
+    for one in [name] if name else [row["name"] for row in weights.describe_families() if row["state"] != "absent"]:
+        if (family := weights.listed(one)) is None:
+            count = weights.verify_snapshot(one)
+        else:
+            weights.verify(family)
+            count = sum(len(file.parts) for file in family.files)
+        _emit(f"{one}: {count} files, all as recorded")
 
 
 @weights_app.command("convert")
@@ -462,6 +526,7 @@ def root(
     offline: Annotated[
         bool, typer.Option("--offline", help="Make no connection; STREAMT2V_OFFLINE=1 means the same.")
     ] = False,
+    no_color: Annotated[bool, typer.Option("--no-color", help="No colours; NO_COLOR=1 means the same.")] = False,
 ) -> None:
     """Long videos from text on your own machine."""
 
@@ -472,8 +537,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     debug = "--debug" in argv
     if "--offline" in argv:
         os.environ |= dict.fromkeys(hub.OFFLINE, "1")
+    if "--no-color" in argv:
+        os.environ["NO_COLOR"] = "1"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a prompt may hold what a terminal of ASCII cannot show
+    anywhere = ("--debug", "--offline", "--no-color")
     try:
-        app([argument for argument in argv if argument not in ("--debug", "--offline")])
+        app(options.paired([argument for argument in argv if argument not in anywhere]), prog_name="streamt2v")
     except StreamT2VError as error:
         if debug:
             raise

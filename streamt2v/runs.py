@@ -80,6 +80,13 @@ def recorded_seed(output: Path) -> int | None:
     return seed if isinstance(seed, int) else None
 
 
+def chunk_seconds(path: Path) -> dict[int, float]:
+    """Return how long after the one before it each base chunk was stored, of a run whose directory is still there."""
+    stored = sorted((path / "base").glob("*.mkv"))
+    times = {int(chunk.name.partition("-")[0]): chunk.stat().st_mtime for chunk in stored}
+    return {chunk: times[chunk] - times[chunk - 1] for chunk in times if chunk - 1 in times}
+
+
 def check_writable(folder: Path) -> None:
     """Refuse a folder that is missing or cannot be written.
 

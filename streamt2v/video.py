@@ -484,3 +484,17 @@ def encode_image(image: Frames, kind: str) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image)).save(buffer, kind, quality=90)
     return buffer.getvalue()
+
+
+def encode_animation(images: Frames, fps: float, kind: str) -> bytes:
+    """Return uint8 frames [F,H,W,3] as the bytes of a WEBP or GIF file that plays for ever at a rate."""
+    from PIL import Image
+
+    pictures = [Image.fromarray(np.ascontiguousarray(image)) for image in images]
+    if kind == "GIF":  # Pillow's own choice of colours takes 20 s for 48 frames of 256x144, this 0.3 s
+        pictures = [picture.quantize(method=Image.Quantize.FASTOCTREE) for picture in pictures]
+    buffer = io.BytesIO()
+    pictures[0].save(
+        buffer, kind, save_all=True, append_images=pictures[1:], duration=max(1, round(1000 / fps)), loop=0
+    )
+    return buffer.getvalue()
