@@ -4,21 +4,21 @@ import dataclasses
 import io
 import json
 import os
+import re
 import signal
 import sys
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from inspect import signature
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from streamt2v import __version__, config, files, home, hub, initializers, jobs, options, planning, weights
-from streamt2v.errors import ConfigError, Interrupted, MemoryLimitError, StreamT2VError, WeightsError
+from streamt2v import __version__, config, events, files, home, hub, initializers, jobs, options, planning, weights
+from streamt2v.errors import ConfigError, Interrupted, StreamT2VError, WeightsError, explained
 from streamt2v.progress import Progress
 
 FETCHING = "stopped; the same command goes on where it stopped"
@@ -47,7 +47,7 @@ def _emit(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(141) from None
+        raise SystemExit(141) from None  # no failure of a job that is being made
 
 
 def plain(text: str) -> str:
@@ -57,14 +57,11 @@ def plain(text: str) -> str:
 
 def default_output(prompt: str, seed: int) -> Path:
     """Return a file name made of the date, the prompt's letters and the seed."""
-    words = unicodedata.normalize("NFKC", prompt).lower()
-    slug = "-".join("".join(c if c.isalnum() else " " for c in words).split())
-    slug = slug.encode()[:48].decode(errors="ignore").strip("-") or "video"
-    return Path(f"{datetime.now():%Y%m%d-%H%M%S}_{slug}_{seed}.mp4")
+    return Path(f"{datetime.now():%Y%m%d-%H%M%S}_{files.slug(prompt)}_{seed}.mp4")
 
 
 @app.command()
-@options.knows(options.making, options.streaming, options.starting, options.running)
+@options.knows(options.making, options.streaming, options.starting, options.running, options.alone)
 def generate(
     prompt: options.Prompt = None,
     frames: options.Frames = None,
@@ -92,7 +89,7 @@ def generate(
 
 
 @app.command()
-@options.knows(options.making, options.running)
+@options.knows(options.making, options.running, options.alone)
 def refine(
     source: Annotated[Path, typer.Argument(help="The video to refine.", show_default=False)],
     output: options.Output = None,
@@ -116,7 +113,7 @@ def refine(
 
 
 @app.command()
-@options.knows(options.making, options.streaming, options.running)
+@options.knows(options.making, options.streaming, options.running, options.alone)
 def extend(
     source: Annotated[Path, typer.Argument(help="The video to continue.", show_default=False)],
     frames: Annotated[int, typer.Option("--frames", "-n", help="Frames of the whole result, the source's included.")],
@@ -140,7 +137,7 @@ def extend(
 def _run(command: str, source: Path | None, output: Path | None, given: dict[str, Any], **more: Any) -> None:
     """Carry out a command that makes a video; `given` are the options of the shared groups."""
     json_output, quiet, verbose = (given.pop(name) for name in ("json_output", "quiet", "verbose"))
-    behaviour = {name: given.pop(name) for name in signature(options.running).parameters if name in given}
+    behaviour = {name: given.pop(name) for name in jobs.BEHAVIOUR if name in given}
     found = None if source is None else jobs.inspect_source(source)
     resolved = options.resolve(resume_from=output if behaviour["resume"] else None, source=found, **given, **more)
     output = output or default_output(resolved.prompt, resolved.seed)
@@ -157,7 +154,8 @@ def _run(command: str, source: Path | None, output: Path | None, given: dict[str
         from streamt2v import pipeline
 
         result = pipeline.run(job, progress)
-    _emit(json.dumps(dataclasses.asdict(result)) if json_output else result.output)
+    made = events.event("result", ok=True, **dataclasses.asdict(result))
+    _emit(json.dumps(made) if json_output else result.output)
 
 
 @contextmanager
@@ -174,6 +172,98 @@ def _terminable(said: str = "stopped") -> Iterator[None]:
         raise Interrupted(said) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+class _RayCommand(typer.core.TyperCommand):
+    """A command whose --ray may stand without an address: typer has no options with an optional value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give a bare --ray its value; an address is auto, local, or has a colon."""
+        for index, after in enumerate([*args[1:], ""]):
+            if args[index] == "--ray" and not re.search("^(auto|local)$|:", after):
+                args[index] = "--ray=local"
+        return super().parse_args(ctx, args)
+
+
+@app.command(cls=_RayCommand)
+@options.knows(options.making, options.streaming, options.starting, options.running)
+def batch(
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="JOBS", show_default=False, help="Rows in .jsonl, .toml, .csv, .txt (a prompt a line); - is stdin."
+        ),
+    ],
+    out_dir: Annotated[
+        Path, typer.Option("--out-dir", help="Folder of the videos; no row writes elsewhere.", show_default=False)
+    ],
+    frames: options.Frames = None,
+    fps: options.Fps = None,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="Make what can be made when rows are wrong or jobs fail.")
+    ] = False,
+    shard: Annotated[
+        str, typer.Option("--shard", metavar="I/N", help="Only every Nth row, from the Ith on: one part a machine.")
+    ] = "1/1",
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", metavar="[ADDRESS]", help="Run on Ray: auto, HOST:PORT, or nothing to start it here."),
+    ] = None,
+    **given: Any,
+) -> None:
+    """Make many videos: a row is a prompt and any option of generate, by its name: frames, refine-steps, stream.eta.
+
+    Options given here hold for rows that do not say otherwise. Rows without a seed get one from their id or prompt.
+    What is finished is not made again, what was stopped goes on; --overwrite makes rows again that were changed.
+    With --json every event is a line on stdout.
+
+    [b]streamt2v batch jobs.jsonl --out-dir videos[/b]
+
+    [b]streamt2v batch prompts.txt --out-dir videos --frames 240 --keep-going --ray --threads 2[/b]
+    """
+    from streamt2v import batch as batches
+
+    json_output, quiet, verbose, overwrite = (
+        given.pop(name) for name in ("json_output", "quiet", "verbose", "overwrite")
+    )
+    behaviour = {name: given.pop(name) for name in jobs.BEHAVIOUR if name in given}
+    shared = batches.Shared(out_dir, {**given, "frames": frames, "fps": fps}, behaviour, overwrite)
+    with _terminable(FETCHING), Progress(quiet=quiet, verbose=verbose) as progress:
+        part = batches.shard_of(shard)
+        checked = batches.check(batches.read(file), shared, generate, part, (lambda text: None) if quiet else _say)
+        code = batches.run(*checked, _follow(progress, json_output), keep_going=keep_going, ray=ray)
+    raise typer.Exit(code)
+
+
+def _follow(progress: Progress, json_output: bool) -> events.Tell:
+    """Return what shows the events of a batch: results on stdout, all else on stderr; with JSON all on stdout too."""
+
+    def tell(event: events.Event) -> None:
+        job = event.get("job", "")
+        if json_output:
+            _emit(json.dumps(event))
+        if event["type"] == "start":
+            progress.say("{job}: {output}: {frames} frames at {fps:g} fps, model {model}, seed {seed}".format(**event))
+        elif event["type"] == "progress":
+            progress.start(f"{job} {event['stage']}", event["total"], event["done"])
+        elif event["type"] == "chunk":
+            progress.advance(f"{job} {event['stage']}", event["done"], event["chunk"], event["chunks"])
+        elif event["type"] == "warning":
+            progress.note(plain(f"{job}: {event['message']}"), warning=True)
+        elif "jobs" in event:
+            progress.say("{made} made, {there} there already, {failed} failed, {left} left".format(**event))
+        else:
+            progress.end(*(f"{job} {stage}" for stage in ("stream", "refine")))
+            if event["ok"] and not json_output:
+                _emit(event["output"])
+        if not event.get("ok", True):
+            error, where = event["error"], [f"line {event['line']}"] if job else []
+            if event.get("field", "") not in error["message"]:
+                where.append(event["field"])
+            stopped = error["code"] == Interrupted.code
+            _complain(": ".join([*(["error"] * (not stopped)), *where, error["message"]]), error["hint"])
+
+    return tell
 
 
 @app.command()
@@ -544,16 +634,18 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     anywhere = ("--debug", "--offline", "--no-color")
     try:
         app(options.paired([argument for argument in argv if argument not in anywhere]), prog_name="streamt2v")
-    except StreamT2VError as error:
+    except (StreamT2VError, MemoryError) as error:
         if debug:
             raise
-        _say(error.message if isinstance(error, Interrupted) else f"error: {error.message}")
-        if error.hint:
-            _say(f"  {error.hint}")
-        sys.exit(error.exit_code)
-    except MemoryError:
-        if debug:
-            raise
-        _say("error: out of memory\n  try a lower --memory, or a smaller --size or --chunk")
-        sys.exit(MemoryLimitError.exit_code)
+        known = explained(error)
+        if "--json" in argv:
+            _emit(json.dumps(events.event("result", **events.failed(known))))
+        _complain(known.message if isinstance(known, Interrupted) else f"error: {known.message}", known.hint)
+        sys.exit(known.exit_code)
     sys.exit(0)
+
+
+def _complain(message: str, hint: str) -> None:
+    _say(message)
+    if hint:
+        _say(f"  {hint}")

@@ -183,7 +183,8 @@ def prompt_at(timeline: Sequence[Prompt], frame: int) -> str:
 
 def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, Any], Any]]:
     """Yield (dotted key, {type, help, low, high}, value) of every leaf."""
-    hints = get_type_hints(type(config))
+    kind: Any = type(config)
+    hints = _hints(kind)
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
@@ -208,12 +209,17 @@ def _describe(key: str) -> dict[str, Any]:
 
 
 @cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+@cache
 def describe() -> dict[str, dict[str, Any]]:
     """Return {dotted key: {type, help, low, high}} of every option."""
     return {key: spec for key, spec, _ in _leaves(RunConfig())}
 
 
-def _check(key: str, spec: dict[str, Any], value: Any) -> None:
+def _check(key: str, spec: Mapping[str, Any], value: Any) -> None:
     choices = get_args(spec["type"])
     expected = str if choices else spec["type"]
     if type(value) is not expected:
@@ -252,7 +258,10 @@ def parse_value(key: str, text: str) -> Any:
     Raises:
         ConfigError: unknown key, or text that is not of the key's type.
     """
-    kind = _describe(key)["type"]
+    return _parse(key, _describe(key)["type"], text)
+
+
+def _parse(key: str, kind: Any, text: str) -> Any:
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ConfigError(f"{key} is {text!r}, it must be true or false")
@@ -263,6 +272,25 @@ def parse_value(key: str, text: str) -> Any:
         return kind(text)
     except ValueError:
         raise ConfigError(f"{key} is {text!r}, it must be of type {kind.__name__}") from None
+
+
+def checked(key: str, spec: Mapping[str, Any], value: Any) -> Any:
+    """Return a value of a file in the type that a row of `describe` asks for; text is parsed.
+
+    Raises:
+        ConfigError: another type, or out of range.
+    """
+    parsed = _parse(key, spec["type"], value) if isinstance(value, str) else _widened(spec["type"], value)
+    _check(key, spec, parsed)
+    return parsed
+
+
+def _widened(kind: Any, value: Any) -> Any:
+    """Return a whole number as the float that it is in TOML, JSON and on the command line."""
+    if kind is float and type(value) is int:
+        with contextlib.suppress(OverflowError):
+            return float(value)
+    return value
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -285,13 +313,8 @@ def merge(*layers: Mapping[str, Any]) -> RunConfig:
     tables: dict[str, dict[str, Any]] = {}
     for layer in layers:
         for key, given in layer.items():
-            # A whole number is a valid float in TOML and on the command line.
-            value = given
-            if _describe(key)["type"] is float and type(given) is int:
-                with contextlib.suppress(OverflowError):
-                    value = float(given)
             section, _, name = key.rpartition(".")
-            tables.setdefault(section, {})[name] = value
+            tables.setdefault(section, {})[name] = _widened(_describe(key)["type"], given)
     sections = {"initialize": InitializeConfig, "stream": StreamConfig, "refine": RefineConfig, "output": OutputConfig}
     parts: dict[str, Any] = {name: build(**tables.get(name, {})) for name, build in sections.items()}
     prompts = {int(frame): text for frame, text in tables.get("prompts", {}).items()}

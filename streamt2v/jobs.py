@@ -1,12 +1,14 @@
 """A job: what to make, from what, where to; and everything that can be checked before torch is imported."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamt2v import __version__, files, hub, initializers, runs, vocabulary, weights
+from streamt2v import __version__, devices, files, hub, initializers, runs, vocabulary, weights
 from streamt2v.config import Prompt, RunConfig, merge, to_flat
 from streamt2v.errors import ConfigError, InputError, OutputError, StreamT2VError
 
@@ -56,6 +58,10 @@ class Job:
         }
 
 
+BEHAVIOUR = ("device", "threads", "resume", "overwrite", "keep_run", "preview", "memory")
+"""Fields of a job that say how it runs, not what it makes."""
+
+
 @dataclass(frozen=True)
 class Result:
     """What was made."""
@@ -69,6 +75,15 @@ class Result:
     seed: int
     model: str
     peak_memory_mb: float
+
+    @classmethod
+    def of(cls, job: Job, width: int, height: int, seconds: float, device: devices.Device | None = None) -> Result:
+        """Describe the finished output of a job."""
+        config = job.config
+        return cls(
+            str(job.output), config.num_frames, width, height, config.output.fps, round(seconds, 2), config.seed,
+            config.model, round(devices.peak_memory(device) / 2**20, 1),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -159,6 +174,27 @@ def recorded_seed(output: Path) -> int | None:
     return seed
 
 
+def difference(job: Job, recorded: dict[str, Any]) -> str | None:
+    """Name the first setting in which a recorded recipe differs from the job's, None when there is none."""
+    asked = job.recipe()
+    return runs.first_difference({key: recorded.get(key) for key in asked}, asked)
+
+
+def finished(job: Job) -> Result:
+    """Describe the output of a job that was made before.
+
+    Raises:
+        VideoError: it is no readable video. OutputError: it was made with other settings.
+    """
+    from streamt2v import video
+
+    found = video.probe(job.output)
+    if changed := difference(job, recipe_of(found.comment)):
+        message = f"{job.output} was made with other settings: {changed}"
+        raise OutputError(message, "choose another name with -o, or --overwrite")
+    return Result.of(job, found.width, found.height, 0.0)
+
+
 def describe_video(path: Path) -> dict[str, Any]:
     """Return size, length and the recipe stored in a video.
 
@@ -186,6 +222,7 @@ def check(job: Job, note: hub.Note = lambda text: None) -> list[str]:
     """
     _check_text(str(job.output))
     check_wishes(job.config, prompt_needed=job.command != "refine")
+    devices.parse(job.device)
     if job.command == "refine":
         _check_refined(job)
     _check_output(job)

@@ -4,16 +4,18 @@ import json
 import re
 import secrets
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from types import NoneType
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
 
 from streamt2v import config, jobs, weights
 from streamt2v.config import Fit, Quality, RunConfig
-from streamt2v.errors import ConfigError
+from streamt2v.errors import ConfigError, FieldError
 from streamt2v.initializers import OWN, named
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -112,7 +114,7 @@ Preset = Annotated[
 ConfigFile = Annotated[Path | None, _advanced("--config", "A TOML file of settings.")]
 Settings = Annotated[list[str] | None, _advanced("--set", "Any setting, as section.key=value; repeatable.")]
 DeviceOption = Annotated[str, _running("--device", "auto, cpu, cuda, cuda:1, mps.")]
-Threads = Annotated[int | None, _running("--threads", "CPU threads. Default: all cores.")]
+Threads = Annotated[int | None, _running("--threads", "CPU threads. Default: all cores.", min=1)]
 Memory = Annotated[float | None, _running("--memory", "GB it may take. Default: what is free.", min=0.1, max=1e6)]
 Resume = Annotated[bool, _running("--resume", "Continue the run that was interrupted.")]
 Overwrite = Annotated[bool, _running("--overwrite", "-f", "Replace an existing output.")]
@@ -154,14 +156,16 @@ def starting(image: Image = None, init: Init = None, image_init: ImageInit = Non
     """What those know that begin from nothing."""
 
 
+def alone(resume: Resume = False, preview: Preview = None) -> None:
+    """How a run of one video behaves."""
+
+
 def running(
     device: DeviceOption = "auto",
     threads: Threads = None,
     memory: Memory = None,
-    resume: Resume = False,
     overwrite: Overwrite = False,
     keep_run: KeepRun = False,
-    preview: Preview = None,
     json_output: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -196,6 +200,62 @@ _KEYS = {
     "init": ("initialize.text_model", "initialize.picture_model"),
     "image_init": ("initialize.text_to_image",),
 }
+
+
+@dataclass(frozen=True)
+class Field:
+    """What a row of a batch may say: the settings that it stands for, else the parameter that takes it."""
+
+    spec: Mapping[str, Any]
+    keys: tuple[str, ...] = ()
+    parameter: str = ""
+
+
+def fields_of(command: Callable[..., None]) -> dict[str, Field]:
+    """Return every dotted setting, and every long flag of a command without its dashes."""
+    settings, taken = config.describe(), signature(resolve).parameters
+    fields = {key: Field(spec, (key,)) for key, spec in settings.items()}
+    for parameter in signature(command).parameters.values():
+        kinds, option = get_args(parameter.annotation)[:2]
+        if isinstance(option, typer.models.OptionInfo):
+            kind = next((kind for kind in get_args(kinds) if kind is not NoneType), kinds)
+            own = (parameter.name,) if parameter.name in settings and parameter.name not in taken else ()
+            keys = _KEYS.get(parameter.name, own)
+            spec = settings[keys[0]] if keys else {"type": kind, "low": option.min, "high": option.max}
+            # As typer has them in an annotation: the first name stands where a default would.
+            names = [name for name in map(str, (option.default, *(option.param_decls or ()))) if name.startswith("--")]
+            fields[names[0].removeprefix("--")] = Field(spec, keys, parameter.name)
+    return fields
+
+
+def parse_row(row: Mapping[str, Any], fields: Mapping[str, Field]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Turn {field: value} into {dotted key: value} and what has no key: {parameter: value}.
+
+    Raises:
+        FieldError: an unknown field, or a value of another type or out of range.
+    """
+    settings, arguments = dict[str, Any](), dict[str, Any]()
+    for name, given in row.items():
+        if name not in fields:
+            raise FieldError(name, f"unknown field {name!r}", config.nearest(name, list(fields)))
+        field, value = fields[name], given
+        try:
+            kind = field.spec["type"]
+            if get_origin(kind) is not list:
+                value = config.checked(name, {**field.spec, "type": str} if kind is Path else field.spec, given)
+            elif not isinstance(given, list) or not all(isinstance(part, str) for part in given):
+                raise ConfigError(f"{name} is {given!r}, it must be a list of texts")
+            if name == "size":
+                settings["output.height"], settings["output.width"] = parse_size(value)
+        except ConfigError as error:
+            raise FieldError(name, error.message, error.hint) from None
+        if name == "no-refine":
+            settings["refine.enabled"] = not value
+        elif field.keys:
+            settings.update(dict.fromkeys(field.keys, value))
+        elif name != "size":
+            arguments[field.parameter] = Path(value) if kind is Path else value
+    return settings, arguments
 
 
 def read_prompt(prompt: str | None) -> str | None:
@@ -303,6 +363,8 @@ def resolve(
     no_refine: bool = False,
     at: list[str] | None = None,
     timeline: Path | None = None,
+    row: Mapping[str, Any] | None = None,
+    seed_of_row: int | None = None,
     **flags: Any,
 ) -> RunConfig:
     """Merge options, files and presets in the order of precedence into one checked config.
@@ -314,6 +376,8 @@ def resolve(
             length above the files.
         no_refine: leave the last stage out.
         at, timeline: prompts over time, as TIME=PROMPT and as a file.
+        row: {dotted key: value} of a row of a batch, above all others.
+        seed_of_row: its seed when nothing names one.
         flags: other flags by name; None where not given.
 
     Raises:
@@ -326,6 +390,7 @@ def resolve(
         given["refine.enabled"] = False
     if size is not None:
         given["output.height"], given["output.width"] = parse_size(size)
+    given.update(row or {})
     if "image" in given:
         given["image"] = str(given["image"])
     if source is not None:
@@ -334,7 +399,7 @@ def resolve(
     chosen = model or asked.get("model") or weights.default_family()
     given["model"] = chosen
     if "seed" not in asked:
-        stored = jobs.recorded_seed(resume_from) if resume_from else None
+        stored = jobs.recorded_seed(resume_from) if resume_from else seed_of_row
         given["seed"] = secrets.randbelow(2**31) if stored is None else stored
     if asked.get("refine.enabled") is False and not {"output.width", "output.height"} & set(asked):
         # Unrefined frames keep their own size unless one is asked for.

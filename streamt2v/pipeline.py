@@ -9,7 +9,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from importlib.metadata import version
@@ -27,9 +27,9 @@ from streamt2v.config import prompt_at
 from streamt2v.convert import clean_prompt
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
-from streamt2v.errors import Interrupted, MemoryLimitError, OutputError, StreamT2VError, VideoError
+from streamt2v.errors import Interrupted, MemoryLimitError, StreamT2VError, VideoError
 from streamt2v.frames import Frames
-from streamt2v.jobs import Job, Result, check, recipe_of
+from streamt2v.jobs import Job, Result, check
 from streamt2v.memory import MemoryPolicy
 from streamt2v.models.encoders import decode_latents, encode_frames, encode_text, latent_factor, latent_size
 from streamt2v.models.layers import slice_feed_forwards
@@ -44,8 +44,33 @@ STREAM, REFINE = "stream", "refine"
 ENCODERS = ("stream.text", "stream.image", "refine.text")
 
 
-def run(job: Job, report: Report) -> Result:
+@dataclass
+class Loaded:
+    """Networks that stay in memory from one run to the next, so that each is loaded once."""
+
+    networks: dict[Path, Any] = field(default_factory=dict)
+    loaded_for: object = None
+    free: dict[devices.Device, int] = field(default_factory=dict)
+
+    def free_memory(self, device: devices.Device) -> int:
+        """Bytes that were free before the first run: what stays loaded must not make the next one more sparing."""
+        return self.free.setdefault(device, devices.free_memory(device))
+
+    def fitting(self, *loaded_for: object) -> dict[Path, Any]:
+        """Return the networks for a run on a family, device and policy; those of any other are let go first."""
+        if self.loaded_for != loaded_for:
+            self.networks.clear()
+            self.loaded_for = loaded_for
+        return self.networks
+
+
+def run(job: Job, report: Report, loaded: Loaded | None = None) -> Result:
     """Make the video of a job.
+
+    Args:
+        job: what to make.
+        report: told how it goes on.
+        loaded: what earlier runs of this process have loaded, and later ones will find; None keeps nothing.
 
     Raises:
         StreamT2VError: what `jobs.check` finds, and what shows only while running (disk full, bad numbers, a signal).
@@ -53,19 +78,22 @@ def run(job: Job, report: Report) -> Result:
     check(job)
     began = time.monotonic()
     if job.resume and not job.overwrite and job.output.exists() and not runs.exists(job.run_path):
-        return _finished_before(job)
+        return jobs.finished(job)
+    loaded = Loaded() if loaded is None else loaded
     device = devices.resolve(job.device)
     resumed = runs.recorded_recipe(job.run_path) if job.resume and runs.exists(job.run_path) else {}
     # Sums split over other numbers of threads round differently: a run keeps the number it began with.
     threads = devices.set_threads(resumed.get("threads") if job.threads is None else job.threads)
     devices.keep_freed_memory()
     libraries = {name: version(name) for name in ("torch", "diffusers", "transformers")}
-    policy = _policy(job, device, resumed, report)
+    policy = _policy(job, device, loaded, resumed, report)
+    networks = loaded.fitting(job.config.model, device, policy)
+    cold = not networks
     recipe = {
         **job.recipe(), "device": device.name, "threads": threads, "libraries": libraries, "memory": asdict(policy)
     }  # fmt: skip
     with runs.RunDirectory.open(job.run_path, recipe, resume=job.resume) as directory:
-        maker = _Maker(job, report, directory, device, policy)
+        maker = _Maker(job, report, directory, device, policy, networks)
         try:
             width, height = maker.make()
         except (KeyboardInterrupt, Interrupted) as stop:
@@ -79,40 +107,25 @@ def run(job: Job, report: Report) -> Result:
             raise
         maker.finish()
         seconds = time.monotonic() - began
-        maker.remember(seconds)
+        if cold:
+            maker.remember(seconds)
     if not job.keep_run:
         directory.remove()
-    return _result(job, width, height, seconds, device)
+    return Result.of(job, width, height, seconds, device)
 
 
-def _policy(job: Job, device: devices.Device, resumed: dict[str, Any], report: Report) -> MemoryPolicy:
+def _policy(job: Job, device: devices.Device, loaded: Loaded, resumed: dict[str, Any], report: Report) -> MemoryPolicy:
     """What the memory allows; a run keeps the policy it began with, as other batches round differently."""
     if job.memory is None and "memory" in resumed:
         with contextlib.suppress(TypeError):  # written by another version, which is refused when it is opened
             return MemoryPolicy(**resumed["memory"])
-    free = devices.free_memory(device) if job.memory is None else int(job.memory * 1e9)
+    free = loaded.free_memory(device) if job.memory is None else int(job.memory * 1e9)
     source = jobs.inspect_source(job.source) if job.source and job.command == "refine" else None
     known = planning.stages(job.config, None if source is None else (source.height, source.width))
     policy = memory.choose(free, known, device.kind)
     need = memory.needed(known, policy)
     report.note(f"memory: {policy.describe()}: up to {need / 1e9:.1f} of {free / 1e9:.1f} GB", warning=need > free)
     return policy
-
-
-def _finished_before(job: Job) -> Result:
-    found = video.probe(job.output)
-    recorded = recipe_of(found.comment)
-    if any(recorded.get(key) != value for key, value in json.loads(json.dumps(job.recipe())).items()):
-        raise OutputError(f"{job.output} was made with other settings", "choose another name with -o, or --overwrite")
-    return _result(job, found.width, found.height, 0.0)
-
-
-def _result(job: Job, width: int, height: int, seconds: float, device: devices.Device | None = None) -> Result:
-    config = job.config
-    return Result(
-        str(job.output), config.num_frames, width, height, config.output.fps, round(seconds, 2), config.seed,
-        config.model, round(devices.peak_memory(device) / 2**20, 1),
-    )  # fmt: skip
 
 
 def _interrupted(maker: "_Maker", stop: BaseException) -> Interrupted:
@@ -170,10 +183,16 @@ class _Maker:
     """One run: loads what it needs, pulls frames through the stages, records what is finished."""
 
     def __init__(
-        self, job: Job, report: Report, directory: runs.RunDirectory, device: devices.Device, policy: MemoryPolicy
+        self,
+        job: Job,
+        report: Report,
+        directory: runs.RunDirectory,
+        device: devices.Device,
+        policy: MemoryPolicy,
+        networks: dict[Path, Any],
     ) -> None:
         self.job, self.config, self.report, self.directory = job, job.config, report, directory
-        self.device, self.policy = device, policy
+        self.device, self.policy, self.networks = device, policy, networks
         self.family = weights.family(job.config.model)
         self.draws = SeededDraws(self.config.seed)
         # A continued video keeps its frames; the last of them are the first chunk of the base video.
@@ -183,7 +202,6 @@ class _Maker:
         self.stream_plan = streaming_plan(self.num_frames, self.config.stream.chunk, self.config.stream.overlap)
         self.refine_plan = refinement_plan(self.num_frames, self.config.refine.chunk, self.config.refine.overlap)
         self.timeline = job.timeline()
-        self.networks: dict[Path, Any] = {}
         self.fixed_seconds = self.stream_seconds = 0.0  # loading and the first chunk; later chunks
         self.writer: video.SegmentWriter | None = None
         # Before any frame is read: the store drops what no state accounts for.

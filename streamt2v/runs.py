@@ -144,7 +144,7 @@ class RunDirectory:
             BusyError: another process works on it.
         """
         resumed = resume and exists(path)
-        if resumed and (difference := _first_difference(recorded_recipe(path), _plain(recipe))):
+        if resumed and (difference := first_difference(recorded_recipe(path), recipe)):
             raise ResumeError(
                 f"the run in {path} was started with {difference}",
                 "give the same settings to continue it, or start again with --overwrite",
@@ -382,8 +382,12 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, allow_nan=False))
 
 
+def first_difference(recorded: Any, asked: Any) -> str | None:
+    """Name the first key in which a recipe that was read differs from another one, with both values."""
+    return _first_difference(recorded, _plain(asked))
+
+
 def _first_difference(recorded: Any, asked: Any, key: str = "") -> str | None:
-    """Name the first key in which two JSON values differ, with both values."""
     if isinstance(recorded, dict) and isinstance(asked, dict):
         for name in [*recorded, *(name for name in asked if name not in recorded)]:
             found = _first_difference(recorded.get(name), asked.get(name), f"{key}.{name}" if key else name)

@@ -115,11 +115,7 @@ def probe(path: Path) -> VideoInfo:
     Raises:
         VideoError: the file is missing, empty, a directory, no video, damaged or truncated.
     """
-    stamp = None
-    with contextlib.suppress(OSError):  # which is explained when the file is opened
-        status = path.stat()
-        stamp = status.st_ino, status.st_size, status.st_mtime_ns
-    return _measure(path, stamp)
+    return _measure(path, files.stamp(path))
 
 
 @lru_cache(maxsize=8)

@@ -17,6 +17,7 @@ import tomllib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -193,7 +194,12 @@ def families(root: Path = PACKAGE) -> dict[str, Family]:
     Raises:
         WeightsError: the list is missing, unreadable or of another schema.
     """
-    manifest = _manifest(root)
+    manifest, stamps = _manifest(root), (files.stamp(_manifest(root)), files.stamp(home.record_path()))
+    return dict(_families(root, manifest, home.path(), stamps))
+
+
+@lru_cache(maxsize=8)
+def _families(root: Path, manifest: Path, pulled: Path, _stamps: object) -> dict[str, Family]:
     if not manifest.is_file():
         raise WeightsError(f"the list of weights is missing: {manifest}", "install streamt2v again")
     try:
@@ -207,7 +213,7 @@ def families(root: Path = PACKAGE) -> dict[str, Family]:
             used = dict.fromkeys([*roles.values(), *filter(None, [table["vocabulary"]])])
             head = {key: table[key] for key in ("title", "licence", "preset", "vocabulary")}
             sources = tuple(Source(**{**row, "makes": tuple(row["makes"])}) for row in table.get("sources", ()))
-            place = home.path() if sources else root
+            place = pulled if sources else root
             known = home.recorded("files") if sources else {}
             listed = tuple(_file(rows[path], place, known.get(path)) for path in used)
             if stray := {path for source in sources for path in source.makes}.difference(used):
@@ -502,6 +508,11 @@ def read_header(path: Path) -> tuple[str, dict[str, Any], dict[str, Any] | None]
     Raises:
         WeightsError: the file is absent, cut short, no safetensors file, or not one of ours.
     """
+    return _header(path, (files.stamp(path), files.stamp(shard_index(path))))
+
+
+@lru_cache(maxsize=64)
+def _header(path: Path, _stamps: object) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
     return _read_metadata(path, _read_parts(path)[0])
 
 

@@ -215,7 +215,7 @@ def test_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> Non
         (["--set", "stream.height=73"], 2, "multiples of 8"),
         (["--set", "stream.overlap=4", "--frames", "40"], 2, "looks at 8 frames"),
         (["--set", "refine.noise_level=1000"], 2, "noise"),
-        (["--threads", "0"], 2, "0 threads"),
+        (["--threads", "0"], 2, "--threads"),
         (["--resume", "--set", "output.crf=99"], 2, "output.crf"),
         (["--negative", "\udcff"], 2, "UTF-8"),
     ],
