@@ -13,7 +13,7 @@ ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c '$(ENOUGH)' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: video test check lint types wheel record clean
+.PHONY: video test check lint types wheel docs record clean
 
 video: $(BIN)/.installed
 	$(BIN)/streamt2v generate "$(PROMPT)" --frames 48 -o red_ball.mp4 --overwrite
@@ -34,6 +34,10 @@ types: $(BIN)/.installed-dev
 wheel: $(BIN)/.installed-dev
 	rm -rf dist
 	$(BIN)/python -m build
+
+# Write docs/cli.md from the commands.
+docs: $(BIN)/.installed
+	$(BIN)/python -m docs.generate_cli
 
 # Write size and SHA-256 of newly trained weights into weights.toml.
 record: $(BIN)/.installed

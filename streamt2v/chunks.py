@@ -4,7 +4,7 @@ A plan is a tuple of records. Every frame of the video belongs to at least one c
 the last chunk shifts back (overlapping more) instead of frames being cut off or invented.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -96,6 +96,35 @@ def covering(plan: Sequence[Chunk], frame: int) -> tuple[int, ...]:
     return tuple(range(first, after))
 
 
-def seams(plan: Sequence[Chunk]) -> tuple[int, ...]:
-    """Return the frames at which a later chunk's new frames begin: where a seam would show."""
-    return tuple(chunk.new_start for chunk in plan[1:])
+def seams(plan: Sequence[Chunk], begin: int = 0) -> tuple[int, ...]:
+    """Return the frames, from `begin` on, at which a later chunk's new frames begin: where a seam would show."""
+    return tuple(begin + chunk.new_start for chunk in plan[1:])
+
+
+def evenly(num_frames: int, count: int) -> tuple[int, ...]:
+    """Return up to `count` frames evenly spaced over a video, the first and the last among them."""
+    count = min(count, num_frames)
+    return tuple(index * (num_frames - 1) // max(1, count - 1) for index in range(count))
+
+
+def snap(asked: Sequence[int], starts: Sequence[int]) -> tuple[int, ...]:
+    """Return where changes take effect: each at the first of `starts` that is not before it.
+
+    Args:
+        asked: frames at which something shall change, in order.
+        starts: frames at which it can change, in order.
+
+    Raises:
+        ConfigError: nothing starts at or after a change, or two changes would take effect at once.
+    """
+    found: list[int] = []
+    for frame in asked:
+        index = bisect_left(starts, frame)
+        if index == len(starts):
+            last = f"the last chunk begins at frame {starts[-1]}" if starts else "there is only one chunk"
+            raise ConfigError(f"a change at frame {frame} would never be seen: {last}", "change earlier, or add frames")
+        if found and found[-1] == starts[index]:
+            both = f"the changes at frames {asked[len(found) - 1]} and {frame} both begin with the chunk at"
+            raise ConfigError(f"{both} frame {starts[index]}", "only one of them could be seen: move or drop one")
+        found.append(starts[index])
+    return tuple(found)

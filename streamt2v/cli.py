@@ -1,15 +1,16 @@
 """The command line: arguments to a config, one call into the pipeline, results to stdout, everything else to stderr."""
 
 import dataclasses
+import io
 import json
 import os
+import re
 import signal
 import sys
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
@@ -17,8 +18,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from streamt2v import __version__, config, files, home, hub, initializers, jobs, options, planning, weights
-from streamt2v.errors import ConfigError, Interrupted, MemoryLimitError, StreamT2VError, WeightsError
+from streamt2v import __version__, config, events, files, home, hub, initializers, jobs, options, planning, weights
+from streamt2v.errors import ConfigError, Interrupted, StreamT2VError, WeightsError, explained
 from streamt2v.progress import Progress
 
 FETCHING = "stopped; the same command goes on where it stopped"
@@ -47,7 +48,7 @@ def _emit(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(141) from None
+        raise SystemExit(141) from None  # no failure of a job that is being made
 
 
 def plain(text: str) -> str:
@@ -57,16 +58,13 @@ def plain(text: str) -> str:
 
 def default_output(prompt: str, seed: int) -> Path:
     """Return a file name made of the date, the prompt's letters and the seed."""
-    words = unicodedata.normalize("NFKC", prompt).lower()
-    slug = "-".join("".join(c if c.isalnum() else " " for c in words).split())
-    slug = slug.encode()[:48].decode(errors="ignore").strip("-") or "video"
-    return Path(f"{datetime.now():%Y%m%d-%H%M%S}_{slug}_{seed}.mp4")
+    return Path(f"{datetime.now():%Y%m%d-%H%M%S}_{files.slug(prompt)}_{seed}.mp4")
 
 
 @app.command()
-@options.knows(options.making, options.streaming, options.starting, options.running)
+@options.knows(options.making, options.streaming, options.starting, options.running, options.alone)
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to show; - reads it from standard input.", show_default=False)],
+    prompt: options.Prompt = None,
     frames: options.Frames = None,
     output: options.Output = None,
     fps: options.Fps = None,
@@ -80,6 +78,8 @@ def generate(
 
     [b]streamt2v generate "a red ball bouncing over the sea at sunset" --frames 240 -o ball.mp4[/b]
 
+    [b]streamt2v generate "a red ball over the sea" --at 10s "a blue ball over the sea" --frames 240[/b]
+
     [b]streamt2v generate "a blue star drifting left" --image start.png --frames 48[/b]
 
     [b]streamt2v generate "a cat on the beach" --model streamingt2v --init svd --image-init sdxl --frames 240[/b]
@@ -90,12 +90,12 @@ def generate(
 
 
 @app.command()
-@options.knows(options.making, options.running)
+@options.knows(options.making, options.running, options.alone)
 def refine(
     source: Annotated[Path, typer.Argument(help="The video to refine.", show_default=False)],
     output: options.Output = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="What it shows. Default: the video's own prompt.")
+        str | None, typer.Option("--prompt", help="What it shows. Default: the video's own prompts.")
     ] = None,
     fps: Annotated[float | None, typer.Option("--fps", help="Frames per second. Default: the source's.")] = None,
     guidance: Annotated[
@@ -114,13 +114,13 @@ def refine(
 
 
 @app.command()
-@options.knows(options.making, options.streaming, options.running)
+@options.knows(options.making, options.streaming, options.running, options.alone)
 def extend(
     source: Annotated[Path, typer.Argument(help="The video to continue.", show_default=False)],
     frames: Annotated[int, typer.Option("--frames", "-n", help="Frames of the whole result, the source's included.")],
     output: options.Output = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="What it shows. Default: the video's own prompt.")
+        str | None, typer.Option("--prompt", help="What it shows. Default: the video's last prompt.")
     ] = None,
     fps: Annotated[float | None, typer.Option("--fps", help="Frames per second. Default: the source's.")] = None,
     **given: Any,
@@ -138,7 +138,7 @@ def extend(
 def _run(command: str, source: Path | None, output: Path | None, given: dict[str, Any], **more: Any) -> None:
     """Carry out a command that makes a video; `given` are the options of the shared groups."""
     json_output, quiet, verbose = (given.pop(name) for name in ("json_output", "quiet", "verbose"))
-    behaviour = {name: given.pop(name) for name in signature(options.running).parameters if name in given}
+    behaviour = {name: given.pop(name) for name in jobs.BEHAVIOUR if name in given}
     found = None if source is None else jobs.inspect_source(source)
     resolved = options.resolve(resume_from=output if behaviour["resume"] else None, source=found, **given, **more)
     output = output or default_output(resolved.prompt, resolved.seed)
@@ -155,7 +155,8 @@ def _run(command: str, source: Path | None, output: Path | None, given: dict[str
         from streamt2v import pipeline
 
         result = pipeline.run(job, progress)
-    _emit(json.dumps(dataclasses.asdict(result)) if json_output else result.output)
+    made = events.event("result", ok=True, **dataclasses.asdict(result))
+    _emit(json.dumps(made) if json_output else result.output)
 
 
 @contextmanager
@@ -174,10 +175,102 @@ def _terminable(said: str = "stopped") -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+class _RayCommand(typer.core.TyperCommand):
+    """A command whose --ray may stand without an address: typer has no options with an optional value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give a bare --ray its value; an address is auto, local, or has a colon."""
+        for index, after in enumerate([*args[1:], ""]):
+            if args[index] == "--ray" and not re.search("^(auto|local)$|:", after):
+                args[index] = "--ray=local"
+        return super().parse_args(ctx, args)
+
+
+@app.command(cls=_RayCommand)
+@options.knows(options.making, options.streaming, options.starting, options.running)
+def batch(
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="JOBS", show_default=False, help="Rows in .jsonl, .toml, .csv, .txt (a prompt a line); - is stdin."
+        ),
+    ],
+    out_dir: Annotated[
+        Path, typer.Option("--out-dir", help="Folder of the videos; no row writes elsewhere.", show_default=False)
+    ],
+    frames: options.Frames = None,
+    fps: options.Fps = None,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="Make what can be made when rows are wrong or jobs fail.")
+    ] = False,
+    shard: Annotated[
+        str, typer.Option("--shard", metavar="I/N", help="Only every Nth row, from the Ith on: one part a machine.")
+    ] = "1/1",
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", metavar="[ADDRESS]", help="Run on Ray: auto, HOST:PORT, or nothing to start it here."),
+    ] = None,
+    **given: Any,
+) -> None:
+    """Make many videos: a row is a prompt and any option of generate, by its name: frames, refine-steps, stream.eta.
+
+    Options given here hold for rows that do not say otherwise. Rows without a seed get one from their id or prompt.
+    What is finished is not made again, what was stopped goes on; --overwrite makes rows again that were changed.
+    With --json every event is a line on stdout.
+
+    [b]streamt2v batch jobs.jsonl --out-dir videos[/b]
+
+    [b]streamt2v batch prompts.txt --out-dir videos --frames 240 --keep-going --ray --threads 2[/b]
+    """
+    from streamt2v import batch as batches
+
+    json_output, quiet, verbose, overwrite = (
+        given.pop(name) for name in ("json_output", "quiet", "verbose", "overwrite")
+    )
+    behaviour = {name: given.pop(name) for name in jobs.BEHAVIOUR if name in given}
+    shared = batches.Shared(out_dir, {**given, "frames": frames, "fps": fps}, behaviour, overwrite)
+    with _terminable(FETCHING), Progress(quiet=quiet, verbose=verbose) as progress:
+        part = batches.shard_of(shard)
+        checked = batches.check(batches.read(file), shared, generate, part, (lambda text: None) if quiet else _say)
+        code = batches.run(*checked, _follow(progress, json_output), keep_going=keep_going, ray=ray)
+    raise typer.Exit(code)
+
+
+def _follow(progress: Progress, json_output: bool) -> events.Tell:
+    """Return what shows the events of a batch: results on stdout, all else on stderr; with JSON all on stdout too."""
+
+    def tell(event: events.Event) -> None:
+        job = event.get("job", "")
+        if json_output:
+            _emit(json.dumps(event))
+        if event["type"] == "start":
+            progress.say("{job}: {output}: {frames} frames at {fps:g} fps, model {model}, seed {seed}".format(**event))
+        elif event["type"] == "progress":
+            progress.start(f"{job} {event['stage']}", event["total"], event["done"])
+        elif event["type"] == "chunk":
+            progress.advance(f"{job} {event['stage']}", event["done"], event["chunk"], event["chunks"])
+        elif event["type"] == "warning":
+            progress.note(plain(f"{job}: {event['message']}"), warning=True)
+        elif "jobs" in event:
+            progress.say("{made} made, {there} there already, {failed} failed, {left} left".format(**event))
+        else:
+            progress.end(*(f"{job} {stage}" for stage in ("stream", "refine")))
+            if event["ok"] and not json_output:
+                _emit(event["output"])
+        if not event.get("ok", True):
+            error, where = event["error"], [f"line {event['line']}"] if job else []
+            if event.get("field", "") not in error["message"]:
+                where.append(event["field"])
+            stopped = error["code"] == Interrupted.code
+            _complain(": ".join([*(["error"] * (not stopped)), *where, error["message"]]), error["hint"])
+
+    return tell
+
+
 @app.command()
 @options.knows(options.making, options.streaming, options.starting)
 def plan(
-    prompt: Annotated[str, typer.Argument(help="What to show.", show_default=False)],
+    prompt: options.Prompt = None,
     frames: options.Frames = None,
     fps: options.Fps = None,
     device: options.DeviceOption = "auto",
@@ -192,8 +285,9 @@ def plan(
     [b]streamt2v plan "a cat on the beach" --model streamingt2v --device cuda --memory 12[/b]
     """
     resolved = options.resolve(prompt=options.read_prompt(prompt), frames=frames, fps=fps, **given)
+    jobs.check_wishes(resolved)
     report = planning.plan(resolved, device, memory)
-    _emit(json.dumps(dataclasses.asdict(report)) if json_output else report.as_text())
+    _emit(json.dumps(dataclasses.asdict(report)) if json_output else plain(report.as_text()))
 
 
 @app.command()
@@ -322,6 +416,62 @@ def evaluate(
 
 
 @app.command()
+def preview(
+    source: Annotated[Path, typer.Argument(metavar="VIDEO", help="Any video.", show_default=False)],
+    output: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--output", "-o", help="A .png is a contact sheet; .webp and .gif move. Default: a .png and a .webp."
+        ),
+    ] = None,
+    width: Annotated[int, typer.Option("--width", help="Width of a frame, at most.", min=16, max=4096)] = 320,
+    overwrite: Annotated[bool, typer.Option("--overwrite", "-f", help="Replace files that exist.")] = False,
+) -> None:
+    """Make small pictures of a video: a contact sheet of 24 frames, and a preview of 96 that moves.
+
+    [b]streamt2v preview ball.mp4[/b]
+
+    [b]streamt2v preview ball.mp4 -o ball.gif --width 160[/b]
+    """
+    targets = output or [source.parent / f"{source.stem}_preview{kind}" for kind in (".png", ".webp")]
+    for target in targets:
+        jobs.check_target(target, overwrite)
+    from streamt2v import preview
+
+    for target in targets:
+        preview.check(target)
+    with _terminable():
+        for target in targets:
+            preview.write(source, target, width)
+            _emit(str(target))
+
+
+@app.command()
+def report(
+    video: Annotated[
+        Path, typer.Argument(help="A video, or the output of a run that is not finished.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The HTML file. Default: the video's name.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", "-f", help="Replace a file that exists.")] = False,
+) -> None:
+    """Write how a video was made as one HTML file: recipe, prompts, chunks, contact sheet.
+
+    [b]streamt2v report ball.mp4[/b]
+
+    [b]streamt2v report ball.mp4 -o made.html[/b]
+    """
+    target = output or video.parent / f"{video.stem}.html"
+    jobs.check_target(target, overwrite)
+    from streamt2v import report
+
+    with _terminable():
+        files.write_bytes(target, report.as_html(video).encode(errors="replace"))
+    _emit(str(target))
+
+
+@app.command()
 def doctor(json_output: options.Json = False) -> None:
     """Check this machine: device, memory, ffmpeg, weights; what works and what to do.
 
@@ -369,7 +519,12 @@ def weights_list(
 
 @weights_app.command("pull")
 def weights_pull(
-    name: Annotated[str, typer.Argument(help="A name that `weights list` shows.", show_default=False)],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A name that `weights list` shows.", show_default=False, autocompletion=options.names_of_weights
+        ),
+    ],
     source: Annotated[
         str, typer.Option("--source", help="Which published copy, where there are several: see `weights list NAME`.")
     ] = "",
@@ -391,12 +546,11 @@ def weights_pull(
     from streamt2v import checkpoints
 
     with _terminable(FETCHING):
-        if name in weights.pipelines():
+        if (family := weights.listed(name)) is None:
             if source or folder:
                 raise ConfigError(f"{name} comes from its repository alone", "leave --source and --from out")
             initializers.locate(name, _say)
         else:
-            family = weights.family(name)
             hub.pull(family, checkpoints.convert, _say, source, folder)
             start = config.merge(config.preset(family.preset)).initialize.text_model
             if start != initializers.OWN:
@@ -406,29 +560,29 @@ def weights_pull(
 
 
 @weights_app.command("path")
-def weights_path(
-    name: Annotated[str | None, typer.Argument(help="A model family.", show_default=False)] = None,
-) -> None:
-    """Print the folder of the weights, or of one family's. STREAMT2V_HOME sets it.
+def weights_path(name: options.WeightsName = None) -> None:
+    """Print the folder of the weights, or of one name that `weights list` shows. STREAMT2V_HOME sets it.
 
     [b]streamt2v weights path streamingt2v[/b]
     """
-    _emit(str(weights.family(name).root / name if name else home.path()))
+    _emit(str(weights.folder_of(name) if name else home.path()))
 
 
 @weights_app.command("verify")
-def weights_verify(model: options.Model = None) -> None:
-    """Check every weight file against its recorded size and SHA-256.
+def weights_verify(name: options.WeightsName = None) -> None:
+    """Check every weight file, or those of one name, against recorded sizes and SHA-256.
 
     [b]streamt2v weights verify[/b]
+
+    [b]streamt2v weights verify svd[/b]
     """
-    chosen = [weights.family(model)] if model else list(weights.families().values())
-    for family in chosen:
-        if not model and weights.is_absent(family):
-            _emit(f"{family.name}: not here")
-            continue
-        weights.verify(family)
-        _emit(f"{family.name}: {sum(len(file.parts) for file in family.files)} files, all as recorded")
+    for one in [name] if name else [row["name"] for row in weights.describe_families() if row["state"] != "absent"]:
+        if (family := weights.listed(one)) is None:
+            count = weights.verify_snapshot(one)
+        else:
+            weights.verify(family)
+            count = sum(len(file.parts) for file in family.files)
+        _emit(f"{one}: {count} files, all as recorded")
 
 
 @weights_app.command("convert")
@@ -496,6 +650,7 @@ def root(
     offline: Annotated[
         bool, typer.Option("--offline", help="Make no connection; STREAMT2V_OFFLINE=1 means the same.")
     ] = False,
+    no_color: Annotated[bool, typer.Option("--no-color", help="No colours; NO_COLOR=1 means the same.")] = False,
 ) -> None:
     """Long videos from text on your own machine."""
 
@@ -506,18 +661,25 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     debug = "--debug" in argv
     if "--offline" in argv:
         os.environ |= dict.fromkeys(hub.OFFLINE, "1")
+    if "--no-color" in argv:
+        os.environ["NO_COLOR"] = "1"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a prompt may hold what a terminal of ASCII cannot show
+    anywhere = ("--debug", "--offline", "--no-color")
     try:
-        app([argument for argument in argv if argument not in ("--debug", "--offline")])
-    except StreamT2VError as error:
+        app(options.paired([argument for argument in argv if argument not in anywhere]), prog_name="streamt2v")
+    except (StreamT2VError, MemoryError) as error:
         if debug:
             raise
-        _say(error.message if isinstance(error, Interrupted) else f"error: {error.message}")
-        if error.hint:
-            _say(f"  {error.hint}")
-        sys.exit(error.exit_code)
-    except MemoryError:
-        if debug:
-            raise
-        _say("error: out of memory\n  try a lower --memory, or a smaller --size or --chunk")
-        sys.exit(MemoryLimitError.exit_code)
+        known = explained(error)
+        if "--json" in argv:
+            _emit(json.dumps(events.event("result", **events.failed(known))))
+        _complain(known.message if isinstance(known, Interrupted) else f"error: {known.message}", known.hint)
+        sys.exit(known.exit_code)
     sys.exit(0)
+
+
+def _complain(message: str, hint: str) -> None:
+    _say(message)
+    if hint:
+        _say(f"  {hint}")

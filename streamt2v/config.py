@@ -8,13 +8,15 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args, get_type_hints
 
-from streamt2v.chunks import check_chunking
+from streamt2v.chunks import check_chunking, seams, snap, streaming_plan
 from streamt2v.errors import ConfigError
 
 Fit = Literal["contain", "cover", "pad"]
@@ -22,6 +24,7 @@ Blending = Literal["randomized", "shared", "independent"]
 Variant = Literal["published", "corrected"]
 Order = Literal["diagonal", "sweep"]
 Quality = Literal["reference", "balanced", "fast"]
+PRESETS = Path(__file__).parent / "presets"
 
 
 def _value(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
@@ -118,11 +121,23 @@ class OutputConfig:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """A prompt of a timeline: the frame that it was asked for, and the one at which the run turns to it."""
+
+    asked: int
+    frame: int
+    text: str
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything that decides the frames of a run."""
 
     model: str = _value("demo", "model family, a name of weights.toml")
     prompt: str = _value("", "what to show")
+    prompts: Mapping[int, str] = field(
+        default_factory=dict, metadata={"help": "what to show from a later frame on: prompts.240 is that of frame 240"}
+    )
     negative_prompt: str = _value("", "what to avoid")
     image: str = _value("", "picture to start from")
     num_frames: int = _value(24, "frames of the output video", 1, 10_000_000)
@@ -137,31 +152,80 @@ class RunConfig:
             _check(key, spec, value)
         check_chunking(self.stream.chunk, self.stream.overlap, "stream")
         check_chunking(self.refine.chunk, self.refine.overlap, "refine")
+        if self.prompts and max(self.prompts) >= self.num_frames:
+            end = f"the video ends with frame {self.num_frames - 1}"
+            raise ConfigError(f"a prompt is to begin at frame {max(self.prompts)}, {end}", "name an earlier time")
+
+    def timeline(self, command: str = "generate", kept: int = 0) -> tuple[Prompt, ...]:
+        """Return the prompts in order, with the frames at which the run turns to them.
+
+        A change waits for the next streaming chunk. What is only refined has none, so that every change is where it
+        was asked for; so are those inside the `kept` frames of a video that is continued.
+
+        Raises:
+            ConfigError: a change that would never be seen.
+        """
+        asked = sorted(self.prompts)
+        later = [] if command == "refine" else [frame for frame in asked if frame >= kept]
+        followed = dict[int, int]()
+        if later:
+            begin = max(0, kept - self.stream.chunk)
+            plan = streaming_plan(self.num_frames - begin, self.stream.chunk, self.stream.overlap)
+            followed = dict(zip(later, snap(later, seams(plan, begin)), strict=True))
+        changes = (Prompt(frame, followed.get(frame, frame), self.prompts[frame]) for frame in asked)
+        return (Prompt(0, 0, self.prompt), *changes)
+
+
+def prompt_at(timeline: Sequence[Prompt], frame: int) -> str:
+    """Return the text that is valid at a frame."""
+    return next(prompt.text for prompt in reversed(timeline) if prompt.frame <= frame)
 
 
 def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, Any], Any]]:
     """Yield (dotted key, {type, help, low, high}, value) of every leaf."""
-    hints = get_type_hints(type(config))
+    kind: Any = type(config)
+    hints = _hints(kind)
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
             yield from _leaves(value, f"{prefix}{item.name}.")
+        elif isinstance(value, Mapping):
+            yield from ((f"{item.name}.{key}", {**_PROMPT, **item.metadata}, text) for key, text in value.items())
         else:
             yield prefix + item.name, {"type": hints[item.name], **item.metadata}, value
 
 
+_PROMPT = {"type": str, "low": None, "high": None}
+
+
+def _describe(key: str) -> dict[str, Any]:
+    """Return what `describe` says of one key; those of prompts are as many as there are frames."""
+    options = describe()
+    if re.fullmatch(r"prompts\.[1-9][0-9]{0,7}", key):
+        return _PROMPT
+    if key not in options:
+        raise ConfigError(f"unknown setting {key!r}", nearest(key, list(options)))
+    return options[key]
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+@cache
 def describe() -> dict[str, dict[str, Any]]:
     """Return {dotted key: {type, help, low, high}} of every option."""
     return {key: spec for key, spec, _ in _leaves(RunConfig())}
 
 
-def _check(key: str, spec: dict[str, Any], value: Any) -> None:
+def _check(key: str, spec: Mapping[str, Any], value: Any) -> None:
     choices = get_args(spec["type"])
     expected = str if choices else spec["type"]
     if type(value) is not expected:
         raise ConfigError(f"{key} is {value!r}, it must be of type {expected.__name__}")
     if choices and value not in choices:
-        raise ConfigError(f"{key} is {value!r}, it must be one of {', '.join(choices)}")
+        raise ConfigError(f"{key} is {value!r}, it must be one of {', '.join(choices)}", nearest(value, choices))
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key} is {value}, it must be a finite number")
     low, high = spec["low"], spec["high"]
@@ -194,10 +258,10 @@ def parse_value(key: str, text: str) -> Any:
     Raises:
         ConfigError: unknown key, or text that is not of the key's type.
     """
-    options = describe()
-    if key not in options:
-        raise ConfigError(f"unknown setting {key!r}", nearest(key, list(options)))
-    kind = options[key]["type"]
+    return _parse(key, _describe(key)["type"], text)
+
+
+def _parse(key: str, kind: Any, text: str) -> Any:
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ConfigError(f"{key} is {text!r}, it must be true or false")
@@ -208,6 +272,25 @@ def parse_value(key: str, text: str) -> Any:
         return kind(text)
     except ValueError:
         raise ConfigError(f"{key} is {text!r}, it must be of type {kind.__name__}") from None
+
+
+def checked(key: str, spec: Mapping[str, Any], value: Any) -> Any:
+    """Return a value of a file in the type that a row of `describe` asks for; text is parsed.
+
+    Raises:
+        ConfigError: another type, or out of range.
+    """
+    parsed = _parse(key, spec["type"], value) if isinstance(value, str) else _widened(spec["type"], value)
+    _check(key, spec, parsed)
+    return parsed
+
+
+def _widened(kind: Any, value: Any) -> Any:
+    """Return a whole number as the float that it is in TOML, JSON and on the command line."""
+    if kind is float and type(value) is int:
+        with contextlib.suppress(OverflowError):
+            return float(value)
+    return value
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -227,22 +310,15 @@ def merge(*layers: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: unknown key, wrong type or out of range; the key is named.
     """
-    options = describe()
     tables: dict[str, dict[str, Any]] = {}
     for layer in layers:
         for key, given in layer.items():
-            if key not in options:
-                raise ConfigError(f"unknown setting {key!r}", nearest(key, list(options)))
-            # A whole number is a valid float in TOML and on the command line.
-            value = given
-            if options[key]["type"] is float and type(given) is int:
-                with contextlib.suppress(OverflowError):
-                    value = float(given)
             section, _, name = key.rpartition(".")
-            tables.setdefault(section, {})[name] = value
+            tables.setdefault(section, {})[name] = _widened(_describe(key)["type"], given)
     sections = {"initialize": InitializeConfig, "stream": StreamConfig, "refine": RefineConfig, "output": OutputConfig}
     parts: dict[str, Any] = {name: build(**tables.get(name, {})) for name, build in sections.items()}
-    return RunConfig(**tables.get("", {}), **parts)
+    prompts = {int(frame): text for frame, text in tables.get("prompts", {}).items()}
+    return RunConfig(**tables.get("", {}), **parts, prompts=dict(sorted(prompts.items())))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -259,17 +335,20 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
 
 
+def presets() -> list[str]:
+    """Return the names of the shipped presets."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
 def preset(name: str, quality: str | None = None) -> dict[str, Any]:
     """Return {dotted key: value} of a shipped preset, with one of its `quality` tables on top.
 
     Raises:
         ConfigError: no such preset, or the preset has no such quality.
     """
-    folder = Path(__file__).parent / "presets"
-    known = sorted(path.stem for path in folder.glob("*.toml"))
-    if name not in known:
+    if name not in (known := presets()):
         raise ConfigError(f"unknown preset {name!r}", nearest(name, known))
-    table = read_toml(folder / f"{name}.toml")
+    table = read_toml(PRESETS / f"{name}.toml")
     qualities = cast("dict[str, dict[str, Any]]", table.pop("quality", {}))
     if quality is None:
         return flatten(table)

@@ -41,7 +41,7 @@ def resolve(name: str = "auto") -> Device:
     Raises:
         ConfigError: the name means nothing, or this machine has no such device.
     """
-    kind, index = _parse(name)
+    kind, index = parse(name)
     import torch
 
     has_mps = torch.backends.mps.is_available()
@@ -58,7 +58,7 @@ def resolve(name: str = "auto") -> Device:
     return Device(f"cuda:{int(index or 0)}" if kind == "cuda" else kind)
 
 
-def _parse(name: str) -> tuple[str, str]:
+def parse(name: str) -> tuple[str, str]:
     """Split the name of a device into kind and index ("" where it has none); ConfigError where it means nothing."""
     kind, _, index = name.partition(":")
     if kind not in ("auto", "cpu", "cuda", "mps") or (":" in name and not (kind == "cuda" and index.isdecimal())):
@@ -85,8 +85,14 @@ def usable_cpus() -> int:
     return cores
 
 
+def default_threads() -> int:
+    """Threads of a run that asks for none in particular: OMP_NUM_THREADS, else all usable cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else usable_cpus()
+
+
 def set_threads(threads: int | None = None) -> int:
-    """Fix the number of threads of CPU maths, and return it; None means OMP_NUM_THREADS, else all usable cores.
+    """Fix the number of threads of CPU maths, and return it; None means `default_threads`.
 
     The number is part of what makes a run repeatable: sums split over other numbers of threads round differently.
 
@@ -97,9 +103,7 @@ def set_threads(threads: int | None = None) -> int:
 
     if threads is not None and threads < 1:
         raise ConfigError(f"{threads} threads cannot compute", "use --threads 1 or more")
-    if threads is None:
-        asked = os.environ.get("OMP_NUM_THREADS", "")
-        threads = int(asked) if asked.isdecimal() and int(asked) > 0 else usable_cpus()
+    threads = default_threads() if threads is None else threads
     torch.set_num_threads(threads)
     return threads
 
@@ -155,7 +159,7 @@ def glance(name: str = "auto") -> tuple[str, int]:
     Raises:
         ConfigError: the name means nothing.
     """
-    kind, _ = _parse(name)
+    kind, _ = parse(name)
     if kind in ("auto", "cuda") and (kind == "cuda" or "+cpu" not in importlib.metadata.version("torch")):
         ask = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
         try:

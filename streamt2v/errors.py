@@ -1,7 +1,8 @@
-"""Every expected failure of the package, with the exit code it maps to.
+"""Every expected failure of the package, with the exit code it maps to and the `code` that `--json` shows.
 
 StreamT2VError            1    base; a bare one is a bug
 ├── ConfigError           2    an option, config file, preset or plan is invalid
+│   └── FieldError        2    ... a field of a row of a batch
 ├── InputError            3    an input is missing, unreadable or of the wrong kind
 │   └── VideoError        3    ... a video
 ├── WeightsError          4    weights are missing, damaged or of another layout
@@ -10,6 +11,7 @@ StreamT2VError            1    base; a bare one is a bug
 ├── MemoryLimitError      6    the device or the host has not enough memory
 ├── NumericsError         7    a network produced NaN, Inf or an all-black chunk
 ├── BusyError             8    another process holds the output or the weights
+├── BatchError            9    a batch ended, and some of its jobs failed
 └── Interrupted         130    SIGINT (143 for SIGTERM); the run can be resumed
 """
 
@@ -17,6 +19,7 @@ StreamT2VError            1    base; a bare one is a bug
 class StreamT2VError(Exception):
     """An expected failure: `message` says what was found, `hint` what to do about it."""
 
+    code = "unexpected"
     exit_code = 1
 
     def __init__(self, message: str, hint: str = "") -> None:
@@ -25,58 +28,96 @@ class StreamT2VError(Exception):
         self.hint = hint
 
 
+def explained(error: BaseException) -> StreamT2VError:
+    """Return an error of this package as it is, and what stands for any other one."""
+    if isinstance(error, StreamT2VError):
+        return error
+    if isinstance(error, MemoryError):
+        return MemoryLimitError("out of memory", "try a lower --memory, or a smaller --size or --chunk")
+    first_line = str(error).strip().partition("\n")[0]
+    return StreamT2VError(f"{type(error).__name__}: {first_line}", "this is a bug")
+
+
 class ConfigError(StreamT2VError):
     """An option, a config file, a preset or a plan is invalid."""
 
+    code = "config"
     exit_code = 2
+
+
+class FieldError(ConfigError):
+    """A field of a row of a batch is invalid."""
+
+    def __init__(self, field: str, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.field = field
 
 
 class InputError(StreamT2VError):
     """An input file is missing, unreadable or of the wrong kind."""
 
+    code = "input"
     exit_code = 3
 
 
 class VideoError(InputError):
     """A video cannot be probed or decoded."""
 
+    code = "video"
+
 
 class WeightsError(StreamT2VError):
     """Weights are missing, damaged or do not fit the network."""
 
+    code = "weights"
     exit_code = 4
 
 
 class OutputError(StreamT2VError):
     """The output exists already, cannot be written, or the disk is full."""
 
+    code = "output"
     exit_code = 5
 
 
 class ResumeError(OutputError):
     """A run directory does not belong to the run that should resume it."""
 
+    code = "resume"
+
 
 class MemoryLimitError(StreamT2VError):
     """The device or the host has not enough memory for the asked settings."""
 
+    code = "memory"
     exit_code = 6
 
 
 class NumericsError(StreamT2VError):
     """A network produced NaN, Inf or an all-black chunk."""
 
+    code = "numerics"
     exit_code = 7
 
 
 class BusyError(StreamT2VError):
     """Another process is working on the same output."""
 
+    code = "busy"
     exit_code = 8
+
+
+class BatchError(StreamT2VError):
+    """A batch ended, and some of its jobs failed."""
+
+    code = "batch"
+    exit_code = 9
 
 
 class Interrupted(StreamT2VError):
     """The run was stopped by a signal and can be resumed."""
+
+    code = "interrupted"
 
     def __init__(self, message: str, hint: str = "", exit_code: int = 130) -> None:
         super().__init__(message, hint)

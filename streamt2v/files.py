@@ -10,16 +10,31 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from streamt2v.errors import OutputError
+from streamt2v.errors import ConfigError, OutputError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+# Names that every system can keep, with room for what is appended to them: no control characters, none that separate
+# folders, drives or streams, none at the end that are dropped, none that stand for a device.
+_UNFIT = r'\x00-\x1f\x7f<>:"/\\|?*'
+_NAME = re.compile(rf"(?!(?i:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))[^{_UNFIT}]*[^{_UNFIT}. ]")
+_MAX_NAME_BYTES = 200
 _WRITE = os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0)
+
+
+def stamp(path: Path) -> tuple[int, int, int] | None:
+    """Return what tells a file from its later contents, for caches: inode, size, time; None where there is none."""
+    with contextlib.suppress(OSError):
+        status = path.stat()
+        return status.st_ino, status.st_size, status.st_mtime_ns
+    return None
 
 
 def free_bytes(path: Path) -> int:
@@ -52,6 +67,28 @@ def explain(path: Path, error: OSError) -> OutputError:
     if error.errno in _DENIED:
         return OutputError(f"cannot write {path}: permission denied or read-only", "choose another place with -o")
     return OutputError(f"cannot write {path}: {error.strerror or error}")
+
+
+def slug(text: str) -> str:
+    """Return letters and digits of a text, joined by dashes, as part of a file name: at most 48 bytes, never empty."""
+    words = unicodedata.normalize("NFKC", text).lower()
+    dashed = "-".join("".join(c if c.isalnum() else " " for c in words).split())
+    return dashed.encode()[:48].decode(errors="ignore").strip("-") or "video"
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of a relative name inside a folder; it may name folders of its own.
+
+    Raises:
+        ConfigError: it leads elsewhere, by itself or by a link, or is a name that some system cannot keep.
+    """
+    path = folder / name
+    for part in name.split("/"):
+        if not _NAME.fullmatch(part) or len(part.encode(errors="replace")) > _MAX_NAME_BYTES:
+            raise ConfigError(f"{name!r} cannot be the name of a file", f"give a plain name of a file inside {folder}")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(f"{path} leads outside of {folder}", "remove the link, or choose another name")
+    return path
 
 
 @contextlib.contextmanager

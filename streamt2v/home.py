@@ -81,7 +81,8 @@ class Recorded:
         return (status.st_mtime_ns, status.st_ino) == self.stamp or sha256_of(file) == self.sha256
 
 
-def _record() -> Path:
+def record_path() -> Path:
+    """Where the record lies, whether or not it is there yet."""
     return path() / "weights.lock.json"
 
 
@@ -91,7 +92,7 @@ def recorded(section: Section) -> dict[str, Any]:
     Raises:
         WeightsError: the record is damaged or of another schema.
     """
-    record = _record()
+    record = record_path()
     try:
         table = json.loads(record.read_text("utf-8"))
         if table["schema"] != SCHEMA:
@@ -114,10 +115,10 @@ def remember(section: Section, rows: Mapping[str, Any]) -> None:
         OutputError: the record cannot be written.
     """
     files.make_directory(path())
-    with files.output_errors(_record()), FileLock(path() / ".weights.lock"):
+    with files.output_errors(record_path()), FileLock(path() / ".weights.lock"):
         table = {name: recorded(name) for name in ROWS}
         table[section] |= rows
-        files.write_json(_record(), {"schema": SCHEMA, **table})
+        files.write_json(record_path(), {"schema": SCHEMA, **table})
 
 
 @contextlib.contextmanager

@@ -1,13 +1,16 @@
 """A job: what to make, from what, where to; and everything that can be checked before torch is imported."""
 
+from __future__ import annotations
+
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamt2v import __version__, files, hub, initializers, runs, vocabulary, weights
-from streamt2v.config import RunConfig, to_flat
-from streamt2v.errors import ConfigError, InputError, OutputError
+from streamt2v import __version__, devices, files, hub, initializers, runs, vocabulary, weights
+from streamt2v.config import Prompt, RunConfig, merge, to_flat
+from streamt2v.errors import ConfigError, InputError, OutputError, StreamT2VError
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,11 @@ class Job:
         """The run directory, beside the output."""
         return runs.directory_for(self.output)
 
+    def timeline(self) -> tuple[Prompt, ...]:
+        """Return the prompts and the frames at which the run turns to them, see `RunConfig.timeline`."""
+        kept = inspect_source(self.source).frames if self.source and self.command == "extend" else 0
+        return self.config.timeline(self.command, kept)
+
     def recipe(self) -> dict[str, Any]:
         """Return what decides the frames: a run may only be resumed by a job with an equal recipe."""
         chosen = initializers.choose(self.config) if self.command == "generate" else None
@@ -50,6 +58,10 @@ class Job:
         }
 
 
+BEHAVIOUR = ("device", "threads", "resume", "overwrite", "keep_run", "preview", "memory")
+"""Fields of a job that say how it runs, not what it makes."""
+
+
 @dataclass(frozen=True)
 class Result:
     """What was made."""
@@ -64,6 +76,15 @@ class Result:
     model: str
     peak_memory_mb: float
 
+    @classmethod
+    def of(cls, job: Job, width: int, height: int, seconds: float, device: devices.Device | None = None) -> Result:
+        """Describe the finished output of a job."""
+        config = job.config
+        return cls(
+            str(job.output), config.num_frames, width, height, config.output.fps, round(seconds, 2), config.seed,
+            config.model, round(devices.peak_memory(device) / 2**20, 1),
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Source:
@@ -74,9 +95,11 @@ class Source:
     height: int
     fps: float
     has_audio: bool
-    prompt: str
+    prompts: dict[int, str]
+    """What it shows from which frame on, as far as it says so."""
 
 
+MAX_DEPTH = 6  # of a recipe
 MAX_TEXT_BYTES = 24_000  # as JSON: the recipe, with two prompts, must fit the 64 KiB of a comment tag
 
 
@@ -94,18 +117,50 @@ def inspect_source(path: Path) -> Source:
     from streamt2v import video
 
     found = video.probe(path)
-    prompt = recipe_of(found.comment).get("config", {}).get("prompt", "")
-    return Source(found.frames, found.width, found.height, float(found.fps), found.has_audio, str(prompt))
+    timeline = recorded_timeline(recipe_of(found.comment), found.frames)
+    prompts = {prompt.frame: prompt.text for prompt in timeline}
+    return Source(found.frames, found.width, found.height, float(found.fps), found.has_audio, prompts)
 
 
 def recipe_of(comment: str) -> dict[str, Any]:
     """Return the recipe in a comment tag, empty when there is none; anybody may have written the tag."""
     try:
-        recipe = json.loads(comment)
+        recipe = json.loads(comment, parse_constant=int)  # which refuses NaN and the infinities
     except (ValueError, RecursionError):
         return {}
     whole = isinstance(recipe, dict) and "streamt2v" in recipe and isinstance(recipe.get("config"), dict)
-    return recipe if whole else {}
+    return recipe if whole and not _deeper(recipe, MAX_DEPTH) else {}
+
+
+def _deeper(value: Any, depth: int) -> bool:
+    """Tell whether tables and lists lie in each other more than `depth` times."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return bool(inside) and (not depth or any(_deeper(part, depth - 1) for part in inside))
+
+
+def recorded_run(recipe: Mapping[str, Any]) -> tuple[RunConfig, str, int] | None:
+    """Return the settings, the command and the number of continued frames of a recipe.
+
+    None when it has none, or any that this version would not take: nothing of it is used unchecked.
+    """
+    try:
+        run, command = merge(recipe["config"]), str(recipe["command"])
+        kept = recipe["source"]["frames"] if command == "extend" else 0
+    except (StreamT2VError, KeyError, TypeError):
+        return None
+    return (run, command, kept) if type(kept) is int and kept >= 0 else None
+
+
+def recorded_timeline(recipe: Mapping[str, Any], num_frames: int) -> tuple[Prompt, ...]:
+    """Return what a video of so many frames shows by its recipe, from which frame on; empty when it does not say."""
+    recorded = recorded_run(recipe)
+    if recorded is None or not recorded[0].prompt:
+        return ()
+    run, command, kept = recorded
+    try:
+        return run.timeline(command, kept) if run.num_frames == num_frames else (Prompt(0, 0, run.prompt),)
+    except ConfigError:
+        return ()
 
 
 def recorded_seed(output: Path) -> int | None:
@@ -114,9 +169,30 @@ def recorded_seed(output: Path) -> int | None:
     if seed is None and output.exists():
         from streamt2v import video
 
-        found = recipe_of(video.probe(output).comment).get("config", {}).get("seed")
-        seed = found if isinstance(found, int) else None
+        found = recorded_run(recipe_of(video.probe(output).comment))
+        seed = None if found is None else found[0].seed
     return seed
+
+
+def difference(job: Job, recorded: dict[str, Any]) -> str | None:
+    """Name the first setting in which a recorded recipe differs from the job's, None when there is none."""
+    asked = job.recipe()
+    return runs.first_difference({key: recorded.get(key) for key in asked}, asked)
+
+
+def finished(job: Job) -> Result:
+    """Describe the output of a job that was made before.
+
+    Raises:
+        VideoError: it is no readable video. OutputError: it was made with other settings.
+    """
+    from streamt2v import video
+
+    found = video.probe(job.output)
+    if changed := difference(job, recipe_of(found.comment)):
+        message = f"{job.output} was made with other settings: {changed}"
+        raise OutputError(message, "choose another name with -o, or --overwrite")
+    return Result.of(job, found.width, found.height, 0.0)
 
 
 def describe_video(path: Path) -> dict[str, Any]:
@@ -144,14 +220,9 @@ def check(job: Job, note: hub.Note = lambda text: None) -> list[str]:
     Raises:
         ConfigError, InputError, OutputError, WeightsError: what would make the run fail later.
     """
-    if job.command != "refine" and not job.config.prompt.strip():
-        raise ConfigError("the prompt is empty", 'try "a red ball bouncing over the sea at sunset"')
-    for text in (job.config.prompt, job.config.negative_prompt, str(job.output)):
-        _check_text(text)
-    if job.config.image:
-        from streamt2v import video
-
-        video.read_image(Path(job.config.image))
+    _check_text(str(job.output))
+    check_wishes(job.config, prompt_needed=job.command != "refine")
+    devices.parse(job.device)
     if job.command == "refine":
         _check_refined(job)
     _check_output(job)
@@ -164,7 +235,25 @@ def check(job: Job, note: hub.Note = lambda text: None) -> list[str]:
         notices += _check_initializer(job.config, family, note)
     if job.command == "extend":
         _check_continued(job)
+    turns = [prompt for prompt in job.timeline() if prompt.frame != prompt.asked]
+    notices += [f"the prompt of frame {turn.asked} begins with the next chunk, at frame {turn.frame}" for turn in turns]
     return notices + _prompt_notices(job, family.vocabulary_path()) + _source_notices(job)
+
+
+def check_wishes(config: RunConfig, prompt_needed: bool = True) -> None:
+    """Check what somebody wrote and drew: the prompts and the picture. Raises ConfigError or InputError."""
+    prompts = (config.prompt, *config.prompts.values())
+    if prompt_needed and not all(text.strip() for text in prompts):
+        raise ConfigError("the prompt is empty", 'try "a red ball bouncing over the sea at sunset"')
+    for text in (*prompts, config.negative_prompt):
+        _check_text(text)
+    size = sum(len(json.dumps(text)) + 24 for text in prompts)  # with its key
+    if size > MAX_TEXT_BYTES + 24:
+        raise ConfigError(f"{len(prompts)} prompts of {size} bytes are too long", f"at most {MAX_TEXT_BYTES} together")
+    if config.image:
+        from streamt2v import video
+
+        video.read_image(Path(config.image))
 
 
 def _check_text(text: str) -> None:
@@ -287,7 +376,8 @@ def _prompt_notices(job: Job, words: Path | None) -> list[str]:
     if words is None:
         return []
     known = vocabulary.load(words)
-    unknown = known.unknown_words(f"{job.config.prompt} {job.config.negative_prompt}")
+    said = (job.config.prompt, *job.config.prompts.values(), job.config.negative_prompt)
+    unknown = known.unknown_words(" ".join(said))
     if not unknown:
         return []
     plural = "words" if len(unknown) > 1 else "word"

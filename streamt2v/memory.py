@@ -22,14 +22,16 @@ class MemoryPolicy:
 
     precision: Literal["float32", "float16"]
     keep_networks: bool
-    """Networks of all stages stay; else a stage ends and goes before the next begins, and what works only once (text
-    and image encoders) stays on the host."""
+    """Networks of all stages stay; else a stage ends and goes before the next begins."""
     batched_guidance: bool
     """Both branches of guidance in one batch; else one after the other."""
     feed_forward_rows: int
     """Rows that a feed-forward layer takes at once."""
     offload: bool
     """Weights stay on the host; each layer's come to the device while it runs."""
+    encoders_on_host: bool = False
+    """Text and image encoders, which work once, stay on the host. Where host and device share their memory this saves
+    nothing: the image encoder stays for the stage, and what the text encoder took is kept for the next tensors."""
 
     def describe(self) -> str:
         """Say it in words."""
@@ -73,19 +75,21 @@ def needed(stages: Sequence[Stage], policy: MemoryPolicy) -> int:
         loaded = sum(stage.values + stage.encoder_values for stage in stages) * share
         values = loaded + max(stage.features(policy) for stage in stages)
     else:
-        values = max(stage.values * share + stage.features(policy) for stage in stages)
+        beside = 0 if policy.encoders_on_host else 1
+        values = max(stage.values * share + stage.encoder_values * beside + stage.features(policy) for stage in stages)
     return int(values * (2 if policy.precision == "float16" else 4) * MARGIN) + OWN_BYTES
 
 
 def choose(free: int, stages: Sequence[Stage], kind: str) -> MemoryPolicy:
     """Pick the fastest policy that fits into `free` bytes of a device ("cpu", "cuda", "mps"); else the most sparing."""
     precision: Literal["float32", "float16"] = "float32" if kind == "cpu" else "float16"
+    host = kind == "cuda"  # elsewhere the host's memory is the device's
     ladder = [
         MemoryPolicy(precision, True, True, MANY_ROWS, False),
-        MemoryPolicy(precision, False, True, MANY_ROWS, False),
-        MemoryPolicy(precision, False, True, FEW_ROWS, False),
-        MemoryPolicy(precision, False, False, FEW_ROWS, False),
+        MemoryPolicy(precision, False, True, MANY_ROWS, False, host),
+        MemoryPolicy(precision, False, True, FEW_ROWS, False, host),
+        MemoryPolicy(precision, False, False, FEW_ROWS, False, host),
     ]
-    if kind == "cuda":  # elsewhere the host's memory is the device's
-        ladder.append(MemoryPolicy(precision, False, False, FEW_ROWS, True))
+    if host:
+        ladder.append(MemoryPolicy(precision, False, False, FEW_ROWS, True, host))
     return next((policy for policy in ladder if needed(stages, policy) <= free), ladder[-1])

@@ -9,11 +9,11 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.metadata import version
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamt2v import __version__, devices, frames, initializers, jobs, memory, planning, runs, video, weights
-from streamt2v.chunks import covering, refinement_plan, streaming_plan
+from streamt2v import __version__, devices, frames, initializers, jobs, memory, planning, preview, runs, video, weights
+from streamt2v.chunks import Chunk, covering, refinement_plan, streaming_plan
+from streamt2v.config import prompt_at
 from streamt2v.convert import clean_prompt
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
-from streamt2v.errors import Interrupted, MemoryLimitError, OutputError, StreamT2VError, VideoError
+from streamt2v.errors import Interrupted, MemoryLimitError, StreamT2VError, VideoError
 from streamt2v.frames import Frames
-from streamt2v.jobs import Job, Result, check, recipe_of
+from streamt2v.jobs import Job, Result, check
 from streamt2v.memory import MemoryPolicy
 from streamt2v.models.encoders import decode_latents, encode_frames, encode_text, latent_factor, latent_size
 from streamt2v.models.layers import slice_feed_forwards
 from streamt2v.models.refiner import legal_canvas
-from streamt2v.models.unet3d import TextContext
+from streamt2v.models.unet3d import Conditioning, TextContext
 from streamt2v.progress import Report
 from streamt2v.stages import initialize, stream
 from streamt2v.stages.denoise import Sampling
@@ -41,11 +42,35 @@ from streamt2v.stages.refine import Denoiser, Refiner, RefineState, noise_grid
 
 STREAM, REFINE = "stream", "refine"
 ENCODERS = ("stream.text", "stream.image", "refine.text")
-PREVIEW_FRAMES = 24
 
 
-def run(job: Job, report: Report) -> Result:
+@dataclass
+class Loaded:
+    """Networks that stay in memory from one run to the next, so that each is loaded once."""
+
+    networks: dict[Path, Any] = field(default_factory=dict)
+    loaded_for: object = None
+    free: dict[devices.Device, int] = field(default_factory=dict)
+
+    def free_memory(self, device: devices.Device) -> int:
+        """Bytes that were free before the first run: what stays loaded must not make the next one more sparing."""
+        return self.free.setdefault(device, devices.free_memory(device))
+
+    def fitting(self, *loaded_for: object) -> dict[Path, Any]:
+        """Return the networks for a run on a family, device and policy; those of any other are let go first."""
+        if self.loaded_for != loaded_for:
+            self.networks.clear()
+            self.loaded_for = loaded_for
+        return self.networks
+
+
+def run(job: Job, report: Report, loaded: Loaded | None = None) -> Result:
     """Make the video of a job.
+
+    Args:
+        job: what to make.
+        report: told how it goes on.
+        loaded: what earlier runs of this process have loaded, and later ones will find; None keeps nothing.
 
     Raises:
         StreamT2VError: what `jobs.check` finds, and what shows only while running (disk full, bad numbers, a signal).
@@ -53,19 +78,22 @@ def run(job: Job, report: Report) -> Result:
     check(job)
     began = time.monotonic()
     if job.resume and not job.overwrite and job.output.exists() and not runs.exists(job.run_path):
-        return _finished_before(job)
+        return jobs.finished(job)
+    loaded = Loaded() if loaded is None else loaded
     device = devices.resolve(job.device)
     resumed = runs.recorded_recipe(job.run_path) if job.resume and runs.exists(job.run_path) else {}
     # Sums split over other numbers of threads round differently: a run keeps the number it began with.
     threads = devices.set_threads(resumed.get("threads") if job.threads is None else job.threads)
     devices.keep_freed_memory()
     libraries = {name: version(name) for name in ("torch", "diffusers", "transformers")}
-    policy = _policy(job, device, resumed, report)
+    policy = _policy(job, device, loaded, resumed, report)
+    networks = loaded.fitting(job.config.model, device, policy)
+    cold = not networks
     recipe = {
         **job.recipe(), "device": device.name, "threads": threads, "libraries": libraries, "memory": asdict(policy)
     }  # fmt: skip
     with runs.RunDirectory.open(job.run_path, recipe, resume=job.resume) as directory:
-        maker = _Maker(job, report, directory, device, policy)
+        maker = _Maker(job, report, directory, device, policy, networks)
         try:
             width, height = maker.make()
         except (KeyboardInterrupt, Interrupted) as stop:
@@ -79,40 +107,25 @@ def run(job: Job, report: Report) -> Result:
             raise
         maker.finish()
         seconds = time.monotonic() - began
-        maker.remember(seconds)
+        if cold:
+            maker.remember(seconds)
     if not job.keep_run:
         directory.remove()
-    return _result(job, width, height, seconds, device)
+    return Result.of(job, width, height, seconds, device)
 
 
-def _policy(job: Job, device: devices.Device, resumed: dict[str, Any], report: Report) -> MemoryPolicy:
+def _policy(job: Job, device: devices.Device, loaded: Loaded, resumed: dict[str, Any], report: Report) -> MemoryPolicy:
     """What the memory allows; a run keeps the policy it began with, as other batches round differently."""
     if job.memory is None and "memory" in resumed:
         with contextlib.suppress(TypeError):  # written by another version, which is refused when it is opened
             return MemoryPolicy(**resumed["memory"])
-    free = devices.free_memory(device) if job.memory is None else int(job.memory * 1e9)
+    free = loaded.free_memory(device) if job.memory is None else int(job.memory * 1e9)
     source = jobs.inspect_source(job.source) if job.source and job.command == "refine" else None
     known = planning.stages(job.config, None if source is None else (source.height, source.width))
     policy = memory.choose(free, known, device.kind)
     need = memory.needed(known, policy)
     report.note(f"memory: {policy.describe()}: up to {need / 1e9:.1f} of {free / 1e9:.1f} GB", warning=need > free)
     return policy
-
-
-def _finished_before(job: Job) -> Result:
-    found = video.probe(job.output)
-    recorded = recipe_of(found.comment)
-    if any(recorded.get(key) != value for key, value in json.loads(json.dumps(job.recipe())).items()):
-        raise OutputError(f"{job.output} was made with other settings", "choose another name with -o, or --overwrite")
-    return _result(job, found.width, found.height, 0.0)
-
-
-def _result(job: Job, width: int, height: int, seconds: float, device: devices.Device | None = None) -> Result:
-    config = job.config
-    return Result(
-        str(job.output), config.num_frames, width, height, config.output.fps, round(seconds, 2), config.seed,
-        config.model, round(devices.peak_memory(device) / 2**20, 1),
-    )  # fmt: skip
 
 
 def _interrupted(maker: "_Maker", stop: BaseException) -> Interrupted:
@@ -154,34 +167,32 @@ class _Preview:
     """A contact sheet of frames evenly spaced over the video, renewed while it grows."""
 
     def __init__(self, path: Path | None, num_frames: int) -> None:
-        self.path = path
-        count = min(PREVIEW_FRAMES, num_frames)
-        self.wanted = {index * (num_frames - 1) // max(1, count - 1) for index in range(count)}
+        self.path, self.num_frames = path, num_frames
         self.shown: list[Frames] = []
 
     def add(self, start: int, group: Frames) -> None:
         """Take what is wanted of frames start.. and rewrite the sheet when something was."""
-        chosen = [group[i] for i in range(len(group)) if start + i in self.wanted]
-        if self.path is None or not chosen:
+        if self.path is None:
             return
-        small = frames.resize(frames.to_float(np.stack(chosen)), _thumbnail(group.shape[1], group.shape[2]))
-        self.shown.extend(frames.to_u8(small))
-        video.write_image(self.path, frames.contact_sheet(np.stack(self.shown)))
-
-
-def _thumbnail(height: int, width: int) -> tuple[int, int]:
-    scale = min(1.0, 320 / width)
-    return max(1, round(height * scale)), max(1, round(width * scale))
+        for chosen in preview.pick([group], self.num_frames, preview.SHEET_FRAMES, start):
+            self.shown.extend(preview.shrink(chosen))
+            video.write_image(self.path, frames.contact_sheet(np.stack(self.shown)))
 
 
 class _Maker:
     """One run: loads what it needs, pulls frames through the stages, records what is finished."""
 
     def __init__(
-        self, job: Job, report: Report, directory: runs.RunDirectory, device: devices.Device, policy: MemoryPolicy
+        self,
+        job: Job,
+        report: Report,
+        directory: runs.RunDirectory,
+        device: devices.Device,
+        policy: MemoryPolicy,
+        networks: dict[Path, Any],
     ) -> None:
         self.job, self.config, self.report, self.directory = job, job.config, report, directory
-        self.device, self.policy = device, policy
+        self.device, self.policy, self.networks = device, policy, networks
         self.family = weights.family(job.config.model)
         self.draws = SeededDraws(self.config.seed)
         # A continued video keeps its frames; the last of them are the first chunk of the base video.
@@ -190,7 +201,7 @@ class _Maker:
         self.num_frames = self.config.num_frames - self.base_offset  # of the base video
         self.stream_plan = streaming_plan(self.num_frames, self.config.stream.chunk, self.config.stream.overlap)
         self.refine_plan = refinement_plan(self.num_frames, self.config.refine.chunk, self.config.refine.overlap)
-        self.networks: dict[Path, Any] = {}
+        self.timeline = job.timeline()
         # Loading and the first chunk; later chunks; what the refiner's pixels take: its VAE, writing, the final file.
         self.fixed_seconds = self.stream_seconds = self.frame_seconds = 0.0
         self.writer: video.SegmentWriter | None = None
@@ -209,18 +220,18 @@ class _Maker:
             self.directory.partial_path, geometry.fit.height, geometry.fit.width, fps,
             crf=self.config.output.crf, resume=mark,
         )  # fmt: skip
-        preview = _Preview(self.job.preview, self.config.num_frames)
+        sheet = _Preview(self.job.preview, self.config.num_frames)
         if self.job.preview and self.writer.mark.frames:
             shown = 0
             for part in video.read_frames(self.directory.partial_path):
-                preview.add(shown, part)
+                sheet.add(shown, part)
                 shown += len(part)
         for group, tensors in self._groups(geometry, state):
             start = self.writer.mark.frames
             with self._timing_frames():
                 mark = self.writer.append(group)
             self.directory.save_state("output", tensors, {"mark": asdict(mark)})
-            preview.add(start, group)
+            sheet.add(start, group)
         return geometry.fit.width, geometry.fit.height
 
     def _groups(self, geometry: Geometry, state: runs.State | None) -> Iterator[tuple[Frames, dict[str, Tensor]]]:
@@ -300,6 +311,10 @@ class _Maker:
         devices.wait(self.device)
         self.frame_seconds += time.monotonic() - began
 
+    def _prompt_of(self, chunk: Chunk) -> str:
+        """Return what a chunk of either plan follows: the prompt of its first new frame."""
+        return prompt_at(self.timeline, self.base_offset + chunk.new_start)
+
     # -- sizes
 
     def _base_size(self) -> tuple[int, int]:
@@ -329,9 +344,16 @@ class _Maker:
             self._finish_base()
         base = self._base_frames(0 if state is None else state.encoded)
         first = list(islice(base, 1))  # before the refiner's networks take memory: a model of others may need it all
-        text = self._text("refine")
+        texts = self._texts("refine")
         vae, unet = self._load("refine.vae"), self._load("refine.unet")
-        denoiser = Denoiser(unet, schedule, unet.prepare(text), self.policy.batched_guidance)
+
+        @lru_cache(maxsize=settings.num_inference_steps + 2)  # those of the chunks in flight, at any length
+        def prepared(prompt: str) -> Conditioning:
+            return unet.prepare(texts[prompt])  # type: ignore[no-any-return]
+
+        denoiser = Denoiser(
+            unet, schedule, lambda chunk: prepared(self._prompt_of(chunk)), self.policy.batched_guidance
+        )
         geometry = Geometry(geometry.fit, legal_canvas(*geometry.content, unet.config, latent_factor(vae)))
         source = frames.singly(chain(first, base))
 
@@ -400,13 +422,16 @@ class _Maker:
         left = self.stream_plan[state.next_chunk :]
         if not left:
             return
-        models, text, noise = self._stream_parts
+        models, texts, noise = self._stream_parts
         sampling = Sampling.of(config, self.policy.batched_guidance)
-        streamer = stream.Streamer(models, text, state.anchor, sampling, noise)
         began = time.monotonic()
-        for chunk, (new, after) in zip(left, streamer.run(state, left), strict=True):
-            yield self._store(chunk.index, new, after, began)
-            began = time.monotonic()
+        for prompt, group in groupby(left, self._prompt_of):
+            chunks = list(group)
+            streamer = stream.Streamer(models, texts[prompt], state.anchor, sampling, noise)
+            for chunk, made in zip(chunks, streamer.run(state, chunks), strict=True):
+                new, state = made
+                yield self._store(chunk.index, new, state, began)
+                began = time.monotonic()
 
     def _store(self, index: int, new: Tensor, state: stream.StreamState, began: float) -> Frames:
         """Store the new frames of one chunk and the state after it; return the frames as uint8."""
@@ -468,8 +493,8 @@ class _Maker:
     def _own_first_chunk(self) -> Tensor:
         """Run the family's own initializer: frames [F, 3, H, W] in [-1, 1]."""
         config, size = self.config.initialize, self.config.stream.chunk
-        models, text, noise = self._stream_parts
-        sampling = self._first_sampling
+        models, texts, noise = self._stream_parts
+        text, sampling = texts[self.config.prompt], self._first_sampling
         if not self.config.image:
             return initialize.from_text(models, text, sampling, noise, size)
         picture = self._picture(self.device.name).unsqueeze(0)
@@ -486,12 +511,12 @@ class _Maker:
     # -- networks
 
     @cached_property
-    def _stream_parts(self) -> tuple[stream.StreamModels, TextContext, stream.NoiseOfChunk]:
-        text = self._text("stream")
+    def _stream_parts(self) -> tuple[stream.StreamModels, dict[str, TextContext], stream.NoiseOfChunk]:
+        texts = self._texts("stream")
         config, models = self.config.stream, self._stream_models()
         shape = (models.unet.config.out_channels, *latent_size(models.vae, config.height, config.width))
         noise = stream.chunk_noise(self.draws, config.chunk, shape, self.device.name)
-        return models, text, noise
+        return models, texts, noise
 
     def _stream_models(self) -> stream.StreamModels:
         config, family = self.config.stream, self.family
@@ -511,8 +536,8 @@ class _Maker:
         path = self.family.path(role)
         if path not in self.networks:
             self.report.note(f"loading {role}")
-            policy, sparing = self.policy, self.device.kind == "cuda" and not self.policy.keep_networks
-            on_host = policy.offload or (sparing and role in ENCODERS)
+            policy = self.policy
+            on_host = policy.offload or (policy.encoders_on_host and role in ENCODERS)
             place = "cpu" if on_host else self.device.name
             network = weights.load(self.family, role, place, getattr(torch, policy.precision))
             if isinstance(network, torch.nn.Module):
@@ -529,16 +554,22 @@ class _Maker:
         return NoiseSchedule(ScheduleConfig.from_dict(schedule or {}))
 
     @torch.inference_mode()
-    def _text(self, stage: str) -> TextContext:
-        """Encode the negative and the positive prompt for one stage: rows (negative, positive)."""
+    def _texts(self, stage: str) -> dict[str, TextContext]:
+        """Encode every prompt of the timeline for one stage: rows (negative, positive).
+
+        All at once, so that the encoder can go; one by one, as rounding may depend on the size of a batch.
+        """
         tokenizer, encoder = self._load(f"{stage}.tokenizer"), self._load(f"{stage}.text")
-        texts, room = [self.config.negative_prompt, self.config.prompt], encoder.config.max_position_embeddings
-        if self.family.file(f"{stage}.tokenizer").tidy:
-            texts = [clean_prompt(text) for text in texts]
-        for text, ids in zip(texts, tokenizer(texts).input_ids, strict=True):
-            if len(ids) > room:
-                self.report.note(f"the text encoder reads {room} tokens, the end of {text!r} is cut off", warning=True)
-        encoded = encode_text(tokenizer, encoder, texts)
+        room, encoded = encoder.config.max_position_embeddings, {}
+        for prompt in dict.fromkeys(turn.text for turn in self.timeline):
+            texts = [self.config.negative_prompt, prompt]
+            if self.family.file(f"{stage}.tokenizer").tidy:
+                texts = [clean_prompt(text) for text in texts]
+            for text, ids in zip(texts, tokenizer(texts).input_ids, strict=True):
+                if len(ids) > room:
+                    cut = f"the text encoder reads {room} of {len(ids)} tokens, the rest is cut off: {text[:60]!r}..."
+                    self.report.note(cut, warning=True)
+            encoded[prompt] = encode_text(tokenizer, encoder, texts)
         if not self.policy.keep_networks:
             del self.networks[self.family.path(f"{stage}.text")]
         return encoded

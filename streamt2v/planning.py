@@ -8,7 +8,7 @@ from typing import Any
 
 from streamt2v import devices, files, home, initializers, memory, weights
 from streamt2v.chunks import Chunk, length, refinement_plan, streaming_plan
-from streamt2v.config import RunConfig
+from streamt2v.config import Prompt, RunConfig
 from streamt2v.errors import OutputError
 
 MEASURED = (
@@ -26,6 +26,7 @@ class Plan:
     initializer: str
     stream_chunks: tuple[Chunk, ...]
     refine_chunks: tuple[Chunk, ...]
+    prompts: tuple[Prompt, ...]
     base_height: int
     base_width: int
     box_height: int
@@ -54,6 +55,9 @@ class Plan:
             )
         else:
             lines.append("refine   no")
+        for prompt in self.prompts[1:]:
+            asked = "" if prompt.asked == prompt.frame else f" (asked for at {prompt.asked})"
+            lines.append(f"prompt   from frame {prompt.frame}{asked}: {prompt.text}")
         short = "; MORE THAN THERE IS" if self.needed_bytes > self.free_bytes else ""
         lines.append(f"memory   {self.policy.describe()}")
         lines.append(
@@ -132,6 +136,7 @@ def plan(config: RunConfig, device: str = "auto", gigabytes: float | None = None
         seconds += config.num_frames * measured["seconds_per_frame"]
     return Plan(
         config.model, config.num_frames, output.fps, initializers.named(config), streaming, refinement,
+        config.timeline(),
         stream.height, stream.width, output.height, output.width,
         2 * sum(file.num_values for file in family.files), kind, free, policy, memory.needed(known, policy),
         measured, seconds,

@@ -84,7 +84,7 @@ class Progress:
         """A stage begins, or continues after `done` frames."""
         self.stages[stage] = _Stage(total_frames, done)
         if self.live is None and self.verbose:
-            self._line(f"{stage}: {total_frames} frames" + (f", {done} of them are there already" if done else ""))
+            self.say(f"{stage}: {total_frames} frames" + (f", {done} of them are there already" if done else ""))
 
     def advance(self, stage: str, done: int, chunk: int, num_chunks: int) -> None:
         """Show the new state: at once on a terminal, elsewhere every ten seconds and at the end."""
@@ -94,14 +94,20 @@ class Progress:
         due = now - self.last_line >= SECONDS_BETWEEN_LINES or done == state.total or self.verbose
         if self.live is None and due:
             self.last_line = now
-            self._line(state.text(stage))
+            self.say(state.text(stage))
+
+    def end(self, *stages: str) -> None:
+        """Show these stages no longer."""
+        for stage in stages:
+            self.stages.pop(stage, None)
 
     def note(self, text: str, warning: bool = False) -> None:
         """Say a warning, or what is worth a line when details are wanted."""
         if self.verbose or warning:
-            self._line(text)
+            self.say(text)
 
-    def _line(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Say a line, unless only errors are wanted."""
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 

@@ -80,6 +80,13 @@ def recorded_seed(output: Path) -> int | None:
     return seed if isinstance(seed, int) else None
 
 
+def chunk_seconds(path: Path) -> dict[int, float]:
+    """Return how long after the one before it each base chunk was stored, of a run whose directory is still there."""
+    stored = sorted((path / "base").glob("*.mkv"))
+    times = {int(chunk.name.partition("-")[0]): chunk.stat().st_mtime for chunk in stored}
+    return {chunk: times[chunk] - times[chunk - 1] for chunk in times if chunk - 1 in times}
+
+
 def check_writable(folder: Path) -> None:
     """Refuse a folder that is missing or cannot be written.
 
@@ -137,7 +144,7 @@ class RunDirectory:
             BusyError: another process works on it.
         """
         resumed = resume and exists(path)
-        if resumed and (difference := _first_difference(recorded_recipe(path), _plain(recipe))):
+        if resumed and (difference := first_difference(recorded_recipe(path), recipe)):
             raise ResumeError(
                 f"the run in {path} was started with {difference}",
                 "give the same settings to continue it, or start again with --overwrite",
@@ -375,8 +382,12 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, allow_nan=False))
 
 
+def first_difference(recorded: Any, asked: Any) -> str | None:
+    """Name the first key in which a recipe that was read differs from another one, with both values."""
+    return _first_difference(recorded, _plain(asked))
+
+
 def _first_difference(recorded: Any, asked: Any, key: str = "") -> str | None:
-    """Name the first key in which two JSON values differ, with both values."""
     if isinstance(recorded, dict) and isinstance(asked, dict):
         for name in [*recorded, *(name for name in asked if name not in recorded)]:
             found = _first_difference(recorded.get(name), asked.get(name), f"{key}.{name}" if key else name)

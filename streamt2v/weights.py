@@ -17,7 +17,8 @@ import tomllib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from functools import lru_cache
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from streamt2v import config, files, home
@@ -171,7 +172,8 @@ def _inside(root: Path, path: str) -> str:
 
     The name is what counts: a user may link a folder of the weights home to a larger disk.
     """
-    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+    seen = PureWindowsPath(path)  # which takes both kinds of slashes for what they are
+    if seen.anchor or ".." in seen.parts or "\0" in path:
         raise WeightsError(f"weights.toml names {path!r}, which lies outside {root}")
     return path
 
@@ -192,7 +194,12 @@ def families(root: Path = PACKAGE) -> dict[str, Family]:
     Raises:
         WeightsError: the list is missing, unreadable or of another schema.
     """
-    manifest = _manifest(root)
+    manifest, stamps = _manifest(root), (files.stamp(_manifest(root)), files.stamp(home.record_path()))
+    return dict(_families(root, manifest, home.path(), stamps))
+
+
+@lru_cache(maxsize=8)
+def _families(root: Path, manifest: Path, pulled: Path, _stamps: object) -> dict[str, Family]:
     if not manifest.is_file():
         raise WeightsError(f"the list of weights is missing: {manifest}", "install streamt2v again")
     try:
@@ -206,7 +213,7 @@ def families(root: Path = PACKAGE) -> dict[str, Family]:
             used = dict.fromkeys([*roles.values(), *filter(None, [table["vocabulary"]])])
             head = {key: table[key] for key in ("title", "licence", "preset", "vocabulary")}
             sources = tuple(Source(**{**row, "makes": tuple(row["makes"])}) for row in table.get("sources", ()))
-            place = home.path() if sources else root
+            place = pulled if sources else root
             known = home.recorded("files") if sources else {}
             listed = tuple(_file(rows[path], place, known.get(path)) for path in used)
             if stray := {path for source in sources for path in source.makes}.difference(used):
@@ -225,6 +232,14 @@ def family(name: str, root: Path = PACKAGE) -> Family:
     return known[name]
 
 
+def listed(name: str) -> Family | None:
+    """The family of a name that `weights list` shows, None for a stage-1 model of others. Raises as `family` does."""
+    known, others = families(), pipelines()
+    if name not in known and name not in others:
+        raise ConfigError(f"there is no model {name!r}", config.nearest(name, [*known, *others]))
+    return known.get(name)
+
+
 def default_family(root: Path = PACKAGE) -> str:
     """Name of the best family whose files are all here: `weights.toml` lists the best first. Else the last one."""
     known = families(root)
@@ -236,6 +251,26 @@ def pipelines(root: Path = PACKAGE) -> dict[str, dict[str, str]]:
     """Stage-1 models of others that `weights.toml` knows by name: repository, licence, what; revision where pinned."""
     rows: dict[str, dict[str, str]] = tomllib.loads(_manifest(root).read_text("utf-8"))["pipelines"]
     return rows
+
+
+def snapshot_of(repository: str) -> tuple[Path | None, dict[Path, Recorded]]:
+    """Folder of a fetched repository, and what its files must be; (None, {}) where it was never fetched."""
+    rows = home.recorded("snapshots").items()
+    row = next((row for request, row in rows if request.partition(" ")[0] == repository), None)
+    if row is None:
+        return None, {}
+    folder = Path(row["folder"])
+    return folder, {folder / name: Recorded.from_json(part) for name, part in row["files"].items()}
+
+
+def folder_of(name: str) -> Path:
+    """Folder of a name that `weights list` shows. Raises WeightsError where it was never fetched."""
+    if (family := listed(name)) is not None:
+        return family.root / name
+    folder, _ = snapshot_of(pipelines()[name]["repository"])
+    if folder is None:
+        raise WeightsError(f"{name!r} is not here", f"fetch it with `streamt2v weights pull {name}`")
+    return folder
 
 
 def missing(chosen: Family) -> list[str]:
@@ -267,10 +302,8 @@ def describe_families() -> list[dict[str, Any]]:
          "what": family.title}
         for family in families().values()
     ]  # fmt: skip
-    fetched = {request.partition(" ")[0]: row for request, row in home.recorded("snapshots").items()}
     for name, row in pipelines().items():
-        found = fetched.get(row["repository"], {"folder": "", "files": {}})
-        parts = {Path(found["folder"]) / part: Recorded.from_json(known) for part, known in found["files"].items()}
+        parts = snapshot_of(row["repository"])[1]
         here = [part.has_size(path) for path, part in parts.items()]
         size = sum(part.bytes for part in parts.values())
         state = "absent" if not any(here) else "ok" if all(here) else "incomplete"
@@ -319,6 +352,16 @@ def verify(chosen: Family) -> None:
     if chosen.sources:
         with contextlib.suppress(OutputError):  # where nothing can be written, later looks hash once more
             home.remember("files", {file.path: made_from(file.source, found[file.path]) for file in chosen.files})
+
+
+def verify_snapshot(name: str) -> int:
+    """Check every file of a stage-1 model of others; return how many. Raises WeightsError naming one that differs."""
+    folder_of(name)
+    _, parts = snapshot_of(pipelines()[name]["repository"])
+    for path, part in parts.items():
+        if not path.is_file() or home.sha256_of(path) != part.sha256:
+            raise WeightsError(f"{path} is not as recorded", f"remove it, then `streamt2v weights pull {name}`")
+    return len(parts)
 
 
 def made_from(source: str, parts: Mapping[str, Recorded]) -> dict[str, Any]:
@@ -465,6 +508,11 @@ def read_header(path: Path) -> tuple[str, dict[str, Any], dict[str, Any] | None]
     Raises:
         WeightsError: the file is absent, cut short, no safetensors file, or not one of ours.
     """
+    return _header(path, (files.stamp(path), files.stamp(shard_index(path))))
+
+
+@lru_cache(maxsize=64)
+def _header(path: Path, _stamps: object) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
     return _read_metadata(path, _read_parts(path)[0])
 
 

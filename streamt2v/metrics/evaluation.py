@@ -14,7 +14,7 @@ from scenedetect import FrameTimecode
 from scenedetect.detectors import AdaptiveDetector
 from scenedetect.scene_manager import compute_downscale_factor
 
-from streamt2v import chunks, config, devices, hub, jobs, video
+from streamt2v import chunks, devices, hub, jobs, video
 from streamt2v.errors import ConfigError, InputError
 from streamt2v.frames import Frames
 from streamt2v.metrics import clip as clips
@@ -135,18 +135,16 @@ def seams_of(recipe: Mapping[str, Any], num_frames: int) -> tuple[tuple[int, ...
 
     The chunks of an extended video begin with the last frames of what it continues.
     """
-    try:
-        run, command = config.merge(recipe["config"]), recipe["command"]
-        kept = int(recipe["source"]["frames"]) if command == "extend" else 0
-    except (ConfigError, KeyError, TypeError, ValueError):  # none, or written by another version
+    if (recorded := jobs.recorded_run(recipe)) is None:
         return (), ()
+    run, command, kept = recorded
     stream, refine, begin = run.stream, run.refine, max(0, kept - run.stream.chunk)
     made = num_frames - begin
     if made < 1:
         return (), ()
     first = chunks.streaming_plan(made, stream.chunk, stream.overlap) if command != "refine" else ()
     second = chunks.refinement_plan(made, refine.chunk, refine.overlap) if refine.enabled else ()
-    return tuple(begin + seam for seam in chunks.seams(first)), tuple(begin + seam for seam in chunks.seams(second))
+    return chunks.seams(first, begin), chunks.seams(second, begin)
 
 
 def inspect(path: Path, settings: Settings) -> Subject:
@@ -249,7 +247,7 @@ class _Meter:
         self.detector = _Cuts(subject)
         self.text = clip.text(subject.prompt) if clip and subject.prompt else None
         self.thumbnails: list[Frames] = []
-        self.shown = set(np.linspace(0, subject.frames - 1, min(THUMBNAILS, subject.frames)).round().astype(int))
+        self.shown = set(chunks.evenly(subject.frames, THUMBNAILS))
         self.last: Frames | None = None
         self.last_square: Frames | None = None
         self.cells: list[Series] = []

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import csv
-import html
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
-from streamt2v import __version__, video
+from streamt2v import __version__, pages
 from streamt2v.frames import contact_sheet
 from streamt2v.metrics.evaluation import SCORES, Measured, Settings
 from streamt2v.metrics.motion import FLOW
@@ -31,13 +30,23 @@ _PLOTS: Mapping[str, str] = {
     "mse": "mean squared difference to the other video",
     "ssim": "SSIM with the other video",
 }
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1000px; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }
-td, th { padding: 3px 9px; text-align: right; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums }
-td:first-child, th:first-child { text-align: left }
-svg, img { display: block; max-width: 100%; margin: 4px 0 }
-svg text { font: 11px system-ui, sans-serif; fill: #555 }
+_BODY = """
+<p>{{ how }}</p>
+<table><tr>{% for name in header %}<th title="{{ scores.get(name, "") }}">{{ name }}</th>{% endfor %}</tr>
+{% for row in rows %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table>
+{% for result, facts, sheet, plots in videos %}
+<h2>{{ result.subject.video }}</h2>
+<p>{{ facts }}</p>
+<img alt="frames, evenly spaced" src="{{ sheet }}">
+{% for title, drawn in plots %}<p>{{ title }}</p>
+{{ drawn }}
+{% endfor %}
+{% endfor %}
+<details><summary>What the scores say</summary>
+<dl>{% for name, text in scores.items() %}<dt>{{ name }}</dt><dd>{{ text }}</dd>{% endfor %}</dl></details>
 """
 
 
@@ -110,39 +119,36 @@ def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def as_html(results: Sequence[Measured], settings: Settings) -> str:
     """A page with the table, and for each video its plots and a contact sheet; pictures and plots are inside."""
-    header, *body = [[html.escape(cell) for cell in row] for row in _rows(results)]
-    titles = ["<th>video</th>", *(f'<th title="{html.escape(SCORES[name])}">{name}</th>' for name in header[1:])]
-    rows = "\n".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in body)
-    explained = "\n".join(f"<dt>{name}</dt><dd>{html.escape(text)}</dd>" for name, text in SCORES.items())
+    header, *rows = _rows(results)
     how = f"flow: {FLOW}, at {settings.flow_size}x{settings.flow_size}; first and last {settings.window} frames"
     if settings.against is not None:
         how += f"; compared with {settings.against}"
-    sections = "\n".join(_section(result) for result in results)
-    return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>streamt2v evaluate</title>\n'
-        f"<style>{_STYLE}</style>\n<h1>streamt2v evaluate</h1>\n<p>{html.escape(how)}; streamt2v {__version__}</p>\n"
-        f"<table><tr>{''.join(titles)}</tr>\n{rows}</table>\n{sections}\n"
-        f"<details><summary>What the scores say</summary><dl>{explained}</dl></details>\n</html>\n"
-    )
+    videos = [
+        (result, _facts(result), pages.picture(contact_sheet(np.stack(result.thumbnails))), _plots(result))
+        for result in results
+    ]
+    return pages.render(
+        "streamt2v evaluate", _BODY, how=how, header=header, rows=rows, videos=videos, scores=SCORES
+    )  # fmt: skip
 
 
-def _section(result: Measured) -> str:
+def _facts(result: Measured) -> str:
     subject = result.subject
     facts = f"{subject.frames} frames of {subject.width}x{subject.height} at {subject.fps:g} fps; CLIP: {result.clip}"
     if subject.prompt:
         facts += f"; prompt: {subject.prompt}"
     if result.cuts:
         facts += f"; cuts at {', '.join(map(str, result.cuts))}"
-    plots = "\n".join(
-        f"<p>{title}</p>\n{plot(result.series[name], subject.stream_seams + subject.refine_seams, result.cuts)}"
+    return facts
+
+
+def _plots(result: Measured) -> list[tuple[str, Markup]]:
+    seams = result.subject.stream_seams + result.subject.refine_seams
+    return [
+        (title, Markup(plot(result.series[name], seams, result.cuts)))  # numbers alone
         for name, title in _PLOTS.items()
         if np.isfinite(result.series[name]).sum() > 1
-    )
-    sheet = base64.b64encode(video.encode_image(contact_sheet(np.stack(result.thumbnails)), "JPEG")).decode()
-    return (
-        f"<h2>{html.escape(subject.video)}</h2>\n<p>{html.escape(facts)}</p>\n"
-        f'<img alt="frames, evenly spaced" src="data:image/jpeg;base64,{sheet}">\n{plots}'
-    )
+    ]
 
 
 def plot(series: Series, seams: Sequence[int] = (), cuts: Sequence[int] = ()) -> str:

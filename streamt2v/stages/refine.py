@@ -21,7 +21,7 @@ from streamt2v.diffusion.noise import Draws
 from streamt2v.diffusion.schedules import NoiseSchedule, sdedit_grid
 from streamt2v.errors import ConfigError
 from streamt2v.models.unet3d import Conditioning, UNet3D
-from streamt2v.stages.denoise import CONDITIONAL, both_branches
+from streamt2v.stages.denoise import CONDITIONAL, Predict, both_branches
 
 Encode = Callable[[int, int], Tensor]
 """(start, stop) -> clean latents [F, C, h, w] of these frames of the source; asked once for every frame, in order."""
@@ -29,17 +29,17 @@ Encode = Callable[[int, int], Tensor]
 
 @dataclass(frozen=True)
 class Denoiser:
-    """The refiner network with its schedule and its text; `batched` as in `denoise.Sampling`."""
+    """The refiner network with its schedule and the text of every chunk; `batched` as in `denoise.Sampling`."""
 
     unet: UNet3D
     schedule: NoiseSchedule
-    text: Conditioning
+    text: Callable[[Chunk], Conditioning]
     batched: bool = True
 
-    def __call__(self, latents: Tensor, timestep: int, rows: slice) -> Tensor:
-        """Predict, see `denoise.Predict`."""
-        output: Tensor = self.unet(latents, timestep, self.text.rows(rows))
-        return output
+    def predictor(self, chunk: Chunk) -> Predict:
+        """Return the network with the text of a chunk."""
+        text = self.text(chunk)
+        return lambda latents, timestep, rows: self.unet(latents, timestep, text.rows(rows))
 
 
 @dataclass
@@ -204,7 +204,8 @@ class Refiner:
     def _run_step(self, chunk: Chunk) -> None:
         step = self.state.steps_done[chunk.index]
         slots = range(chunk.start, chunk.stop)
-        estimate = self._clean_estimate(torch.stack([self.state.latents[slot] for slot in slots]), step)
+        predict = self.denoiser.predictor(self.source_plan[chunk.index])
+        estimate = self._clean_estimate(predict, torch.stack([self.state.latents[slot] for slot in slots]), step)
 
         def draw_cut(low: int, high: int, index: int) -> int:
             return self.draws.integer("refine.cut", (index, step), low, high)
@@ -216,15 +217,15 @@ class Refiner:
             if self._steps_done(slot) > step:
                 self._advance(slot, step)
 
-    def _clean_estimate(self, latents: Tensor, step: int) -> Tensor:
+    def _clean_estimate(self, predict: Predict, latents: Tensor, step: int) -> Tensor:
         """Predict the clean latents of one chunk: [F, C, h, w] -> [F, C, h, w]."""
         scaled = (latents / (self.rho[step] ** 2 + 1) ** 0.5).transpose(0, 1).unsqueeze(0)  # [1, C, F, h, w]
         timestep = int(self.timesteps[step])
         scale = self.settings.guidance_scale
         if scale == 1.0:
-            output = self.denoiser(scaled, timestep, CONDITIONAL)
+            output = predict(scaled, timestep, CONDITIONAL)
         else:
-            unconditional, conditional = both_branches(self.denoiser, scaled, timestep, self.denoiser.batched)
+            unconditional, conditional = both_branches(predict, scaled, timestep, self.denoiser.batched)
             output = guidance.combine(unconditional, conditional, scale, self.settings.guidance_rescale)
         x0, _ = self.denoiser.schedule.to_x0_eps(output, scaled, timestep)
         return x0[0].transpose(0, 1)

@@ -6,10 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from streamt2v import video
@@ -53,6 +56,24 @@ def start(*arguments: object) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
+
+
+def wait_for(folder: Path, pattern: str, count: int) -> None:
+    """Wait until so many files of a run exist."""
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob(pattern))) < count:
+        assert time.monotonic() < deadline, "the run made no progress"
+        time.sleep(0.005)
+
+
+def made(path: Path, frames: int, comment: str = "") -> Path:
+    """Write a small video with whatever in its comment tag."""
+    writer = video.SegmentWriter(path.with_name("growing"), 16, 32, Fraction(8))
+    shades = np.arange(frames, dtype=np.uint8)[:, None, None, None]
+    writer.append(np.broadcast_to(shades, (frames, 16, 32, 3)))
+    writer.finish(path, comment)
+    path.with_name("growing").unlink()
+    return path
 
 
 def digest(path: Path) -> tuple[int, str]:

@@ -1,13 +1,12 @@
 """A run that dies at any instant continues to the same frames; Ctrl-C leaves a playable partial file."""
 
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from streamt2v import runs
-from tests.cli.helpers import PROMPT, TINY, call, digest, generate, start
+from tests.cli.helpers import PROMPT, TINY, call, digest, generate, start, wait_for
 
 FRAMES = 72
 
@@ -17,13 +16,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str]:
     path = tmp_path_factory.mktemp("whole") / "out.mp4"
     assert generate(path, FRAMES) == 0
     return digest(path)
-
-
-def _wait_for(folder: Path, pattern: str, count: int) -> None:
-    deadline = time.monotonic() + 120
-    while len(list(folder.glob(pattern))) < count:
-        assert time.monotonic() < deadline, "the run made no progress"
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +28,7 @@ def test_killed_runs_resume_to_the_same_frames(
 ) -> None:
     path = tmp_path / "out.mp4"
     process = start("generate", PROMPT, "--frames", FRAMES, "-o", path, *TINY)
-    _wait_for(runs.directory_for(path), pattern, count)
+    wait_for(runs.directory_for(path), pattern, count)
     process.kill()
     process.communicate()
     assert not path.exists()
@@ -52,7 +44,7 @@ def test_interruption_leaves_a_playable_part(
 ) -> None:
     path = tmp_path / "out.mp4"
     process = start("generate", PROMPT, "--frames", FRAMES, "-o", path, *TINY)
-    _wait_for(runs.directory_for(path), "state/output-*", 1)
+    wait_for(runs.directory_for(path), "state/output-*", 1)
     process.send_signal(sent)
     _, said = process.communicate(timeout=20)
     assert process.returncode == code
@@ -89,7 +81,7 @@ def test_refine_resumes_too(tmp_path: Path) -> None:
     options = ["--refine-steps", 2, "--size", "160x96", "--seed", 4, "--threads", 1, "--quiet"]
     assert call("refine", source, "-o", again, *options) == 0
     process = start("refine", source, "-o", path, *options)
-    _wait_for(runs.directory_for(path), "state/output-*", 1)
+    wait_for(runs.directory_for(path), "state/output-*", 1)
     process.kill()
     process.communicate()
     assert call("refine", source, "-o", path, *options, "--resume") == 0

@@ -295,7 +295,7 @@ def chain(report: Report, file: str, facts: Facts, tensors: Tensors, setting: Se
             blending="randomized", cut_range="published", start_scale="published", order=order,
         )  # fmt: skip
         refiner = RecordingRefiner(
-            Denoiser(watched, made, text), plan, settings, draws,  # type: ignore[arg-type]
+            Denoiser(watched, made, lambda _: text), plan, settings, draws,  # type: ignore[arg-type]
             lambda first, stop: clean[:, first:stop].transpose(0, 1),
         )  # fmt: skip
         if extra:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamt2v.chunks import covering, refinement_plan, seams, streaming_plan
+from streamt2v.chunks import covering, refinement_plan, seams, snap, streaming_plan
 from streamt2v.errors import ConfigError
 
 frames = st.integers(1, 400)
@@ -45,6 +45,17 @@ def test_published_lengths() -> None:
     assert len(streaming_plan(1200, 16, 8)) == 149
     assert [c.start for c in refinement_plan(41, 24, 8)] == [0, 16, 17]
     assert seams(streaming_plan(40, 16, 8)) == (16, 24, 32)
+
+
+@given(st.sets(st.integers(0, 60)), st.sets(st.integers(1, 60)))
+def test_a_change_waits_for_the_next_start(asked_: set[int], starts_: set[int]) -> None:
+    asked, starts = sorted(asked_), sorted(starts_)
+    wanted = [min((start for start in starts if start >= frame), default=None) for frame in asked]
+    if None in wanted or len(set(wanted)) < len(wanted):
+        with pytest.raises(ConfigError, match=r"would never be seen|both begin"):
+            snap(asked, starts)
+    else:
+        assert list(snap(asked, starts)) == wanted
 
 
 @pytest.mark.parametrize(("size", "overlap"), [(0, 0), (8, 8), (8, 9), (8, -1)])

@@ -1,5 +1,6 @@
 """Config: flat and back, precedence, and errors that name the key."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,31 @@ def test_later_layers_win(first: dict[str, Any], second: dict[str, Any]) -> None
     assert config.merge(first, second) == config.merge({**first, **second})
 
 
+@given(settings, st.dictionaries(st.integers(1, 10**6), st.text(st.characters(codec="utf-8"))))
+def test_prompts_over_time_are_settings_too(values: dict[str, Any], prompts: dict[int, str]) -> None:
+    flat = {**values, **{f"prompts.{frame}": text for frame, text in prompts.items()}, "num_frames": 10**6 + 1}
+    built = config.merge(flat)
+    assert built.prompts == prompts
+    assert list(built.prompts) == sorted(prompts)
+    assert config.merge(config.to_flat(built)) == built
+
+
+@given(st.integers(1, 80), st.integers(0, 40), st.sets(st.integers(1, 79)), st.sampled_from(["generate", "extend"]))
+def test_a_timeline_turns_where_chunks_begin(frames: int, kept: int, asked: set[int], command: str) -> None:
+    """Every change is on a frame that a streaming chunk begins with, or inside what is kept; and there it is valid."""
+    kept = kept if command == "extend" else 0
+    texts = {f"prompts.{frame}": str(frame) for frame in asked}
+    with contextlib.suppress(ConfigError):
+        timeline = config.merge(texts, {"prompt": "0", "num_frames": frames}).timeline(command, kept)
+        assert [prompt.text for prompt in timeline] == [str(frame) for frame in (0, *sorted(asked))]
+        begin = max(0, kept - 16)
+        for prompt in timeline[1:]:
+            assert prompt.frame < kept or (prompt.frame - begin) % 8 == 0
+            assert 0 <= prompt.frame - prompt.asked < 16
+            assert config.prompt_at(timeline, prompt.frame) == prompt.text
+            assert config.prompt_at(timeline, prompt.frame - 1) != prompt.text
+
+
 def test_every_option_explains_itself() -> None:
     assert all(len(spec["help"]) > 5 for spec in config.describe().values())
 
@@ -56,6 +82,9 @@ def test_every_option_explains_itself() -> None:
         ("stream.cam", "maybe", "true or false"),
         ("num_frames", "0", "must lie in 1"),
         ("stream.overlap", "16", "overlap is 16"),
+        ("prompts.24", "late", "ends with frame 23"),
+        ("prompts.0", "now", "unknown setting"),
+        ("prompts.024", "late", "unknown setting"),
     ],
 )
 def test_bad_values_name_the_key(key: str, text: str, message: str) -> None:

@@ -1,5 +1,6 @@
 """Memory: what fits is chosen, the less the slower; and whichever way, the results are the same."""
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ from streamt2v.models import layers
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
 from streamt2v.stages.denoise import ChunkNoise, Sampling, denoise
 from tests.cli.helpers import call, digest, generate
+from tests.conftest import REPOSITORY
 
 FULL = MemoryPolicy("float32", True, True, memory.MANY_ROWS, False)
 SMALL = UNet3DConfig(
@@ -61,6 +63,18 @@ def test_the_estimate_is_near_what_was_counted() -> None:
         features = bare.features(MemoryPolicy("float16", False, batched, rows, False)) * 2 / 1e9
         # The plan allows for a canvas of 768 rows where 720 would do.
         assert gigabytes <= features <= 1.15 * gigabytes
+
+
+def test_the_estimate_is_not_below_what_a_cpu_took() -> None:
+    """Full-size networks, one stage at a time: `benchmarks/results/2026-11-23-full-size-chunks-cpu.json`."""
+    record = json.loads((REPOSITORY / "benchmarks/results/2026-11-23-full-size-chunks-cpu.json").read_text())
+    streamed = {"num_frames": 32, "refine.enabled": False}
+    refined = {"num_frames": 24, "output.width": 512, "output.height": 288}
+    for name, more, source in (("stage 2", streamed, None), ("refiner", refined, (144, 256))):
+        stages = planning.stages(config.merge(config.to_flat(PUBLISHED), more), source)
+        policy = MemoryPolicy("float32", False, True, memory.MANY_ROWS, False)
+        taken = record[f"{name}, one chunk"]["peak_resident_mb"] * 2**20
+        assert taken <= memory.needed(stages, policy) <= 1.15 * taken
 
 
 def test_longer_videos_need_no_more_and_larger_ones_do() -> None:

@@ -502,7 +502,8 @@ def test_the_report_is_one_safe_file() -> None:
     page = report.as_html([result, result], Settings())
     assert "<script" not in page
     assert "&lt;script&gt;" in page
-    assert "http" not in page
+    assert "://" not in page
+    assert "default-src 'none'" in page
     assert page.count("data:image/jpeg;base64,") == 2
     assert page.count("<svg") >= 8
     assert all(name in page for name in SCORES)

@@ -27,8 +27,8 @@ class Toy:
 
 
 def refiner(num_frames: int, config: RefineConfig, state: RefineState | None = None, seed: int = 3) -> Refiner:
-    text = Conditioning(())
-    denoiser: Any = Denoiser(Toy(), NoiseSchedule(ScheduleConfig(prediction="v")), text)  # type: ignore[arg-type]
+    schedule = NoiseSchedule(ScheduleConfig(prediction="v"))
+    denoiser = Denoiser(Toy(), schedule, lambda chunk: Conditioning(()))  # type: ignore[arg-type]
     source = torch.randn(num_frames, 2, 1, 2, generator=torch.Generator().manual_seed(1))
     plan = refinement_plan(num_frames, config.chunk, config.overlap)
     return Refiner(denoiser, plan, config, SeededDraws(seed), lambda start, stop: source[start:stop], state)
