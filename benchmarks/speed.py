@@ -253,7 +253,8 @@ class Networks:
         unet, vae = unet or self.refining[0], self.refining[1]
         refine = replace(self.config.refine, num_inference_steps=1)
         latents = self.random(refine.chunk, unet.config.in_channels, *latent_size(vae, *canvas))
-        denoiser = Denoiser(unet, self.schedule("refine.unet"), unet.prepare(self.text(unet)), batched)
+        text = unet.prepare(self.text(unet))
+        denoiser = Denoiser(unet, self.schedule("refine.unet"), lambda chunk: text, batched)
         plan = refinement_plan(refine.chunk, refine.chunk, refine.overlap)
         return lambda: torch.cat(
             list(Refiner(denoiser, plan, refine, SeededDraws(0), lambda a, b: latents[a:b]).run())

@@ -46,19 +46,19 @@ def test_a_short_run_foretells_a_long_one(
     machine.takes(pipeline, "decode_latents", 0.5)
     machine.takes(video.SegmentWriter, "append", 1)
 
-    assert call("plan", PROMPT, *PLANNED, "--frames", 120) == 0
+    assert call("plan", PROMPT, *PLANNED, "--frames", 72) == 0
     assert "`streamt2v bench` measures it" in capsys.readouterr().out
-    assert call("bench", *TINY, "--frames", 120, "--json") == 0
+    assert call("bench", *TINY, "--frames", 72, "--json") == 0
     told = result(capsys)
     assert told["measured"]["stream_seconds_per_chunk"] == 7
     assert told["measured"]["refine_seconds_per_chunk"] == 2 * 3
     assert list(tmp_path.glob("*.mp4")) == []
 
     began = machine.now
-    assert generate(tmp_path / "long.mp4", 120) == 0
+    assert generate(tmp_path / "long.mp4", 72) == 0
     assert told["seconds"] == pytest.approx(machine.now - began, rel=0.02)
     capsys.readouterr()
-    assert call("plan", PROMPT, *PLANNED, "--frames", 120, "--json") == 0
+    assert call("plan", PROMPT, *PLANNED, "--frames", 72, "--json") == 0
     assert json.loads(capsys.readouterr().out)["seconds"] == pytest.approx(machine.now - began, rel=0.02)
 
 
