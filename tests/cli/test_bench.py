@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from streamt2v import pipeline, planning, video
+from streamt2v import devices, pipeline, planning, video
 from streamt2v.stages import refine, stream
 from tests.cli.helpers import PROMPT, TINY, call, generate, result, start
 
@@ -62,14 +62,18 @@ def test_a_short_run_foretells_a_long_one(
     assert json.loads(capsys.readouterr().out)["seconds"] == pytest.approx(machine.now - began, rel=0.02)
 
 
-def test_other_settings_are_not_foretold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_refined_has_no_time_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STREAMT2V_HOME", str(tmp_path))
+    arranged: list[tuple[str, str]] = []
+    monkeypatch.setattr(
+        devices, "arrange", lambda network, device: arranged.append((type(network).__name__, device.kind))
+    )
     assert call("bench", *TINY, "--no-refine", "--frames", 100) == 0
-    table = json.loads((tmp_path / "timings.json").read_text())
-    (row,) = table.values()
+    (row,) = json.loads((tmp_path / "timings.json").read_text()).values()
     assert row["refine_seconds_per_chunk"] == 0
     assert set(row) == set(planning.MEASURED)
     assert all(row[name] > 0 for name in planning.MEASURED if name != "refine_seconds_per_chunk")
+    assert {("UNet3D", "cpu"), ("AutoencoderKL", "cpu")} <= set(arranged)  # every network of a run
 
 
 @pytest.mark.slow

@@ -93,3 +93,19 @@ def test_memory_of_a_gpu() -> None:
     assert devices.peak_memory(device) >= held.numel() * 4
     assert devices.free_memory(device) > 0
     assert "GiB" in devices.describe(device)
+
+
+def test_channels_come_last_on_a_cpu_and_change_nothing() -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.GroupNorm(2, 8), torch.nn.Unflatten(1, (8, 1)), torch.nn.Conv3d(8, 4, 1)
+    )
+    images = torch.randn(2, 3, 9, 7)
+    plain = network(images)
+    devices.arrange(network, devices.Device("cuda:0"))
+    assert network[0].weight.is_contiguous()
+    devices.arrange(network, devices.Device("cpu"))
+    assert network[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert network[3].weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert network[0](images).is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(network(images), plain, atol=1e-5, rtol=1e-5)
