@@ -187,10 +187,10 @@ def stand_ins(model: str) -> Iterator[None]:
 # --------------------------------------------------------------------------------------------------------- the parts
 
 
-def settings(model: str, quality: str, given: Mapping[str, Any], **more: Any) -> RunConfig:
+def settings(model: str, quality: str, given: Mapping[str, Any]) -> RunConfig:
     """The family's settings at a quality; it makes its first frames itself, and the whole box is refined."""
     own = {"model": model, "prompt": PROMPT, "initialize.text_model": "own", "output.fit": "cover"}
-    return config.merge(config.preset(weights.family(model).preset, quality), own, given, more)
+    return config.merge(config.preset(weights.family(model).preset, quality), own, given)
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,6 @@ class Networks:
     config: RunConfig
     device: devices.Device
     dtype: torch.dtype
-    batched: bool = True
 
     def load(self, role: str) -> Any:
         network = weights.load(weights.family(self.config.model), role, self.device.name, self.dtype)
@@ -230,13 +229,13 @@ class Networks:
     def refining(self) -> tuple[UNet3D, nn.Module]:
         return self.load("refine.unet"), self.load("refine.vae")
 
-    def streamer(self, config: RunConfig, models: stream.StreamModels | None = None) -> stream.Streamer:
+    def streamer(self, config: RunConfig) -> stream.Streamer:
         """The streaming stage at the settings of `config`."""
-        models = models or self.streaming
+        models = self.streaming
         shape = (models.unet.config.out_channels, *latent_size(models.vae, *config.stream.size))
         noise = stream.chunk_noise(SeededDraws(0), config.stream.chunk, shape, self.device.name)
-        sampling = Sampling.of(config.stream, self.batched)
-        return stream.Streamer(models, self.text(models.unet), self.base_frames(1)[0], sampling, noise)
+        anchor, sampling = self.base_frames(1)[0], Sampling.of(config.stream)
+        return stream.Streamer(models, self.text(models.unet), anchor, sampling, noise)
 
     def base_frames(self, count: int) -> Tensor:
         """Frames [F, 3, H, W] in [-1, 1] of the size that is streamed."""
