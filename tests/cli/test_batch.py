@@ -171,7 +171,7 @@ MISTAKES = [
     ('{"prompt": "a", "fps": NaN}', "fps", "finite"),
     ('{"prompt": "a", "size": "big"}', "size", "1280x720"),
     ('{"prompt": "a", "fit": "wide"}', "fit", "contain"),
-    ('{"prompt": "a", "quality": "superb"}', "quality", "balanced"),
+    ('{"prompt": "a", "quality": "superb"}', "", "balanced"),
     ('{"prompt": "a", "no-refine": "perhaps"}', "no-refine", "true or false"),
     ('{"prompt": "a", "threads": 0}', "threads", "threads is 0"),
     ('{"prompt": "a", "memory": -1}', "memory", "memory is -1"),
