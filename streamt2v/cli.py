@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
@@ -41,12 +41,12 @@ def _say(text: str) -> None:
     print(plain(text), file=sys.stderr, flush=True)
 
 
-def _emit(text: str) -> None:
+def _emit(text: str, out: TextIO | None = None) -> None:
     """Print a result; when the reader of our output went away there is nobody to tell."""
     try:
-        print(text, flush=True)
+        print(text, flush=True, file=out)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (out or sys.stdout).fileno())
         raise SystemExit(141) from None  # no failure of a job that is being made
 
 
@@ -237,11 +237,12 @@ def batch(
 
 def _follow(progress: Progress, json_output: bool) -> events.Tell:
     """Return what shows the events of a batch: results on stdout, all else on stderr; with JSON all on stdout too."""
+    out = sys.stdout  # which Ray must not share
 
     def tell(event: events.Event) -> None:
         job = event.get("job", "")
         if json_output:
-            _emit(json.dumps(event))
+            _emit(json.dumps(event), out)
         if event["type"] == "start":
             progress.say("{job}: {output}: {frames} frames at {fps:g} fps, model {model}, seed {seed}".format(**event))
         elif event["type"] == "progress":
@@ -255,7 +256,7 @@ def _follow(progress: Progress, json_output: bool) -> events.Tell:
         else:
             progress.end(*(f"{job} {stage}" for stage in ("stream", "refine")))
             if event["ok"] and not json_output:
-                _emit(event["output"])
+                _emit(event["output"], out)
         if not event.get("ok", True):
             error, where = event["error"], [f"line {event['line']}"] if job else []
             if event.get("field", "") not in error["message"]:
