@@ -209,6 +209,14 @@ def test_a_bad_row_names_line_and_field(line: str, field: str, said: str, tmp_pa
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_row_may_turn_to_other_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.jsonl"
+    path.write_text('{"prompt": "a", "frames": 64, "at": ["24=b", "6s=c"]}\n')
+    [task], refused = check(path, tmp_path)
+    assert refused == []
+    assert task.job.config.prompts == {24: "b", 48: "c"}
+
+
 def test_a_bad_row_of_a_table_of_text(tmp_path: Path) -> None:
     path = tmp_path / "jobs.csv"
     path.write_text('prompt,frames\n"a\nb",8\na,many\na,8,9\n')
