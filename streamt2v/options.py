@@ -115,6 +115,7 @@ DeviceOption = Annotated[str, _running("--device", "auto, cpu, cuda, cuda:1, mps
 Threads = Annotated[int | None, _running("--threads", "CPU threads. Default: all cores.")]
 Memory = Annotated[float | None, _running("--memory", "GB it may take. Default: what is free.", min=0.1, max=1e6)]
 Resume = Annotated[bool, _running("--resume", "Continue the run that was interrupted.")]
+ResumeAnyway = Annotated[bool, _running("--resume-anyway", "The same with other settings, which is recorded.")]
 Overwrite = Annotated[bool, _running("--overwrite", "-f", "Replace an existing output.")]
 KeepRun = Annotated[bool, _running("--keep-run", "Keep OUT.streamt2v/ after success.")]
 Preview = Annotated[Path | None, _running("--preview", "A PNG contact sheet, renewed while running.")]
@@ -159,6 +160,7 @@ def running(
     threads: Threads = None,
     memory: Memory = None,
     resume: Resume = False,
+    resume_anyway: ResumeAnyway = False,
     overwrite: Overwrite = False,
     keep_run: KeepRun = False,
     preview: Preview = None,
