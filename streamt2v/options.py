@@ -264,12 +264,14 @@ def read_timeline(path: Path) -> list[tuple[str, str]]:
     return rows
 
 
-def _prompts(rows: list[tuple[str, str]], fps: float) -> dict[str, str]:
-    """Turn times and prompts into settings; frame 0 is that of the prompt itself."""
+def _prompts(rows: list[tuple[str, str]], fps: float, kept: int) -> dict[str, str]:
+    """Turn times and prompts into settings; frame 0 is that of the prompt itself, and `kept` frames are there."""
     found: dict[str, str] = {}
     for time, text in rows:
         frame = parse_time(time, fps)
         key = f"prompts.{frame}" if frame else "prompt"
+        if frame < kept:
+            raise ConfigError(f"frame {frame} is there already: new ones begin at {kept}", "name a later time")
         if key in found:
             raise ConfigError(f"two prompts are to begin at frame {frame}", "leave one of them out")
         found[key] = text
@@ -359,7 +361,7 @@ def resolve(
         rows.append((time, text))
     if rows:
         fps = config.merge(*layers, from_file, given).output.fps
-        if "prompt" in (found := _prompts(rows, fps)) and "prompt" in given:
+        if "prompt" in (found := _prompts(rows, fps, source.frames if source else 0)) and "prompt" in given:
             raise ConfigError("two prompts are to begin at frame 0", "leave one of them out")
         given.update(found)
     return config.merge(*layers, from_file, given)

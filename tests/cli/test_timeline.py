@@ -1,6 +1,7 @@
 """Prompts over time: what is asked, where it takes effect, what is stored."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def test_a_stored_timeline_is_followed_by_refine_and_extend(tmp_path: Path) -> N
     recorded = json.loads(video.probe(refined).comment)["config"]
     assert (recorded["prompt"], recorded["prompts.24"], recorded["prompts.32"]) == (PROMPT, LATER, PROMPT)
     more = [*TINY, "--no-refine", "--frames", 64, "--at", 50, LATER]
+    assert call("extend", made, "-o", extended, *more, "--at", 39, PROMPT) == 2  # inside what is there
     assert call("extend", made, "-o", extended, *more) == 0
     recorded = json.loads(video.probe(extended).comment)["config"]
     assert [key for key in recorded if key.startswith("prompts.")] == ["prompts.24", "prompts.32", "prompts.50"]
@@ -89,10 +91,12 @@ def test_a_text_is_encoded_once_a_stage_and_a_moved_change_is_said(
 
     monkeypatch.setattr(pipeline, "encode_text", encode)
     loud = [option for option in TINY if option != "--quiet"]
-    turns = ["--at", 20, LATER, "--at", 28, PROMPT]
-    assert call("generate", PROMPT, "--frames", 40, "-o", tmp_path / "out.mp4", *loud, *turns) == 0
-    assert encoded == [PROMPT, LATER] * 2
+    turns, long = ["--at", 20, LATER, "--at", 28, PROMPT], "ball " * 4000
+    assert call("generate", PROMPT, "--frames", 48, "-o", tmp_path / "out.mp4", *loud, *turns, "--at", 40, long) == 0
+    assert encoded == [PROMPT, LATER, long] * 2
     said = capsys.readouterr().err
+    assert re.search(r"reads \d+ of 400\d tokens, the rest is cut off: 'ball ball ball", said)
+    assert max(map(len, said.splitlines())) < 300
     assert "the prompt of frame 20 begins with the next chunk, at frame 24" in said
     assert "the prompt of frame 28 begins with the next chunk, at frame 32" in said
 

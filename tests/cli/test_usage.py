@@ -100,7 +100,7 @@ TYPOS = {
 
 
 def test_typos_are_answered_by_what_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of one-edit typos of commands, options and names, 95 % get the right word first."""
+    """Of one-edit typos of commands, options and names, 95 % get the right word among at most three."""
     missed = []
     for typed, meant in TYPOS.items():
         assert call(*typed.split()) == 2
