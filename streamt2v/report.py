@@ -20,10 +20,11 @@ _BODY = """
 {% endif %}
 {% for stage, rows in stages.items() if rows %}
 <h2>Chunks, {{ stage }}</h2>
-<table><tr><th>chunk</th><th>frames</th><th>new</th><th>seconds</th></tr>
+{% set timed = rows|map(attribute="seconds")|reject("none")|list %}
+<table><tr><th>chunk</th><th>frames</th><th>new</th>{% if timed %}<th>seconds</th>{% endif %}</tr>
 {% for row in rows %}
 <tr><td>{{ row.chunk }}</td><td>{{ row.start }} to {{ row.stop - 1 }}</td><td>{{ row.new }}</td>
-<td>{{ "%.1f" % row.seconds if row.seconds is not none else "-" }}</td></tr>
+{% if timed %}<td>{{ "-" if row.seconds is none else "%.1f" % row.seconds }}</td>{% endif %}</tr>
 {% endfor %}
 </table>
 {% endfor %}

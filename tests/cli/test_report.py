@@ -65,7 +65,8 @@ def test_a_report_tells_of_prompts_chunks_and_times(tmp_path: Path) -> None:
     html = page.read_text()
     for said in ("40 frames of 80x48 at 8 fps", PROMPT, "<td>24</td><td>20</td>", "16 to 31", "16 to 39"):
         assert said in html
-    assert html.count("<td>-</td>") == 1 + 2  # the first chunk of the stream, and those of the refiner
+    assert html.count("<td>-</td>") == 1  # the first chunk took what cannot be told
+    assert html.count("<th>seconds</th>") == 1  # of the stream, whose chunks lie in the run's directory
     assert "default-src 'none'" in html
     assert "://" not in html
     assert call("report", path) == 5
