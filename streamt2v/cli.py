@@ -188,7 +188,7 @@ def resume(
         facts = jobs.verify(output)
         if not quiet:
             _say(f"{output} is finished")
-        _emit(json.dumps(facts) if json_output else str(output))
+        _emit(json.dumps({"output": str(output), **facts}) if json_output else str(output))
         return
     _make(jobs.resumed(run), json_output, quiet, verbose)
 
