@@ -80,17 +80,6 @@ def test_a_failing_operation(operation: int, code: int, tmp_path: Path, short: t
     assert _fail_at(operation, code, tmp_path, short)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3000)
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES])
-def test_every_operation_fails_once(code: int, tmp_path: Path, short: tuple[int, str]) -> None:
-    operation = 1
-    while _fail_at(operation, code, tmp_path, short):
-        operation += 1
-    print(f"{operation - 1} operations failed with {errno.errorcode[code]}, all resumed equal")
-    assert operation > 60
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system in memory, of which `mount -o remount` changes the size."""
@@ -298,3 +287,17 @@ def test_a_gpu_has_one_more_step_to_go(monkeypatch: pytest.MonkeyPatch, tmp_path
     said = pipeline._more_room(job, devices.Device("cuda:0"), sparing[pipeline.RETRIES :])
     assert "weights on the host" in said
     assert "--resume-anyway --memory" in said
+
+
+# ------------------------------------------------------------------------------------------- the longest test, last
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES])
+def test_every_operation_fails_once(code: int, tmp_path: Path, short: tuple[int, str]) -> None:
+    operation = 1
+    while _fail_at(operation, code, tmp_path, short):
+        operation += 1
+    print(f"{operation - 1} operations failed with {errno.errorcode[code]}, all resumed equal")
+    assert operation > 60
