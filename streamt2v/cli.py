@@ -18,7 +18,15 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from streamt2v import __version__, config, files, home, hub, initializers, jobs, options, planning, runs, weights
-from streamt2v.errors import ConfigError, Interrupted, MemoryLimitError, StreamT2VError, Terminated, WeightsError
+from streamt2v.errors import (
+    SIGNALS,
+    ConfigError,
+    Interrupted,
+    MemoryLimitError,
+    StreamT2VError,
+    Terminated,
+    WeightsError,
+)  # fmt: skip
 from streamt2v.progress import Progress
 
 FETCHING = "stopped; the same command goes on where it stopped"
@@ -183,7 +191,7 @@ def resume(
         facts = jobs.verify(output)
         if not quiet:
             _say(f"{output} is finished")
-        _emit(json.dumps(facts) if json_output else str(output))
+        _emit(json.dumps({"output": str(output), **facts}) if json_output else str(output))
         return
     _make(jobs.resumed(run), json_output, quiet, verbose)
 
@@ -256,7 +264,7 @@ def _terminable(said: str = "stopped") -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except KeyboardInterrupt as by:
+    except SIGNALS as by:
         raise Interrupted(said, by=by) from None
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -360,7 +368,7 @@ def evaluate(
     try:
         with Progress(quiet=quiet) as progress:
             results = evaluation.evaluate(videos, settings, progress, (lambda text: None) if quiet else _say)
-    except KeyboardInterrupt as by:
+    except SIGNALS as by:
         raise Interrupted("stopped; nothing was written", by=by) from None
     pages = {
         report_file: report.as_html(results, settings),

@@ -78,10 +78,13 @@ class BusyError(StreamT2VError):
 class Interrupted(StreamT2VError):
     """The run was stopped by a signal and can be resumed."""
 
-    def __init__(self, message: str, hint: str = "", *, by: KeyboardInterrupt) -> None:
+    def __init__(self, message: str, hint: str = "", *, by: BaseException) -> None:
         super().__init__(message, hint)
         self.exit_code = 143 if isinstance(by, Terminated) else 130
 
 
-class Terminated(KeyboardInterrupt):
+class Terminated(BaseException):
     """SIGTERM arrived; like Ctrl-C no `Exception`, so that no library takes it for a failure of its own."""
+
+
+SIGNALS = (KeyboardInterrupt, Terminated)

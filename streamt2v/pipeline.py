@@ -28,7 +28,7 @@ from streamt2v.config import prompt_at
 from streamt2v.convert import clean_prompt
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
-from streamt2v.errors import Interrupted, MemoryLimitError, NumericsError, OutputError, ResumeError, VideoError
+from streamt2v.errors import SIGNALS, Interrupted, MemoryLimitError, NumericsError, OutputError, ResumeError, VideoError
 from streamt2v.frames import Frames
 from streamt2v.jobs import Job, Result, check, recipe_of
 from streamt2v.memory import MemoryPolicy
@@ -77,7 +77,7 @@ def run(job: Job, report: Report) -> Result:
             shown = directory.load_state("output")
             if not directory.num_base_frames and shown is None:
                 directory.remove()  # nothing is finished: the next try need not say --resume
-            if isinstance(error, KeyboardInterrupt):
+            if isinstance(error, SIGNALS):
                 raise _interrupted(job, directory, shown, error) from None
             if isinstance(error, NumericsError):
                 hint = "16 bit may be too narrow: --device cpu computes in 32; or try another --seed or --guidance, "
@@ -159,9 +159,7 @@ def _result(job: Job, width: int, height: int, seconds: float, device: devices.D
     )  # fmt: skip
 
 
-def _interrupted(
-    job: Job, directory: runs.RunDirectory, shown: runs.State | None, by: KeyboardInterrupt
-) -> Interrupted:
+def _interrupted(job: Job, directory: runs.RunDirectory, shown: runs.State | None, by: BaseException) -> Interrupted:
     if not runs.exists(directory.path):
         return Interrupted("interrupted before anything was finished", by=by)
     playable = "" if shown is None else f"; what is finished can be watched: {directory.partial_path}"

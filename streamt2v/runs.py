@@ -155,7 +155,8 @@ class RunDirectory:
         self.path = path
         self._base, self._states = path / "base", path / "state"
         self._segments: list[_Segment] = []
-        self._lock = FileLock(path / "lock", timeout=0, thread_local=False)
+        # Not at once: a process killed while it started ffmpeg leaves a child that holds the lock for a moment more.
+        self._lock = FileLock(path / "lock", timeout=0.5, thread_local=False)
         files.make_directory(path)
         self._acquire()
 

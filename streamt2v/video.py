@@ -480,8 +480,6 @@ class SegmentWriter:
         with files.replacing(out_path) as temporary:
             _run_ffmpeg([*arguments, *mapping, "-fflags", "+bitexact", "-f", "mp4"], temporary, out_path)
             try:
-                size = temporary.stat().st_size
-                files.append_bytes(temporary, _SEAL + _hashed(temporary, size).digest(), size)
                 info = probe(temporary)
             except VideoError as error:
                 raise OutputError(f"{out_path} could not be written whole: {error.message}") from error
@@ -489,6 +487,8 @@ class SegmentWriter:
             wanted = (self.mark.frames, self.width, self.height, self.fps, bool(codec))
             if found != wanted:
                 raise OutputError(f"{out_path} holds (frames, width, height, fps, audio) {found} instead of {wanted}")
+            size = temporary.stat().st_size
+            files.append_bytes(temporary, _SEAL + _hashed(temporary, size).digest(), size)
         return info
 
 

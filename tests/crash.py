@@ -15,6 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import av.error
 import imageio_ffmpeg
 import torch
 from diffusers import AutoencoderKL
@@ -22,6 +23,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizerFast, CLIPVis
 
 from streamt2v import files, pipeline, runs, video  # noqa: F401
 from streamt2v.cli import main
+from streamt2v.frames import Frames
 from streamt2v.models.unet3d import UNet3D
 
 _server = multiprocessing.get_context("forkserver")
@@ -167,9 +169,9 @@ class FailingSegment:
     def __call__(self) -> None:
         real = video.SegmentWriter._encode
 
-        def encode(writer: video.SegmentWriter, frames: video.Frames) -> bytes:
+        def encode(writer: video.SegmentWriter, frames: Frames) -> bytes:
             if writer.mark.segments == self.segment:
-                raise video.av.error.ExternalError(1, "the encoder died")
+                raise av.error.ExternalError(1, "the encoder died")
             return real(writer, frames)
 
         video.SegmentWriter._encode = encode  # type: ignore[method-assign]

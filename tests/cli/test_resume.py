@@ -12,17 +12,20 @@ import termios
 import threading
 import time
 from fractions import Fraction
+from itertools import count
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from PIL import Image
 
 from streamt2v import jobs, runs, video
 from streamt2v.errors import VideoError
 from tests import crash
 from tests.cli.helpers import PROMPT, TINY, call, digest, generate, result
 
+FRAMES = 48
 LOUD = [argument for argument in TINY if argument != "--quiet"]
 REFINING = ["--refine-steps", "2", "--size", "96x64", "--seed", "4", "--threads", "1", "--quiet"]
 
@@ -34,8 +37,8 @@ class Work:
         self.folder, self.source = folder, folder / "source.mp4"
         assert generate(self.source, 40, "--no-refine", "--size", "80x48") == 0
         self.commands = {
-            "generate": ["generate", PROMPT, "--frames", 56, *TINY],
-            "extend": ["extend", self.source, "--frames", 72, *TINY],
+            "generate": ["generate", PROMPT, "--frames", FRAMES, *TINY],
+            "extend": ["extend", self.source, "--frames", 64, *TINY],
             "refine": ["refine", self.source, *REFINING],
         }
         self._whole: dict[str, tuple[tuple[int, str], float]] = {}
@@ -73,7 +76,7 @@ def _kill_at_random(work: Work, command: str, kills: int, folder: Path, seed: in
     expected, seconds = work.whole(command)
     rng, killed, log, outputs = random.Random(seed), 0, folder / "log", []
     while killed < kills:
-        outputs.append(path := folder / f"{killed}.mp4")
+        outputs.append(path := folder / f"{len(outputs)}.mp4")
         child = crash.Run(*work.commands[command], "-o", path, log=log)
         while child.started().wait(rng.uniform(0, seconds)) is None:
             killed += child.kill()
@@ -132,9 +135,11 @@ def _stop_at_random(work: Work, sent: signal.Signals, instants: int, folder: Pat
     code = {signal.SIGINT: 130, signal.SIGTERM: 143}[sent]
     expected, seconds = work.whole("generate")
     rng, stopped, slowest, log = random.Random(int(sent)), 0, 0.0, folder / "log"
-    while stopped < instants:
-        path, terminal = folder / f"{stopped}.mp4", Terminal()
-        arguments = ["generate", PROMPT, "--frames", 56, "-o", path, *LOUD]
+    for trial in count():
+        if stopped == instants:
+            break
+        path, terminal = folder / f"{trial}.mp4", Terminal()
+        arguments = ["generate", PROMPT, "--frames", FRAMES, "-o", path, *LOUD]
         child = crash.Run(*arguments, log=log, terminal=terminal.name).started()
         if child.wait(rng.uniform(0.02, seconds)) is None:
             began = time.monotonic()
@@ -180,7 +185,7 @@ def test_an_interruption_says_what_can_be_watched_and_how_to_go_on(tmp_path: Pat
     assert child.wait(5) == 130
     assert f"{directory / 'video.mp4'}" in child.said
     assert f"streamt2v resume {path} continues" in child.said
-    assert 0 < digest(directory / "video.mp4")[0] < 56
+    assert 0 < digest(directory / "video.mp4")[0] < FRAMES
     assert mine.read_text() == "precious"
     assert call("resume", directory, "--quiet") == 0
     assert digest(path) == work.whole("generate")[0]
@@ -191,10 +196,10 @@ def test_an_interruption_says_what_can_be_watched_and_how_to_go_on(tmp_path: Pat
 
 def _start_at_once(starts: int, folder: Path) -> None:
     path = folder / "out.mp4"
-    arguments = ["generate", PROMPT, "--frames", 200, "-o", path, *TINY]
+    arguments = ["generate", PROMPT, "--frames", 120, "-o", path, *TINY]
     children = [crash.Run(*arguments, log=folder / f"{index}.log") for index in range(starts)]
     assert sorted(child.wait() or 0 for child in children) == [0] + [8] * (starts - 1), [c.said for c in children]
-    assert jobs.verify(path)["frames"] == 200
+    assert jobs.verify(path)["frames"] == 120
     path.unlink()
 
 
@@ -267,18 +272,18 @@ def test_resume_anyway_is_recorded(tmp_path: Path, work: Work, capsys: pytest.Ca
     while len(list(runs.directory_for(path).glob("base/*.mkv"))) < 2:
         assert child.wait(0.005) is None
     child.kill()
-    assert generate(path, 56, "--resume", "--guidance", 3) == 5
+    assert generate(path, FRAMES, "--resume", "--guidance", 3) == 5
     assert "--resume-anyway" in capsys.readouterr().err
     for fixed in (["--chunk", 12], ["--size", "40x24"], ["--set", "stream.overlap=4"], ["--no-refine"]):
-        assert generate(path, 56, "--resume-anyway", *fixed) in (2, 5)
-    assert generate(path, 64, "--resume-anyway") == 5
-    assert generate(path, 56, "--resume-anyway", "--guidance", 3) == 0
+        assert generate(path, FRAMES, "--resume-anyway", *fixed) in (2, 5)
+    assert generate(path, FRAMES + 8, "--resume-anyway") == 5
+    assert generate(path, FRAMES, "--resume-anyway", "--guidance", 3) == 0
     capsys.readouterr()
     assert call("info", path, "--json") == 0
     (change,) = result(capsys)["recipe"]["changes"]
     assert change["base_frames"] >= 24
     assert "config.stream.guidance_scale" in change["changed"]
-    assert digest(path)[0] == 56
+    assert digest(path)[0] == FRAMES
     assert digest(path) != work.whole("generate")[0]
 
 
@@ -307,7 +312,7 @@ def test_verify_finds_every_cut_and_every_flipped_bit(
     work.whole("generate")
     whole, copy = work.folder / "generate.mp4", tmp_path / "copy.mp4"
     assert call("verify", whole, whole) == 0
-    assert capsys.readouterr().out == f"{whole}: whole, 56 frames, 7 s\n" * 2
+    assert capsys.readouterr().out == f"{whole}: whole, {FRAMES} frames, {FRAMES / 8:g} s\n" * 2
     assert call("verify", whole, "--json") == 0
     assert result(capsys)["digest"] == digest(whole)[1]
     data = whole.read_bytes()
@@ -376,7 +381,7 @@ def test_rerun_gives_the_same_frames(
         ({"initialize.text_to_image": "sdxl+/tmp/x"}, 2, "--image-init"),
         ({"num_frames": 10**9}, 2, "num_frames"),
         ({"no.such": 1}, 2, "no.such"),
-        ({"model": "../demo"}, 2, "unknown model"),
+        ({"model": "../demo"}, 2, "there is no model"),
         ({"prompt": 3}, 2, "prompt"),
         ({"output": {"width": 3}}, 2, "output"),
     ],
@@ -406,6 +411,18 @@ def test_a_video_without_a_recipe_cannot_be_made_again(
     writer.finish(path)
     assert call("rerun", path) == 3
     assert "no recipe" in capsys.readouterr().err
+
+
+def test_a_picture_is_named_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, path = tmp_path / "private", tmp_path / "out.mp4"
+    folder.mkdir()
+    Image.new("RGB", (50, 70), (200, 30, 40)).save(folder / "start.png")
+    assert generate(path, 9, "--no-refine", "--image", folder / "start.png") == 0
+    assert "private" not in video.probe(path).comment
+    assert call("rerun", path) == 2
+    assert "'start.png'" in capsys.readouterr().err
+    assert call("rerun", path, "--image", folder / "start.png", "--quiet") == 0
+    assert digest(tmp_path / "out_rerun.mp4") == digest(path)
 
 
 # ------------------------------------------------------------------------------------------------------ determinism
