@@ -28,7 +28,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamt2v import config, devices, events, files, hub, jobs, memory, options, planning, runs
-from streamt2v.errors import BatchError, ConfigError, FieldError, InputError, Interrupted, OutputError, StreamT2VError
+from streamt2v.errors import (
+    SIGNALS,
+    BatchError,
+    ConfigError,
+    FieldError,
+    InputError,
+    Interrupted,
+    OutputError,
+    StreamT2VError,
+    Terminated,
+)
 from streamt2v.events import Event, JobReport, Tell, event
 from streamt2v.initializers import OWN, named
 from streamt2v.jobs import Job, Result
@@ -264,7 +274,7 @@ def _task(
             changed = error.message
     if stopped := runs.exists(job.run_path):
         try:
-            difference = jobs.difference(job, runs.recorded_recipe(job.run_path))
+            difference = jobs.difference(job, runs.recorded(job.run_path).recipe)
             changed = difference and f"the run in {job.run_path} was started with {difference}"
         except OutputError as error:
             changed = error.message
@@ -318,9 +328,8 @@ def run(tasks: Sequence[Task], refusals: Sequence[Refusal], tell: Tell, *, keep_
                 tell(event("result", job=task.id, line=task.line, **outcome))
                 if not outcome["ok"] and not keep_going:
                     break
-    except (KeyboardInterrupt, Interrupted) as stop:
-        code = stop.exit_code if isinstance(stop, Interrupted) else 130
-        error = Interrupted("stopped", "the same command goes on where it stopped", code)
+    except (*SIGNALS, Interrupted) as by:
+        error = Interrupted("stopped", "the same command goes on where it stopped", by=by)
     left = total - counts.total()
     if error is None and counts["failed"]:
         hint = "the same command makes what is missing" + ("; --keep-going does not stop at a failure" * bool(left))
@@ -406,7 +415,7 @@ def _on_ray(tasks: Sequence[Task], tell: Tell, address: str) -> Generator[tuple[
             begun = set[str]()
             while waiting:
                 if stopped:
-                    raise Interrupted("stopped", exit_code=143)
+                    raise Terminated
                 done, _ = ray.wait(list(waiting), timeout=0.2)
                 for told in queue.get_nowait_batch(queue.qsize()):
                     if told["type"] == "start" and told["job"] in begun:
