@@ -1,5 +1,6 @@
 # make video   set everything up in .venv and make a video          make test    set up, run all tests
 # make check   lint, types and import contract                      make wheel   build the package
+# make deep    the long tests: kills, full disks, signals ...       make offline all tests without any network (Linux)
 #
 # PYTHON=python3.12    the interpreter to use (3.11 or newer; the first found by default)
 # VENV=.venv           where everything is installed; nothing outside this folder and pip's cache is touched
@@ -13,13 +14,20 @@ ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c '$(ENOUGH)' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: video test check lint types wheel docs record clean
+.PHONY: video test deep offline check lint types wheel docs record clean
 
 video: $(BIN)/.installed
 	$(BIN)/streamt2v generate "$(PROMPT)" --frames 48 -o red_ball.mp4 --overwrite
 
 test: $(BIN)/.installed-dev
 	$(BIN)/python -m pytest
+
+deep: $(BIN)/.installed-dev
+	$(BIN)/python -m pytest -m slow
+
+# Loopback alone: the tests of the model hub talk to a server of their own.
+offline: $(BIN)/.installed-dev
+	unshare --map-root-user --net sh -c 'ip link set lo up && exec $(BIN)/python -m pytest'
 
 check: lint types
 

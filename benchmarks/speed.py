@@ -47,7 +47,6 @@ from streamt2v.errors import MemoryLimitError
 from streamt2v.models.encoders import decode_latents, encode_frames, latent_factor, latent_size
 from streamt2v.models.refiner import legal_canvas
 from streamt2v.models.unet3d import Conditioning, TextContext, UNet3D
-from streamt2v.progress import Progress
 from streamt2v.stages import stream
 from streamt2v.stages.denoise import Predict, Sampling, both_branches
 from streamt2v.stages.refine import Denoiser, Refiner
@@ -409,12 +408,29 @@ def measure_gains(networks: Networks, tools: Instruments, compiled: bool) -> dic
 # ---------------------------------------------------------------------------------------------------------- whole runs
 
 
-def whole_run(asked: RunConfig, device: devices.Device, gigabytes: float | None) -> jobs.Result:
-    """Make a video as the command does, into a folder that is removed."""
+class Warnings:
+    """A report that keeps what went otherwise than planned."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def start(self, stage: str, total_frames: int, done: int = 0) -> None: ...
+
+    def advance(self, stage: str, done: int, chunk: int, num_chunks: int) -> None: ...
+
+    def note(self, text: str, warning: bool = False) -> None:
+        self.said += [text] if warning else []
+
+
+def whole_run(
+    asked: RunConfig, device: devices.Device, gigabytes: float | None = None
+) -> tuple[jobs.Result, list[str]]:
+    """Make a video as the command does, into a folder that is removed; return what was made, and warnings."""
+    report = Warnings()
     with tempfile.TemporaryDirectory() as folder:
         where = {"device": device.name, "threads": threads(device), "memory": gigabytes}
         job = jobs.Job("generate", asked, Path(folder) / "out.mp4", **where)
-        return pipeline.run(job, Progress(quiet=True))
+        return pipeline.run(job, report), report.said
 
 
 def threads(device: devices.Device) -> int | None:
@@ -441,10 +457,10 @@ def measure_tiers(asked: RunConfig, tools: Instruments, tiers: Sequence[float]) 
             there = torch.cuda.get_device_properties(tools.device.name).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / there), tools.device.name)
         try:
-            whole_run(asked, tools.device, gigabytes)
-            row |= {"peak_bytes": tools.peak()}
+            _, warnings = whole_run(asked, tools.device, gigabytes)
+            row |= {"peak_bytes": tools.peak(), "warnings": warnings}
         except MemoryLimitError as error:
-            row |= {"peak_bytes": None, "error": str(error)}
+            row |= {"peak_bytes": None, "warnings": [error.message]}
         found.append(row)
         print(row, flush=True)
     if tools.device.kind == "cuda":
@@ -504,6 +520,7 @@ def section(result: Mapping[str, Any]) -> list[str]:
         lines += ["", "| memory | what is done | stated peak, GB | measured peak, GB |", "|---|---|---|---|"]
     for row in result["tiers"]:
         peak = "does not fit" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f}"
+        peak += "".join(f"; {text}" for text in row["warnings"])
         lines.append(f"| {row['gigabytes']:g} GB | {row['policy']} | {row['stated_bytes'] / 1e9:.1f} | {peak} |")
     if run := result["run"]:
         what = f"{run['frames']} frames at `fast`, {run['width']}x{run['height']}"
@@ -570,7 +587,7 @@ def measure_all(asked: argparse.Namespace) -> None:
         if not result["tiers"]:
             keep(tiers=measure_tiers(fast, tools, [float(tier) for tier in asked.memory.split(",") if tier]))
         if asked.run and not result["run"]:
-            made = whole_run(config.merge(config.to_flat(fast), {"num_frames": asked.run}), device, None)
+            made, _ = whole_run(config.merge(config.to_flat(fast), {"num_frames": asked.run}), device)
             keep(run={"frames": made.frames, "width": made.width, "height": made.height, "seconds": made.seconds})
     print(target)
 

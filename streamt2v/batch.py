@@ -28,7 +28,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamt2v import config, devices, events, files, hub, jobs, memory, options, planning, runs
-from streamt2v.errors import BatchError, ConfigError, FieldError, InputError, Interrupted, OutputError, StreamT2VError
+from streamt2v.errors import (
+    SIGNALS,
+    BatchError,
+    ConfigError,
+    FieldError,
+    InputError,
+    Interrupted,
+    OutputError,
+    StreamT2VError,
+    Terminated,
+)
 from streamt2v.events import Event, JobReport, Tell, event
 from streamt2v.initializers import OWN, named
 from streamt2v.jobs import Job, Result
@@ -264,7 +274,7 @@ def _task(
             changed = error.message
     if stopped := runs.exists(job.run_path):
         try:
-            difference = jobs.difference(job, runs.recorded_recipe(job.run_path))
+            difference = jobs.difference(job, runs.recorded(job.run_path).recipe)
             changed = difference and f"the run in {job.run_path} was started with {difference}"
         except OutputError as error:
             changed = error.message
@@ -318,9 +328,8 @@ def run(tasks: Sequence[Task], refusals: Sequence[Refusal], tell: Tell, *, keep_
                 tell(event("result", job=task.id, line=task.line, **outcome))
                 if not outcome["ok"] and not keep_going:
                     break
-    except (KeyboardInterrupt, Interrupted) as stop:
-        code = stop.exit_code if isinstance(stop, Interrupted) else 130
-        error = Interrupted("stopped", "the same command goes on where it stopped", code)
+    except (*SIGNALS, Interrupted) as by:
+        error = Interrupted("stopped", "the same command goes on where it stopped", by=by)
     left = total - counts.total()
     if error is None and counts["failed"]:
         hint = "the same command makes what is missing" + ("; --keep-going does not stop at a failure" * bool(left))
@@ -385,52 +394,72 @@ def _attempt(task: Task, tell: Tell, loaded: Loaded) -> Event:
 def _on_ray(tasks: Sequence[Task], tell: Tell, address: str) -> Generator[tuple[Task, Event]]:
     """Run each job as a Ray task; one whose worker dies is tried again and goes on where it was stopped."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is reported to anybody
-    stop = signal.getsignal(signal.SIGTERM)
-    try:
-        import ray
-        from ray.util.queue import Queue
-    except ImportError as error:
-        raise ConfigError(f"--ray cannot start: {error}", 'install it with `pip install "streamt2v[ray]"`') from error
+    # Ray handles SIGTERM, and prints notices of its own.
+    with _given_back(signal.SIGTERM), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            import ray
+            from ray.util.queue import Queue
+        except ImportError as error:
+            hint = 'install it with `pip install "streamt2v[ray]"`'
+            raise ConfigError(f"--ray cannot start: {error}", hint) from error
+        _connect(address, max(task.job.threads or devices.default_threads() for task in tasks))
+        stopped: list[int] = []  # nothing but KeyboardInterrupt may be raised while Ray waits
+        signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
+        waiting: dict[Any, Task] = {}
+        try:
+            has_gpu = bool(ray.cluster_resources().get("GPU"))
+            queue, remote = Queue(actor_options={"num_cpus": 0}), ray.remote(max_retries=RETRIES)(_remotely)
+            for task in tasks:
+                placed, resources = _placed(task, has_gpu)
+                waiting[remote.options(**resources).remote(placed, Path.cwd(), queue)] = task
+            begun = set[str]()
+            while waiting:
+                if stopped:
+                    raise Terminated
+                done, _ = ray.wait(list(waiting), timeout=0.2)
+                for told in queue.get_nowait_batch(queue.qsize()):
+                    if told["type"] == "start" and told["job"] in begun:
+                        tell(event("warning", job=told["job"], message="its worker died, it goes on where it was"))
+                    begun |= {told["job"]}
+                    tell(told)
+                for reference in done:
+                    task = waiting.pop(reference)
+                    try:
+                        yield task, ray.get(reference)
+                    except ray.exceptions.RayError as error:
+                        yield task, events.failed(getattr(error, "cause", None) or error)
+        finally:
+            for reference in waiting:
+                ray.cancel(reference)
+            if waiting:
+                ray.wait(list(waiting), num_returns=len(waiting), timeout=SECONDS_TO_STOP)
+            ray.shutdown()
+
+
+def _connect(address: str, threads: int) -> None:
+    """Join a Ray cluster, or start one on this machine for jobs of so many threads."""
+    import ray
+
     # Workers on other machines make no connections either.
-    offline = {"runtime_env": {"env_vars": dict.fromkeys(hub.OFFLINE, "1")}} if hub.offline() else {}
-    here: dict[str, Any] = {}
+    settings: dict[str, Any] = {"runtime_env": {"env_vars": dict.fromkeys(hub.OFFLINE, "1")}} if hub.offline() else {}
     if address == "local":
-        cores = max(devices.usable_cpus(), *(task.job.threads or devices.default_threads() for task in tasks))
-        here = {"num_cpus": cores, "include_dashboard": False, "object_store_memory": 10**8}
+        cores = max(devices.usable_cpus(), threads)
+        settings |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": 10**8}
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **here, **offline)
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **settings)
     except (OSError, RuntimeError, ValueError) as error:
         hint = "leave the address out to start one here"
         raise ConfigError(f"there is no Ray cluster at {address}: {error}", hint) from error
-    finally:
-        signal.signal(signal.SIGTERM, stop)  # which Ray takes for itself
-    waiting: dict[Any, Task] = {}
+
+
+@contextlib.contextmanager
+def _given_back(number: signal.Signals) -> Iterator[None]:
+    """Put the handler of a signal back at the end."""
+    before = signal.getsignal(number)
     try:
-        has_gpu = bool(ray.cluster_resources().get("GPU"))
-        queue, remote = Queue(actor_options={"num_cpus": 0}), ray.remote(max_retries=RETRIES)(_remotely)
-        for task in tasks:
-            placed, resources = _placed(task, has_gpu)
-            waiting[remote.options(**resources).remote(placed, Path.cwd(), queue)] = task
-        begun = set[str]()
-        while waiting:
-            done, _ = ray.wait(list(waiting), timeout=0.2)
-            for told in queue.get_nowait_batch(queue.qsize()):
-                if told["type"] == "start" and told["job"] in begun:
-                    tell(event("warning", job=told["job"], message="its worker died, it goes on where it was"))
-                begun |= {told["job"]}
-                tell(told)
-            for reference in done:
-                task = waiting.pop(reference)
-                try:
-                    yield task, ray.get(reference)
-                except ray.exceptions.RayError as error:
-                    yield task, events.failed(getattr(error, "cause", None) or error)
+        yield
     finally:
-        for reference in waiting:
-            ray.cancel(reference)
-        if waiting:
-            ray.wait(list(waiting), num_returns=len(waiting), timeout=SECONDS_TO_STOP)
-        ray.shutdown()
+        signal.signal(number, before)
 
 
 def _remotely(task: Task, folder: Path, queue: Any) -> Event:

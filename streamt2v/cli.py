@@ -14,12 +14,25 @@ from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
-from streamt2v import __version__, config, events, files, home, hub, initializers, jobs, options, planning, weights
-from streamt2v.errors import ConfigError, Interrupted, StreamT2VError, WeightsError, explained
+from streamt2v import (
+    __version__,
+    config,
+    events,
+    files,
+    home,
+    hub,
+    initializers,
+    jobs,
+    options,
+    planning,
+    runs,
+    weights,
+)
+from streamt2v.errors import SIGNALS, ConfigError, Interrupted, StreamT2VError, Terminated, WeightsError, explained
 from streamt2v.progress import Progress
 
 FETCHING = "stopped; the same command goes on where it stopped"
@@ -42,12 +55,12 @@ def _say(text: str) -> None:
     print(plain(text), file=sys.stderr, flush=True)
 
 
-def _emit(text: str) -> None:
+def _emit(text: str, out: TextIO | None = None) -> None:
     """Print a result; when the reader of our output went away there is nobody to tell."""
     try:
-        print(text, flush=True)
+        print(text, flush=True, file=out)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (out or sys.stdout).fileno())
         raise SystemExit(141) from None  # no failure of a job that is being made
 
 
@@ -84,8 +97,6 @@ def generate(
 
     [b]streamt2v generate "a cat on the beach" --model streamingt2v --init svd --image-init sdxl --frames 240[/b]
     """
-    if given["resume"] and output is None:
-        raise ConfigError("--resume needs to know which output", "name it with -o")
     _run("generate", None, output, given, prompt=options.read_prompt(prompt), frames=frames, fps=fps)
 
 
@@ -139,10 +150,17 @@ def _run(command: str, source: Path | None, output: Path | None, given: dict[str
     """Carry out a command that makes a video; `given` are the options of the shared groups."""
     json_output, quiet, verbose = (given.pop(name) for name in ("json_output", "quiet", "verbose"))
     behaviour = {name: given.pop(name) for name in jobs.BEHAVIOUR if name in given}
+    behaviour["resume"] |= behaviour["resume_anyway"]
+    if behaviour["resume"] and output is None:
+        raise ConfigError("--resume needs to know which output", "name it with -o")
     found = None if source is None else jobs.inspect_source(source)
     resolved = options.resolve(resume_from=output if behaviour["resume"] else None, source=found, **given, **more)
     output = output or default_output(resolved.prompt, resolved.seed)
-    job = jobs.Job(command, resolved, output, source, **behaviour)
+    _make(jobs.Job(command, resolved, output, source, **behaviour), json_output, quiet, verbose)
+
+
+def _make(job: jobs.Job, json_output: bool, quiet: bool, verbose: bool) -> None:
+    """Carry out a job and print its result."""
     with _terminable(FETCHING):
         # Everything cheap is checked before torch is imported or a model loads.
         notices = jobs.check(job, (lambda text: None) if quiet else _say)
@@ -151,7 +169,7 @@ def _run(command: str, source: Path | None, output: Path | None, given: dict[str
             _say(notice)
         length = f"{job.config.num_frames} frames at {job.config.output.fps:g} fps"
         _say(f"{job.output}: {length}, model {job.config.model}, seed {job.config.seed}")
-    with _terminable(), Progress(quiet=quiet, verbose=verbose) as progress:
+    with Progress(quiet=quiet, verbose=verbose) as progress:
         from streamt2v import pipeline
 
         result = pipeline.run(job, progress)
@@ -159,18 +177,99 @@ def _run(command: str, source: Path | None, output: Path | None, given: dict[str
     _emit(json.dumps(made) if json_output else result.output)
 
 
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(help="The output, or its run directory OUT.streamt2v.", show_default=False)],
+    json_output: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Continue an interrupted run as it was begun, to the same frames.
+
+    The same command with --resume does it too, and --resume-anyway with other settings.
+
+    [b]streamt2v resume ball.mp4[/b]
+    """
+    output = runs.output_of(run)
+    if output.is_file() and not runs.exists(runs.directory_for(output)):
+        facts = jobs.verify(output)
+        if not quiet:
+            _say(f"{output} is finished")
+        _emit(json.dumps(events.event("result", ok=True, output=str(output), **facts)) if json_output else str(output))
+        return
+    _make(jobs.resumed(run), json_output, quiet, verbose)
+
+
+@app.command()
+def verify(
+    videos: Annotated[list[Path], typer.Argument(help="Videos made by streamt2v.", show_default=False)],
+    json_output: options.Json = False,
+) -> None:
+    """Check that videos are whole: every bit as written, every frame decoded, as many as the recipe says.
+
+    Exit code 3 at the first that is cut, damaged or changed. It knows no signatures: who forges a video can forge this.
+
+    [b]streamt2v verify ball.mp4[/b]
+    """
+    for video in videos:
+        facts = jobs.verify(video)
+        _emit(json.dumps(facts) if json_output else f"{video}: whole, {facts['frames']} frames, {facts['seconds']:g} s")
+
+
+@app.command()
+@options.knows(options.running, options.alone)
+def rerun(
+    video: Annotated[Path, typer.Argument(help="A video made by streamt2v.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The mp4 to write. Default: VIDEO_rerun.mp4.")
+    ] = None,
+    source: Annotated[Path | None, typer.Option("--source", help="What VIDEO was refined or extended from.")] = None,
+    image: options.Image = None,
+    init: options.Init = None,
+    image_init: options.ImageInit = None,
+    **given: Any,
+) -> None:
+    """Make a video again by the recipe inside it, and compare the frames.
+
+    The recipe decides what is made. Paths, the device, and models that weights.toml does not know, only you can name.
+
+    [b]streamt2v rerun ball.mp4 -o again.mp4[/b]
+
+    [b]streamt2v rerun ball_hd.mp4 --source ball.mp4[/b]
+    """
+    json_output, quiet, verbose = (given.pop(name) for name in ("json_output", "quiet", "verbose"))
+    given["resume"] |= given["resume_anyway"]
+    places: dict[str, str | None] = {
+        "image": None if image is None else str(image), "initialize.text_model": init, "initialize.picture_model": init,
+        "initialize.text_to_image": image_init,
+    }  # fmt: skip
+    command, settings, like = jobs.rerun(video, source, places)
+    output = output or video.with_name(f"{video.stem}_rerun.mp4")
+    if not quiet:
+        _say(f"{video} says: {command}, with")
+        usual = config.to_flat(config.merge(config.preset(weights.family(settings.model).preset)))
+        for key, value in config.to_flat(settings).items():
+            if value != usual[key]:
+                _say(f"  {key} = {value}")
+    _make(jobs.Job(command, settings, output, source, like=like, **given), json_output, quiet, verbose)
+    if differences := jobs.compare(video, output):
+        _say(f"warning: the frames differ from those of {video}: {'; '.join(differences)}")
+    elif not quiet:
+        _say(f"the frames are those of {video}")
+
+
 @contextmanager
 def _terminable(said: str = "stopped") -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that a run can save its partial file as it does on Ctrl-C; and name both."""
+    """Turn SIGTERM into an exception, so that a run can say how it goes on as it does on Ctrl-C; and name both."""
 
     def stop(_signal: int, _frame: FrameType | None) -> NoReturn:
-        raise Interrupted(said, exit_code=143)
+        raise Terminated
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except KeyboardInterrupt:
-        raise Interrupted(said) from None
+    except SIGNALS as by:
+        raise Interrupted(said, by=by) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -238,11 +337,12 @@ def batch(
 
 def _follow(progress: Progress, json_output: bool) -> events.Tell:
     """Return what shows the events of a batch: results on stdout, all else on stderr; with JSON all on stdout too."""
+    out = sys.stdout  # which Ray must not share
 
     def tell(event: events.Event) -> None:
         job = event.get("job", "")
         if json_output:
-            _emit(json.dumps(event))
+            _emit(json.dumps(event), out)
         if event["type"] == "start":
             progress.say("{job}: {output}: {frames} frames at {fps:g} fps, model {model}, seed {seed}".format(**event))
         elif event["type"] == "progress":
@@ -256,7 +356,7 @@ def _follow(progress: Progress, json_output: bool) -> events.Tell:
         else:
             progress.end(*(f"{job} {stage}" for stage in ("stream", "refine")))
             if event["ok"] and not json_output:
-                _emit(event["output"])
+                _emit(event["output"], out)
         if not event.get("ok", True):
             error, where = event["error"], [f"line {event['line']}"] if job else []
             if event.get("field", "") not in error["message"]:
@@ -396,11 +496,10 @@ def evaluate(
     for target in filter(None, (report_file, csv_file, frames_csv)):
         jobs.check_target(target, overwrite)
     try:
-        with _terminable(), Progress(quiet=quiet) as progress:
+        with Progress(quiet=quiet) as progress:
             results = evaluation.evaluate(videos, settings, progress, (lambda text: None) if quiet else _say)
-    except (KeyboardInterrupt, Interrupted) as stop:
-        code = stop.exit_code if isinstance(stop, Interrupted) else 130
-        raise Interrupted("stopped; nothing was written", exit_code=code) from None
+    except SIGNALS as by:
+        raise Interrupted("stopped; nothing was written", by=by) from None
     pages = {
         report_file: report.as_html(results, settings),
         csv_file: report.videos_csv(results),
@@ -440,10 +539,9 @@ def preview(
 
     for target in targets:
         preview.check(target)
-    with _terminable():
-        for target in targets:
-            preview.write(source, target, width)
-            _emit(str(target))
+    for target in targets:
+        preview.write(source, target, width)
+        _emit(str(target))
 
 
 @app.command()
@@ -466,8 +564,7 @@ def report(
     jobs.check_target(target, overwrite)
     from streamt2v import report
 
-    with _terminable():
-        files.write_bytes(target, report.as_html(video).encode(errors="replace"))
+    files.write_bytes(target, report.as_html(video).encode(errors="replace"))
     _emit(str(target))
 
 
@@ -628,11 +725,10 @@ def train(
     from streamt2v import devices
     from streamt2v.training import loop
 
-    with _terminable():
-        loop.train(
-            part, minutes=minutes, steps=steps, out=out, device=devices.resolve(device).name, seed=seed,
-            resume_from=resume_from, log=_say,
-        )  # fmt: skip
+    loop.train(
+        part, minutes=minutes, steps=steps, out=out, device=devices.resolve(device).name, seed=seed,
+        resume_from=resume_from, log=_say,
+    )  # fmt: skip
 
 
 def _print_version(asked: bool) -> None:
@@ -667,7 +763,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")  # a prompt may hold what a terminal of ASCII cannot show
     anywhere = ("--debug", "--offline", "--no-color")
     try:
-        app(options.paired([argument for argument in argv if argument not in anywhere]), prog_name="streamt2v")
+        with _terminable():
+            app(options.paired([argument for argument in argv if argument not in anywhere]), prog_name="streamt2v")
     except (StreamT2VError, MemoryError) as error:
         if debug:
             raise

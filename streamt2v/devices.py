@@ -153,6 +153,14 @@ def release_memory(device: Device) -> None:
         torch.cuda.empty_cache()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that the device or the host had too little memory."""
+    import torch
+
+    # The CPU's allocator has no class of its own.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+
+
 def glance(name: str = "auto") -> tuple[str, int]:
     """Kind and free bytes of the device that `resolve` would most likely find, without importing torch.
 

@@ -119,6 +119,15 @@ class Interrupted(StreamT2VError):
 
     code = "interrupted"
 
-    def __init__(self, message: str, hint: str = "", exit_code: int = 130) -> None:
+    def __init__(self, message: str, hint: str = "", *, by: BaseException) -> None:
         super().__init__(message, hint)
-        self.exit_code = exit_code
+        self.exit_code = getattr(by, "exit_code", 130)
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; like Ctrl-C no `Exception`, so that no library takes it for a failure of its own."""
+
+    exit_code = 143
+
+
+SIGNALS = (KeyboardInterrupt, Terminated)

@@ -59,10 +59,11 @@ def require_space(
         raise OutputError(message, hint)
 
 
-def explain(path: Path, error: OSError) -> OutputError:
-    """Turn a system error on writing `path` into an OutputError with the reason and what to do."""
+def explain(path: Path, error: OSError, needed: int = 0) -> OutputError:
+    """Turn a system error on writing `needed` bytes to `path` into an OutputError with the reason and what to do."""
     if error.errno in _FULL:
-        message = f"no space left for {path} ({free_bytes(path) / 1e6:.0f} MB free)"
+        wanted = f"{needed / 1e6:.2f} MB are needed, " if needed else ""
+        message = f"no space left for {path}: {wanted}{free_bytes(path) / 1e6:.2f} MB are free"
         return OutputError(message, "free some space; a run continues with --resume")
     if error.errno in _DENIED:
         return OutputError(f"cannot write {path}: permission denied or read-only", "choose another place with -o")
@@ -92,12 +93,12 @@ def inside(folder: Path, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def output_errors(path: Path) -> Iterator[None]:
-    """Turn every OSError of the body into an OutputError that names `path`."""
+def output_errors(path: Path, needed: int = 0) -> Iterator[None]:
+    """Turn every OSError of the body, which writes `needed` bytes, into an OutputError that names `path`."""
     try:
         yield
     except OSError as error:
-        raise explain(path, error) from error
+        raise explain(path, error, needed) from error
 
 
 def make_directory(path: Path) -> None:
@@ -154,7 +155,7 @@ def sync_directory(path: Path) -> None:
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Write a whole file atomically and durably."""
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, output_errors(path, len(data)):
         descriptor = os.open(temporary, _WRITE | os.O_EXCL, 0o666)
         try:
             _write_all(descriptor, data)
@@ -173,7 +174,7 @@ def append_bytes(path: Path, data: bytes | memoryview, at: int) -> int:
     Raises:
         OutputError: the write failed; the first `at` bytes are as before.
     """
-    with output_errors(path):
+    with output_errors(path, len(data)):
         descriptor = os.open(path, _WRITE, 0o666)
         try:
             os.ftruncate(descriptor, at)

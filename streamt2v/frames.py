@@ -32,6 +32,16 @@ def to_float(frames: Frames, device: torch.device | str = "cpu") -> Tensor:
     return tensor.float().div_(127.5).sub_(1.0).contiguous()
 
 
+def is_finite(values: Tensor) -> bool:
+    """Tell whether no value is NaN or infinite: by one sum, and one by one only where that overflows."""
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
+
+
+def is_black(frames: Frames) -> bool:
+    """Tell whether uint8 frames [F,H,W,3] show nothing, as a network does that failed without a NaN."""
+    return bool(frames.max(initial=0) <= 2 and frames.std() < 0.5)
+
+
 def to_u8(frames: Tensor) -> Frames:
     """Turn float frames [F,3,H,W] in [-1,1] into uint8 frames [F,H,W,3]: clamped, then rounded to the nearest level.
 
@@ -39,11 +49,8 @@ def to_u8(frames: Tensor) -> Frames:
         NumericsError: a value is NaN or infinite (the cast would silently make it black or white).
     """
     wide = frames.detach().to(torch.float32)
-    # One reduction instead of a mask as large as the frames; a finite sum of values near [-1,1] cannot hide an Inf.
-    if not torch.isfinite(wide.sum()):
-        raise NumericsError(
-            "the decoded frames hold NaN or Inf", "16 bit may be too narrow; --device cpu computes in 32"
-        )
+    if not is_finite(wide):
+        raise NumericsError("the frames hold NaN or Inf")
     levels = wide.add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
     array: Frames = levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return array

@@ -8,9 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamt2v import __version__, devices, files, hub, initializers, runs, vocabulary, weights
+from streamt2v import __version__, config, devices, files, hub, initializers, runs, vocabulary, weights
 from streamt2v.config import Prompt, RunConfig, merge, to_flat
-from streamt2v.errors import ConfigError, InputError, OutputError, StreamT2VError
+from streamt2v.errors import ConfigError, InputError, OutputError, ResumeError, StreamT2VError, VideoError
+
+# What fixes the number and the sizes of frames and states: no run goes on after a change there.
+_FIXED = (
+    "command", "source", "config.model", "config.num_frames", "config.stream.chunk", "config.stream.overlap",
+    "config.stream.height", "config.stream.width", "config.refine.enabled", "config.refine.chunk",
+    "config.refine.overlap", "config.refine.blending", "config.refine.num_inference_steps", "config.output",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -24,11 +31,14 @@ class Job:
     device: str = "auto"
     threads: int | None = None
     resume: bool = False
+    resume_anyway: bool = False
     overwrite: bool = False
     keep_run: bool = False
     preview: Path | None = None
     memory: float | None = None
     """Gigabytes that the run may take; None means what is free."""
+    like: Mapping[str, Any] | None = None
+    """Threads and memory policy of the run to repeat, where none are asked for."""
 
     @property
     def run_path(self) -> Path:
@@ -46,7 +56,8 @@ class Job:
         return {
             "command": self.command,
             "version": __version__,
-            "config": to_flat(self.config),
+            # Of a picture the name says enough: a recipe travels with the video, the folder stays private.
+            "config": to_flat(self.config) | {"image": Path(self.config.image).name},
             "source": self.source and {**_fingerprint(self.source), "frames": inspect_source(self.source).frames},
             "image": _fingerprint(Path(self.config.image)) if self.config.image else None,
             "initializer": None if chosen is None else chosen.fingerprint(),
@@ -57,8 +68,18 @@ class Job:
             },
         }
 
+    def local(self) -> dict[str, Any]:
+        """Return what `resumed` needs besides the recipe; it stays on this machine."""
+        paths = {"source": self.source, "image": self.config.image or None, "preview": self.preview}
+        absolute = {name: path and str(Path(path).absolute()) for name, path in paths.items()}
+        return {**absolute, "keep_run": self.keep_run}
 
-BEHAVIOUR = ("device", "threads", "resume", "overwrite", "keep_run", "preview", "memory")
+    def may_change(self, key: str) -> bool:
+        """Tell whether the run may be continued although its recipe changed at a dotted key."""
+        return self.resume_anyway and not key.startswith(_FIXED)
+
+
+BEHAVIOUR = ("device", "threads", "resume", "resume_anyway", "overwrite", "keep_run", "preview", "memory")
 """Fields of a job that say how it runs, not what it makes."""
 
 
@@ -163,6 +184,97 @@ def recorded_timeline(recipe: Mapping[str, Any], num_frames: int) -> tuple[Promp
         return ()
 
 
+def resumed(path: Path) -> Job:
+    """Return the job of the unfinished run of an output, or in a run directory, as it was asked.
+
+    Raises:
+        ResumeError: there is none, or its record is damaged.
+    """
+    output = runs.output_of(path)
+    recipe, _, local = runs.recorded(runs.directory_for(output))
+    try:
+        settings = config.merge(recipe["config"], {"image": local["image"] or ""})
+        source, preview = (Path(local[name]) if local[name] else None for name in ("source", "preview"))
+        return Job(
+            recipe["command"], settings, output, source, recipe["device"], resume=True, keep_run=local["keep_run"],
+            preview=preview,
+        )  # fmt: skip
+    except (KeyError, TypeError, AttributeError) as error:
+        hint = "continue it by the command that began it, with --resume"
+        raise ResumeError(f"{runs.directory_for(output)} does not say how it was begun", hint) from error
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Check that a finished video is what was written, and decodes to as many frames as its recipe says.
+
+    Raises:
+        VideoError: it is cut, damaged, changed by another program, or was not made by streamt2v.
+    """
+    from streamt2v import video
+
+    video.check_seal(path)
+    found = video.probe(path)
+    settings = recipe_of(found.comment).get("config", {})
+    frames, digest = video.digest(path)
+    made, asked = (frames, float(found.fps)), (settings.get("num_frames"), settings.get("output.fps"))
+    if settings and made != asked:
+        raise VideoError(f"{path} holds (frames, fps) {made} instead of {asked}")
+    return {"video": str(path), "frames": frames, "seconds": float(frames / found.fps), "digest": digest}
+
+
+def rerun(
+    path: Path, source: Path | None, given: Mapping[str, str | None]
+) -> tuple[str, RunConfig, dict[str, Any]]:  # fmt: skip
+    """Read from a video how to make it again: the command, its settings, and what `Job.like` takes.
+
+    Anybody may have written the recipe. It may set what is made; paths and models that others published are the
+    user's to choose.
+
+    Args:
+        path: the video.
+        source: what it was refined or extended from, None where not given.
+        given: paths and models by dotted key of the settings, None where not given.
+
+    Raises:
+        ConfigError: the recipe sets what is not valid, or needs what only the user may give.
+        InputError: no readable video with a recipe, or an input that is not the one it was made from.
+    """
+    from streamt2v import video
+
+    recipe = recipe_of(video.probe(path).comment)
+    command = recipe.get("command")
+    if command not in ("generate", "refine", "extend"):
+        raise InputError(f"{path} carries no recipe", "only videos made by streamt2v can be made again")
+    settings = dict(recipe["config"])
+    trusted = {"", initializers.OWN, *weights.pipelines()}
+    for key, value in given.items():
+        if value is not None:
+            settings[key] = value
+        elif not set(str(settings.get(key, "")).split("+")) <= trusted:
+            option = {"image": "--image", "initialize.text_to_image": "--image-init"}.get(key, "--init")
+            raise ConfigError(
+                f"{path} was made with {key} = {settings[key]!r}", f"name it with {option} if you trust it"
+            )
+    if recipe.get("source") and source is None:
+        raise ConfigError(f"{path} was made by {command} from another video", "name that with --source")
+    for file, was in ((source, recipe.get("source")), (given.get("image"), recipe.get("image"))):
+        if file and isinstance(was, dict) and Path(file).is_file() and Path(file).stat().st_size != was.get("bytes"):
+            raise InputError(f"{file} is not what {path} was made from: that had {was.get('bytes')} bytes")
+    threads = recipe.get("threads")
+    like = {"memory": recipe.get("memory"), "threads": threads if type(threads) is int and 0 < threads < 1025 else None}
+    return command, config.merge(settings), like
+
+
+def compare(path: Path, again: Path) -> list[str]:
+    """Return how the recipes of two videos differ where their frames do; nothing where the frames are equal."""
+    from streamt2v import video
+
+    if video.digest(path) == video.digest(again):
+        return []
+    first, second = (recipe_of(video.probe(each).comment) for each in (path, again))
+    return [said for _, said in runs.differences(first, second)] or ["by the same recipe"]
+
+
 def recorded_seed(output: Path) -> int | None:
     """Return the seed of the interrupted or finished run of an output, None when there is neither."""
     seed = runs.recorded_seed(output)
@@ -177,7 +289,7 @@ def recorded_seed(output: Path) -> int | None:
 def difference(job: Job, recorded: dict[str, Any]) -> str | None:
     """Name the first setting in which a recorded recipe differs from the job's, None when there is none."""
     asked = job.recipe()
-    return runs.first_difference({key: recorded.get(key) for key in asked}, asked)
+    return next((said for _, said in runs.differences({key: recorded.get(key) for key in asked}, asked)), None)
 
 
 def finished(job: Job) -> Result:
@@ -188,6 +300,8 @@ def finished(job: Job) -> Result:
     """
     from streamt2v import video
 
+    if (job.run_path / "lock").exists():  # it died while it removed its directory
+        runs.RunDirectory(job.run_path).remove()
     found = video.probe(job.output)
     if changed := difference(job, recipe_of(found.comment)):
         message = f"{job.output} was made with other settings: {changed}"
@@ -226,7 +340,8 @@ def check(job: Job, note: hub.Note = lambda text: None) -> list[str]:
     if job.command == "refine":
         _check_refined(job)
     _check_output(job)
-    files.require_space(job.output, _disk_bytes(job.config), "this run")
+    needed = int(1.2 * _disk_bytes(job.config)) - (runs.size(job.run_path) if job.resume else 0)
+    files.require_space(job.output, needed, "this run")
     family, notices = weights.family(job.config.model), list[str]()
     weights.require(family)
     if job.command != "refine":
@@ -361,6 +476,7 @@ def _check_output(job: Job) -> None:
             raise OutputError(f"{job.preview} is a folder", "give a file name with --preview")
         runs.check_writable(job.preview.parent)
     if runs.exists(job.run_path) and not (job.resume or job.overwrite):
+        runs.RunDirectory(job.run_path).close()  # refuses one that is being worked on
         raise OutputError(
             f"an unfinished run lies in {job.run_path}", "continue it with --resume, or start again with --overwrite"
         )

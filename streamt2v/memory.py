@@ -80,16 +80,28 @@ def needed(stages: Sequence[Stage], policy: MemoryPolicy) -> int:
     return int(values * (2 if policy.precision == "float16" else 4) * MARGIN) + OWN_BYTES
 
 
-def choose(free: int, stages: Sequence[Stage], kind: str) -> MemoryPolicy:
-    """Pick the fastest policy that fits into `free` bytes of a device ("cpu", "cuda", "mps"); else the most sparing."""
+def ladder(kind: str) -> list[MemoryPolicy]:
+    """Return the policies of a device ("cpu", "cuda", "mps"), from the fastest to the most sparing."""
     precision: Literal["float32", "float16"] = "float32" if kind == "cpu" else "float16"
     host = kind == "cuda"  # elsewhere the host's memory is the device's
-    ladder = [
+    found = [
         MemoryPolicy(precision, True, True, MANY_ROWS, False),
         MemoryPolicy(precision, False, True, MANY_ROWS, False, host),
         MemoryPolicy(precision, False, True, FEW_ROWS, False, host),
         MemoryPolicy(precision, False, False, FEW_ROWS, False, host),
     ]
     if host:
-        ladder.append(MemoryPolicy(precision, False, False, FEW_ROWS, True, host))
-    return next((policy for policy in ladder if needed(stages, policy) <= free), ladder[-1])
+        found.append(MemoryPolicy(precision, False, False, FEW_ROWS, True, host))
+    return found
+
+
+def choose(free: int, stages: Sequence[Stage], kind: str) -> MemoryPolicy:
+    """Pick the fastest policy that fits into `free` bytes of a device; else the most sparing."""
+    known = ladder(kind)
+    return next((policy for policy in known if needed(stages, policy) <= free), known[-1])
+
+
+def more_sparing(policy: MemoryPolicy, kind: str) -> list[MemoryPolicy]:
+    """Return the policies below one on the ladder of a device."""
+    known = ladder(kind)
+    return known[known.index(policy) + 1 :] if policy in known else known

@@ -117,6 +117,7 @@ DeviceOption = Annotated[str, _running("--device", "auto, cpu, cuda, cuda:1, mps
 Threads = Annotated[int | None, _running("--threads", "CPU threads. Default: all cores.", min=1)]
 Memory = Annotated[float | None, _running("--memory", "GB it may take. Default: what is free.", min=0.1, max=1e6)]
 Resume = Annotated[bool, _running("--resume", "Continue the run that was interrupted.")]
+ResumeAnyway = Annotated[bool, _running("--resume-anyway", "The same with other settings, which is recorded.")]
 Overwrite = Annotated[bool, _running("--overwrite", "-f", "Replace an existing output.")]
 KeepRun = Annotated[bool, _running("--keep-run", "Keep OUT.streamt2v/ after success.")]
 Preview = Annotated[Path | None, _running("--preview", "A PNG contact sheet, renewed while running.")]
@@ -156,7 +157,7 @@ def starting(image: Image = None, init: Init = None, image_init: ImageInit = Non
     """What those know that begin from nothing."""
 
 
-def alone(resume: Resume = False, preview: Preview = None) -> None:
+def alone(resume: Resume = False, resume_anyway: ResumeAnyway = False, preview: Preview = None) -> None:
     """How a run of one video behaves."""
 
 

@@ -5,13 +5,15 @@ stream is still running, and memory does not grow with length. Every stage leave
 written after the frames it belongs to: a run that dies at any instant continues from there.
 """
 
-import contextlib
+import gc
 import json
+import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from importlib.metadata import version
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -27,7 +29,7 @@ from streamt2v.config import prompt_at
 from streamt2v.convert import clean_prompt
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
-from streamt2v.errors import Interrupted, MemoryLimitError, StreamT2VError, VideoError
+from streamt2v.errors import SIGNALS, Interrupted, MemoryLimitError, NumericsError, ResumeError, VideoError
 from streamt2v.frames import Frames
 from streamt2v.jobs import Job, Result, check
 from streamt2v.memory import MemoryPolicy
@@ -42,6 +44,7 @@ from streamt2v.stages.refine import Denoiser, Refiner, RefineState, noise_grid
 
 STREAM, REFINE = "stream", "refine"
 ENCODERS = ("stream.text", "stream.image", "refine.text")
+RETRIES = 3  # with less memory each
 
 
 @dataclass
@@ -81,31 +84,34 @@ def run(job: Job, report: Report, loaded: Loaded | None = None) -> Result:
         return jobs.finished(job)
     loaded = Loaded() if loaded is None else loaded
     device = devices.resolve(job.device)
-    resumed = runs.recorded_recipe(job.run_path) if job.resume and runs.exists(job.run_path) else {}
+    earlier = runs.recorded(job.run_path).recipe if job.resume and runs.exists(job.run_path) else job.like or {}
     # Sums split over other numbers of threads round differently: a run keeps the number it began with.
-    threads = devices.set_threads(resumed.get("threads") if job.threads is None else job.threads)
+    threads = devices.set_threads(earlier.get("threads") if job.threads is None else job.threads)
     devices.keep_freed_memory()
     libraries = {name: version(name) for name in ("torch", "diffusers", "transformers")}
-    policy = _policy(job, device, loaded, resumed, report)
-    networks = loaded.fitting(job.config.model, device, policy)
-    cold = not networks
+    policy = _policy(job, device, loaded, earlier, report)
+    cold = not loaded.fitting(job.config.model, device, policy)
     recipe = {
         **job.recipe(), "device": device.name, "threads": threads, "libraries": libraries, "memory": asdict(policy)
     }  # fmt: skip
-    with runs.RunDirectory.open(job.run_path, recipe, resume=job.resume) as directory:
-        maker = _Maker(job, report, directory, device, policy, networks)
+    with runs.RunDirectory.open(
+        job.run_path, recipe, resume=job.resume, local=job.local(), may_change=job.may_change
+    ) as directory:
         try:
-            width, height = maker.make()
-        except (KeyboardInterrupt, Interrupted) as stop:
-            raise _interrupted(maker, stop) from None
-        except Exception as error:
-            if not directory.num_base_frames and directory.load_state("output") is None:
+            jobs.check_target(job.output, job.overwrite or job.resume)  # another run may just have made it
+            maker, (width, height) = _make(job, report, directory, device, policy, loaded)
+            maker.finish()
+        except BaseException as error:
+            shown = directory.load_state("output")
+            if not directory.num_base_frames and shown is None:
                 directory.remove()  # nothing is finished: the next try need not say --resume
-            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-                hint = "try a lower --memory, or a smaller --size or --chunk"
-                raise MemoryLimitError("out of memory", hint) from error
+            if isinstance(error, SIGNALS):
+                raise _interrupted(job, directory, shown, error) from None
+            if isinstance(error, NumericsError):
+                hint = "16 bit may be too narrow: --device cpu computes in 32; or try another --seed or --guidance, "
+                where = f"{error.message}, after {directory.num_base_frames} base frames"
+                raise NumericsError(where, f"{hint}with --resume-anyway to go on from what is finished") from error
             raise
-        maker.finish()
         seconds = time.monotonic() - began
         if cold:
             maker.remember(seconds)
@@ -114,28 +120,64 @@ def run(job: Job, report: Report, loaded: Loaded | None = None) -> Result:
     return Result.of(job, width, height, seconds, device)
 
 
-def _policy(job: Job, device: devices.Device, loaded: Loaded, resumed: dict[str, Any], report: Report) -> MemoryPolicy:
-    """What the memory allows; a run keeps the policy it began with, as other batches round differently."""
-    if job.memory is None and "memory" in resumed:
-        with contextlib.suppress(TypeError):  # written by another version, which is refused when it is opened
-            return MemoryPolicy(**resumed["memory"])
-    free = loaded.free_memory(device) if job.memory is None else int(job.memory * 1e9)
+def _make(
+    job: Job, report: Report, directory: runs.RunDirectory, device: devices.Device, policy: MemoryPolicy, loaded: Loaded
+) -> tuple["_Maker", tuple[int, int]]:
+    """Produce every frame; wherever memory ends, go on from what is stored with the next more sparing policies."""
+    sparing = memory.more_sparing(policy, device.kind)
+    for lower in [*sparing[:RETRIES], None]:
+        maker = _Maker(job, report, directory, device, policy, loaded.fitting(job.config.model, device, policy))
+        try:
+            return maker, maker.make()
+        except Exception as error:
+            if not devices.is_out_of_memory(error):
+                raise
+        loaded.networks.clear()
+        del maker  # only now, without the error and its frames, its tensors can be freed
+        gc.collect()
+        devices.release_memory(device)
+        if lower is not None:
+            report.note(f"out of memory; going on with {lower.describe()}", warning=True)
+            policy = lower
+            directory.change({**directory.recipe, "memory": asdict(policy)})
+    raise MemoryLimitError(f"out of memory, also with {policy.describe()}", _more_room(job, device, sparing[RETRIES:]))
+
+
+def _more_room(job: Job, device: devices.Device, untried: list[MemoryPolicy]) -> str:
+    """Name the cheapest plan, and what it needs."""
+    cheapest = untried[-1] if untried else memory.ladder(device.kind)[-1]
+    need, free = memory.needed(_stages(job), cheapest) / 1e9, devices.free_memory(device) / 1e9
+    said = f"the cheapest plan ({cheapest.describe()}) needs about {need:.1f} GB, {free:.1f} are free; "
+    if untried:
+        return f"{said}--resume-anyway --memory {need:.1f} goes on with it"
+    return f"{said}a smaller --size or --chunk needs less, or end other programs and go on with --resume"
+
+
+def _stages(job: Job) -> tuple[memory.Stage, ...]:
     source = jobs.inspect_source(job.source) if job.source and job.command == "refine" else None
-    known = planning.stages(job.config, None if source is None else (source.height, source.width))
+    return planning.stages(job.config, None if source is None else (source.height, source.width))
+
+
+def _policy(
+    job: Job, device: devices.Device, loaded: Loaded, earlier: Mapping[str, Any], report: Report
+) -> MemoryPolicy:
+    """What the memory allows; a run keeps the policy it began with, as other batches round differently."""
+    kept = [policy for policy in memory.ladder(device.kind) if asdict(policy) == earlier.get("memory")]
+    if job.memory is None and kept:
+        return kept[0]
+    free = loaded.free_memory(device) if job.memory is None else int(job.memory * 1e9)
+    known = _stages(job)
     policy = memory.choose(free, known, device.kind)
     need = memory.needed(known, policy)
     report.note(f"memory: {policy.describe()}: up to {need / 1e9:.1f} of {free / 1e9:.1f} GB", warning=need > free)
     return policy
 
 
-def _interrupted(maker: "_Maker", stop: BaseException) -> Interrupted:
-    try:
-        partial = maker.save_partial()
-        message = "interrupted" if partial is None else f"interrupted; what is finished is in {partial}"
-    except StreamT2VError as error:
-        message = f"interrupted; the part that is finished could not be written: {error.message}"
-    code = stop.exit_code if isinstance(stop, Interrupted) else 130
-    return Interrupted(message, "run the same command with --resume to continue", code)
+def _interrupted(job: Job, directory: runs.RunDirectory, shown: runs.State | None, by: BaseException) -> Interrupted:
+    if not runs.exists(directory.path):
+        return Interrupted("interrupted before anything was finished", by=by)
+    playable = "" if shown is None else f"; what is finished can be watched: {directory.partial_path}"
+    return Interrupted(f"interrupted{playable}", f"streamt2v resume {shlex.quote(str(job.output))} continues", by=by)
 
 
 @dataclass(frozen=True)
@@ -216,10 +258,15 @@ class _Maker:
         state = self.directory.load_state("output")
         mark = None if state is None else video.SegmentMark(**state.meta["mark"])
         fps = Fraction(self.config.output.fps).limit_denominator(1001)
-        self.writer = video.SegmentWriter(
-            self.directory.partial_path, geometry.fit.height, geometry.fit.width, fps,
-            crf=self.config.output.crf, resume=mark,
+        begin = partial(
+            video.SegmentWriter, self.directory.partial_path, geometry.fit.height, geometry.fit.width, fps,
+            crf=self.config.output.crf,
         )  # fmt: skip
+        try:
+            self.writer = begin(resume=mark)
+        except ResumeError as error:  # nothing is lost: it is made again from the base frames
+            self.report.note(f"{error.message}; it is made again", warning=True)
+            self.writer, state = begin(), None
         sheet = _Preview(self.job.preview, self.config.num_frames)
         if self.job.preview and self.writer.mark.frames:
             shown = 0
@@ -231,8 +278,15 @@ class _Maker:
             with self._timing_frames():
                 mark = self.writer.append(group)
             self.directory.save_state("output", tensors, {"mark": asdict(mark)})
+            self._look_at(group, f"frames {start} to {mark.frames - 1}")
             sheet.add(start, group)
         return geometry.fit.width, geometry.fit.height
+
+    def _look_at(self, group: Frames, what: str) -> None:
+        """Warn of frames without a picture, and refuse to compute more than the disk can take."""
+        if frames.is_black(group):
+            self.report.note(f"{what} are black", warning=True)
+        self.directory.require_room(2 * group.nbytes)  # of what comes next, as large as this before compression
 
     def _groups(self, geometry: Geometry, state: runs.State | None) -> Iterator[tuple[Frames, dict[str, Tensor]]]:
         """Yield (output frames, state after them): a continued video's own frames, then what the stages make."""
@@ -266,30 +320,17 @@ class _Maker:
     def finish(self) -> None:
         """Give the output its name."""
         assert self.writer is not None
+        self.directory.require_room(self.writer.mark.size)
+        changes = [{**change, "changed": sorted(change["changed"])} for change in self.directory.changes]
+        recipe = {"streamt2v": __version__, **self.directory.recipe, **({"changes": changes} if changes else {})}
         with self._timing_frames():
-            self.writer.finish(self.job.output, json.dumps(self._metadata()), self.job.source)
-        if self.directory.load_state("partial") is not None:
-            self._partial_path.unlink(missing_ok=True)
-
-    @property
-    def _partial_path(self) -> Path:
-        return self.job.output.with_name(f"{self.job.output.stem}.partial.mp4")
-
-    def save_partial(self) -> Path | None:
-        """Write what is finished beside the output's name; None when nothing is."""
-        if self.writer is None or not self.writer.mark.frames:
-            return None
-        self.directory.save_state("partial", {})  # so that a later success knows the file is ours to remove
-        self.writer.finish(self._partial_path, json.dumps(self._metadata()), self.job.source)
-        return self._partial_path
-
-    def _metadata(self) -> dict[str, object]:
-        return {"streamt2v": __version__, **self.directory.recipe}
+            self.writer.finish(self.job.output, json.dumps(recipe), self.job.source)
 
     def remember(self, seconds: float) -> None:
         """Keep this run's speed for `plan`; short runs say too little."""
         later_chunks = len(self.stream_plan) - 1
-        if self.job.command != "generate" or self.job.resume or not later_chunks or len(self.refine_plan) < 2:
+        unlike = self.job.command != "generate" or self.job.resume or self.directory.changes
+        if unlike or not later_chunks or len(self.refine_plan) < 2:
             return
         rest = seconds - self.fixed_seconds - self.stream_seconds
         frame_seconds = self.frame_seconds if self.config.refine.enabled else rest
@@ -302,7 +343,7 @@ class _Maker:
         }
         planning.remember(self.config, self.device.kind, self.policy, measured)
 
-    @contextlib.contextmanager
+    @contextmanager
     def _timing_frames(self) -> Iterator[None]:
         """Count the time of work that grows with frames, not with chunks."""
         devices.wait(self.device)  # what is still queued belongs to the chunk
@@ -413,6 +454,8 @@ class _Maker:
             began = time.monotonic() - self.fixed_seconds
             first = self._given_first_chunk()  # before the stream's networks take memory
             first = self._own_first_chunk() if first is None else first
+            if not frames.is_finite(first):  # also in frames that only the next chunk looks at
+                raise NumericsError("the first chunk holds NaN or Inf")
             self.fixed_seconds = time.monotonic() - began
             state = stream.StreamState.after_first_chunk(first, config.overlap)
             yield self._store(0, first[: self.num_frames], state, time.monotonic())
@@ -435,10 +478,11 @@ class _Maker:
 
     def _store(self, index: int, new: Tensor, state: stream.StreamState, began: float) -> Frames:
         """Store the new frames of one chunk and the state after it; return the frames as uint8."""
-        images = frames.to_u8(new)
+        images, start = frames.to_u8(new), self.directory.num_base_frames
         self.directory.append_base(index, images)
         tensors = {"conditioning_frames": state.conditioning_frames, "anchor": state.anchor}
         self.directory.save_state("stream", tensors, {"next_chunk": state.next_chunk})
+        self._look_at(images, f"base frames {start} to {start + len(images) - 1}")
         self.stream_seconds += time.monotonic() - began
         self.report.advance(STREAM, self.directory.num_base_frames, index + 1, len(self.stream_plan))
         return images

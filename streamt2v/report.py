@@ -55,7 +55,7 @@ def as_html(output: Path) -> str:
     run = runs.directory_for(output)
     unfinished = not output.exists() and runs.exists(run)
     source = run / "video.mp4" if unfinished else output
-    recipe: dict[str, Any] = runs.recorded_recipe(run) if unfinished else {}
+    recipe: dict[str, Any] = runs.recorded(run).recipe if unfinished else {}
     facts, sheet, whole = "nothing of it can be seen yet", "", True
     if not unfinished or (source.is_file() and source.stat().st_size):
         found = video.probe(source)

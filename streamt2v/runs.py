@@ -1,11 +1,14 @@
 """The run directory: what a run was asked, its lossless base frames and the small state of every stage.
 
     OUT.mp4.streamt2v/
-        run.json                      schema and recipe; written last on creation, removed first at the end
+        run.json                      schema, recipe, what was changed midway, and paths that are true here only;
+                                      written last on creation, removed first at the end
         lock                          held by the process that works here; the kernel frees it when that process dies
         base/000012-0000104-8.mkv     chunk 12: 8 frames from frame 104 on, lossless (FFV1)
         state/stream-000013.safetensors   a state; the newest two of each name are kept
         video.mp4                     the output as it grows; plays at any moment
+
+Nothing is trusted by its name or time: base frames, states and the growing video carry checksums.
 
 Crash-only: nothing is repaired on the way out, everything on the way in. Each file appears whole under its name
 (written beside it, synced, renamed), so a run that died between two writes leaves two kinds of surplus, both dropped:
@@ -23,7 +26,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,12 +43,19 @@ if TYPE_CHECKING:
     from streamt2v.frames import Frames
 
 SCHEMA = 1
+_SUFFIX = ".streamt2v"
 _STATES_KEPT = 2
+HEADROOM = 32 * 2**20
 
 
 def directory_for(output: Path) -> Path:
     """Return the run directory of an output: beside it, so that both move together."""
-    return output.parent / f"{output.name}.streamt2v"
+    return output.parent / f"{output.name}{_SUFFIX}"
+
+
+def output_of(path: Path) -> Path:
+    """Return the output that a path means: itself, or, of a run directory, the one it belongs to."""
+    return path.parent / path.name.removesuffix(_SUFFIX) if path.name.endswith(_SUFFIX) else path
 
 
 def exists(path: Path) -> bool:
@@ -53,29 +63,44 @@ def exists(path: Path) -> bool:
     return (path / "run.json").is_file()
 
 
-def recorded_recipe(path: Path) -> dict[str, Any]:
-    """Read the recipe of the run in a directory.
+class Record(NamedTuple):
+    """What run.json holds: the recipe, what was changed midway, and what is true on this machine only."""
+
+    recipe: dict[str, Any]
+    changes: list[dict[str, Any]]
+    local: dict[str, Any]
+
+
+def size(path: Path) -> int:
+    """Bytes in a run directory."""
+    with contextlib.suppress(OSError):
+        return sum(file.stat().st_size for file in path.rglob("*"))
+    return 0
+
+
+def recorded(path: Path) -> Record:
+    """Read the record of the run in a directory.
 
     Raises:
         ResumeError: there is none, it is damaged, or a newer version wrote it.
     """
     try:
         record = json.loads((path / "run.json").read_bytes())
-        schema, recipe = record["schema"], record["recipe"]
+        schema, found = record["schema"], Record(record["recipe"], record.get("changes", []), record.get("local", {}))
     except FileNotFoundError as error:
         raise ResumeError(f"{path} holds no run to resume") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ResumeError(f"{path / 'run.json'} cannot be read: {error}", "start again with --overwrite") from error
-    if schema != SCHEMA or not isinstance(recipe, dict):
+    if schema != SCHEMA or not isinstance(found.recipe, dict):
         raise ResumeError(f"{path} has run format {schema}, this version reads {SCHEMA}", "use a newer version")
-    return recipe
+    return found
 
 
 def recorded_seed(output: Path) -> int | None:
     """Return the seed of the interrupted run of an output, None when there is no such run."""
     if not exists(directory_for(output)):
         return None
-    config = recorded_recipe(directory_for(output)).get("config")
+    config = recorded(directory_for(output)).recipe.get("config")
     seed = config.get("seed") if isinstance(config, dict) else None
     return seed if isinstance(seed, int) else None
 
@@ -130,13 +155,24 @@ class RunDirectory:
         self.path = path
         self._base, self._states = path / "base", path / "state"
         self._segments: list[_Segment] = []
-        self._lock = FileLock(path / "lock", timeout=0, thread_local=False)
+        # Not at once: a process killed while it started ffmpeg leaves a child that holds the lock for a moment more.
+        self._lock = FileLock(path / "lock", timeout=0.5, thread_local=False)
         files.make_directory(path)
         self._acquire()
 
     @classmethod
-    def open(cls, path: Path, recipe: Mapping[str, Any], *, resume: bool) -> RunDirectory:
+    def open(
+        cls, path: Path, recipe: Mapping[str, Any], *, resume: bool, local: Mapping[str, Any] | None = None,
+        may_change: Callable[[str], bool] = lambda key: False,
+    ) -> RunDirectory:  # fmt: skip
         """Continue the run in a directory if there is one and that is wanted, else start one, clearing what is there.
+
+        Args:
+            path: see `directory_for`.
+            recipe: what decides the frames.
+            resume: continue what is there.
+            local: kept beside the recipe and not compared with anything.
+            may_change: tells of a dotted key whether a run may be continued although the recipe changed there.
 
         Raises:
             ResumeError: the run to continue has another recipe (names the first key).
@@ -144,11 +180,13 @@ class RunDirectory:
             BusyError: another process works on it.
         """
         resumed = resume and exists(path)
-        if resumed and (difference := first_difference(recorded_recipe(path), recipe)):
-            raise ResumeError(
-                f"the run in {path} was started with {difference}",
-                "give the same settings to continue it, or start again with --overwrite",
-            )
+        for key, said in differences(recorded(path).recipe, recipe) if resumed else ():
+            if not may_change(key):
+                raise ResumeError(
+                    f"the run in {path} was started with {said}",
+                    "give the same settings to continue it, or start again with --overwrite; --resume-anyway continues "
+                    "with other ones where the sizes stay",
+                )
         if path.is_dir() and any(path.iterdir()) and not exists(path) and not (path / "lock").exists():
             raise OutputError(f"{path} is not a run directory, so it is left alone", "choose another name with -o")
         run = cls(path)
@@ -159,8 +197,9 @@ class RunDirectory:
             files.make_directory(run._states)
             if resumed:
                 run._sweep()
+                run.change(recipe)
             else:
-                files.write_json(path / "run.json", {"schema": SCHEMA, "recipe": _plain(recipe)})
+                run._write(Record(_plain(recipe), [], _plain(local or {})))
         except BaseException:
             run.close()
             raise
@@ -171,7 +210,27 @@ class RunDirectory:
     @property
     def recipe(self) -> dict[str, Any]:
         """What the run was asked."""
-        return recorded_recipe(self.path)
+        return recorded(self.path).recipe
+
+    @property
+    def changes(self) -> list[dict[str, Any]]:
+        """What was changed midway: after how many base frames, and the old values by dotted key."""
+        return recorded(self.path).changes
+
+    def change(self, recipe: Mapping[str, Any]) -> None:
+        """Go on with another recipe, and record what is different from now on."""
+        record, asked = recorded(self.path), _plain(recipe)
+        if old := dict(differences(record.recipe, asked)):
+            change = {"base_frames": self.num_base_frames, "changed": old}
+            self._write(Record(asked, [*record.changes, change], record.local))
+
+    def _write(self, record: Record) -> None:
+        files.write_json(self.path / "run.json", {"schema": SCHEMA, **record._asdict()})
+
+    def require_room(self, more: int) -> None:
+        """Refuse to go on where `more` bytes, and the records of the run, would not fit. Raises OutputError."""
+        hint = "free some space, then continue with --resume"
+        files.require_space(self.path, more + HEADROOM, "the next chunk", hint)
 
     @property
     def partial_path(self) -> Path:
@@ -382,18 +441,15 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, allow_nan=False))
 
 
-def first_difference(recorded: Any, asked: Any) -> str | None:
-    """Name the first key in which a recipe that was read differs from another one, with both values."""
-    return _first_difference(recorded, _plain(asked))
+def differences(recorded: Any, asked: Any) -> Iterator[tuple[str, str]]:
+    """Yield every dotted key in which a recipe that was read differs from another one, and a text with both values."""
+    return _differences(recorded, _plain(asked), "")
 
 
-def _first_difference(recorded: Any, asked: Any, key: str = "") -> str | None:
+def _differences(recorded: Any, asked: Any, key: str) -> Iterator[tuple[str, str]]:
     if isinstance(recorded, dict) and isinstance(asked, dict):
         for name in [*recorded, *(name for name in asked if name not in recorded)]:
-            found = _first_difference(recorded.get(name), asked.get(name), f"{key}.{name}" if key else name)
-            if found:
-                return found
-        return None
-    if recorded == asked and isinstance(recorded, bool) == isinstance(asked, bool):
-        return None
-    return f"{key} = {json.dumps(recorded, ensure_ascii=False)}, now it is {json.dumps(asked, ensure_ascii=False)}"
+            yield from _differences(recorded.get(name), asked.get(name), f"{key}.{name}" if key else name)
+    elif recorded != asked or isinstance(recorded, bool) != isinstance(asked, bool):
+        now = json.dumps(asked, ensure_ascii=False)
+        yield key, f"{key} = {json.dumps(recorded, ensure_ascii=False)}, now it is {now}"

@@ -17,6 +17,7 @@ import hashlib
 import io
 import logging
 import subprocess
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,6 +53,10 @@ _MP4_AUDIO = {"aac", "mp3", "ac3", "eac3", "alac", "opus", "flac"}
 # with these flags at 51 dB and unchanged in the mean. A video that is extended again and again would show it.
 _EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+STALL_SECONDS = 60.0  # ffmpeg copies gigabytes in that time; its file neither grows nor changes only when it hangs
+# Size, kind and name of an MP4 box that players pass over; the SHA-256 of all bytes before it follows.
+_SEAL = (56).to_bytes(4, "big") + b"uuid" + b"streamt2v sha256"
+_SEAL_BYTES = len(_SEAL) + 32
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,47 @@ def read_frames(path: Path, batch: int = 8) -> Iterator[Frames]:
         yield np.stack(pending)
 
 
+def digest(path: Path) -> tuple[int, str]:
+    """Decode a whole video: the number of its frames, and the SHA-256 of their RGB values. Raises as `read_frames`."""
+    count, sha256 = 0, hashlib.sha256()
+    for frames in read_frames(path):
+        count += len(frames)
+        sha256.update(frames.data)
+    return count, sha256.hexdigest()
+
+
+def check_seal(path: Path) -> None:
+    """Compare a finished video with the SHA-256 that `SegmentWriter.finish` put behind it: every bit counts.
+
+    Raises:
+        VideoError: the file is missing, cut short, changed since, or was not written here.
+    """
+    try:
+        size = path.stat().st_size - _SEAL_BYTES
+        with path.open("rb") as file:
+            file.seek(max(0, size))
+            seal = file.read()
+        if not seal.startswith(_SEAL):
+            raise VideoError(
+                f"{path} does not end as a video of streamt2v does",
+                "it is cut short, was changed by another program, or comes from somewhere else",
+            )
+        if _hashed(path, size).digest() != seal[len(_SEAL) :]:
+            raise VideoError(f"{path} is damaged: its {size} bytes are not those that were written")
+    except OSError as error:
+        raise VideoError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _hashed(path: Path, size: int) -> hashlib._Hash:
+    """Hash the first `size` bytes of a file."""
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while size > 0 and (data := file.read(min(size, 1 << 20))):
+            sha256.update(data)
+            size -= len(data)
+    return sha256
+
+
 def _decoded(path: Path) -> Iterator[VideoFrame]:
     with _opened(path) as container:
         yield from container.decode(_video_stream(container, path))
@@ -283,11 +329,15 @@ def _digest(frames: Frames) -> str:
 
 @dataclass(frozen=True)
 class SegmentMark:
-    """How far a growing file is whole: segments, frames in them, and the bytes they take from the start of the file."""
+    """How far a growing file is whole: segments, frames in them, and the bytes they take from the start of the file.
+
+    `sha256` is that of these bytes.
+    """
 
     segments: int
     frames: int
     size: int
+    sha256: str
 
 
 class SegmentWriter:
@@ -305,7 +355,7 @@ class SegmentWriter:
         resume: continue at this mark; the file is cut back to it. None starts a new file.
 
     Raises:
-        ConfigError: odd sizes or an impossible rate. ResumeError: the file is shorter than the mark says.
+        ConfigError: odd sizes or an impossible rate. ResumeError: the file is not what the mark says.
     """
 
     def __init__(
@@ -319,13 +369,17 @@ class SegmentWriter:
         # x264's macroblock tree is not deterministic, even with one thread: of 24,000 encodings of one 5-frame segment
         # 150 differed, of 33,000 without it none.
         self._options = {"crf": str(crf), "preset": "medium", "bf": "0", "g": "600", "x264-params": "mbtree=0"}
-        self.mark = resume or SegmentMark(0, 0, 0)
+        self._sha256 = hashlib.sha256()
+        self.mark = resume or SegmentMark(0, 0, 0, self._sha256.hexdigest())
         self._init = b""
         if self.mark.size:
-            if not path.is_file() or path.stat().st_size < self.mark.size:
-                raise ResumeError(f"{path} is shorter than the {self.mark.size} bytes recorded for it")
+            if not path.is_file():
+                raise ResumeError(f"{path} is gone")
             with files.output_errors(path), path.open("rb") as file:
                 self._init = _header(file.read(1 << 16))
+                self._sha256 = _hashed(path, self.mark.size)
+            if self._sha256.hexdigest() != self.mark.sha256:
+                raise ResumeError(f"{path} is damaged: its first {self.mark.size} bytes are not those recorded for it")
         files.append_bytes(path, b"", self.mark.size)
 
     def append(self, frames: Frames) -> SegmentMark:
@@ -335,20 +389,25 @@ class SegmentWriter:
             The mark to record: everything up to it is whole and on the disk.
 
         Raises:
-            OutputError: the disk is full or the file cannot be written; the file is as before, append may be retried.
+            OutputError: the disk is full, the file cannot be written or the encoder failed; the file is as before,
+                append may be retried.
         """
         if frames.shape[1:] != (self.height, self.width, 3):
             raise ConfigError(f"frames of shape {frames.shape[1:]} do not fit a {self.width}x{self.height} video")
         if not len(frames):
             return self.mark
-        data = self._encode(frames)
+        try:
+            data = self._encode(frames)
+        except av.error.FFmpegError as error:
+            raise OutputError(f"the encoder failed on {self.path}: {error}") from error
         header = _header(data)
         if self.mark.size and header != self._init:
             raise ResumeError(f"{self.path} was encoded with other settings or another encoder version")
         body = memoryview(data)[len(header) if self.mark.size else 0 :]
         size = files.append_bytes(self.path, body, self.mark.size)
         self._init = header
-        self.mark = SegmentMark(self.mark.segments + 1, self.mark.frames + len(frames), size)
+        self._sha256.update(body)
+        self.mark = SegmentMark(self.mark.segments + 1, self.mark.frames + len(frames), size, self._sha256.hexdigest())
         return self.mark
 
     def _encode(self, frames: Frames) -> bytes:
@@ -384,6 +443,8 @@ class SegmentWriter:
     def finish(self, out_path: Path, comment: str = "", audio_from: Path | None = None) -> VideoInfo:
         """Copy the segments into the final file, check it by reading it again, and only then give it its name.
 
+        Behind its end stands a seal, see `check_seal`.
+
         Args:
             out_path: the mp4; an existing file is replaced.
             comment: text for the comment tag, at most 64 KiB of UTF-8.
@@ -413,7 +474,7 @@ class SegmentWriter:
             mapping += ["copy"] if codec in _MP4_AUDIO else ["aac", "-b:a", "192k"]
         mapping += ["-movflags", "+faststart"]
         with files.replacing(out_path) as temporary:
-            _run_ffmpeg([*arguments, *mapping, "-fflags", "+bitexact", "-f", "mp4", _url(temporary)], out_path)
+            _run_ffmpeg([*arguments, *mapping, "-fflags", "+bitexact", "-f", "mp4"], temporary, out_path)
             try:
                 info = probe(temporary)
             except VideoError as error:
@@ -422,6 +483,8 @@ class SegmentWriter:
             wanted = (self.mark.frames, self.width, self.height, self.fps, bool(codec))
             if found != wanted:
                 raise OutputError(f"{out_path} holds (frames, width, height, fps, audio) {found} instead of {wanted}")
+            size = temporary.stat().st_size
+            files.append_bytes(temporary, _SEAL + _hashed(temporary, size).digest(), size)
         return info
 
 
@@ -444,25 +507,45 @@ def _audio_codec(path: Path) -> str | None:
         return contexts[0].codec.canonical_name if contexts else None
 
 
-def _run_ffmpeg(arguments: list[str], out_path: Path) -> None:
-    """Run the ffmpeg binary to the end; a non-zero code, a hang or a missing binary is an OutputError."""
+def _run_ffmpeg(arguments: list[str], path: Path, out_path: Path) -> None:
+    """Let the ffmpeg binary write `path`, which will be `out_path`; failures, hangs and its lack are OutputErrors."""
     import imageio_ffmpeg  # type: ignore[import-untyped]
 
     try:
         binary: str = imageio_ffmpeg.get_ffmpeg_exe()
-        command = [binary, "-nostdin", "-v", "error", "-y", *arguments]
-        done = subprocess.run(command, capture_output=True, check=False, timeout=600)
+        command = [binary, "-nostdin", "-v", "error", "-y", *arguments, _url(path)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     except (RuntimeError, OSError) as error:
         raise OutputError(f"the ffmpeg binary cannot be started: {error}", "streamt2v doctor says more") from error
-    except subprocess.TimeoutExpired as error:
-        raise OutputError(f"ffmpeg did not finish {out_path} within {error.timeout:.0f} s") from error
-    said = done.stderr.decode(errors="replace").strip()
+    with process:
+        try:
+            said = _last_words(process, path).decode(errors="replace").strip()
+        except subprocess.TimeoutExpired as error:
+            stalled = f"ffmpeg did nothing for {STALL_SECONDS:.0f} s on {out_path}"
+            raise OutputError(stalled, "the run continues with --resume") from error
+        finally:
+            process.kill()  # does nothing to one that has ended
     if "No space left on device" in said:
         raise files.explain(out_path, OSError(28, "No space left on device"))
-    if done.returncode:
-        raise OutputError(f"ffmpeg failed on {out_path} with code {done.returncode}: {said[-500:]}")
+    if process.returncode:
+        raise OutputError(f"ffmpeg failed on {out_path} with code {process.returncode}: {said[-500:]}")
     if said:
         log.warning("ffmpeg on %s: %s", out_path, said[-500:])
+
+
+def _last_words(process: subprocess.Popen[bytes], path: Path) -> bytes:
+    """Wait for a process, however long, while the file it writes changes; raise TimeoutExpired when it stalls."""
+    seen, since = None, time.monotonic()
+    while True:
+        try:
+            return process.communicate(timeout=min(1.0, STALL_SECONDS))[1]
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                before, seen = seen, (status.st_size, status.st_mtime_ns)
+                since = since if seen == before else time.monotonic()
+            if time.monotonic() - since >= STALL_SECONDS:
+                raise
 
 
 # -- previews ---------------------------------------------------------------------------------------------------------

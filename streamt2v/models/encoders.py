@@ -5,15 +5,19 @@ Shapes: B batch, F frames, C latent channels, S tokens, D features; H, W pixels,
 # The libraries' modules are typed as Any.
 # mypy: disable-error-code="no-any-return, no-untyped-call"
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from streamt2v.errors import ConfigError
+from streamt2v.errors import ConfigError, NumericsError
+from streamt2v.frames import is_black, is_finite, to_u8
 from streamt2v.models.unet3d import TextContext
+
+log = logging.getLogger(__name__)
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -87,18 +91,59 @@ def encode_frames(vae: Any, frames: Tensor, noise: Tensor | None = None) -> Tens
         vae: a library autoencoder with a `scaling_factor` in its config.
         frames: pixels.
         noise: unit normals [F, C, h, w] to draw from the posterior; None takes its mean.
+
+    Raises:
+        NumericsError: NaN or Inf, in 32 bit too.
     """
-    latents = []
-    for index, frame in enumerate(frames.to(vae.dtype).split(1)):
-        posterior = vae.encode(frame).latent_dist
-        latent = posterior.mean
-        if noise is not None:
-            latent = latent + posterior.std * noise[index : index + 1].to(latent)
-        latents.append(latent.float() * vae.config.scaling_factor)
-    return torch.cat(latents)
+
+    def encode() -> Tensor:
+        latents = []
+        for index, frame in enumerate(frames.to(vae.dtype).split(1)):
+            posterior = vae.encode(frame).latent_dist
+            latent = posterior.mean
+            if noise is not None:
+                latent = latent + posterior.std * noise[index : index + 1].to(latent)
+            latents.append(latent.float() * vae.config.scaling_factor)
+        return torch.cat(latents)
+
+    return _checked(vae, frames, encode)
 
 
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Decode scaled latents [F, C, h, w] one by one to frames [F, 3, H, W], float32 clamped to [-1, 1]."""
-    scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
-    return torch.cat([vae.decode(latent).sample.float().clamp(-1, 1) for latent in scaled.split(1)])
+    """Decode scaled latents [F, C, h, w] one by one to frames [F, 3, H, W], float32 clamped to [-1, 1].
+
+    Raises:
+        NumericsError: NaN or Inf in the latents or, in 32 bit too, in the frames.
+    """
+
+    def decode() -> Tensor:
+        scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
+        return torch.cat([vae.decode(latent).sample.float() for latent in scaled.split(1)])
+
+    # Not clamped before it was looked at: that makes white of Inf.
+    return _checked(vae, latents, decode, lambda frames: is_black(to_u8(frames))).clamp_(-1, 1)
+
+
+def _checked(
+    vae: Any, given: Tensor, compute: Callable[[], Tensor], is_bad: Callable[[Tensor], bool] = lambda result: False
+) -> Tensor:
+    """Compute by the VAE; where that overflows in 16 bit, once more in 32, and then `is_bad` is asked too.
+
+    What is computed again depends on what is given alone, so that a resumed run does the same.
+    """
+    if not is_finite(given):
+        raise NumericsError("a network produced NaN or Inf")
+    result = compute()
+    if is_finite(result):
+        return result
+    narrow = vae.dtype
+    if narrow.itemsize == 2:
+        log.warning("the VAE overflows in 16 bit; these frames are computed in 32")
+        vae.float()
+        try:
+            result = compute()
+        finally:
+            torch.nn.Module.to(vae, narrow)  # the library's own warns of what was just undone
+        if is_finite(result) and not is_bad(result):
+            return result
+    raise NumericsError("the VAE produced NaN, Inf or nothing but black")

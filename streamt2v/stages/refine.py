@@ -19,7 +19,8 @@ from streamt2v.config import Blending, RefineConfig
 from streamt2v.diffusion import blend, guidance, solvers
 from streamt2v.diffusion.noise import Draws
 from streamt2v.diffusion.schedules import NoiseSchedule, sdedit_grid
-from streamt2v.errors import ConfigError
+from streamt2v.errors import ConfigError, NumericsError
+from streamt2v.frames import is_finite
 from streamt2v.models.unet3d import Conditioning, UNet3D
 from streamt2v.stages.denoise import CONDITIONAL, Predict, both_branches
 
@@ -228,6 +229,8 @@ class Refiner:
             unconditional, conditional = both_branches(predict, scaled, timestep, self.denoiser.batched)
             output = guidance.combine(unconditional, conditional, scale, self.settings.guidance_rescale)
         x0, _ = self.denoiser.schedule.to_x0_eps(output, scaled, timestep)
+        if not is_finite(x0):  # before it enters the state, which is stored
+            raise NumericsError("the refiner produced NaN or Inf")
         return x0[0].transpose(0, 1)
 
     def _advance(self, slot: int, step: int) -> None:

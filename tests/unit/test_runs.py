@@ -4,7 +4,6 @@ import errno
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from streamt2v import files, runs, video
 from streamt2v.errors import BusyError, OutputError, ResumeError
 from streamt2v.runs import RunDirectory
+from tests.crash import Trap
 
 RECIPE = {"command": "generate", "config": {"seed": 7, "prompt": "a red ball \u00e9", "size": (48, 64)}}
 CHUNKS = 3
@@ -64,26 +64,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     with RunDirectory.open(tmp_path_factory.mktemp("whole") / "a.streamt2v", RECIPE, resume=False) as run:
         work(run)
         return run.partial_path.read_bytes()
-
-
-class Trap:
-    """Stands in for `os` in the file layer and calls back before and after every operation that changes the disk."""
-
-    def __init__(self, watch: Callable[[str, str], None]) -> None:
-        self.watch = watch
-
-    def __getattr__(self, name: str) -> object:
-        real = getattr(os, name)
-        if name not in {"open", "write", "fsync", "replace", "ftruncate"}:
-            return real
-
-        def call(*arguments: object, **named: object) -> object:
-            self.watch(name, "before")
-            result = real(*arguments, **named)
-            self.watch(name, "after")
-            return result
-
-        return call
 
 
 def test_death_at_any_write_resumes_to_the_same_run(
@@ -232,7 +212,7 @@ def test_another_recipe_is_refused_by_its_first_key(tmp_path: Path) -> None:
 def test_no_run_a_damaged_one_and_a_newer_one(tmp_path: Path) -> None:
     path = tmp_path / "run.streamt2v"
     with pytest.raises(ResumeError, match="no run"):
-        runs.recorded_recipe(path)
+        runs.recorded(path)
     assert not path.exists()
     RunDirectory.open(path, RECIPE, resume=False).close()
     files.write_json(path / "run.json", {"schema": 2, "recipe": {}})

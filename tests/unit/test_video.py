@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -327,13 +328,17 @@ def test_a_cut_writer_continues_to_the_same_bytes(tmp_path: Path, segments: int,
 def test_a_mark_beyond_the_file_or_other_settings_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.mp4"
     mark = written(path).mark
-    with pytest.raises(ResumeError, match="shorter"):
-        video.SegmentWriter(path, 48, 64, Fraction(8), resume=video.SegmentMark(3, 25, mark.size + 1))
-    with pytest.raises(ResumeError, match="shorter"):
+    for other in (replace(mark, size=mark.size - 1), replace(mark, sha256="")):
+        with pytest.raises(ResumeError, match="damaged"):
+            video.SegmentWriter(path, 48, 64, Fraction(8), resume=other)
+    with pytest.raises(ResumeError, match="gone"):
         video.SegmentWriter(tmp_path / "none.mp4", 48, 64, Fraction(8), resume=mark)
-    other = video.SegmentWriter(path, 48, 64, Fraction(10), resume=mark)
+    (tmp_path / "short.mp4").write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ResumeError, match="damaged"):
+        video.SegmentWriter(tmp_path / "short.mp4", 48, 64, Fraction(8), resume=mark)
+    faster = video.SegmentWriter(path, 48, 64, Fraction(10), resume=mark)
     with pytest.raises(ResumeError, match="other settings"):
-        other.append(clip(1))
+        faster.append(clip(1))
 
 
 @pytest.mark.parametrize("name", ["aac.mp4", "mp3.mp4", "opus.webm", "vorbis.mkv", "mp2.ts", "silent.gif"])
@@ -379,7 +384,8 @@ def test_impossible_requests_are_config_errors(tmp_path: Path) -> None:
         writer.finish(tmp_path / "out.mp4")
     with pytest.raises(ConfigError, match="do not fit"):
         writer.append(clip(1, 32, 32))
-    assert writer.append(clip(0)) == video.SegmentMark(0, 0, 0)
+    assert writer.append(clip(0)) == writer.mark
+    assert (writer.mark.segments, writer.mark.frames, writer.mark.size) == (0, 0, 0)
     writer.append(clip(1))
     for comment in ("x" * 70_000, "a\0b", "lone \ud800"):
         with pytest.raises(ConfigError, match="comment"):
