@@ -18,6 +18,7 @@ large matrix product in the same number format, measured in the same run.
 import argparse
 import contextlib
 import copy
+import gc
 import json
 import platform
 import re
@@ -112,6 +113,7 @@ class Instruments:
 
     def forget_peak(self) -> None:
         """Begin a new peak of memory."""
+        gc.collect()
         if self.device.kind == "cuda":
             devices.release_memory(self.device)
             torch.cuda.reset_peak_memory_stats(self.device.name)
