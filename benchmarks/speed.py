@@ -103,7 +103,8 @@ class Instruments:
             work()
         self.forget_peak()
         (seconds,) = self.seconds(work)
-        return {"seconds": seconds, "tflop": counter.get_total_flops() / 1e12, "peak_bytes": self.peak()}
+        tflop = counter.get_total_flops() / 1e12
+        return {"seconds": seconds, "repeats": self.repeats, "tflop": tflop, "peak_bytes": self.peak()}
 
     def matmul_rate(self, dtype: torch.dtype) -> float:
         """10^12 operations per second of the best of three products of large matrices."""
@@ -402,7 +403,7 @@ def measure_gains(networks: Networks, tools: Instruments, compiled: bool) -> dic
     for name, without, with_it in gains(networks, compiled):
         change = difference(without(), with_it())
         before, after = tools.seconds(without, with_it)
-        found[name] = {"without": before, "with": after, "difference": change}
+        found[name] = {"without": before, "with": after, "repeats": tools.repeats, "difference": change}
         print(f"{name}: {before:.4f} -> {after:.4f} s", flush=True)
     return found
 
@@ -564,7 +565,7 @@ def measure_all(asked: argparse.Namespace) -> None:
         "date": date.today().isoformat(), "device": name, "model": model, "dtype": str(dtype).removeprefix("torch."),
         "clock": "CUDA events" if device.kind == "cuda" else "seconds of this process on one core",
         "versions": {package: version(package) for package in ("torch", "diffusers", "transformers")},
-        "python": platform.python_version(), "repeats": asked.repeats, "settings": given,
+        "python": platform.python_version(), "settings": given,
         "parts": {}, "totals": {}, "rounding": {}, "gains": {}, "tiers": [], "run": None,
     }  # fmt: skip
     target = asked.results / f"{result['date']}-speed-{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{model}.json"
