@@ -46,7 +46,7 @@ from streamt2v.jobs import Job, Result
 if TYPE_CHECKING:
     from streamt2v.pipeline import Loaded
 
-OF_THE_BATCH = {"resume", "overwrite", "json", "quiet", "verbose", "set"}
+OF_THE_BATCH = {"resume", "resume_anyway", "overwrite", "json", "quiet", "verbose", "set"}
 """Flags of `generate` that a row has not: they are of the whole batch, or have fields of their own."""
 RETRIES = 3
 """How often Ray starts a job again whose worker died."""

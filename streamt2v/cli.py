@@ -249,7 +249,7 @@ def rerun(
         _say(f"{video} says: {command}, with")
         usual = config.to_flat(config.merge(config.preset(weights.family(settings.model).preset)))
         for key, value in config.to_flat(settings).items():
-            if value != usual[key]:
+            if value != usual.get(key):
                 _say(f"  {key} = {value}")
     _make(jobs.Job(command, settings, output, source, like=like, **given), json_output, quiet, verbose)
     if differences := jobs.compare(video, output):

@@ -335,9 +335,15 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
 
 
+@cache
 def presets() -> list[str]:
     """Return the names of the shipped presets."""
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+@cache
+def _read_preset(name: str) -> dict[str, Any]:
+    return read_toml(PRESETS / f"{name}.toml")
 
 
 def preset(name: str, quality: str | None = None) -> dict[str, Any]:
@@ -348,8 +354,9 @@ def preset(name: str, quality: str | None = None) -> dict[str, Any]:
     """
     if name not in (known := presets()):
         raise ConfigError(f"unknown preset {name!r}", nearest(name, known))
-    table = read_toml(PRESETS / f"{name}.toml")
-    qualities = cast("dict[str, dict[str, Any]]", table.pop("quality", {}))
+    table = _read_preset(name)
+    qualities = cast("dict[str, dict[str, Any]]", table.get("quality", {}))
+    table = {key: value for key, value in table.items() if key != "quality"}
     if quality is None:
         return flatten(table)
     if quality not in qualities:

@@ -126,7 +126,7 @@ def arrange(network: torch.nn.Module, device: Device) -> None:
     """Lay the weights of convolutions out as a device computes fastest: on a CPU with channels last, else as they are.
 
     Features then keep their channels last from one layer to the next, and nothing is reordered around a convolution:
-    5 % less time for the UNets, 14 % for the VAE. On GPUs it is not measured yet (benchmarks/speed.py does it).
+    3 to 6 % less time for the UNets, 13 % for the VAE. On GPUs it is not measured yet (benchmarks/speed.py does it).
     """
     if device.kind == "cpu":
         import torch

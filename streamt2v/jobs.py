@@ -300,8 +300,6 @@ def finished(job: Job) -> Result:
     """
     from streamt2v import video
 
-    if (job.run_path / "lock").exists():  # it died while it removed its directory
-        runs.RunDirectory(job.run_path).remove()
     found = video.probe(job.output)
     if changed := difference(job, recipe_of(found.comment)):
         message = f"{job.output} was made with other settings: {changed}"

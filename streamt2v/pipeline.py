@@ -81,6 +81,8 @@ def run(job: Job, report: Report, loaded: Loaded | None = None) -> Result:
     check(job)
     began = time.monotonic()
     if job.resume and not job.overwrite and job.output.exists() and not runs.exists(job.run_path):
+        if (job.run_path / "lock").exists():  # it died while it removed its directory
+            runs.RunDirectory(job.run_path).remove()
         return jobs.finished(job)
     loaded = Loaded() if loaded is None else loaded
     device = devices.resolve(job.device)

@@ -164,7 +164,7 @@ def _stop_at_random(work: Work, sent: signal.Signals, instants: int, folder: Pat
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_at_any_instant(sent: signal.Signals, tmp_path: Path, work: Work) -> None:
-    _stop_at_random(work, sent, 4, tmp_path, resumed=1)
+    _stop_at_random(work, sent, 3, tmp_path, resumed=1)
 
 
 @pytest.mark.slow
@@ -411,6 +411,16 @@ def test_a_video_without_a_recipe_cannot_be_made_again(
     writer.finish(path)
     assert call("rerun", path) == 3
     assert "no recipe" in capsys.readouterr().err
+
+
+def test_prompts_over_time_are_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.mp4"
+    assert generate(path, 32, "--no-refine", "--at", 24, "a blue ball over the sea") == 0
+    capsys.readouterr()
+    assert call("rerun", path) == 0
+    said = capsys.readouterr().err
+    assert "prompts.24 = a blue ball over the sea" in said
+    assert "the frames are those of" in said
 
 
 def test_a_picture_is_named_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

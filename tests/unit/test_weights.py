@@ -4,6 +4,7 @@ import json
 import struct
 import tomllib
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -260,6 +261,37 @@ def test_every_flipped_bit_is_refused(root: Path, data: st.DataObject) -> None:
             weights.verify(chosen)
     finally:
         path.write_bytes(whole)
+
+
+@pytest.mark.slow
+def test_seven_thousand_damaged_files_reach_no_network(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, random = tiny(root), Random(8)
+    path = chosen.path("stream.apm")
+    whole = path.read_bytes()
+    header = 8 + struct.unpack("<Q", whole[:8])[0]
+
+    def flipped() -> bytes:
+        damaged = bytearray(whole)
+        damaged[random.randrange(len(whole))] ^= 1 << random.randrange(8)
+        return bytes(damaged)
+
+    def mutated() -> bytes:
+        at, count = random.randrange(header), random.randrange(1, 9)
+        put = random.choice([random.randbytes(count), b"", whole[at : at + count] * 2])
+        return whole[:at] + put + whole[at + count :]
+
+    def build(*_: object) -> None:
+        raise AssertionError("a damaged file reached a network")
+
+    monkeypatch.setattr(weights, "load_module", build)
+    kinds = ((1000, flipped), (1000, lambda: whole[: random.randrange(len(whole))]), (5000, mutated))
+    for count, damage in kinds:
+        for _ in range(count):
+            if (content := damage()) == whole:
+                continue
+            path.write_bytes(content)
+            with pytest.raises(WeightsError):
+                weights.load(chosen, "stream.apm", "cpu", torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------- the list of weights
