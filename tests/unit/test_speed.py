@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import speed
-from streamt2v import convert
+from streamt2v import convert, weights
+from streamt2v.models.unet3d import CamFeatures, TextContext, UNet3D
 from tests.checkpoints import tiny_layouts
 
 TINY = ["--repeats", "1", "--set", "initialize.num_inference_steps=1"]
@@ -46,11 +48,6 @@ def test_one_command_makes_the_whole_table(
 
 def test_work_is_counted_in_full() -> None:
     """One branch of the published streaming network, 16 frames of 256x256: the reference counts 5.042 TFLOP."""
-    import torch
-
-    from streamt2v import weights
-    from streamt2v.models.unet3d import CamFeatures, TextContext, UNet3D
-
     part = convert.CHECKPOINTS["streaming_t2v.ckpt"].parts["stream/unet"]
     unet = weights.build(Path(part.network), part.network, part.config).to("meta")
     assert isinstance(unet, UNet3D)
@@ -69,3 +66,16 @@ def test_work_is_counted_in_full() -> None:
 
     with torch.inference_mode():
         assert count.measure(forward)["tflop"] == pytest.approx(5.042, rel=0.02)
+
+
+def test_in_16_bit_no_gain_changes_more_than_rounding_does() -> None:
+    """Two ways in 16 bit, each as far from 32 bit as the plain one is, are at most twice as far from each other."""
+    given = speed.options.parse_settings(SIZES["demo"])
+    asked = speed.settings("demo", "fast", given | {"refine.chunk": 4, "refine.overlap": 2})
+    networks = speed.Networks(asked, speed.devices.Device("cpu"), torch.bfloat16)
+    with torch.inference_mode():
+        gap = max(speed.rounding(networks).values(), key=lambda found: found or 0)
+        found = {name: speed.difference(old(), new()) for name, old, new in speed.gains(networks, compiled=False)}
+    assert gap is not None
+    assert max(change or 0 for change in found.values()) <= 2 * gap
+    assert len(found) > 5
