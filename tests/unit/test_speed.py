@@ -19,7 +19,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("model", SIZES)
+@pytest.mark.parametrize("model", ["streamingt2v", pytest.param("demo", marks=pytest.mark.slow)])
 def test_one_command_makes_the_whole_table(
     model: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
