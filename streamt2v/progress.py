@@ -69,9 +69,12 @@ class Progress:
             from rich.console import Console
             from rich.live import Live
 
-            live = Live(console=Console(stderr=True), refresh_per_second=4, get_renderable=self._render)
-            live.start()
-            self.live = live
+            self.live = Live(console=Console(stderr=True), refresh_per_second=4, get_renderable=self._render)
+            try:
+                self.live.start()
+            except BaseException:  # a signal: the cursor may be hidden already
+                self.live.stop()
+                raise
         return self
 
     def __exit__(

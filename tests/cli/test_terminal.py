@@ -9,6 +9,10 @@ import time
 from statistics import median
 
 import pytest
+from rich.live import Live
+
+from streamt2v.errors import Terminated
+from streamt2v.progress import Progress
 
 HEAVY = ("torch", "diffusers", "transformers", "av", "numpy", "cv2", "scenedetect", "huggingface_hub", "ray", "jinja2")
 # The console script in a process of its own, which says in its last line what it imported.
@@ -118,3 +122,17 @@ def test_colours_are_for_terminals_that_want_them() -> None:
     assert not colour.search(on_terminal("nonsense", "--no-color"))
     assert not colour.search(on_terminal("nonsense", NO_COLOR="1"))
     assert "\x1b" not in on_terminal("nonsense", TERM="dumb")
+
+
+def test_a_signal_while_the_display_begins_gives_the_cursor_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[Live] = []
+
+    def interrupted(*_: object) -> None:
+        raise Terminated
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(Live, "start", interrupted)
+    monkeypatch.setattr(Live, "stop", ended.append)
+    with pytest.raises(Terminated), Progress():
+        pass
+    assert len(ended) == 1
