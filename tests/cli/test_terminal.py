@@ -132,7 +132,7 @@ def test_a_signal_while_the_display_begins_gives_the_cursor_back(monkeypatch: py
 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr(Live, "start", interrupted)
-    monkeypatch.setattr(Live, "stop", ended.append)
+    monkeypatch.setattr(Live, "stop", lambda self: ended.append(self))
     with pytest.raises(Terminated), Progress():
         pass
     assert len(ended) == 1
