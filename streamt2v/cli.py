@@ -32,7 +32,16 @@ from streamt2v import (
     runs,
     weights,
 )
-from streamt2v.errors import SIGNALS, ConfigError, Interrupted, StreamT2VError, Terminated, WeightsError, explained
+from streamt2v.errors import (
+    SIGNALS,
+    ConfigError,
+    Interrupted,
+    StreamT2VError,
+    Terminated,
+    WeightsError,
+    explained,
+    stopped_by,
+)
 from streamt2v.progress import Progress
 
 FETCHING = "stopped; the same command goes on where it stopped"
@@ -268,8 +277,12 @@ def _terminable(said: str = "stopped") -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except SIGNALS as by:
-        raise Interrupted(said, by=by) from None
+    except StreamT2VError:
+        raise
+    except BaseException as error:
+        if by := stopped_by(error):
+            raise Interrupted(said, by=by) from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -131,3 +131,13 @@ class Terminated(BaseException):
 
 
 SIGNALS = (KeyboardInterrupt, Terminated)
+
+
+def stopped_by(error: BaseException | None) -> BaseException | None:
+    """Return the signal that an error is or came of, None for any other error.
+
+    A library that is hit in the middle of its own work may fail in its own way while it cleans up.
+    """
+    while error is not None and not isinstance(error, SIGNALS):
+        error = error.__context__
+    return error

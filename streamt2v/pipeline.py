@@ -29,7 +29,7 @@ from streamt2v.config import prompt_at
 from streamt2v.convert import clean_prompt
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
-from streamt2v.errors import SIGNALS, Interrupted, MemoryLimitError, NumericsError, ResumeError, VideoError
+from streamt2v.errors import Interrupted, MemoryLimitError, NumericsError, ResumeError, VideoError, stopped_by
 from streamt2v.frames import Frames
 from streamt2v.jobs import Job, Result, check
 from streamt2v.memory import MemoryPolicy
@@ -107,8 +107,8 @@ def run(job: Job, report: Report, loaded: Loaded | None = None) -> Result:
             shown = directory.load_state("output")
             if not directory.num_base_frames and shown is None:
                 directory.remove()  # nothing is finished: the next try need not say --resume
-            if isinstance(error, SIGNALS):
-                raise _interrupted(job, directory, shown, error) from None
+            if by := stopped_by(error):
+                raise _interrupted(job, directory, shown, by) from None
             if isinstance(error, NumericsError):
                 hint = "16 bit may be too narrow: --device cpu computes in 32; or try another --seed or --guidance, "
                 where = f"{error.message}, after {directory.num_base_frames} base frames"

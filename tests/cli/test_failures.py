@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from streamt2v import files, runs, video
+from streamt2v import files, runs, video, weights
+from streamt2v.errors import Terminated
 from tests import crash
 from tests.cli.helpers import PROMPT, TINY, call, digest, generate, result
 
@@ -304,3 +305,18 @@ def test_every_operation_fails_once(code: int, tmp_path: Path, short: tuple[int,
         operation += 1
     print(f"{operation - 1} operations failed with {errno.errorcode[code]}, all resumed equal")
     assert operation > 60
+
+
+@pytest.mark.parametrize(("signal", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_a_library_that_fails_while_it_is_stopped_hides_no_signal(
+    signal: type[BaseException], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*_: object) -> None:
+        try:
+            raise signal
+        finally:
+            raise RuntimeError("trying to pop from empty mode stack")
+
+    monkeypatch.setattr(weights, "build", build)
+    assert generate(tmp_path / "a.mp4", 17) == code
+    assert list(tmp_path.iterdir()) == []
