@@ -120,6 +120,7 @@ def start(server: Hub, home: Path) -> subprocess.Popen[str]:
             **os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(home / "library"), "STREAMT2V_HOME": str(home),
             "OMP_NUM_THREADS": "1",
         },
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore it
     )  # fmt: skip
 
 
