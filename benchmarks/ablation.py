@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from score import HERE, WEIGHTS, collect, judged, load, machine, measured, options, scenes
+from score import HERE, WEIGHTS, collect, judged, load, machine, measured, options, scene
 
 from streamt2v import config, jobs, pipeline, video
 from streamt2v.chunks import Chunk, refinement_plan, seams, streaming_plan
@@ -49,14 +49,12 @@ BLENDINGS = ("randomized", "shared", "independent")
 LEVELS = {"as shipped": {}, "from t = 400": {"refine.noise_level": 400, "refine.num_inference_steps": 8}}
 
 
-def stream(models: StreamModels, text: TextSource, scene: Scenes, start: str, frames: int, seed: int) -> torch.Tensor:
-    """Make the first two stages' video of a scene: frames [F, 3, H, W] in [-1, 1]."""
+def begin(models: StreamModels, text: TextSource, scene: Scenes, start: str, seed: int) -> tuple[str, torch.Tensor]:
+    """Return the prompt of a scene and its first 16 frames [16, 3, H, W] in [-1, 1]."""
     prompt = canonical(scene.labels().tolist()[0], colour=start == "text")
-    chunks = len(streaming_plan(frames, CLIP_FRAMES, OVERLAP)) - 1
     if start == "text":
-        return make_video(models, text, prompt, chunks, seed)[:frames]
-    first = render(scene, torch.arange(CLIP_FRAMES)[None])[0]
-    return stream_video(models, text, prompt, first, chunks, seed)[:frames]
+        return prompt, make_video(models, text, prompt, seed=seed)
+    return prompt, render(scene, torch.arange(CLIP_FRAMES)[None])[0]
 
 
 def refine(frames: Frames, prompt: str, seed: int, settings: dict[str, Any]) -> Frames:
@@ -111,32 +109,32 @@ def ablate(index: int, seed: int, frames: int, concatenated: Path | None, sheets
     """Run all variants of one prompt; `sheets` takes a picture of each."""
     torch.set_num_threads(1)
     variants, text = networks(concatenated)
-    scene = scenes(index + 1, seed)[index]
-    prompt = canonical(scene.labels().tolist()[0])
+    drawn = scene(index, seed)
+    prompt, plan = canonical(drawn.labels().tolist()[0]), streaming_plan(frames, CLIP_FRAMES, OVERLAP)
     row: dict[str, Any] = {"index": index, "prompt": prompt, "seed": seed + index}
     for start in STARTS:
         row[start] = {}
+        said, chunk = begin(variants["full"], text, drawn, start, seed + index)  # the same, whatever continues it
         for name, models in variants.items():
-            # A first chunk from text is made by the full method, whatever continues it.
-            made = stream(models, text, scene, start, frames, seed + index)
+            made = stream_video(models, text, said, chunk, len(plan) - 1, seed + index)[:frames]
             if sheets is not None:
                 write_sheet(sheets / f"{index}-{start}-{name}.png", made[None, :: max(1, frames // 12)])
             shown = to_u8(made)
             first, last = judged(shown[:CLIP_FRAMES]), judged(shown[-CLIP_FRAMES:])
             drift = np.abs(subject_colour(shown[:CLIP_FRAMES]) - subject_colour(shown[-CLIP_FRAMES:])).mean()
             row[start][name] = {
-                **measured(shown, seams(streaming_plan(frames, CLIP_FRAMES, OVERLAP))),
+                **measured(shown, seams(plan)),
                 "kept": {key: int(a == b) for key, a, b in zip(ATTRIBUTES, first, last, strict=True)},
                 "colour_drift": float(drift),
             }
             if (start, name) == ("text", "full"):
                 base = shown
-    plan = refinement_plan(frames, 24, 8)
+    refined_plan = refinement_plan(frames, 24, 8)
     for level, settings in LEVELS.items():
         row[level] = {}
         for name in BLENDINGS:
             refined = refine(base, prompt, seed + index, {**settings, "refine.blending": name})
-            row[level][name] = {**measured(refined), "overlap_seam": overlap_score(refined, plan)}
+            row[level][name] = {**measured(refined), "overlap_seam": overlap_score(refined, refined_plan)}
     return row
 
 

@@ -48,9 +48,9 @@ Work = Callable[[int], dict[str, Any]]
 SCORES = ("scene_cuts", "seam_score", "seam_score_refine", "stagnation", "flow_deviation", "flicker")
 
 
-def scenes(count: int, seed: int) -> list[Scenes]:
-    """Random scenes of the demo's world, one by one; the first ones do not depend on how many there are."""
-    return [sample_scenes(1, torch.Generator().manual_seed(seed + index)) for index in range(count)]
+def scene(index: int, seed: int) -> Scenes:
+    """A random scene of the demo's world."""
+    return sample_scenes(1, torch.Generator().manual_seed(seed + index))
 
 
 def load(folder: Path) -> tuple[StreamModels, TextSource]:
@@ -86,7 +86,7 @@ def score(index: int, seed: int, frames: int, weights: Path, sheet: Path | None)
     """Make and measure the video of one random prompt; `sheet` takes a picture of it."""
     torch.set_num_threads(1)
     models, text = load(weights)
-    asked = scenes(index + 1, seed)[index].labels().tolist()[0]
+    asked = scene(index, seed).labels().tolist()[0]
     prompt = canonical(asked)
     plan = streaming_plan(frames, CLIP_FRAMES, sheets.OVERLAP)
     video: Tensor = sheets.make_video(models, text, prompt, len(plan) - 1, seed + index)[:frames]

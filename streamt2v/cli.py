@@ -33,7 +33,6 @@ from streamt2v import (
     weights,
 )
 from streamt2v.errors import (
-    SIGNALS,
     ConfigError,
     Interrupted,
     StreamT2VError,
@@ -508,11 +507,8 @@ def evaluate(
     )  # fmt: skip
     for target in filter(None, (report_file, csv_file, frames_csv)):
         jobs.check_target(target, overwrite)
-    try:
-        with Progress(quiet=quiet) as progress:
-            results = evaluation.evaluate(videos, settings, progress, (lambda text: None) if quiet else _say)
-    except SIGNALS as by:
-        raise Interrupted("stopped; nothing was written", by=by) from None
+    with _terminable("stopped; nothing was written"), Progress(quiet=quiet) as progress:
+        results = evaluation.evaluate(videos, settings, progress, (lambda text: None) if quiet else _say)
     pages = {
         report_file: report.as_html(results, settings),
         csv_file: report.videos_csv(results),
