@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamt2v import __version__, config, devices, files, hub, initializers, runs, vocabulary, weights
+from streamt2v import __version__, devices, files, hub, initializers, runs, vocabulary, weights
 from streamt2v.config import Prompt, RunConfig, merge, to_flat
 from streamt2v.errors import ConfigError, InputError, OutputError, ResumeError, StreamT2VError, VideoError
 
@@ -193,7 +193,7 @@ def resumed(path: Path) -> Job:
     output = runs.output_of(path)
     recipe, _, local = runs.recorded(runs.directory_for(output))
     try:
-        settings = config.merge(recipe["config"], {"image": local["image"] or ""})
+        settings = merge(recipe["config"], {"image": local["image"] or ""})
         source, preview = (Path(local[name]) if local[name] else None for name in ("source", "preview"))
         return Job(
             recipe["command"], settings, output, source, recipe["device"], resume=True, keep_run=local["keep_run"],
@@ -262,7 +262,7 @@ def rerun(
             raise InputError(f"{file} is not what {path} was made from: that had {was.get('bytes')} bytes")
     threads = recipe.get("threads")
     like = {"memory": recipe.get("memory"), "threads": threads if type(threads) is int and 0 < threads < 1025 else None}
-    return command, config.merge(settings), like
+    return command, merge(settings), like
 
 
 def compare(path: Path, again: Path) -> list[str]:

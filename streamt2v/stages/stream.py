@@ -28,7 +28,7 @@ class StreamModels:
     """The networks of the stage; `cam` None switches CAM off, `apm` None switches APM off.
 
     A `unet` with more input than output channels also gets the latents of the conditioning frames: the concatenation
-    that the paper compares CAM with (arXiv 2403.14773 section 5.3).
+    that the ablation of arXiv 2403.14773 compares CAM with.
     """
 
     unet: UNet3D
