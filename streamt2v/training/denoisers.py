@@ -132,32 +132,53 @@ def refiner_loss(
     return loss
 
 
-def conditioning_pixels(clips: Clips, vae: Any, generator: torch.Generator, frames: int = 8) -> Tensor:
-    """The first frames of clips as CAM will meet them, [B, frames, 3, 72, 128] in [-1, 1].
+def conditioning(clips: Clips, vae: Any, generator: torch.Generator, frames: int = 8) -> tuple[Tensor, Tensor]:
+    """The first frames of clips as CAM will meet them, and what is to follow them.
 
     While streaming, CAM sees what the model itself made. So some are rendered, some decoded from disturbed latents,
-    and all carry a little noise: otherwise small errors are copied and grow from chunk to chunk. Half of the batches
-    have a false tint, and one rendered batch in four shows false subjects: true colours and shapes must then come from
-    the anchor or the text, which do not drift.
+    and all carry a little noise: otherwise small errors are copied and grow from chunk to chunk. Half of the rendered
+    batches have a false tint, and some show false subjects: true colours and shapes must then come from the anchor or
+    the text, which do not drift. Tints and disturbances leave the target gradually (`fading`): were they gone at the
+    first new frame, the network would learn to jump at every seam.
+
+    Returns:
+        Pixels [B, frames, 3, 72, 128] in [-1, 1], latents of the whole chunk [B, C, F, h, w].
     """
+    latents = clips.latents
+    share = fading(frames, latents.shape[2]).to(latents)
     if torch.rand((), generator=generator) < 0.35:
-        strength = 0.35 * float(torch.rand((), generator=generator))
-        latents = clips.latents[:, :, :frames]
-        pixels = decode(vae, latents + strength * normal_like(latents, generator))
+        steady, restless = (0.35 * torch.rand(2, generator=generator)).tolist()
+        latents = latents + share[:, None, None] * steady * normal_like(latents[:, :, :1], generator)
+        seen = latents[:, :, :frames]
+        pixels = decode(vae, seen + restless * normal_like(seen, generator))
     else:
-        scenes = clips.scenes
-        if torch.rand((), generator=generator) < 0.25:
+        tinted = bool(torch.rand((), generator=generator) < 0.5)
+        at = clips.frames() if tinted else clips.frames()[:, :frames]
+        true = shown = render(clips.scenes, at)
+        if torch.rand((), generator=generator) < 0.15:
             subjects = torch.randint(len(ATTRIBUTES["subject"]), (len(clips),), generator=generator)
-            scenes = replace(scenes, subject=subjects.to(scenes.subject.device))
-        pixels = render(scenes, clips.frames()[:, :frames])
+            shown = render(replace(clips.scenes, subject=subjects.to(clips.scenes.subject.device)), at)
+        if tinted:
+            gain, shift = torch.rand(2, len(clips), 1, 3, 1, 1, generator=generator).to(true).mul(2).sub(1)
+            much = share[:, None, None, None]
+            true, shown = (
+                (pixels * (1 + 0.35 * gain * much) + 0.25 * shift * much).clamp(-1, 1) for pixels in (true, shown)
+            )
+            latents = encode(vae, true)
+        pixels = shown[:, :frames]
         if torch.rand((), generator=generator) < 0.5:  # as soft as the VAE leaves it
             small = functional.avg_pool2d(pixels.flatten(0, 1), 2)
             pixels = functional.interpolate(small, scale_factor=2, mode="bilinear").view_as(pixels)
-    if torch.rand((), generator=generator) < 0.5:
-        gain, shift = torch.rand(2, len(clips), 1, 3, 1, 1, generator=generator).to(pixels).mul(2).sub(1)
-        pixels = pixels * (1 + 0.35 * gain) + 0.25 * shift
     strength = 0.08 * float(torch.rand((), generator=generator))
-    return pixels + strength * normal_like(pixels, generator)
+    return pixels + strength * normal_like(pixels, generator), latents
+
+
+def fading(frames: int, length: int, rate: float = 0.75) -> Tensor:
+    """How much of an error of the conditioning frames each frame of a chunk still carries, [length] in (0, 1].
+
+    All of it for as long as they last, `rate` times as much with every new frame.
+    """
+    return rate ** (torch.arange(length) - frames + 1).clamp(min=0)
 
 
 def anchors(clips: Clips, generator: torch.Generator) -> Tensor:
@@ -184,7 +205,9 @@ def streaming_loss(
     dropped 5 % of the time each. Source: arXiv 2403.14773 section 4 and supplement.
     """
     clips, _ = source.draw(batch)
-    latents, timesteps, noise = _noised(clips, generator)
+    _, timesteps, noise = _noised(clips, generator)
+    with torch.no_grad():
+        pixels, latents = conditioning(clips, vae, generator, CAM.num_cond_frames)
     noisy = _schedule().add_noise(latents, noise, timesteps)
     chance = torch.rand(batch, generator=generator)
     captions = text.captions(clips.scenes, generator, drop=0.0)
@@ -197,16 +220,24 @@ def streaming_loss(
         with torch.no_grad():
             embedding = embed_image(vision, pictures)
         tokens = network(embedding)
-    with torch.no_grad():
-        pixels = conditioning_pixels(clips, vae, generator, CAM.num_cond_frames)
-        shown = noisy if cam is not None else beside(encode(vae, pixels), noisy)
+    shown = noisy if cam is not None else beside(encode(vae, pixels), noisy)
     features = None
     if cam is not None:
         first = noisy[:, :, : pixels.shape[1]]
         features = cam(first, timesteps, cam.prepare(context), cam.embed_frames(pixels))
     prediction = unet(shown, timesteps, unet.prepare(context, tokens), features)
     target, mask = _schedule().velocity(latents, noise, timesteps), clips.mask()
-    return weighted_error(prediction, target, mask) + flicker_error(prediction, target, mask)
+    counts = importance(CAM.num_cond_frames, latents.shape[2]).to(latents)
+    return weighted_error(prediction, target, mask, counts) + flicker_error(prediction, target, mask, counts[1:])
+
+
+def importance(frames: int, length: int) -> Tensor:
+    """How much each frame of a chunk counts in the loss, [length]: the first `frames` of it are thrown away after
+    sampling, the one after them makes the seam."""
+    counts = torch.ones(length)
+    counts[:frames] = 0.5
+    counts[frames : frames + 2] = torch.tensor([2.0, 1.5])[: length - frames]
+    return counts
 
 
 def image_to_video_loss(

@@ -24,21 +24,24 @@ def draw_timesteps(count: int, generator: torch.Generator, power: float = 1.0, t
     return (top * u**power).round().long()
 
 
-def weighted_error(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+def weighted_error(prediction: Tensor, target: Tensor, mask: Tensor, frames: Tensor | None = None) -> Tensor:
     """Mean squared error of latents [B, C, F, h, w] with weight 1 + 4 mask; mask [B, F, h, w] in [0, 1].
 
     A subject covers few cells of the latent: unweighted, the background is learned first and the subject hardly at all.
+    `frames` [F] weighs the frames as well.
     """
     weight = 1 + SUBJECT_WEIGHT * mask[:, None]
+    if frames is not None:
+        weight = weight * frames[:, None, None]
     return ((prediction - target).square() * weight).mean() / weight.mean()
 
 
-def flicker_error(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+def flicker_error(prediction: Tensor, target: Tensor, mask: Tensor, frames: Tensor | None = None) -> Tensor:
     """Half the weighted error of the changes from frame to frame: errors that flicker count for more than steady ones.
 
-    Shapes as in `weighted_error`.
+    Shapes as in `weighted_error`, but `frames` [F - 1] weighs the changes.
     """
-    return 0.5 * weighted_error(prediction.diff(dim=2), target.diff(dim=2), mask[:, 1:])
+    return 0.5 * weighted_error(prediction.diff(dim=2), target.diff(dim=2), mask[:, 1:], frames)
 
 
 def pair_contrast(prediction: Tensor, target: Tensor, pairs: Tensor, timesteps: Tensor, mask: Tensor) -> Tensor:

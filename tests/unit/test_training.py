@@ -14,6 +14,7 @@ from streamt2v.training.captions import parse
 from streamt2v.training.engine import Job
 from streamt2v.training.loop import PARTS, train
 from streamt2v.training.optimizer import Muon, orthogonalise
+from streamt2v.training.vae import build_vae
 
 MICRO = {"block_out_channels": (8, 8), "attention_levels": (True, False), "norm_num_groups": 2}
 
@@ -169,6 +170,46 @@ def test_a_steady_error_does_not_flicker() -> None:
     assert losses.flicker_error(target + torch.randn(2, 4, 1, 9, 16), target, mask) < 1e-10
     alternating = torch.tensor([1.0, -1.0]).repeat(8).view(1, 1, 16, 1, 1)
     assert losses.flicker_error(target + alternating, target, mask) == pytest.approx(2.0, rel=1e-4)
+
+
+def test_frames_count_in_the_loss_as_they_count_in_a_stream() -> None:
+    counts = denoisers.importance(8, 16)
+    assert counts.tolist() == [0.5] * 8 + [2.0, 1.5] + [1.0] * 6
+    assert denoisers.importance(8, 9).tolist() == [0.5] * 8 + [2.0]
+    target, mask = torch.zeros(1, 4, 16, 9, 16), torch.zeros(1, 16, 9, 16)
+    wrong = [losses.weighted_error(_off(target, frame), target, mask, counts) for frame in (0, 8, 15)]
+    assert wrong[1] / wrong[0] == pytest.approx(4.0)
+    assert wrong[1] / wrong[2] == pytest.approx(2.0)
+    assert losses.weighted_error(target + 1, target, mask, counts) == pytest.approx(1.0)
+
+
+def _off(target: torch.Tensor, frame: int) -> torch.Tensor:
+    wrong = target.clone()
+    wrong[:, :, frame] += 1
+    return wrong
+
+
+def test_an_error_of_the_conditioning_frames_fades_after_them() -> None:
+    share = denoisers.fading(8, 16)
+    assert share[:8].tolist() == [1.0] * 8
+    assert share[8:].tolist() == pytest.approx([0.75**k for k in range(1, 9)])
+
+
+def test_what_follows_disturbed_conditioning_frames_joins_them_and_ends_nearly_right() -> None:
+    generator = torch.Generator().manual_seed(3)
+    vae = build_vae().eval()
+    clips = data.make_clips(vae, 1, generator, late=1.0)
+    changed = []
+    for _ in range(8):
+        pixels, latents = denoisers.conditioning(clips, vae, generator)
+        assert pixels.shape == (2, 8, 3, 72, 128)
+        assert latents.shape == clips.latents.shape
+        off = (latents - clips.latents).abs().mean((0, 1, 3, 4))
+        changed.append(bool(off.max() > 0))
+        if changed[-1]:
+            assert off[:8].min() > 0.5 * off.max()
+            assert off[15] < 0.35 * off[7]
+    assert {True, False} == set(changed)
 
 
 def test_timesteps_cover_the_range_and_lean_towards_noise() -> None:
