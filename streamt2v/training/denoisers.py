@@ -22,7 +22,14 @@ from streamt2v.stages.stream import beside
 from streamt2v.training.captions import MAX_TOKENS
 from streamt2v.training.clip import DIM
 from streamt2v.training.data import Clips, ClipSource, TextSource, decode, encode, normal_like
-from streamt2v.training.losses import DEMO_SCHEDULE, draw_timesteps, flicker_error, pair_contrast, weighted_error
+from streamt2v.training.losses import (
+    DEMO_SCHEDULE,
+    draw_timesteps,
+    flicker_error,
+    pair_contrast,
+    tone_error,
+    weighted_error,
+)
 from streamt2v.training.world import ATTRIBUTES, render
 
 IMAGE_TOKENS = 8
@@ -228,7 +235,8 @@ def streaming_loss(
     prediction = unet(shown, timesteps, unet.prepare(context, tokens), features)
     target, mask = _schedule().velocity(latents, noise, timesteps), clips.mask()
     counts = importance(CAM.num_cond_frames, latents.shape[2]).to(latents)
-    return weighted_error(prediction, target, mask, counts) + flicker_error(prediction, target, mask, counts[1:])
+    loss = weighted_error(prediction, target, mask, counts) + flicker_error(prediction, target, mask, counts[1:])
+    return loss + tone_error(prediction, target, counts)
 
 
 def importance(frames: int, length: int) -> Tensor:

@@ -44,6 +44,15 @@ def flicker_error(prediction: Tensor, target: Tensor, mask: Tensor, frames: Tens
     return 0.5 * weighted_error(prediction.diff(dim=2), target.diff(dim=2), mask[:, 1:], frames)
 
 
+def tone_error(prediction: Tensor, target: Tensor, frames: Tensor) -> Tensor:
+    """Sixteen times the squared error of every frame's mean over the picture; shapes as in `weighted_error`.
+
+    A picture that is a little too bright everywhere hardly counts cell by cell, but the eye sees it flash.
+    """
+    off = (prediction - target).mean((3, 4)).square() * frames
+    return 16 * off.mean() / frames.mean()
+
+
 def pair_contrast(prediction: Tensor, target: Tensor, pairs: Tensor, timesteps: Tensor, mask: Tensor) -> Tensor:
     """How wrongly the prediction changes between the two clips of a mirrored pair.
 

@@ -172,6 +172,16 @@ def test_a_steady_error_does_not_flicker() -> None:
     assert losses.flicker_error(target + alternating, target, mask) == pytest.approx(2.0, rel=1e-4)
 
 
+def test_the_tone_is_the_mean_of_a_frame() -> None:
+    target, counts = torch.randn(2, 4, 16, 8, 16), denoisers.importance(8, 16)
+    checked = torch.ones(8, 16)
+    checked[::2, ::2] = checked[1::2, 1::2] = -1.0
+    assert losses.tone_error(target + checked, target, counts) < 1e-10
+    assert losses.tone_error(target + 0.5, target, counts) == pytest.approx(4.0, rel=1e-4)
+    steep = [losses.tone_error(_off(target, frame), target, counts) for frame in (0, 8)]
+    assert steep[1] / steep[0] == pytest.approx(4.0, rel=1e-3)
+
+
 def test_frames_count_in_the_loss_as_they_count_in_a_stream() -> None:
     counts = denoisers.importance(8, 16)
     assert counts.tolist() == [0.5] * 8 + [2.0, 1.5] + [1.0] * 6
