@@ -111,7 +111,10 @@ def read(place: str) -> list[Row]:
     except (ValueError, RecursionError, csv.Error) as error:
         raise ConfigError(f"{place} cannot be read as {kind[1:]}: {error}") from error
     if not rows:
-        raise ConfigError(f"{place} holds no jobs", "write a prompt a line, or rows as `streamt2v batch --help` shows")
+        raise ConfigError(
+            f"{place if place != '-' else 'standard input'} holds no jobs",
+            "write a prompt a line, or rows as `streamt2v batch --help` shows",
+        )
     return rows
 
 
@@ -332,7 +335,8 @@ def run(tasks: Sequence[Task], refusals: Sequence[Refusal], tell: Tell, *, keep_
         error = Interrupted("stopped", "the same command goes on where it stopped", by=by)
     left = total - counts.total()
     if error is None and counts["failed"]:
-        hint = "the same command makes what is missing" + ("; --keep-going does not stop at a failure" * bool(left))
+        hint = "correct the rows that cannot be used; " * bool(refusals) + "the same command makes what is missing"
+        hint += "; --keep-going does not stop at a failure" * bool(left)
         error = BatchError(f"{counts['failed']} of {total} jobs failed", hint)
     facts = events.failed(error) if error else {"ok": True}
     counted = {key: counts[key] for key in ("made", "there", "failed")}

@@ -105,6 +105,8 @@ def make_directory(path: Path) -> None:
     """Make a directory and its parents, durably; an existing one is fine."""
     with output_errors(path):
         if not path.is_dir():
+            if path.exists():
+                raise OutputError(f"{path} is not a folder", "choose another name")
             path.mkdir(parents=True, exist_ok=True)
             sync_directory(path.parent)
 
