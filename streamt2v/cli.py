@@ -335,6 +335,7 @@ def batch(
     [b]streamt2v batch prompts.txt --out-dir videos --frames 240 --keep-going --ray --threads 2[/b]
     """
     from streamt2v import batch as batches
+    from streamt2v import rows
 
     json_output, quiet, verbose, overwrite = (
         given.pop(name) for name in ("json_output", "quiet", "verbose", "overwrite")
@@ -343,7 +344,7 @@ def batch(
     shared = batches.Shared(out_dir, {**given, "frames": frames, "fps": fps}, behaviour, overwrite)
     with _terminable(FETCHING), Progress(quiet=quiet, verbose=verbose) as progress:
         part = batches.shard_of(shard)
-        checked = batches.check(batches.read(file), shared, generate, part, _saying(quiet))
+        checked = batches.check(rows.read(file), shared, generate, part, _saying(quiet))
         code = batches.run(*checked, _follow(progress, json_output), keep_going=keep_going, ray=ray)
     raise typer.Exit(code)
 

@@ -15,6 +15,8 @@ StreamT2VError            1    base; a bare one is a bug
 └── Interrupted         130    SIGINT (143 for SIGTERM); the run can be resumed
 """
 
+import errno
+
 
 class StreamT2VError(Exception):
     """An expected failure: `message` says what was found, `hint` what to do about it."""
@@ -34,6 +36,8 @@ def explained(error: BaseException) -> StreamT2VError:
         return error
     if isinstance(error, MemoryError):
         return MemoryLimitError("out of memory", "try a lower --memory, or a smaller --size or --chunk")
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # of whatever was asked about a path
+        return ConfigError(f"the name of a file is too long: {str(error.filename)[:60]!r}...")
     first_line = str(error).strip().partition("\n")[0]
     return StreamT2VError(f"{type(error).__name__}: {first_line}", "this is a bug")
 

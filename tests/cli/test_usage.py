@@ -44,6 +44,7 @@ MISTAKES = [
     (["generate", "a red ball", "b.mp4"], 2, "b.mp4"),
     (["refine", "none.mp4"], 3, "none.mp4"),
     (["info", "none.mp4"], 3, "none.mp4"),
+    (["info", "x" * 5000], 2, "too long"),
     (["generate", "a red ball", "--resume", "-o", "."], 3, "not a file"),
     (["refine", ""], 3, "not a file"),
     (["extend", "/", "--frames", "30"], 3, "not a file"),
