@@ -144,10 +144,11 @@ def _names(rows: Sequence[Row]) -> list[str]:
 
 
 def _output(row: Row, name: str, folder: Path, seen: dict[tuple[str, str], int]) -> Path:
-    """Return the output of a row, a place inside the folder that no row before it has."""
+    """Return the output of a row, a place inside the folder that no row before it has; nor has one its preview."""
     own = row.fields.get("output")
     path = _inside(folder, "id", f"{name}.mp4") if own is None else _inside(folder, "output", own)
-    for field, value in (("id", name), ("output", str(path))):
+    preview = [("preview", str(row.fields["preview"]))] if "preview" in row.fields else []
+    for field, value in (("id", name), ("output", str(path)), *preview):
         before = seen.setdefault((field, value.casefold()), row.line)
         if before != row.line:
             raise FieldError(field, f"{field} {value!r} is that of line {before} already", "give each row its own")

@@ -189,6 +189,7 @@ MISTAKES = [
     ('{"prompt": "a", "id": "good"}', "id", "line 1"),
     ('{"prompt": "a", "id": "GOOD"}', "id", "line 1"),
     ('{"prompt": "a", "output": "Good.mp4"}', "id", "line 1"),
+    ('{"prompt": "a", "preview": "Good.png"}', "preview", "line 1"),
     ('{"prompt": "a", "refine": {"chunk": 4, "overlap": 4}}', "", "overlap is 4"),
     ('{"prompt": " "}', "prompt", "empty"),
     ('{"prompt": ["a"]}', "prompt", "of type str"),
@@ -203,7 +204,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("line", "field", "said"), MISTAKES)
 def test_a_bad_row_names_line_and_field(line: str, field: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "jobs.jsonl"
-    path.write_text(f'{{"id": "good", "prompt": "a"}}\n{line}\n')
+    path.write_text(f'{{"id": "good", "prompt": "a", "preview": "good.png"}}\n{line}\n')
     [task], [refusal] = check(path, tmp_path / "out")
     assert task.id == "good"
     assert (refusal.line, refusal.field) == (2, field)
