@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,8 +129,13 @@ MAX_TEXT_BYTES = 24_000  # as JSON: the recipe, with two prompts, must fit the 6
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    status = path.stat()
-    return {"name": path.name, "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path, files.stamp(path))}
+
+
+@lru_cache(maxsize=8)
+def _sha256(path: Path, _stamp: tuple[int, int, int] | None) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def inspect_source(path: Path) -> Source:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -168,6 +169,19 @@ def test_a_video_of_another_version_is_finished_where_the_settings_are_the_same(
     assert jobs.finished(job).frames == 4
     with pytest.raises(OutputError, match=r"config\.seed"):
         jobs.finished(dataclasses.replace(job, config=dataclasses.replace(wish, seed=9)))
+
+
+def test_what_a_video_was_made_from_is_known_by_its_bytes(tmp_path: Path) -> None:
+    source = made(tmp_path / "in.mp4", 4)
+    job = jobs.Job("refine", merge(preset("demo"), {"num_frames": 4}), tmp_path / "out.mp4", source)
+    made(job.output, 4, json.dumps({"streamt2v": "0.0.1", **job.recipe()}))
+    os.utime(source, (1, 1))  # as a copy or a checkout does
+    assert jobs.finished(job).frames == 4
+    data = bytearray(source.read_bytes())
+    data[-1] ^= 1
+    source.write_bytes(data)
+    with pytest.raises(OutputError, match=r"source\.sha256"):
+        jobs.finished(job)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"a": 3}', '{"a": {"fixed_seconds": 1}}', '{"a": null}'])
