@@ -8,18 +8,13 @@ again until everything is there.
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
 import io
-import json
 import logging
 import os
-import re
 import signal
 import socket
-import sys
 import time
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamt2v import config, devices, events, files, hub, jobs, memory, options, planning, runs
+from streamt2v import devices, events, files, hub, jobs, memory, options, planning, runs
 from streamt2v.errors import (
     SIGNALS,
     BatchError,
@@ -38,10 +33,12 @@ from streamt2v.errors import (
     OutputError,
     StreamT2VError,
     Terminated,
+    explained,
 )
 from streamt2v.events import Event, JobReport, Tell, event
 from streamt2v.initializers import OWN, named
 from streamt2v.jobs import Job, Result
+from streamt2v.rows import Row
 
 if TYPE_CHECKING:
     from streamt2v.pipeline import Loaded
@@ -51,15 +48,6 @@ OF_THE_BATCH = {"resume", "resume_anyway", "overwrite", "json", "quiet", "verbos
 RETRIES = 3
 """How often Ray starts a job again whose worker died."""
 SECONDS_TO_STOP = 5.0
-
-
-@dataclass(frozen=True)
-class Row:
-    """One job as it was written: where it stands, and what is wrong with the line itself, if anything is."""
-
-    line: int
-    fields: dict[str, Any]
-    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,83 +74,6 @@ class Refusal:
         """The field that is wrong, empty where it is not a single one."""
         known = {"input": "image", "output": "output", "weights": "model"}
         return self.error.field if isinstance(self.error, FieldError) else known.get(self.error.code, "")
-
-
-# ------------------------------------------------------------------------------------------------------------ reading
-
-
-def read(place: str) -> list[Row]:
-    """Read the rows of a file of jobs, or of standard input ("-": JSON lines, or a prompt a line).
-
-    Raises:
-        InputError: it cannot be read. ConfigError: no such kind of file, not whole as such, or without a job.
-    """
-    try:
-        data = sys.stdin.buffer.read() if place == "-" else Path(place).read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read the jobs in {place}: {error.strerror or error}") from error
-    # Bytes that are no text are kept as they are, for the check of the row that holds them.
-    text = data.decode("utf-8-sig", errors="surrogateescape")
-    kind = Path(place).suffix.lower() if place != "-" else ".jsonl" if text.lstrip().startswith("{") else ".txt"
-    if kind not in _READERS:
-        raise ConfigError(f"{place} is no file of jobs", f"known: {', '.join(_READERS)}, or - for standard input")
-    try:
-        rows = list(_READERS[kind](text))
-    except (ValueError, RecursionError, csv.Error) as error:
-        raise ConfigError(f"{place} cannot be read as {kind[1:]}: {error}") from error
-    if not rows:
-        raise ConfigError(f"{place} holds no jobs", "write a prompt a line, or rows as `streamt2v batch --help` shows")
-    return rows
-
-
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    return ((number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-
-
-def _read_text(text: str) -> Iterator[Row]:
-    return (Row(number, {"prompt": line}) for number, line in _lines(text))
-
-
-def _read_json_lines(text: str) -> Iterator[Row]:
-    for number, line in _lines(text):
-        try:
-            yield Row(number, _fields(json.loads(line)))
-        except (ValueError, RecursionError) as error:
-            yield Row(number, {}, f"no JSON object: {error}")
-
-
-def _fields(table: Any) -> dict[str, Any]:
-    if not isinstance(table, dict):
-        raise ValueError(f'{table!r} is not like {{"prompt": "a red ball", "frames": 48}}')
-    return {name: value for name, value in config.flatten(table).items() if value is not None}
-
-
-def _read_csv(text: str) -> Iterator[Row]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header = [name.strip() for name in next(reader, [])]
-    if len(set(header)) < len(header):
-        raise ValueError("two columns have the same name")
-    begin = reader.line_num + 1
-    for cells in reader:
-        surplus = f"{len(cells)} cells, the header names {len(header)}" if len(cells) > len(header) else ""
-        if any(cells):
-            yield Row(begin, {name: cell for name, cell in zip(header, cells, strict=False) if cell.strip()}, surplus)
-        begin = reader.line_num + 1  # of the file: a quoted cell may hold several lines
-
-
-def _read_toml(text: str) -> Iterator[Row]:
-    table = tomllib.loads(text.replace("\r\n", "\n"))
-    rows = table.pop("jobs", [])
-    if table or not isinstance(rows, list):
-        raise ValueError(f"{next(iter(table), 'jobs')!r} is not known here: write every job as [[jobs]]")
-    heads = [number for number, line in _lines(text) if re.match(r"\[\[\s*jobs\s*\]\]", line)]
-    numbers = heads if len(heads) == len(rows) else range(1, len(rows) + 1)  # the parser tells no line
-    return (Row(number, _fields(row)) for number, row in zip(numbers, rows, strict=True))
-
-
-_READERS: Mapping[str, Callable[[str], Iterator[Row]]] = {
-    ".jsonl": _read_json_lines, ".toml": _read_toml, ".csv": _read_csv, ".txt": _read_text
-}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- checking
@@ -211,9 +122,9 @@ def check(
             output = _output(row, name, shared.out_dir, seen)
             if mine:
                 tasks.append(_task(row, name, output, shared, fields, note))
-        except StreamT2VError as error:
+        except (StreamT2VError, OSError) as error:
             if mine:
-                refusals.append(Refusal(name, row.line, error))
+                refusals.append(Refusal(name, row.line, explained(error)))
     return tasks, refusals
 
 
@@ -233,10 +144,11 @@ def _names(rows: Sequence[Row]) -> list[str]:
 
 
 def _output(row: Row, name: str, folder: Path, seen: dict[tuple[str, str], int]) -> Path:
-    """Return the output of a row, a place inside the folder that no row before it has."""
+    """Return the output of a row, a place inside the folder that no row before it has; nor has one its preview."""
     own = row.fields.get("output")
     path = _inside(folder, "id", f"{name}.mp4") if own is None else _inside(folder, "output", own)
-    for field, value in (("id", name), ("output", str(path))):
+    preview = [("preview", str(row.fields["preview"]))] if "preview" in row.fields else []
+    for field, value in (("id", name), ("output", str(path)), *preview):
         before = seen.setdefault((field, value.casefold()), row.line)
         if before != row.line:
             raise FieldError(field, f"{field} {value!r} is that of line {before} already", "give each row its own")
@@ -332,7 +244,8 @@ def run(tasks: Sequence[Task], refusals: Sequence[Refusal], tell: Tell, *, keep_
         error = Interrupted("stopped", "the same command goes on where it stopped", by=by)
     left = total - counts.total()
     if error is None and counts["failed"]:
-        hint = "the same command makes what is missing" + ("; --keep-going does not stop at a failure" * bool(left))
+        hint = "correct the rows that cannot be used; " * bool(refusals) + "the same command makes what is missing"
+        hint += "; --keep-going does not stop at a failure" * bool(left)
         error = BatchError(f"{counts['failed']} of {total} jobs failed", hint)
     facts = events.failed(error) if error else {"ok": True}
     counted = {key: counts[key] for key in ("made", "there", "failed")}

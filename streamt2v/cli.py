@@ -7,8 +7,7 @@ import os
 import re
 import signal
 import sys
-import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -35,13 +34,14 @@ from streamt2v import (
 from streamt2v.errors import (
     ConfigError,
     Interrupted,
+    OutputError,
     StreamT2VError,
     Terminated,
     WeightsError,
     explained,
     stopped_by,
 )
-from streamt2v.progress import Progress
+from streamt2v.progress import Progress, plain, say, silence
 
 FETCHING = "stopped; the same command goes on where it stopped"
 app = typer.Typer(
@@ -59,22 +59,21 @@ weights_app = typer.Typer(no_args_is_help=True, help="The weights that are here,
 app.add_typer(weights_app, name="weights")
 
 
-def _say(text: str) -> None:
-    print(plain(text), file=sys.stderr, flush=True)
+def _saying(quiet: bool) -> Callable[[str], None]:
+    """Return what says a line on stderr, unless only errors are wanted."""
+    return (lambda text: None) if quiet else say
 
 
 def _emit(text: str, out: TextIO | None = None) -> None:
     """Print a result; when the reader of our output went away there is nobody to tell."""
     try:
         print(text, flush=True, file=out)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), (out or sys.stdout).fileno())
-        raise SystemExit(141) from None  # no failure of a job that is being made
-
-
-def plain(text: str) -> str:
-    """Return text without control and bidirectional characters, so that a prompt cannot steer the terminal."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in {"Cc", "Cf", "Cs"})
+    except OSError as error:
+        silence(out or sys.stdout)
+        gone = isinstance(error, BrokenPipeError)
+        if not gone:
+            say(f"error: the result cannot be printed: {error.strerror}")
+        raise SystemExit(141 if gone else OutputError.exit_code) from None  # no failure of a job that is being made
 
 
 def default_output(prompt: str, seed: int) -> Path:
@@ -169,18 +168,22 @@ def _run(command: str, source: Path | None, output: Path | None, given: dict[str
 
 def _make(job: jobs.Job, json_output: bool, quiet: bool, verbose: bool) -> None:
     """Carry out a job and print its result."""
+    tell = _saying(quiet)
     with _terminable(FETCHING):
         # Everything cheap is checked before torch is imported or a model loads.
-        notices = jobs.check(job, (lambda text: None) if quiet else _say)
-    if not quiet:
-        for notice in notices:
-            _say(notice)
-        length = f"{job.config.num_frames} frames at {job.config.output.fps:g} fps"
-        _say(f"{job.output}: {length}, model {job.config.model}, seed {job.config.seed}")
+        notices = jobs.check(job, tell)
+    for notice in notices:
+        tell(notice)
+    length = f"{job.config.num_frames} frames at {job.config.output.fps:g} fps"
+    tell(f"{job.output}: {length}, model {job.config.model}, seed {job.config.seed}")
     with Progress(quiet=quiet, verbose=verbose) as progress:
         from streamt2v import pipeline
 
         result = pipeline.run(job, progress)
+    _emit_result(result, json_output)
+
+
+def _emit_result(result: jobs.Result, json_output: bool) -> None:
     made = events.event("result", ok=True, **dataclasses.asdict(result))
     _emit(json.dumps(made) if json_output else result.output)
 
@@ -200,12 +203,11 @@ def resume(
     """
     output = runs.output_of(run)
     if output.is_file() and not runs.exists(runs.directory_for(output)):
-        facts = jobs.verify(output)
-        if not quiet:
-            _say(f"{output} is finished")
-        _emit(json.dumps(events.event("result", ok=True, output=str(output), **facts)) if json_output else str(output))
-        return
-    _make(jobs.resumed(run), json_output, quiet, verbose)
+        result = jobs.made(output)
+        _saying(quiet)(f"{output} is finished")
+        _emit_result(result, json_output)
+    else:
+        _make(jobs.resumed(output), json_output, quiet, verbose)
 
 
 @app.command()
@@ -252,18 +254,17 @@ def rerun(
         "initialize.text_to_image": image_init,
     }  # fmt: skip
     command, settings, like = jobs.rerun(video, source, places)
-    output = output or video.with_name(f"{video.stem}_rerun.mp4")
-    if not quiet:
-        _say(f"{video} says: {command}, with")
-        usual = config.to_flat(config.merge(config.preset(weights.family(settings.model).preset)))
-        for key, value in config.to_flat(settings).items():
-            if value != usual.get(key):
-                _say(f"  {key} = {value}")
+    output, tell = output or video.with_name(f"{video.stem}_rerun.mp4"), _saying(quiet)
+    tell(f"{video} says: {command}, with")
+    usual = config.to_flat(config.merge(config.preset(weights.family(settings.model).preset)))
+    for key, value in config.to_flat(settings).items():
+        if value != usual.get(key):
+            tell(f"  {key} = {value}")
     _make(jobs.Job(command, settings, output, source, like=like, **given), json_output, quiet, verbose)
     if differences := jobs.compare(video, output):
-        _say(f"warning: the frames differ from those of {video}: {'; '.join(differences)}")
-    elif not quiet:
-        _say(f"the frames are those of {video}")
+        say(f"warning: the frames differ from those of {video}: {'; '.join(differences)}")
+    else:
+        tell(f"the frames are those of {video}")
 
 
 @contextmanager
@@ -334,6 +335,7 @@ def batch(
     [b]streamt2v batch prompts.txt --out-dir videos --frames 240 --keep-going --ray --threads 2[/b]
     """
     from streamt2v import batch as batches
+    from streamt2v import rows
 
     json_output, quiet, verbose, overwrite = (
         given.pop(name) for name in ("json_output", "quiet", "verbose", "overwrite")
@@ -342,7 +344,7 @@ def batch(
     shared = batches.Shared(out_dir, {**given, "frames": frames, "fps": fps}, behaviour, overwrite)
     with _terminable(FETCHING), Progress(quiet=quiet, verbose=verbose) as progress:
         part = batches.shard_of(shard)
-        checked = batches.check(batches.read(file), shared, generate, part, (lambda text: None) if quiet else _say)
+        checked = batches.check(rows.read(file), shared, generate, part, _saying(quiet))
         code = batches.run(*checked, _follow(progress, json_output), keep_going=keep_going, ray=ray)
     raise typer.Exit(code)
 
@@ -362,7 +364,7 @@ def _follow(progress: Progress, json_output: bool) -> events.Tell:
         elif event["type"] == "chunk":
             progress.advance(f"{job} {event['stage']}", event["done"], event["chunk"], event["chunks"])
         elif event["type"] == "warning":
-            progress.note(plain(f"{job}: {event['message']}"), warning=True)
+            progress.note(f"{job}: {event['message']}", warning=True)
         elif "jobs" in event:
             progress.say("{made} made, {there} there already, {failed} failed, {left} left".format(**event))
         else:
@@ -426,7 +428,7 @@ def bench(
     short = dataclasses.replace(resolved, num_frames=planning.short_length(resolved))
     with TemporaryDirectory(prefix="streamt2v-") as folder, _terminable():
         job = jobs.Job("generate", short, Path(folder) / "bench.mp4", device=device, threads=threads, memory=memory)
-        jobs.check(job, (lambda text: None) if quiet else _say)
+        jobs.check(job, _saying(quiet))
         with Progress(quiet=quiet, verbose=verbose) as progress:
             from streamt2v import pipeline
 
@@ -437,7 +439,9 @@ def bench(
 
 @app.command()
 def info(
-    video: Annotated[Path, typer.Argument(help="A video made by streamt2v.", show_default=False)],
+    video: Annotated[
+        Path, typer.Argument(help="A video made by streamt2v, or an unfinished run of one.", show_default=False)
+    ],
     json_output: options.Json = False,
 ) -> None:
     """Show the settings that made a video, read from the file itself.
@@ -508,7 +512,7 @@ def evaluate(
     for target in filter(None, (report_file, csv_file, frames_csv)):
         jobs.check_target(target, overwrite)
     with _terminable("stopped; nothing was written"), Progress(quiet=quiet) as progress:
-        results = evaluation.evaluate(videos, settings, progress, (lambda text: None) if quiet else _say)
+        results = evaluation.evaluate(videos, settings, progress, _saying(quiet))
     pages = {
         report_file: report.as_html(results, settings),
         csv_file: report.videos_csv(results),
@@ -525,7 +529,9 @@ def evaluate(
 
 @app.command()
 def preview(
-    source: Annotated[Path, typer.Argument(metavar="VIDEO", help="Any video.", show_default=False)],
+    source: Annotated[
+        Path, typer.Argument(metavar="VIDEO", help="Any video, or an unfinished run of one.", show_default=False)
+    ],
     output: Annotated[
         list[Path] | None,
         typer.Option(
@@ -541,23 +547,23 @@ def preview(
 
     [b]streamt2v preview ball.mp4 -o ball.gif --width 160[/b]
     """
-    targets = output or [source.parent / f"{source.stem}_preview{kind}" for kind in (".png", ".webp")]
+    named = runs.output_of(source)
+    targets = output or [named.parent / f"{named.stem}_preview{kind}" for kind in (".png", ".webp")]
     for target in targets:
         jobs.check_target(target, overwrite)
     from streamt2v import preview
 
     for target in targets:
         preview.check(target)
+    seen = jobs.look(source)
     for target in targets:
-        preview.write(source, target, width)
+        preview.write(seen.video, target, width)
         _emit(str(target))
 
 
 @app.command()
 def report(
-    video: Annotated[
-        Path, typer.Argument(help="A video, or the output of a run that is not finished.", show_default=False)
-    ],
+    video: Annotated[Path, typer.Argument(help="A video, or an unfinished run of one.", show_default=False)],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The HTML file. Default: the video's name.")
     ] = None,
@@ -569,11 +575,12 @@ def report(
 
     [b]streamt2v report ball.mp4 -o made.html[/b]
     """
-    target = output or video.parent / f"{video.stem}.html"
+    named = runs.output_of(video)
+    target = output or named.parent / f"{named.stem}.html"
     jobs.check_target(target, overwrite)
     from streamt2v import report
 
-    files.write_bytes(target, report.as_html(video).encode(errors="replace"))
+    files.write_bytes(target, report.as_html(jobs.look(video)).encode(errors="replace"))
     _emit(str(target))
 
 
@@ -655,13 +662,13 @@ def weights_pull(
         if (family := weights.listed(name)) is None:
             if source or folder:
                 raise ConfigError(f"{name} comes from its repository alone", "leave --source and --from out")
-            initializers.locate(name, _say)
+            initializers.locate(name, say)
         else:
-            hub.pull(family, checkpoints.convert, _say, source, folder)
+            hub.pull(family, checkpoints.convert, say, source, folder)
             start = config.merge(config.preset(family.preset)).initialize.text_model
             if start != initializers.OWN:
-                _say(f"{start}, which makes the first frames:")
-                initializers.locate(start, _say)
+                say(f"{start}, which makes the first frames:")
+                initializers.locate(start, say)
     _emit(f"{name}: ready")
 
 
@@ -704,7 +711,7 @@ def weights_convert(
     """
     from streamt2v import checkpoints
 
-    for path in checkpoints.convert(source, destination, _say):
+    for path in checkpoints.convert(source, destination, say):
         _emit(str(path))
 
 
@@ -736,7 +743,7 @@ def train(
 
     loop.train(
         part, minutes=minutes, steps=steps, out=out, device=devices.resolve(device).name, seed=seed,
-        resume_from=resume_from, log=_say,
+        resume_from=resume_from, log=say,
     )  # fmt: skip
 
 
@@ -768,24 +775,35 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         os.environ |= dict.fromkeys(hub.OFFLINE, "1")
     if "--no-color" in argv:
         os.environ["NO_COLOR"] = "1"
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started us: no file of ours may take its number
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - until the end
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a prompt may hold what a terminal of ASCII cannot show
     anywhere = ("--debug", "--offline", "--no-color")
     try:
         with _terminable():
             app(options.paired([argument for argument in argv if argument not in anywhere]), prog_name="streamt2v")
-    except (StreamT2VError, MemoryError) as error:
-        if debug:
-            raise
+    except SystemExit as stop:
+        if "--json" in argv and (said := getattr(stop.__context__, "format_message", None)):  # of typer's usage errors
+            _emit_failure(ConfigError(said()))
+        raise
+    except Exception as error:
         known = explained(error)
         if "--json" in argv:
-            _emit(json.dumps(events.event("result", **events.failed(known))))
+            _emit_failure(known)
+        if debug or known.exit_code == StreamT2VError.exit_code:
+            raise
         _complain(known.message if isinstance(known, Interrupted) else f"error: {known.message}", known.hint)
         sys.exit(known.exit_code)
     sys.exit(0)
 
 
+def _emit_failure(error: StreamT2VError) -> None:
+    _emit(json.dumps(events.event("result", **events.failed(error))))
+
+
 def _complain(message: str, hint: str) -> None:
-    _say(message)
+    say(message)
     if hint:
-        _say(f"  {hint}")
+        say(f"  {hint}")

@@ -15,6 +15,8 @@ StreamT2VError            1    base; a bare one is a bug
 └── Interrupted         130    SIGINT (143 for SIGTERM); the run can be resumed
 """
 
+import errno
+
 
 class StreamT2VError(Exception):
     """An expected failure: `message` says what was found, `hint` what to do about it."""
@@ -34,6 +36,9 @@ def explained(error: BaseException) -> StreamT2VError:
         return error
     if isinstance(error, MemoryError):
         return MemoryLimitError("out of memory", "try a lower --memory, or a smaller --size or --chunk")
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM):
+        # A question about a path that somebody gave: whether it is there cannot be told.
+        return ConfigError(f"{str(error.filename)[:200]} cannot be looked at: {(error.strerror or '').lower()}")
     first_line = str(error).strip().partition("\n")[0]
     return StreamT2VError(f"{type(error).__name__}: {first_line}", "this is a bug")
 

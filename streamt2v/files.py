@@ -21,9 +21,9 @@ from streamt2v.errors import ConfigError, OutputError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
-# Names that every system can keep, with room for what is appended to them: no control characters, none that separate
-# folders, drives or streams, none at the end that are dropped, none that stand for a device.
-_UNFIT = r'\x00-\x1f\x7f<>:"/\\|?*'
+# Names that every system can keep, with room for what is appended to them: no control or half characters, none that
+# separate folders, drives or streams, none at the end that are dropped, none that stand for a device.
+_UNFIT = r'\x00-\x1f\x7f\ud800-\udfff<>:"/\\|?*'
 _NAME = re.compile(rf"(?!(?i:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))[^{_UNFIT}]*[^{_UNFIT}. ]")
 _MAX_NAME_BYTES = 200
 _WRITE = os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0)
@@ -85,7 +85,7 @@ def inside(folder: Path, name: str) -> Path:
     """
     path = folder / name
     for part in name.split("/"):
-        if not _NAME.fullmatch(part) or len(part.encode(errors="replace")) > _MAX_NAME_BYTES:
+        if not _NAME.fullmatch(part) or len(part.encode()) > _MAX_NAME_BYTES:
             raise ConfigError(f"{name!r} cannot be the name of a file", f"give a plain name of a file inside {folder}")
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ConfigError(f"{path} leads outside of {folder}", "remove the link, or choose another name")
@@ -105,6 +105,8 @@ def make_directory(path: Path) -> None:
     """Make a directory and its parents, durably; an existing one is fine."""
     with output_errors(path):
         if not path.is_dir():
+            if path.exists():
+                raise OutputError(f"{path} is not a folder", "choose another name")
             path.mkdir(parents=True, exist_ok=True)
             sync_directory(path.parent)
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from streamt2v import __version__, devices, files, hub, initializers, runs, vocabulary, weights
+from streamt2v import devices, files, hub, initializers, runs, vocabulary, weights
 from streamt2v.config import Prompt, RunConfig, merge, to_flat
 from streamt2v.errors import ConfigError, InputError, OutputError, ResumeError, StreamT2VError, VideoError
+
+if TYPE_CHECKING:
+    from streamt2v.video import VideoInfo
 
 # What fixes the number and the sizes of frames and states: no run goes on after a change there.
 _FIXED = (
@@ -55,7 +60,6 @@ class Job:
         chosen = initializers.choose(self.config) if self.command == "generate" else None
         return {
             "command": self.command,
-            "version": __version__,
             # Of a picture the name says enough: a recipe travels with the video, the folder stays private.
             "config": to_flat(self.config) | {"image": Path(self.config.image).name},
             "source": self.source and {**_fingerprint(self.source), "frames": inspect_source(self.source).frames},
@@ -125,8 +129,13 @@ MAX_TEXT_BYTES = 24_000  # as JSON: the recipe, with two prompts, must fit the 6
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    status = path.stat()
-    return {"name": path.name, "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path, files.stamp(path))}
+
+
+@lru_cache(maxsize=8)
+def _sha256(path: Path, _stamp: tuple[int, int, int] | None) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def inspect_source(path: Path) -> Source:
@@ -167,7 +176,7 @@ def recorded_run(recipe: Mapping[str, Any]) -> tuple[RunConfig, str, int] | None
     try:
         run, command = merge(recipe["config"]), str(recipe["command"])
         kept = recipe["source"]["frames"] if command == "extend" else 0
-    except (StreamT2VError, KeyError, TypeError):
+    except (StreamT2VError, KeyError, TypeError, AttributeError):
         return None
     return (run, command, kept) if type(kept) is int and kept >= 0 else None
 
@@ -307,18 +316,63 @@ def finished(job: Job) -> Result:
     return Result.of(job, found.width, found.height, 0.0)
 
 
-def describe_video(path: Path) -> dict[str, Any]:
-    """Return size, length and the recipe stored in a video.
+def made(path: Path) -> Result:
+    """Describe a finished video that its own recipe tells of, once it is known to be whole.
 
     Raises:
-        VideoError: not a readable video.
+        VideoError: see `verify`; also a recipe that this version does not take.
     """
     from streamt2v import video
 
+    verify(path)
     found = video.probe(path)
-    facts = {"frames": found.frames, "width": found.width, "height": found.height, "fps": float(found.fps)}
-    recipe = recipe_of(found.comment)
-    return {"video": facts, "recipe": recipe or "none: not made by streamt2v"}
+    if (known := recorded_run(recipe_of(found.comment))) is None:
+        raise VideoError(
+            f"{path} does not say what made it", "another version made it; streamt2v info shows what it holds"
+        )
+    return Result.of(Job(known[1], known[0], path), found.width, found.height, 0.0)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is there of an output, finished or not: its recipe, and what can be watched, if anything yet."""
+
+    output: Path
+    video: Path
+    found: VideoInfo | None
+    recipe: dict[str, Any]
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether its run is still to be continued."""
+        return self.video != self.output
+
+
+def look(path: Path) -> Look:
+    """Look at a video, at the unfinished run of one, or at what a run directory belongs to.
+
+    Raises:
+        VideoError: neither is there. ResumeError: the run's record is damaged.
+    """
+    from streamt2v import video
+
+    output = runs.output_of(path)
+    run, growing = runs.directory_for(output), runs.directory_for(output) / runs.GROWING
+    if output.exists() or not runs.exists(run):
+        found = video.probe(output)
+        return Look(output, output, found, recipe_of(found.comment))
+    begun = growing.is_file() and growing.stat().st_size
+    return Look(output, growing, video.probe(growing) if begun else None, runs.recorded(run).recipe)
+
+
+def describe_video(path: Path) -> dict[str, Any]:
+    """Return size, length and the recipe of a video, or of the run that is to make it. Raises as `look`."""
+    seen = look(path)
+    facts: dict[str, Any] = {}
+    if (found := seen.found) is not None:
+        facts = {"frames": found.frames, "width": found.width, "height": found.height, "fps": float(found.fps)}
+    unfinished = {"unfinished": str(seen.video)} if seen.unfinished else {}
+    return {**unfinished, "video": facts, "recipe": seen.recipe or "none: not made by streamt2v"}
 
 
 # ---------------------------------------------------------------------------------------------- cheap checks

@@ -80,10 +80,6 @@ def run(job: Job, report: Report, loaded: Loaded | None = None) -> Result:
     """
     check(job)
     began = time.monotonic()
-    if job.resume and not job.overwrite and job.output.exists() and not runs.exists(job.run_path):
-        if (job.run_path / "lock").exists():  # it died while it removed its directory
-            runs.RunDirectory(job.run_path).remove()
-        return jobs.finished(job)
     loaded = Loaded() if loaded is None else loaded
     device = devices.resolve(job.device)
     earlier = runs.recorded(job.run_path).recipe if job.resume and runs.exists(job.run_path) else job.like or {}
@@ -94,13 +90,18 @@ def run(job: Job, report: Report, loaded: Loaded | None = None) -> Result:
     policy = _policy(job, device, loaded, earlier, report)
     cold = not loaded.fitting(job.config.model, device, policy)
     recipe = {
-        **job.recipe(), "device": device.name, "threads": threads, "libraries": libraries, "memory": asdict(policy)
+        **job.recipe(), "version": __version__, "device": device.name, "threads": threads, "libraries": libraries,
+        "memory": asdict(policy),
     }  # fmt: skip
     with runs.RunDirectory.open(
-        job.run_path, recipe, resume=job.resume, local=job.local(), may_change=job.may_change
+        job.run_path, recipe, resume=job.resume, overwrite=job.overwrite, local=job.local(), may_change=job.may_change
     ) as directory:
         try:
             jobs.check_target(job.output, job.overwrite or job.resume)  # another run may just have made it
+            if job.resume and not (job.overwrite or directory.resumed) and job.output.exists():
+                there = jobs.finished(job)
+                directory.remove()
+                return there
             maker, (width, height) = _make(job, report, directory, device, policy, loaded)
             maker.finish()
         except BaseException as error:
@@ -117,8 +118,8 @@ def run(job: Job, report: Report, loaded: Loaded | None = None) -> Result:
         seconds = time.monotonic() - began
         if cold:
             maker.remember(seconds)
-    if not job.keep_run:
-        directory.remove()
+        if not job.keep_run:
+            directory.remove()
     return Result.of(job, width, height, seconds, device)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+import unicodedata
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from streamt2v import devices
 
@@ -30,6 +32,26 @@ class Report(Protocol):
     def note(self, text: str, warning: bool = False) -> None:
         """Something worth a line when the user asked for details, or a warning for everybody."""
         ...
+
+
+def plain(text: str) -> str:
+    """Return text without control and bidirectional characters, so that a prompt cannot steer the terminal."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in {"Cc", "Cf", "Cs"})
+
+
+def say(text: str) -> None:
+    """Print a line on stderr; that nobody reads there, or a log is full, ends no run."""
+    try:
+        print(plain(text), file=sys.stderr, flush=True)
+    except OSError:
+        silence(sys.stderr)
+
+
+def silence(stream: TextIO) -> None:
+    """Let a stream that failed lead nowhere: what it still holds would fail again at the exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 class _Stage:
@@ -112,9 +134,9 @@ class Progress:
     def say(self, text: str) -> None:
         """Say a line, unless only errors are wanted."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def _render(self) -> Text:
         from rich.text import Text
 
-        return Text("\n".join(stage.text(name) for name, stage in self.stages.items()))
+        return Text("\n".join(stage.text(plain(name)) for name, stage in self.stages.items()))

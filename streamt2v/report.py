@@ -1,10 +1,8 @@
 """How a video was made, as one HTML file: its recipe, prompts and chunks, and what it looks like."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from streamt2v import chunks, config, jobs, pages, preview, runs, video
+from streamt2v import chunks, config, jobs, pages, preview, runs
 from streamt2v.frames import contact_sheet
 
 _BODY = """
@@ -46,34 +44,24 @@ class _Row:
     seconds: float | None
 
 
-def as_html(output: Path) -> str:
-    """Return the page of a video, or of the run that is to make it.
-
-    Raises:
-        VideoError: neither is there. ResumeError: the run's record is damaged.
-    """
-    run = runs.directory_for(output)
-    unfinished = not output.exists() and runs.exists(run)
-    source = run / "video.mp4" if unfinished else output
-    recipe: dict[str, Any] = runs.recorded(run).recipe if unfinished else {}
-    facts, sheet, whole = "nothing of it can be seen yet", "", True
-    if not unfinished or (source.is_file() and source.stat().st_size):
-        found = video.probe(source)
+def as_html(seen: jobs.Look) -> str:
+    """Return the page of a video, or of the run that is to make it."""
+    facts, sheet, recipe = "nothing of it can be seen yet", "", seen.recipe
+    if (found := seen.found) is not None:
         facts = f"{found.frames} frames of {found.width}x{found.height} at {float(found.fps):g} fps"
-        sheet = pages.picture(contact_sheet(preview.thumbnails(source)))
-        recipe = recipe or jobs.recipe_of(found.comment)
-        whole = unfinished or recipe.get("config", {}).get("num_frames") == found.frames
-    # Of a video that was cut since, and of what only claims to be one, the chunks are not known.
-    known = jobs.recorded_run(recipe) if whole else None
+        sheet = pages.picture(contact_sheet(preview.thumbnails(seen.video)))
+    known = jobs.recorded_run(recipe)
+    if known is not None and found is not None and not seen.unfinished and known[0].num_frames != found.frames:
+        known = None  # of a video that was cut since, and of what only claims to be one, the chunks are not known
     stages: dict[str, list[_Row]] = {}
     prompts: tuple[config.Prompt, ...] = ()
     if known is not None:
         prompts = jobs.recorded_timeline(recipe, known[0].num_frames)
-        stages = _stages(*known, runs.chunk_seconds(run))
+        stages = _stages(*known, runs.chunk_seconds(runs.directory_for(seen.output)))
+    title = f"{seen.output.name}{', unfinished' if seen.unfinished else ''}"
     return pages.render(
-        f"{output.name}{', unfinished' if unfinished else ''}", _BODY, facts=facts, sheet=sheet, prompts=prompts,
-        stages=stages, recipe=config.flatten(recipe),
-    )  # fmt: skip
+        title, _BODY, facts=facts, sheet=sheet, prompts=prompts, stages=stages, recipe=config.flatten(recipe)
+    )
 
 
 def _stages(run: config.RunConfig, command: str, kept: int, seconds: dict[int, float]) -> dict[str, list[_Row]]:

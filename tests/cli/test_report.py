@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageSequence
 
-from streamt2v import config, runs, video
-from tests.cli.helpers import PROMPT, TINY, call, generate, made, start, wait_for
+from streamt2v import config, files, runs, video
+from tests.cli.helpers import PROMPT, TINY, call, generate, made, result, start, wait_for
 
 PAYLOADS = [
     "<script>alert(1)</script>", "</title><script>alert(1)</script>", "</style><script>alert(1)</script>",
@@ -75,16 +75,27 @@ def test_a_report_tells_of_prompts_chunks_and_times(tmp_path: Path) -> None:
     assert video.read_image(tmp_path / "out.png").shape == (5 * 16 + 4, 5 * 24 + 4, 3)
 
 
-def test_a_run_that_was_stopped_can_be_reported(tmp_path: Path) -> None:
+def test_a_run_that_was_stopped_can_be_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.mp4"
     process = start("generate", PROMPT, "--frames", 72, "-o", path, *TINY, "--no-refine")
     wait_for(runs.directory_for(path), "state/output-*", 2)
     process.kill()
     process.communicate()
-    assert call("report", path) == 0
-    html = (tmp_path / "out.html").read_text()
-    assert "out.mp4, unfinished" in html
-    assert "data:image/jpeg" in html
+    for named in (path, runs.directory_for(path)):
+        assert call("report", named, "--overwrite") == 0
+        html = (tmp_path / "out.html").read_text()
+        assert "out.mp4, unfinished" in html
+        assert "data:image/jpeg" in html
+        assert call("preview", named, "-o", tmp_path / "out.png", "--overwrite") == 0
+        capsys.readouterr()
+        assert call("info", named, "--json") == 0
+        seen = result(capsys)
+        assert seen["unfinished"] == str(runs.directory_for(path) / "video.mp4")
+        assert (seen["video"]["frames"] < 72, seen["recipe"]["config"]["num_frames"]) == (True, 72)
+    (runs.directory_for(path) / "video.mp4").unlink()
+    files.write_json(runs.directory_for(path) / "run.json", {"schema": 1, "recipe": {"config": []}})
+    assert call("info", path) == call("report", path, "--overwrite") == 0
+    assert "nothing of it can be seen yet" in (tmp_path / "out.html").read_text()
 
 
 @pytest.mark.parametrize("comment", ["", "hello", recipe(num_frames=10**7), recipe(num_frames="many"), recipe(odd=1)])

@@ -1,6 +1,8 @@
 """The command line before any model loads: help, errors, exit codes, clean streams."""
 
+import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from streamt2v import jobs, planning, weights
+from streamt2v.cli import main
 from streamt2v.config import merge, preset
-from streamt2v.errors import ConfigError
+from streamt2v.errors import ConfigError, OutputError
 from streamt2v.runs import RunDirectory, directory_for
 from tests.cli.helpers import call, made
 
@@ -42,6 +45,7 @@ MISTAKES = [
     (["generate", "a red ball", "b.mp4"], 2, "b.mp4"),
     (["refine", "none.mp4"], 3, "none.mp4"),
     (["info", "none.mp4"], 3, "none.mp4"),
+    (["info", "x" * 5000], 2, "too long"),
     (["generate", "a red ball", "--resume", "-o", "."], 3, "not a file"),
     (["refine", ""], 3, "not a file"),
     (["extend", "/", "--frames", "30"], 3, "not a file"),
@@ -158,6 +162,28 @@ def test_a_run_of_another_version_is_refused(capsys: pytest.CaptureFixture[str],
     assert '"0.0.1", now it is' in capsys.readouterr().err
 
 
+def test_a_video_of_another_version_is_finished_where_the_settings_are_the_same(tmp_path: Path) -> None:
+    wish = merge(preset("demo"), {"prompt": "a red ball", "num_frames": 4})
+    job = jobs.Job("generate", wish, tmp_path / "out.mp4")
+    made(job.output, 4, json.dumps({"streamt2v": "0.0.1", "version": "0.0.1", **job.recipe()}))
+    assert jobs.finished(job).frames == 4
+    with pytest.raises(OutputError, match=r"config\.seed"):
+        jobs.finished(dataclasses.replace(job, config=dataclasses.replace(wish, seed=9)))
+
+
+def test_what_a_video_was_made_from_is_known_by_its_bytes(tmp_path: Path) -> None:
+    source = made(tmp_path / "in.mp4", 4)
+    job = jobs.Job("refine", merge(preset("demo"), {"num_frames": 4}), tmp_path / "out.mp4", source)
+    made(job.output, 4, json.dumps({"streamt2v": "0.0.1", **job.recipe()}))
+    os.utime(source, (1, 1))  # as a copy or a checkout does
+    assert jobs.finished(job).frames == 4
+    data = bytearray(source.read_bytes())
+    data[-1] ^= 1
+    source.write_bytes(data)
+    with pytest.raises(OutputError, match=r"source\.sha256"):
+        jobs.finished(job)
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"a": 3}', '{"a": {"fixed_seconds": 1}}', '{"a": null}'])
 def test_damaged_timings_are_forgotten(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STREAMT2V_HOME", str(tmp_path))
@@ -245,6 +271,34 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert b"UTF-8" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "printed"),
+    [
+        ("generate --json --fraems 9 a", 2, '"message": "No such option: --fraems'),
+        ("info none.mp4 --json 2>&-", 3, '"none.mp4 does not exist"'),
+        ("info none.mp4 --json 2>/dev/full", 3, '"none.mp4 does not exist"'),
+        ("generate - --json <&-", 2, '"the prompt is empty"'),
+        ("batch - --out-dir nowhere --json <&- 2>&-", 2, '"standard input holds no jobs"'),
+        ("weights list >/dev/full", 5, ""),
+        ("weights list >&-", 0, ""),
+    ],
+)
+def test_whatever_the_shell_connects(command: str, code: int, printed: str, tmp_path: Path) -> None:
+    line = f"{sys.executable} -m streamt2v {command}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False)
+    assert printed in done.stdout
+    assert not printed or json.loads(done.stdout)["error"]["exit_code"] == code
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bug_is_an_event_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "describe_video", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["info", "x.mp4", "--json"])
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == "unexpected"
 
 
 def test_a_closed_pipe_is_quiet() -> None:

@@ -209,6 +209,29 @@ def test_another_recipe_is_refused_by_its_first_key(tmp_path: Path) -> None:
     RunDirectory.open(path, other, resume=True).close()
 
 
+def test_another_recipe_starts_again_where_that_is_wanted(tmp_path: Path) -> None:
+    path = tmp_path / "run.streamt2v"
+    for recipe, resumed in ((RECIPE, False), (RECIPE, True), ({**RECIPE, "version": "2"}, False)):
+        with RunDirectory.open(path, recipe, resume=True, overwrite=True) as run:
+            assert (run.resumed, run.num_base_chunks) == (resumed, CHUNKS * resumed)
+            work(run)
+
+
+def test_a_run_that_ended_while_its_lock_was_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.streamt2v"
+    RunDirectory.open(path, RECIPE, resume=False).close()
+    acquire = RunDirectory._acquire
+
+    def wait(run: RunDirectory) -> None:
+        shutil.rmtree(path)
+        acquire(run)
+
+    monkeypatch.setattr(RunDirectory, "_acquire", wait)
+    with RunDirectory.open(path, RECIPE, resume=True) as run:
+        assert not run.resumed
+        assert runs.exists(path)
+
+
 def test_no_run_a_damaged_one_and_a_newer_one(tmp_path: Path) -> None:
     path = tmp_path / "run.streamt2v"
     with pytest.raises(ResumeError, match="no run"):
@@ -230,9 +253,12 @@ def test_seed_and_places(tmp_path: Path) -> None:
     assert runs.recorded_seed(output) is None
     RunDirectory.open(runs.directory_for(output), RECIPE, resume=False).close()
     assert runs.recorded_seed(output) == 7
+    assert runs.output_of(runs.directory_for(output)) == runs.output_of(output) == output
     runs.check_writable(tmp_path)
     with pytest.raises(OutputError, match="does not exist"):
         runs.check_writable(tmp_path / "none")
+    with pytest.raises(OutputError, match="not a folder"):
+        files.make_directory(runs.directory_for(output) / "run.json")
     with pytest.raises(OutputError, match="not a folder"):
         runs.check_writable(runs.directory_for(output) / "run.json")
 
