@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamt2v import chunks, config, jobs, pages, preview, runs, video
+from streamt2v import chunks, config, foreign, jobs, pages, preview, runs
 from streamt2v.frames import contact_sheet
 
 _BODY = """
@@ -58,7 +58,7 @@ def as_html(output: Path) -> str:
     recipe: dict[str, Any] = runs.recorded(run).recipe if unfinished else {}
     facts, sheet, whole = "nothing of it can be seen yet", "", True
     if not unfinished or (source.is_file() and source.stat().st_size):
-        found = video.probe(source)
+        found = foreign.probe(source)
         facts = f"{found.frames} frames of {found.width}x{found.height} at {float(found.fps):g} fps"
         sheet = pages.picture(contact_sheet(preview.thumbnails(source)))
         recipe = recipe or jobs.recipe_of(found.comment)

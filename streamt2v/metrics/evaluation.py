@@ -14,7 +14,7 @@ from scenedetect import FrameTimecode
 from scenedetect.detectors import AdaptiveDetector
 from scenedetect.scene_manager import compute_downscale_factor
 
-from streamt2v import chunks, devices, hub, jobs, video
+from streamt2v import chunks, devices, foreign, hub, jobs
 from streamt2v.errors import ConfigError, InputError
 from streamt2v.frames import Frames
 from streamt2v.metrics import clip as clips
@@ -154,7 +154,7 @@ def inspect(path: Path, settings: Settings) -> Subject:
         VideoError: not a readable video. InputError: it cannot be compared with the other one.
         ConfigError: a seam lies outside of it.
     """
-    found = video.probe(path)
+    found = foreign.probe(path)
     recipe = jobs.recipe_of(found.comment)
     stream, refine = seams_of(recipe, found.frames)
     if settings.seams is not None:
@@ -162,7 +162,7 @@ def inspect(path: Path, settings: Settings) -> Subject:
         if stream and stream[-1] >= found.frames:
             raise ConfigError(f"{path} has {found.frames} frames, no chunk begins at {stream[-1]}")
     if settings.against is not None:
-        other = video.probe(settings.against)
+        other = foreign.probe(settings.against)
         pair = [(info.frames, info.width, info.height) for info in (found, other)]
         if pair[0] != pair[1]:
             sizes = ["{} frames of {}x{}".format(*sizes) for sizes in pair]
@@ -193,8 +193,8 @@ def evaluate(paths: Sequence[Path], settings: Settings, report: Report, note: hu
     results = []
     for path, subject in zip(paths, subjects, strict=True):
         report.start(subject.video, subject.frames)
-        other = None if settings.against is None else video.read_frames(settings.against, GROUP)
-        stream = _told(video.read_frames(path, GROUP), subject, report)
+        other = None if settings.against is None else foreign.read_frames(settings.against, GROUP)
+        stream = _told(foreign.read_frames(path, GROUP), subject, report)
         results.append(measure(stream, subject, settings, clip, other))
     return results
 
