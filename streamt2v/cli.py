@@ -34,6 +34,7 @@ from streamt2v import (
 )
 from streamt2v.errors import (
     ConfigError,
+    DifferenceError,
     Interrupted,
     StreamT2VError,
     Terminated,
@@ -237,7 +238,7 @@ def rerun(
     image_init: options.ImageInit = None,
     **given: Any,
 ) -> None:
-    """Make a video again by the recipe inside it, and compare the frames.
+    """Make a video again by the recipe inside it, and compare the frames: exit code 10 where they differ.
 
     The recipe decides what is made. Paths, the device, and models that weights.toml does not know, only you can name.
 
@@ -261,8 +262,8 @@ def rerun(
                 _say(f"  {key} = {value}")
     _make(jobs.Job(command, settings, output, source, like=like, **given), json_output, quiet, verbose)
     if differences := jobs.compare(video, output):
-        _say(f"warning: the frames differ from those of {video}: {'; '.join(differences)}")
-    elif not quiet:
+        raise DifferenceError(f"the frames of {output} differ from those of {video}: {'; '.join(differences)}")
+    if not quiet:
         _say(f"the frames are those of {video}")
 
 
@@ -763,22 +764,27 @@ def root(
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with the code that the error, if any, stands for."""
     argv = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in argv
-    if "--offline" in argv:
+    end = argv.index("--") if "--" in argv else len(argv)
+    asked, names = argv[:end], argv[end:]
+    debug = "--debug" in asked
+    if "--offline" in asked:
         os.environ |= dict.fromkeys(hub.OFFLINE, "1")
-    if "--no-color" in argv:
+    if "--no-color" in asked:
         os.environ["NO_COLOR"] = "1"
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a prompt may hold what a terminal of ASCII cannot show
     anywhere = ("--debug", "--offline", "--no-color")
     try:
         with _terminable():
-            app(options.paired([argument for argument in argv if argument not in anywhere]), prog_name="streamt2v")
+            app(
+                options.paired([argument for argument in asked if argument not in anywhere] + names),
+                prog_name="streamt2v",
+            )
     except (StreamT2VError, MemoryError) as error:
         if debug:
             raise
         known = explained(error)
-        if "--json" in argv:
+        if "--json" in asked:
             _emit(json.dumps(events.event("result", **events.failed(known))))
         _complain(known.message if isinstance(known, Interrupted) else f"error: {known.message}", known.hint)
         sys.exit(known.exit_code)

@@ -351,6 +351,8 @@ class SegmentMark:
 class SegmentWriter:
     """Encodes groups of frames as closed H.264 segments and appends them to one file that plays while it grows.
 
+    It encodes in this process and into memory, where there is nobody to wait for; so it needs no limit of time.
+
     Every `append` starts a fresh encoder without B-frames: a segment's bytes depend on its frames, its place and the
     settings only, so a run that was cut and continued gives the same file. Pixels are
     yuv420p, really converted with the BT.709 matrix in limited range, and tagged so.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from scenedetect.detectors import AdaptiveDetector
 from scenedetect.scene_manager import compute_downscale_factor
 
 from streamt2v import chunks, devices, foreign, hub, jobs
+from streamt2v.config import Prompt
 from streamt2v.errors import ConfigError, InputError
 from streamt2v.frames import Frames
 from streamt2v.metrics import clip as clips
@@ -95,6 +97,8 @@ class Subject:
     prompt: str = ""
     stream_seams: tuple[int, ...] = ()
     refine_seams: tuple[int, ...] = ()
+    prompts: tuple[Prompt, ...] = ()
+    """Those of a timeline, where `prompt` is the first one; empty where one text holds for all frames."""
 
 
 @dataclass
@@ -110,7 +114,7 @@ class Measured:
 
     def summary(self) -> dict[str, Any]:
         """Everything but frames and series, as JSON takes it."""
-        return {**vars(self.subject), "clip": self.clip, "cuts": self.cuts, "scores": self.scores}
+        return {**dataclasses.asdict(self.subject), "clip": self.clip, "cuts": self.cuts, "scores": self.scores}
 
 
 def parse_seams(text: str) -> tuple[int, ...]:
@@ -170,8 +174,10 @@ def inspect(path: Path, settings: Settings) -> Subject:
         if min(found.width, found.height) < 11:
             raise InputError(f"{path} is {found.width}x{found.height}, too small for SSIM", "11x11 is enough")
     prompt = str(recipe.get("config", {}).get("prompt", "")) if settings.prompt is None else settings.prompt
+    timeline = jobs.recorded_timeline(recipe, found.frames) if settings.prompt is None else ()
     return Subject(
-        str(path), found.frames, found.width, found.height, float(found.fps), prompt.strip(), stream, refine
+        str(path), found.frames, found.width, found.height, float(found.fps), prompt.strip(), stream, refine,
+        timeline if len(timeline) > 1 else (),
     )  # fmt: skip
 
 
@@ -245,7 +251,8 @@ class _Meter:
         }  # fmt: skip
         self.count = 0
         self.detector = _Cuts(subject)
-        self.text = clip.text(subject.prompt) if clip and subject.prompt else None
+        timeline = subject.prompts or (Prompt(0, 0, subject.prompt),)
+        self.texts = {turn.frame: clip.text(turn.text) for turn in timeline if clip and turn.text.strip()}
         self.thumbnails: list[Frames] = []
         self.shown = set(chunks.evenly(subject.frames, THUMBNAILS))
         self.last: Frames | None = None
@@ -297,10 +304,11 @@ class _Meter:
         if self.clip is None or self.count % self.settings.clip_every:
             return {}
         now = self.clip.image(frame)
+        text = next((text for start, text in reversed(self.texts.items()) if start <= self.count), None)
         if not self.count:
             self.first_content = now
         found = {"clip_image": 100 * scores.cosine(self.first_content, now)}
-        return found if self.text is None else {**found, "clip_text": 100 * scores.cosine(self.text, now)}
+        return found if text is None else {**found, "clip_text": 100 * scores.cosine(text, now)}
 
     def _difference(self, frame: Frames, other: Frames | None) -> dict[str, float]:
         if other is None:

@@ -233,7 +233,8 @@ def test_read_image_refuses_what_is_none(tmp_path: Path) -> None:
     header = b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big")
     start = b"IHDR" + (8192).to_bytes(4, "big") + (4321).to_bytes(4, "big") + bytes([1, 0, 0, 0, 0])
     (tmp_path / "wide.png").write_bytes(header + start + zlib.crc32(start).to_bytes(4, "big") + b"\0\0\0\0IDAT")
-    for name, said in {"wide.png": "8192x4321", "none.png": "exist", "text.png": "read", "cut.png": "read", ".": "not a file"}.items():
+    cases = {"wide.png": "8192x4321", "none.png": "exist", "text.png": "read", "cut.png": "read", ".": "not a file"}
+    for name, said in cases.items():
         with pytest.raises(InputError, match=said):
             video.read_image(tmp_path / name)
 
