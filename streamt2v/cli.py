@@ -33,6 +33,7 @@ from streamt2v import (
 )
 from streamt2v.errors import (
     ConfigError,
+    DifferenceError,
     Interrupted,
     OutputError,
     StreamT2VError,
@@ -168,6 +169,10 @@ def _run(command: str, source: Path | None, output: Path | None, given: dict[str
 
 def _make(job: jobs.Job, json_output: bool, quiet: bool, verbose: bool) -> None:
     """Carry out a job and print its result."""
+    _emit_result(_made(job, quiet, verbose), json_output)
+
+
+def _made(job: jobs.Job, quiet: bool, verbose: bool) -> jobs.Result:
     tell = _saying(quiet)
     with _terminable(FETCHING):
         # Everything cheap is checked before torch is imported or a model loads.
@@ -179,8 +184,7 @@ def _make(job: jobs.Job, json_output: bool, quiet: bool, verbose: bool) -> None:
     with Progress(quiet=quiet, verbose=verbose) as progress:
         from streamt2v import pipeline
 
-        result = pipeline.run(job, progress)
-    _emit_result(result, json_output)
+        return pipeline.run(job, progress)
 
 
 def _emit_result(result: jobs.Result, json_output: bool) -> None:
@@ -239,7 +243,7 @@ def rerun(
     image_init: options.ImageInit = None,
     **given: Any,
 ) -> None:
-    """Make a video again by the recipe inside it, and compare the frames.
+    """Make a video again by the recipe inside it, and compare the frames: exit code 10 where they differ.
 
     The recipe decides what is made. Paths, the device, and models that weights.toml does not know, only you can name.
 
@@ -260,11 +264,11 @@ def rerun(
     for key, value in config.to_flat(settings).items():
         if value != usual.get(key):
             tell(f"  {key} = {value}")
-    _make(jobs.Job(command, settings, output, source, like=like, **given), json_output, quiet, verbose)
+    result = _made(jobs.Job(command, settings, output, source, like=like, **given), quiet, verbose)
     if differences := jobs.compare(video, output):
-        say(f"warning: the frames differ from those of {video}: {'; '.join(differences)}")
-    else:
-        tell(f"the frames are those of {video}")
+        raise DifferenceError(f"the frames of {output} differ from those of {video}: {'; '.join(differences)}")
+    tell(f"the frames are those of {video}")
+    _emit_result(result, json_output)
 
 
 @contextmanager
@@ -770,10 +774,12 @@ def root(
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with the code that the error, if any, stands for."""
     argv = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in argv
-    if "--offline" in argv:
+    end = argv.index("--") if "--" in argv else len(argv)
+    asked, names = argv[:end], argv[end:]
+    debug = "--debug" in asked
+    if "--offline" in asked:
         os.environ |= dict.fromkeys(hub.OFFLINE, "1")
-    if "--no-color" in argv:
+    if "--no-color" in asked:
         os.environ["NO_COLOR"] = "1"
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by who started us: no file of ours may take its number
@@ -783,14 +789,17 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     anywhere = ("--debug", "--offline", "--no-color")
     try:
         with _terminable():
-            app(options.paired([argument for argument in argv if argument not in anywhere]), prog_name="streamt2v")
+            app(
+                options.paired([argument for argument in asked if argument not in anywhere] + names),
+                prog_name="streamt2v",
+            )
     except SystemExit as stop:
-        if "--json" in argv and (said := getattr(stop.__context__, "format_message", None)):  # of typer's usage errors
+        if "--json" in asked and (said := getattr(stop.__context__, "format_message", None)):  # typer's usage errors
             _emit_failure(ConfigError(said()))
         raise
     except Exception as error:
         known = explained(error)
-        if "--json" in argv:
+        if "--json" in asked:
             _emit_failure(known)
         if debug or known.exit_code == StreamT2VError.exit_code:
             raise

@@ -12,6 +12,7 @@ StreamT2VError            1    base; a bare one is a bug
 ├── NumericsError         7    a network produced NaN, Inf or an all-black chunk
 ├── BusyError             8    another process holds the output or the weights
 ├── BatchError            9    a batch ended, and some of its jobs failed
+├── DifferenceError      10    what was made again does not hold the frames of the first time
 └── Interrupted         130    SIGINT (143 for SIGTERM); the run can be resumed
 """
 
@@ -117,6 +118,13 @@ class BatchError(StreamT2VError):
 
     code = "batch"
     exit_code = 9
+
+
+class DifferenceError(StreamT2VError):
+    """What was made again does not hold the frames of the first time; it is kept."""
+
+    code = "difference"
+    exit_code = 10
 
 
 class Interrupted(StreamT2VError):

@@ -37,6 +37,12 @@ def is_finite(values: Tensor) -> bool:
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
+def is_empty(values: Tensor) -> bool:
+    """Tell whether all values are exactly the same: no network makes that of a picture, however dark it is."""
+    low, high = values.aminmax()
+    return bool(low == high) and values.numel() > 1
+
+
 def is_black(frames: Frames) -> bool:
     """Tell whether uint8 frames [F,H,W,3] show nothing, as a network does that failed without a NaN."""
     return bool(frames.max(initial=0) <= 2 and frames.std() < 0.5)

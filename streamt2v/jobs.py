@@ -144,9 +144,9 @@ def inspect_source(path: Path) -> Source:
     Raises:
         VideoError: not a readable video.
     """
-    from streamt2v import video
+    from streamt2v import foreign
 
-    found = video.probe(path)
+    found = foreign.probe(path)
     timeline = recorded_timeline(recipe_of(found.comment), found.frames)
     prompts = {prompt.frame: prompt.text for prompt in timeline}
     return Source(found.frames, found.width, found.height, float(found.fps), found.has_audio, prompts)
@@ -219,12 +219,12 @@ def verify(path: Path) -> dict[str, Any]:
     Raises:
         VideoError: it is cut, damaged, changed by another program, or was not made by streamt2v.
     """
-    from streamt2v import video
+    from streamt2v import foreign, video
 
     video.check_seal(path)
-    found = video.probe(path)
+    found = foreign.probe(path)
     settings = recipe_of(found.comment).get("config", {})
-    frames, digest = video.digest(path)
+    frames, digest = foreign.digest(path)
     made, asked = (frames, float(found.fps)), (settings.get("num_frames"), settings.get("output.fps"))
     if settings and made != asked:
         raise VideoError(f"{path} holds (frames, fps) {made} instead of {asked}")
@@ -248,9 +248,9 @@ def rerun(
         ConfigError: the recipe sets what is not valid, or needs what only the user may give.
         InputError: no readable video with a recipe, or an input that is not the one it was made from.
     """
-    from streamt2v import video
+    from streamt2v import foreign
 
-    recipe = recipe_of(video.probe(path).comment)
+    recipe = recipe_of(foreign.probe(path).comment)
     command = recipe.get("command")
     if command not in ("generate", "refine", "extend"):
         raise InputError(f"{path} carries no recipe", "only videos made by streamt2v can be made again")
@@ -276,11 +276,11 @@ def rerun(
 
 def compare(path: Path, again: Path) -> list[str]:
     """Return how the recipes of two videos differ where their frames do; nothing where the frames are equal."""
-    from streamt2v import video
+    from streamt2v import foreign
 
-    if video.digest(path) == video.digest(again):
+    if foreign.digest(path) == foreign.digest(again):
         return []
-    first, second = (recipe_of(video.probe(each).comment) for each in (path, again))
+    first, second = (recipe_of(foreign.probe(each).comment) for each in (path, again))
     return [said for _, said in runs.differences(first, second)] or ["by the same recipe"]
 
 
@@ -322,10 +322,10 @@ def made(path: Path) -> Result:
     Raises:
         VideoError: see `verify`; also a recipe that this version does not take.
     """
-    from streamt2v import video
+    from streamt2v import foreign
 
     verify(path)
-    found = video.probe(path)
+    found = foreign.probe(path)
     if (known := recorded_run(recipe_of(found.comment))) is None:
         raise VideoError(
             f"{path} does not say what made it", "another version made it; streamt2v info shows what it holds"
@@ -354,15 +354,15 @@ def look(path: Path) -> Look:
     Raises:
         VideoError: neither is there. ResumeError: the run's record is damaged.
     """
-    from streamt2v import video
+    from streamt2v import foreign
 
     output = runs.output_of(path)
     run, growing = runs.directory_for(output), runs.directory_for(output) / runs.GROWING
     if output.exists() or not runs.exists(run):
-        found = video.probe(output)
+        found = foreign.probe(output)
         return Look(output, output, found, recipe_of(found.comment))
     begun = growing.is_file() and growing.stat().st_size
-    return Look(output, growing, video.probe(growing) if begun else None, runs.recorded(run).recipe)
+    return Look(output, growing, foreign.probe(growing) if begun else None, runs.recorded(run).recipe)
 
 
 def describe_video(path: Path) -> dict[str, Any]:

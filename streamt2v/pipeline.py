@@ -23,7 +23,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamt2v import __version__, devices, frames, initializers, jobs, memory, planning, preview, runs, video, weights
+from streamt2v import (
+    __version__,
+    devices,
+    foreign,
+    frames,
+    initializers,
+    jobs,
+    memory,
+    planning,
+    preview,
+    runs,
+    video,
+    weights,
+)
 from streamt2v.chunks import Chunk, covering, refinement_plan, streaming_plan
 from streamt2v.config import prompt_at
 from streamt2v.convert import clean_prompt
@@ -315,7 +328,7 @@ class _Maker:
         if start >= self.num_kept:
             return
         assert self.job.source is not None
-        for group in frames.skip(video.read_frames(self.job.source), start):
+        for group in frames.skip(foreign.read_frames(self.job.source), start):
             images = frames.to_float(group)
             content = frames.fit_into((images.shape[-2], images.shape[-1]), geometry.content, "cover")
             yield geometry.output(frames.apply_fit(images, content))
@@ -364,7 +377,7 @@ class _Maker:
     def _base_size(self) -> tuple[int, int]:
         if self.job.source is None or self.job.command == "extend":
             return self.config.stream.size
-        found = video.probe(self.job.source)
+        found = foreign.probe(self.job.source)
         return found.height, found.width
 
     def _geometry(self) -> Geometry:
@@ -441,7 +454,7 @@ class _Maker:
     def _base_frames(self, start: int) -> Iterator[Frames]:
         """Yield base frames from `start` on: what is stored, then what the first two stages make; or the source's."""
         if self.job.source is not None and self.job.command == "refine":
-            yield from frames.skip(video.read_frames(self.job.source), start)
+            yield from frames.skip(foreign.read_frames(self.job.source), start)
             return
         stored = self.directory.num_base_frames
         yield from self.directory.base_frames(start)
@@ -493,7 +506,7 @@ class _Maker:
     def _given_first_chunk(self) -> Tensor | None:
         """Take the first chunk [F, 3, H, W] from the source or a model of others; None: the family makes its own."""
         if self.job.source is not None:
-            made = np.concatenate(list(frames.skip(video.read_frames(self.job.source), self.base_offset)))
+            made = np.concatenate(list(frames.skip(foreign.read_frames(self.job.source), self.base_offset)))
             first = frames.to_float(made, self.device.name)
         elif (chosen := initializers.choose(self.config)) is not None:
             self.report.note(f"the first frames come from {chosen.name}")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from streamt2v import files, frames, video
+from streamt2v import files, foreign, frames, video
 from streamt2v.chunks import evenly
 from streamt2v.errors import ConfigError
 from streamt2v.frames import Frames
@@ -33,8 +33,8 @@ def pick(source: Iterable[Frames], num_frames: int, count: int, start: int = 0) 
 
 def thumbnails(path: Path, count: int = SHEET_FRAMES, width: int = WIDTH) -> Frames:
     """Return up to `count` frames of a video, evenly spaced and small: [F,h,w,3]. Raises VideoError."""
-    num_frames = video.probe(path).frames
-    return np.concatenate([shrink(part, width) for part in pick(video.read_frames(path), num_frames, count)])
+    num_frames = foreign.probe(path).frames
+    return np.concatenate([shrink(part, width) for part in pick(foreign.read_frames(path), num_frames, count)])
 
 
 def check(target: Path) -> None:
@@ -53,5 +53,5 @@ def write(path: Path, target: Path, width: int = WIDTH) -> None:
     if target.suffix.lower() == ".png":
         video.write_image(target, frames.contact_sheet(thumbnails(path, SHEET_FRAMES, width)))
     else:
-        moving, fps = thumbnails(path, ANIMATED_FRAMES, width), float(video.probe(path).fps)
+        moving, fps = thumbnails(path, ANIMATED_FRAMES, width), float(foreign.probe(path).fps)
         files.write_bytes(target, video.encode_animation(moving, fps, ANIMATIONS[target.suffix.lower()]))

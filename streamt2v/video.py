@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,13 +106,31 @@ def _video_stream(container: InputContainer, path: Path) -> VideoStream:
         if not 0 < width * height <= _MAX_PIXELS:
             raise VideoError(f"{path} declares frames of {width}x{height} pixels", "up to 8192x4320 is read")
         stream.thread_type = "AUTO"
+        stream.codec_context.options = {"max_pixels": str(_MAX_PIXELS)}  # also of what it did not declare
         return stream
     kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "no"
     raise VideoError(f"{path} holds no video ({kinds} streams only)")
 
 
+def declared_size(path: Path) -> tuple[int, int]:
+    """Return the (H, W) that a video announces, nothing of which was decoded. Raises as `probe`."""
+    with _opened(path) as container:
+        context = _video_stream(container, path).codec_context
+        return context.height, context.width
+
+
+def is_longer(path: Path, count: int) -> bool:
+    """Tell whether a video has more than so many frames; none is decoded. Raises as `probe`."""
+    with _opened(path) as container:
+        stream = _video_stream(container, path)
+        if "mp4" in container.format.name and stream.frames:  # its index, beside which there are none
+            return stream.frames > count
+        packets = (packet for packet in container.demux(stream) if packet.size)
+        return next(islice(packets, count, None), None) is not None
+
+
 def probe(path: Path) -> VideoInfo:
-    """Measure a video: the frames are counted, not taken from the header. An unchanged file is measured once.
+    """Measure a video: the frames are counted, not taken from the header.
 
     MP4 has one packet a frame, so its packets are counted; other containers are decoded. A file that ends before what
     its header announces is refused as truncated (Matroska would otherwise just be shorter).
@@ -120,11 +138,6 @@ def probe(path: Path) -> VideoInfo:
     Raises:
         VideoError: the file is missing, empty, a directory, no video, damaged or truncated.
     """
-    return _measure(path, files.stamp(path))
-
-
-@lru_cache(maxsize=8)
-def _measure(path: Path, _stamp: tuple[int, int, int] | None) -> VideoInfo:
     first = next(_decoded(path), None)
     if first is None:
         raise VideoError(f"{path} holds no video frame that can be decoded")
@@ -171,9 +184,11 @@ def read_frames(path: Path, batch: int = 8) -> Iterator[Frames]:
         VideoError: see `probe`; also a frame size that changes midway.
     """
     pending: list[Frames] = []
+    shape = None
     for frame in _decoded(path):
         rgb = _to_rgb(frame)
-        if pending and pending[0].shape != rgb.shape:
+        shape = shape or rgb.shape
+        if rgb.shape != shape:
             raise VideoError(f"{path} changes its frame size to {rgb.shape[1]}x{rgb.shape[0]} midway")
         pending.append(rgb)
         if len(pending) == batch:
@@ -181,15 +196,6 @@ def read_frames(path: Path, batch: int = 8) -> Iterator[Frames]:
             pending.clear()
     if pending:
         yield np.stack(pending)
-
-
-def digest(path: Path) -> tuple[int, str]:
-    """Decode a whole video: the number of its frames, and the SHA-256 of their RGB values. Raises as `read_frames`."""
-    count, sha256 = 0, hashlib.sha256()
-    for frames in read_frames(path):
-        count += len(frames)
-        sha256.update(frames.data)
-    return count, sha256.hexdigest()
 
 
 def check_seal(path: Path) -> None:
@@ -257,7 +263,9 @@ def read_image(path: Path) -> Frames:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_IMAGE_FORMATS) as file:
+            with Image.open(path, formats=_IMAGE_FORMATS) as file:  # which reads the header only
+                if file.width * file.height > _MAX_PIXELS:
+                    raise InputError(f"{path} has {file.width}x{file.height} pixels", "up to 8192x4320 is read")
                 image: Image.Image = ImageOps.exif_transpose(file)
                 if image.mode.startswith("I"):  # 16-bit grey would be clipped, not scaled
                     return np.repeat((np.asarray(image, np.int64) // 257).astype(np.uint8)[..., None], 3, axis=2)
@@ -342,6 +350,8 @@ class SegmentMark:
 
 class SegmentWriter:
     """Encodes groups of frames as closed H.264 segments and appends them to one file that plays while it grows.
+
+    It encodes in this process and into memory, where there is nobody to wait for; so it needs no limit of time.
 
     Every `append` starts a fresh encoder without B-frames: a segment's bytes depend on its frames, its place and the
     settings only, so a run that was cut and continued gives the same file. Pixels are

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from scenedetect import FrameTimecode
 from scenedetect.detectors import AdaptiveDetector
 from scenedetect.scene_manager import compute_downscale_factor
 
-from streamt2v import chunks, devices, hub, jobs, video
+from streamt2v import chunks, devices, foreign, hub, jobs
+from streamt2v.config import Prompt
 from streamt2v.errors import ConfigError, InputError
 from streamt2v.frames import Frames
 from streamt2v.metrics import clip as clips
@@ -95,6 +97,8 @@ class Subject:
     prompt: str = ""
     stream_seams: tuple[int, ...] = ()
     refine_seams: tuple[int, ...] = ()
+    prompts: tuple[Prompt, ...] = ()
+    """Those of a timeline, where `prompt` is the first one; empty where one text holds for all frames."""
 
 
 @dataclass
@@ -110,7 +114,7 @@ class Measured:
 
     def summary(self) -> dict[str, Any]:
         """Everything but frames and series, as JSON takes it."""
-        return {**vars(self.subject), "clip": self.clip, "cuts": self.cuts, "scores": self.scores}
+        return {**dataclasses.asdict(self.subject), "clip": self.clip, "cuts": self.cuts, "scores": self.scores}
 
 
 def parse_seams(text: str) -> tuple[int, ...]:
@@ -154,7 +158,7 @@ def inspect(path: Path, settings: Settings) -> Subject:
         VideoError: not a readable video. InputError: it cannot be compared with the other one.
         ConfigError: a seam lies outside of it.
     """
-    found = video.probe(path)
+    found = foreign.probe(path)
     recipe = jobs.recipe_of(found.comment)
     stream, refine = seams_of(recipe, found.frames)
     if settings.seams is not None:
@@ -162,7 +166,7 @@ def inspect(path: Path, settings: Settings) -> Subject:
         if stream and stream[-1] >= found.frames:
             raise ConfigError(f"{path} has {found.frames} frames, no chunk begins at {stream[-1]}")
     if settings.against is not None:
-        other = video.probe(settings.against)
+        other = foreign.probe(settings.against)
         pair = [(info.frames, info.width, info.height) for info in (found, other)]
         if pair[0] != pair[1]:
             sizes = ["{} frames of {}x{}".format(*sizes) for sizes in pair]
@@ -170,8 +174,10 @@ def inspect(path: Path, settings: Settings) -> Subject:
         if min(found.width, found.height) < 11:
             raise InputError(f"{path} is {found.width}x{found.height}, too small for SSIM", "11x11 is enough")
     prompt = str(recipe.get("config", {}).get("prompt", "")) if settings.prompt is None else settings.prompt
+    timeline = jobs.recorded_timeline(recipe, found.frames) if settings.prompt is None else ()
     return Subject(
-        str(path), found.frames, found.width, found.height, float(found.fps), prompt.strip(), stream, refine
+        str(path), found.frames, found.width, found.height, float(found.fps), prompt.strip(), stream, refine,
+        timeline if len(timeline) > 1 else (),
     )  # fmt: skip
 
 
@@ -193,8 +199,8 @@ def evaluate(paths: Sequence[Path], settings: Settings, report: Report, note: hu
     results = []
     for path, subject in zip(paths, subjects, strict=True):
         report.start(subject.video, subject.frames)
-        other = None if settings.against is None else video.read_frames(settings.against, GROUP)
-        stream = _told(video.read_frames(path, GROUP), subject, report)
+        other = None if settings.against is None else foreign.read_frames(settings.against, GROUP)
+        stream = _told(foreign.read_frames(path, GROUP), subject, report)
         results.append(measure(stream, subject, settings, clip, other))
     return results
 
@@ -245,7 +251,8 @@ class _Meter:
         }  # fmt: skip
         self.count = 0
         self.detector = _Cuts(subject)
-        self.text = clip.text(subject.prompt) if clip and subject.prompt else None
+        timeline = subject.prompts or (Prompt(0, 0, subject.prompt),)
+        self.texts = {turn.frame: clip.text(turn.text) for turn in timeline if clip and turn.text.strip()}
         self.thumbnails: list[Frames] = []
         self.shown = set(chunks.evenly(subject.frames, THUMBNAILS))
         self.last: Frames | None = None
@@ -297,10 +304,11 @@ class _Meter:
         if self.clip is None or self.count % self.settings.clip_every:
             return {}
         now = self.clip.image(frame)
+        text = next((text for start, text in reversed(self.texts.items()) if start <= self.count), None)
         if not self.count:
             self.first_content = now
         found = {"clip_image": 100 * scores.cosine(self.first_content, now)}
-        return found if self.text is None else {**found, "clip_text": 100 * scores.cosine(self.text, now)}
+        return found if text is None else {**found, "clip_text": 100 * scores.cosine(text, now)}
 
     def _difference(self, frame: Frames, other: Frames | None) -> dict[str, float]:
         if other is None:

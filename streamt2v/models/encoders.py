@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from streamt2v.errors import ConfigError, NumericsError
-from streamt2v.frames import is_black, is_finite, to_u8
+from streamt2v.frames import is_black, is_empty, is_finite, to_u8
 from streamt2v.models.unet3d import TextContext
 
 log = logging.getLogger(__name__)
@@ -127,23 +127,23 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
 def _checked(
     vae: Any, given: Tensor, compute: Callable[[], Tensor], is_bad: Callable[[Tensor], bool] = lambda result: False
 ) -> Tensor:
-    """Compute by the VAE; where that overflows in 16 bit, once more in 32, and then `is_bad` is asked too.
+    """Compute by the VAE; where that overflows or shows nothing in 16 bit, once more in 32; then `is_bad` is asked too.
 
     What is computed again depends on what is given alone, so that a resumed run does the same.
     """
     if not is_finite(given):
         raise NumericsError("a network produced NaN or Inf")
     result = compute()
-    if is_finite(result):
+    if is_finite(result) and not is_empty(result):
         return result
     narrow = vae.dtype
     if narrow.itemsize == 2:
-        log.warning("the VAE overflows in 16 bit; these frames are computed in 32")
+        log.warning("the VAE fails in 16 bit; these frames are computed in 32")
         vae.float()
         try:
             result = compute()
         finally:
             torch.nn.Module.to(vae, narrow)  # the library's own warns of what was just undone
-        if is_finite(result) and not is_bad(result):
+        if is_finite(result) and not is_empty(result) and not is_bad(result):
             return result
-    raise NumericsError("the VAE produced NaN, Inf or nothing but black")
+    raise NumericsError("the VAE produced NaN, Inf, a single value or nothing but black")

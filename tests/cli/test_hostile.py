@@ -141,9 +141,12 @@ def test_crafted_media_reach_nothing(
         Path(name).write_text(content)
     names = ["secret%d.mp4", "concat:secret.mp4|secret.mp4", "subfile,,start,0,end,0,,:secret.mp4", "data:video/mp4,x"]
     names += [url, f"tcp://127.0.0.1:{port}", f"rtsp://127.0.0.1:{port}/x", "pipe:0", "/dev/zero", "file:secret.mp4"]
+    assert len([*contents, *names]) >= 16
     for name in [*contents, *names]:
         with pytest.raises(VideoError):
             video.probe(Path(name))
         with pytest.raises(InputError):
             video.read_image(Path(name))
+    for name in ("list_url.mp4", "dash.mp4", url):
+        assert call("info", name) == call("refine", name, "-o", "out.mp4") == 3
     assert seen == []

@@ -23,7 +23,7 @@ from PIL import Image
 from streamt2v import jobs, runs, video
 from streamt2v.errors import VideoError
 from tests import crash
-from tests.cli.helpers import PROMPT, TINY, call, digest, generate, result
+from tests.cli.helpers import PROMPT, TINY, call, digest, generate, made, result
 
 FRAMES = 48
 LOUD = [argument for argument in TINY if argument != "--quiet"]
@@ -433,6 +433,10 @@ def test_a_picture_is_named_anew(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "'start.png'" in capsys.readouterr().err
     assert call("rerun", path, "--image", folder / "start.png", "--quiet") == 0
     assert digest(tmp_path / "out_rerun.mp4") == digest(path)
+    forged = made(tmp_path / "forged.mp4", 9, video.probe(path).comment)
+    assert call("rerun", forged, "--image", folder / "start.png", "--quiet") == 10
+    assert "by the same recipe" in capsys.readouterr().err
+    assert digest(tmp_path / "forged_rerun.mp4") == digest(path)
 
 
 # ------------------------------------------------------------------------------------------------------ determinism

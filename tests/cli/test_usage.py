@@ -228,6 +228,18 @@ def test_plan_is_json_and_counts(capsys: pytest.CaptureFixture[str]) -> None:
     assert "149 chunks" in capsys.readouterr().out
 
 
+def test_what_stands_behind_two_dashes_is_no_option(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name in ("--no-color", "--debug", "--json"):
+        assert call("info", "--", name) == 3
+        said = capsys.readouterr()
+        assert f"{name} does not exist" in said.err
+        assert said.out == ""
+    assert "NO_COLOR" not in os.environ
+
+
 def test_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("generate", "refine", "resume", "verify", "rerun", "plan", "evaluate", "info", "doctor", "train"):
         assert call(command, "--help") == 0

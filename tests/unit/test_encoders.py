@@ -124,7 +124,7 @@ def test_a_vae_that_overflows_in_16_bit_is_asked_once_more_in_32(
     latents, frames = torch.randn(2, 4, 4, 6), torch.rand(2, 3, 8, 12) * 2 - 1
     decoded, encoded = encoders.decode_latents(overflowing, latents), encoders.encode_frames(overflowing, frames)
     assert overflowing.dtype == torch.bfloat16
-    assert [record.getMessage().partition(";")[0] for record in caplog.records] == ["the VAE overflows in 16 bit"] * 2
+    assert [record.getMessage().partition(";")[0] for record in caplog.records] == ["the VAE fails in 16 bit"] * 2
     assert torch.isfinite(decoded).all() and torch.isfinite(encoded).all()
     wide = overflowing.float()
     torch.testing.assert_close(decoded, encoders.decode_latents(wide, latents))
@@ -138,10 +138,15 @@ def test_what_is_bad_in_32_bit_too_is_refused(overflowing: AutoencoderKL, monkey
         encoders.decode_latents(overflowing, latents / 0)
     with pytest.raises(NumericsError, match="the VAE produced"):
         encoders.encode_frames(overflowing, torch.full((1, 3, 8, 12), 3e38))
-    # Black is a picture, unless it follows an overflow.
-    black = SimpleNamespace(sample=torch.full((1, 3, 8, 12), -1.0))
+    # Black is a picture, unless it follows an overflow; one value everywhere is none.
+    black = SimpleNamespace(sample=torch.full((1, 3, 8, 12), -1.0).sub_(torch.rand(1, 3, 8, 12) / 1000))
     monkeypatch.setattr(AutoencoderKL, "decode", lambda vae, x: black)
     assert encoders.decode_latents(overflowing, torch.randn(1, 4, 4, 6)).max() == -1
+    empty, dtypes = SimpleNamespace(sample=torch.zeros(1, 3, 8, 12)), []
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda vae, x: (dtypes.append(vae.dtype), empty)[1])
+    with pytest.raises(NumericsError, match="a single value"):
+        encoders.decode_latents(overflowing, torch.randn(1, 4, 4, 6))
+    assert dtypes == [torch.bfloat16, torch.float32]
     full = SimpleNamespace(sample=torch.full((1, 3, 8, 12), torch.nan))
     monkeypatch.setattr(AutoencoderKL, "decode", lambda vae, x: black if vae.dtype == torch.float32 else full)
     with pytest.raises(NumericsError, match="nothing but black"):

@@ -20,6 +20,7 @@ import scenedetect
 
 from streamt2v import config, video
 from streamt2v.chunks import refinement_plan, seams, streaming_plan
+from streamt2v.config import Prompt
 from streamt2v.errors import ConfigError, InputError, WeightsError
 from streamt2v.frames import Frames
 from streamt2v.metrics import clip as clips
@@ -576,3 +577,22 @@ def test_memory_at_full_size(tmp_path: Path) -> None:
     long = long_video(tmp_path / "long.mp4", 1200, 720, 1280)
     before, after = peaks(720, short, long)
     assert after - before < 60e6  # the frames of the longer one are 3.3 GB
+
+
+def test_frames_are_compared_with_the_prompt_of_their_time() -> None:
+    class Words:
+        name = "words"
+
+        def text(self, prompt: str) -> np.ndarray:
+            return np.eye(2)[["red", "blue"].index(prompt)]
+
+        def image(self, frame: np.ndarray) -> np.ndarray:
+            return np.eye(2)[0 if frame[0, 0, 0] else 1]
+
+    frames = np.zeros((8, 40, 40, 3), np.uint8)
+    frames[:5, ..., 0] = 200
+    turns = (Prompt(0, 0, "red"), Prompt(4, 5, "blue"))
+    settings = Settings(flow_size=32, clip_every=1)
+    for prompts, score in ((turns, 100), ((), 62.5)):
+        subject = Subject("two", 8, 40, 40, 8.0, "red", prompts=prompts)
+        assert measure(iter([frames]), subject, settings, Words()).scores["clip_text"] == pytest.approx(score)  # type: ignore[arg-type]

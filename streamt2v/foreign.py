@@ -1,0 +1,145 @@
+"""Videos that somebody names are decoded in a process of their own: it has little memory, and may crash.
+
+A few hundred bytes can ask a decoder for gigabytes, or for what it was never tested with. There it costs an error that
+names the file, not the run. What this program has just written itself is read by `video` directly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from fractions import Fraction
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from streamt2v import files, video
+from streamt2v.errors import VideoError
+
+if TYPE_CHECKING:
+    from streamt2v.frames import Frames
+
+MAX_FRAMES = 100_000  # of a video that does not carry our seal
+# Address space; 16 threads reserve most of it. Measured: 1.4 GB for small frames, 4.7 for 8192x4320 of 10 bit.
+_MEMORY, _MEMORY_PER_PIXEL = 2 << 30, 128
+
+
+def probe(path: Path) -> video.VideoInfo:
+    """Measure a video as `video.probe` does; an unchanged file is measured once.
+
+    Raises:
+        VideoError: see `video.probe`; also more than `MAX_FRAMES` frames of somebody else.
+    """
+    return _probe(path, files.stamp(path))
+
+
+@lru_cache(maxsize=8)
+def _probe(path: Path, _stamp: tuple[int, int, int] | None) -> video.VideoInfo:
+    with closing(_answers("probe", path)) as answers:
+        (facts, _), *_ = answers
+    return video.VideoInfo(**{**facts, "fps": Fraction(facts["fps"])})
+
+
+def read_frames(path: Path, batch: int = 8) -> Iterator[Frames]:
+    """Decode a video as `video.read_frames` does."""
+    with closing(_answers("read", path)) as answers:
+        images = (np.frombuffer(data, np.uint8).reshape(facts["shape"]) for facts, data in answers)
+        while group := list(islice(images, batch)):
+            yield np.stack(group)
+
+
+def digest(path: Path) -> tuple[int, str]:
+    """Decode a whole video: the number of its frames, and the SHA-256 of their RGB values. Raises as `read_frames`."""
+    count, sha256 = 0, hashlib.sha256()
+    for frames in read_frames(path):
+        count += len(frames)
+        sha256.update(frames.data)
+    return count, sha256.hexdigest()
+
+
+def _answers(what: str, path: Path) -> Generator[tuple[dict[str, Any], bytes]]:
+    """Let the process do something with a video: (facts, bytes) again and again. Its errors are raised here."""
+    command = [sys.executable, "-P", "-m", __name__, what, str(path)]
+    # It imports what this process did, wherever it was started: -P leaves out the current folder.
+    found = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+    surroundings = {**os.environ, "PYTHONPATH": found, "OPENBLAS_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    try:
+        process = subprocess.Popen(command, env=surroundings, **pipes)  # type: ignore[call-overload]
+    except (OSError, ValueError) as error:  # such as a name that no file can have
+        raise VideoError(f"{path} cannot be read: {error}") from error
+    with process:
+        try:
+            while line := process.stdout.readline():
+                facts = json.loads(line)
+                if "error" in facts:
+                    raise VideoError(*facts["error"])
+                data = process.stdout.read(facts.pop("bytes"))
+                yield facts, data
+            if process.wait():
+                raise VideoError(f"{path} makes the decoder end with code {process.returncode}")
+        finally:
+            process.kill()  # does nothing to one that has ended
+
+
+# -- in the process itself --------------------------------------------------------------------------------------------
+
+
+def _main(what: str, path: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; who asked decides what follows
+    try:
+        _limit_memory(_MEMORY)
+        height, width = video.declared_size(path)
+        _limit_memory(_MEMORY + _MEMORY_PER_PIXEL * height * width)
+        if what == "probe":
+            _check_length(path)
+            info = video.probe(path)
+            _answer({**dataclasses.asdict(info), "fps": str(info.fps)})
+        else:
+            for frames in video.read_frames(path, 1):
+                _answer({"shape": frames.shape[1:]}, frames.tobytes())
+    except VideoError as error:
+        _answer({"error": (error.message, error.hint)})
+    except BrokenPipeError:
+        return
+    except Exception as error:  # whatever decoding raises, it is the file that cannot be read
+        _answer({"error": (f"{path} cannot be read as a video: {type(error).__name__}: {error}", "")})
+
+
+def _answer(facts: dict[str, Any], data: bytes = b"") -> None:
+    sys.stdout.buffer.write(json.dumps({**facts, "bytes": len(data)}).encode() + b"\n" + data)
+    sys.stdout.buffer.flush()
+
+
+def _limit_memory(size: int) -> None:
+    """Bound the address space of this process, where the system can do that."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (size, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def _check_length(path: Path) -> None:
+    if video.is_longer(path, MAX_FRAMES):
+        try:
+            video.check_seal(path)
+        except VideoError:
+            raise VideoError(
+                f"{path} has more than {MAX_FRAMES:,} frames and was not made by streamt2v",
+                f"cut it into parts of at most {MAX_FRAMES:,}",
+            ) from None
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1], Path(sys.argv[2]))
