@@ -142,6 +142,7 @@ class RunConfig:
     image: str = _value("", "picture to start from")
     num_frames: int = _value(24, "frames of the output video", 1, 10_000_000)
     seed: int = _value(0, "seed of every random draw", 0, 2**63 - 1)
+    compile: bool = _value(False, "let torch compile the networks, which takes minutes once; rounds differently")
     initialize: InitializeConfig = field(default_factory=InitializeConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
     refine: RefineConfig = field(default_factory=RefineConfig)

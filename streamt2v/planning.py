@@ -151,7 +151,7 @@ def _key(config: RunConfig, kind: str, policy: memory.MemoryPolicy) -> str:
     """Return what the time of a chunk depends on: of the memory policy only what makes it many times slower."""
     stream, refine, output = config.stream, config.refine, config.output
     parts = [
-        kind, policy.offload, config.model, initializers.named(config), config.initialize.text_to_image,
+        kind, policy.offload, config.compile, config.model, initializers.named(config), config.initialize.text_to_image,
         stream.chunk, stream.overlap, stream.height, stream.width,
         stream.num_inference_steps, stream.guidance_scale > 1, stream.guidance_stop, stream.cam, stream.apm,
         refine.enabled,

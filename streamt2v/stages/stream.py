@@ -23,12 +23,23 @@ from streamt2v.stages.denoise import ChunkNoise, Observe, Predict, Sampling, den
 NoiseOfChunk = Callable[[Chunk], ChunkNoise]
 
 
+def network_step(
+    unet: UNet3D, cam: ConditionalAttention | None, latents: Tensor, timestep: Tensor, denoiser: Conditioning,
+    extractor: Conditioning | None, embedded: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Do what the networks do in one denoising step, in one piece for a compiler: CAM, then the denoiser."""
+    if cam is None or extractor is None or embedded is None:
+        return unet(latents, timestep, denoiser)  # type: ignore[no-any-return]
+    features = cam(latents[:, :, : embedded.shape[2]], timestep, extractor, embedded)
+    return unet(latents, timestep, denoiser, features)  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True)
 class StreamModels:
     """The networks of the stage; `cam` None switches CAM off, `apm` None switches APM off.
 
     A `unet` with more input than output channels also gets the latents of the conditioning frames: the concatenation
-    that the ablation of arXiv 2403.14773 compares CAM with.
+    that the ablation of arXiv 2403.14773 compares CAM with. `step` is `network_step` or what was compiled from it.
     """
 
     unet: UNet3D
@@ -37,6 +48,7 @@ class StreamModels:
     cam: ConditionalAttention | None = None
     apm: AppearanceTokens | None = None
     image_encoder: torch.nn.Module | None = None
+    step: Callable[..., Tensor] = network_step
 
 
 @dataclass(frozen=True)
@@ -98,15 +110,14 @@ def predictor(models: StreamModels, denoiser: Conditioning, extractor: Condition
     if models.unet.config.in_channels > models.unet.config.out_channels:
         clean = encode_frames(models.vae, frames).transpose(0, 1).unsqueeze(0)  # [1, C, Fc, h, w]
         return lambda latents, timestep, rows: models.unet(beside(clean, latents), timestep, denoiser.rows(rows))
-    if models.cam is None or extractor is None:
-        return lambda latents, timestep, rows: models.unet(latents, timestep, denoiser.rows(rows))
-    cam = models.cam
     # The pixel stack depends on neither step nor branch: once per chunk.
-    embedded = cam.embed_frames(frames.unsqueeze(0))  # [1, C, Fc, h, w]
+    embedded = None if models.cam is None else models.cam.embed_frames(frames.unsqueeze(0))  # [1, C, Fc, h, w]
 
     def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
-        features = cam(latents[:, :, : len(frames)], timestep, extractor.rows(rows), embedded)
-        return models.unet(latents, timestep, denoiser.rows(rows), features)  # type: ignore[no-any-return]
+        # A number in a tensor, as compiled code would be made anew for every other number.
+        time = torch.full((1,), timestep, device=latents.device)
+        seen = None if extractor is None else extractor.rows(rows)
+        return models.step(models.unet, models.cam, latents, time, denoiser.rows(rows), seen, embedded)
 
     return predict
 
