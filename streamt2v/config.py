@@ -23,6 +23,7 @@ Fit = Literal["contain", "cover", "pad"]
 Blending = Literal["randomized", "shared", "independent"]
 Variant = Literal["published", "corrected"]
 Order = Literal["diagonal", "sweep"]
+Solver = Literal["ddim", "dpmpp"]
 Quality = Literal["reference", "balanced", "fast"]
 PRESETS = Path(__file__).parent / "presets"
 
@@ -73,9 +74,13 @@ class StreamConfig:
         0.0, "share of the guided prediction's std brought back to the conditional one's", 0, 1
     )
     guidance_stop: float = _value(0.0, "share of the noise range, from its clean end, that is denoised unguided", 0, 1)
-    eta: float = _value(1.0, "DDIM's share of fresh noise per step", 0, 1)
+    solver: Solver = _value("ddim", "ddim, or dpmpp: DDIM of second order, DPM-Solver++(2M)")
+    eta: float = _value(1.0, "the solver's share of fresh noise per step", 0, 1)
     final_noise: Variant = _value(
         "corrected", "published: noise is also added after the last step; corrected: it is not"
+    )
+    reuse_interval: int = _value(
+        1, "every how many steps the deep layers of the network are computed; 1: at each", 1, 1000
     )
     cam: bool = _value(True, "condition on the last frames (conditional attention module)")
     apm: bool = _value(True, "condition on the anchor frame (appearance preservation module)")

@@ -167,7 +167,9 @@ def compiled(function: Function, device: Device, cache: Path, *, graphs: bool = 
             try:
                 result = made(*args)
                 # The next call of a recorded graph writes to the same memory.
-                return torch.utils._pytree.tree_map(torch.clone, result) if mode else result
+                if mode:
+                    result = tuple(map(torch.clone, result)) if isinstance(result, tuple) else result.clone()
+                return result
             except Exception as error:  # of any kind: what is wrong with the function itself, its own call will say
                 if stopped_by(error) or is_out_of_memory(error):
                     raise
