@@ -100,7 +100,9 @@ ImageInit = Annotated[
 QualityOption = Annotated[
     str | None,
     _steering(
-        "--quality", "Step counts: reference, balanced or fast.", autocompletion=_completing(lambda: get_args(Quality))
+        "--quality",
+        "How much is computed: reference, balanced or fast.",
+        autocompletion=_completing(lambda: get_args(Quality)),
     ),
 ]
 Steps = Annotated[int | None, _advanced("--steps", "Denoising steps of stages 1 and 2.")]

@@ -160,7 +160,7 @@ def _key(config: RunConfig, kind: str, policy: memory.MemoryPolicy) -> str:
     ]  # fmt: skip
     if refine.enabled:
         parts += [refine.chunk, refine.overlap, refine.blending, refine.num_inference_steps, refine.guidance_scale > 1]
-        parts += [output.height, output.width, output.fit]
+        parts += [refine.guidance_stop, output.height, output.width, output.fit]
     return "/".join(map(str, parts))
 
 

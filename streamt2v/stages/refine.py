@@ -231,7 +231,8 @@ class Refiner:
         scaled = (latents / (self.rho[step] ** 2 + 1) ** 0.5).transpose(0, 1).unsqueeze(0)  # [1, C, F, h, w]
         timestep = int(self.timesteps[step])
         scale = self.settings.guidance_scale
-        if scale == 1.0:
+        stop = self.settings.guidance_stop * self.denoiser.schedule.config.num_train_timesteps
+        if scale == 1.0 or timestep < stop:
             output = predict(scaled, timestep, CONDITIONAL)
         else:
             unconditional, conditional = both_branches(predict, scaled, timestep, self.denoiser.batched)

@@ -63,17 +63,20 @@ def text() -> TextContext:
     return TextContext(torch.randn(2, 5, 12), torch.randn(2, 6))
 
 
-def test_a_streaming_step_is_one_graph_for_all_steps(compiled: Compile) -> None:
+def test_a_streaming_step_is_one_graph_for_all_steps_of_a_kind(compiled: Compile) -> None:
     sizes = replace(SIZES, block_out_channels=(8,), attention_levels=(True,))  # compiling takes its time
     unet = randomised(UNet3D(replace(sizes, cam=True, image_tokens=3)))
     cam = randomised(ConditionalAttention(CamConfig(sizes, (4, 6, 8), num_cond_frames=2)))
     embedded = cam.embed_frames(torch.randn(1, 2, 3, 16, 24))
     prepared = unet.prepare(text(), torch.randn(2, 3, 12)), cam.prepare(text())
     fast, counter = compiled(network_step)
-    for timestep in (999, 500, 1):
-        given = (unet, cam, torch.randn(2, 4, 4, 4, 6), torch.full((1,), timestep), *prepared, embedded)
-        torch.testing.assert_close(fast(*given), network_step(*given), rtol=1e-4, atol=1e-5)
-    assert counter.frame_count == 1
+    deep = None
+    for timestep in (999, 500, 200, 1):
+        given = (unet, cam, torch.randn(2, 4, 4, 4, 6), torch.full((1,), timestep), *prepared, embedded, deep)
+        output, features = network_step(*given)
+        torch.testing.assert_close(fast(*given), (output, features), rtol=1e-4, atol=1e-5)
+        deep = features if timestep <= 500 else None
+    assert counter.frame_count == 2  # one more for what takes deep features of an earlier step
 
 
 def test_a_refining_step_is_one_graph_for_all_steps(compiled: Compile) -> None:
