@@ -3,6 +3,7 @@
     python benchmarks/speed.py                                          # everything but the two below
     python benchmarks/speed.py --memory 8,12,16,24,48,80                # also: a run within each of these GB
     python benchmarks/speed.py --run 1200                               # also: so many frames at `fast`, end to end
+    python benchmarks/speed.py --run 1200 --compile                     # also: what compiling brings; and run so
     python benchmarks/speed.py --table                                  # nothing but docs/speed.md, from the results
 
 On a GPU the published family is measured at its full size, filled with random numbers (what a network takes does not
@@ -45,12 +46,13 @@ from streamt2v.config import RunConfig
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from streamt2v.errors import MemoryLimitError
+from streamt2v.home import path as home
 from streamt2v.models.encoders import decode_latents, encode_frames, latent_factor, latent_size
 from streamt2v.models.refiner import legal_canvas
 from streamt2v.models.unet3d import Conditioning, TextContext, UNet3D
 from streamt2v.stages import stream
 from streamt2v.stages.denoise import Predict, Sampling, both_branches
-from streamt2v.stages.refine import Denoiser, Refiner
+from streamt2v.stages.refine import Denoiser, Refiner, noise_grid
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
@@ -116,7 +118,7 @@ class Instruments:
         """Begin a new peak of memory."""
         gc.collect()
         if self.device.kind == "cuda":
-            devices.release_memory(self.device)
+            torch.cuda.empty_cache()  # not what was compiled
             torch.cuda.reset_peak_memory_stats(self.device.name)
         else:
             with contextlib.suppress(OSError):  # Linux only; elsewhere the peak is the whole process's
@@ -249,13 +251,16 @@ class Networks:
         unet, vae = self.refining
         return legal_canvas(height, height if square else width, unet.config, latent_factor(vae))
 
-    def chunk_step(self, canvas: tuple[int, int], unet: UNet3D | None = None, batched: bool = True) -> Work:
-        """One step of one chunk of the refiner, its draws and its solver included."""
-        unet, vae = unet or self.refining[0], self.refining[1]
-        refine = replace(self.config.refine, num_inference_steps=1)
+    def chunk_step(
+        self, canvas: tuple[int, int], way: Callable[[UNet3D], Any] = lambda unet: unet, batched: bool = True,
+        guided: bool = True,
+    ) -> Work:  # fmt: skip
+        """One step of one chunk of the refiner, its draws and its solver included; `way` changes the network."""
+        unet, vae = self.refining
+        refine = replace(self.config.refine, num_inference_steps=1, guidance_stop=0.0 if guided else 1.0)
         latents = self.random(refine.chunk, unet.config.in_channels, *latent_size(vae, *canvas))
         text = unet.prepare(self.text(unet))
-        denoiser = Denoiser(unet, self.schedule("refine.unet"), lambda chunk: text, batched)
+        denoiser = Denoiser(way(unet), self.schedule("refine.unet"), lambda chunk: text, batched)
         plan = refinement_plan(refine.chunk, refine.chunk, refine.overlap)
         return lambda: torch.cat(
             list(Refiner(denoiser, plan, refine, SeededDraws(0), lambda a, b: latents[a:b]).run())
@@ -281,6 +286,8 @@ def measure_parts(networks: Networks, tools: Instruments, given: Mapping[str, An
     canvas, square = networks.canvas(), networks.canvas(square=True)
     measured(CHUNK_STEP, canvas, networks.chunk_step(canvas), frames=networks.config.refine.chunk)
     measured(f"{CHUNK_STEP}, square", square, networks.chunk_step(square), frames=networks.config.refine.chunk)
+    unguided = networks.chunk_step(canvas, guided=False)
+    measured(f"{CHUNK_STEP}, unguided", canvas, unguided, frames=networks.config.refine.chunk)
     vae = networks.refining[1]
     for where, size in {"base": base, "canvas": canvas}.items():
         frame, latents = networks.random(1, 3, *size), networks.random(1, 4, *latent_size(vae, *size))
@@ -291,14 +298,17 @@ def measure_parts(networks: Networks, tools: Instruments, given: Mapping[str, An
 
 def totals(found: Mapping[str, Mapping[str, Any]], model: str, given: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Seconds of `LENGTH` frames after their first chunk, from those of the parts: extrapolated, nothing overlapped."""
-    result = {}
+    result, refiner = {}, weights.family(model).path("refine.unet")
     for quality in QUALITIES:
         stream, refine = (asked := settings(model, quality, given)).stream, asked.refine
         chunks = len(streaming_plan(LENGTH, stream.chunk, stream.overlap)) - 1
-        chunk_steps = len(refinement_plan(LENGTH, refine.chunk, refine.overlap)) * refine.num_inference_steps
+        schedule = NoiseSchedule(ScheduleConfig.from_dict(weights.read_header(refiner)[2] or {}))
+        stop = refine.guidance_stop * schedule.config.num_train_timesteps
+        guided = [int(timestep) >= stop for timestep in noise_grid(schedule, refine)[0]]
+        steps = (found[CHUNK_STEP if branches else f"{CHUNK_STEP}, unguided"]["seconds"] for branches in guided)
         times = {
             "stage 2": chunks * found[f"{CHUNK}, {quality}"]["seconds"],
-            "refiner": chunk_steps * found[CHUNK_STEP]["seconds"],
+            "refiner": len(refinement_plan(LENGTH, refine.chunk, refine.overlap)) * sum(steps),
             "VAE of the refiner": LENGTH * sum(found[f"{way}, canvas"]["seconds"] for way in (ENCODE, DECODE)),
         }
         result[quality] = {**times, "together": sum(times.values())}
@@ -363,18 +373,50 @@ def gains(networks: Networks, compiled: bool) -> Iterator[tuple[str, Work, Work]
     decode = partial(decode_latents, vae)
     yield "only new frames are decoded, a chunk", lambda: decode(frames)[-len(new) :], lambda: decode(new)
     yield "no bars around a square clip, refiner", networks.chunk_step(canvas), networks.chunk_step(square)
-    changes: list[tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = [("channels last", plain, channels_last)]
-    if compiled:
-        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
-        changes.append(("compiled", channels_last, torch.compile))
-    for name, old, new_way in changes:
-        before, after = predictor(old), predictor(new_way)
-        yield f"{name}, stage 2", partial(step, before), partial(step, after)
-        yield f"{name}, refiner", networks.chunk_step(canvas, old(unet)), networks.chunk_step(canvas, new_way(unet))
-    before_vae, after_vae = plain(vae), channels_last(vae)
+    before, after = predictor(plain), predictor(channels_last)
+    yield "channels last, stage 2", partial(step, before), partial(step, after)
+    yield "channels last, refiner", networks.chunk_step(canvas, plain), networks.chunk_step(canvas, channels_last)
     frame, cells = networks.random(1, 3, *canvas), networks.random(1, channels, *latent_size(vae, *canvas))
-    for what, way, given in (("encode", encode_frames, frame), ("decode", decode_latents, cells)):
+    works = (("encode", encode_frames, frame), ("decode", decode_latents, cells))
+    before_vae, after_vae = plain(vae), channels_last(vae)
+    for what, way, given in works:
         yield f"channels last, {what} a frame", partial(way, before_vae, given), partial(way, after_vae, given)
+    if not compiled:
+        return
+
+    def compile(function: Any, graphs: bool = False) -> Any:
+        return devices.compiled(function, networks.device, home() / "compiled", graphs=graphs)
+
+    fast = replace(models, step=compile(stream.network_step, graphs=True))
+    yield "compiled, stage 2", partial(step, predict), partial(step, stream.predictor(fast, *prepared, shown))
+    yield "compiled, refiner", networks.chunk_step(canvas), networks.chunk_step(canvas, compile)
+    fast_vae = copy.deepcopy(vae)
+    for half in (fast_vae.get_submodule("encoder"), fast_vae.get_submodule("decoder")):
+        half.forward = compile(half.forward)
+    for what, way, given in works:
+        yield f"compiled, {what} a frame", partial(way, vae, given), partial(way, fast_vae, given)
+
+
+def near_gains(networks: Networks) -> Iterator[tuple[str, Work, Work]]:
+    """Yield what is gained by doing less, the way without it and the way with it, at the steps of the settings."""
+    config = networks.config
+    own, refine = config.stream, config.refine
+    _, second = streaming_plan(length(2, own.chunk, own.overlap), own.chunk, own.overlap)
+    shown = networks.base_frames(own.overlap)
+
+    def chunk(**change: Any) -> Work:
+        asked = replace(config, stream=replace(own, **{"reuse_interval": 1, "guidance_stop": 0.0, **change}))
+        return partial(networks.streamer(asked).chunk_latents, second, shown)
+
+    yield "deep layers at every 2nd step, a chunk of stage 2", chunk(), chunk(reuse_interval=2)
+    yield "no guidance below 40 % of the noise range, a chunk of stage 2", chunk(), chunk(guidance_stop=0.4)
+    if refine.guidance_scale != 1:
+        canvas = networks.canvas()
+        yield (
+            "no guidance, a chunk-step of the refiner",
+            networks.chunk_step(canvas),
+            networks.chunk_step(canvas, guided=False),
+        )
 
 
 def difference(one: Tensor, other: Tensor) -> float | None:
@@ -397,10 +439,10 @@ def rounding(networks: Networks) -> dict[str, float | None]:
     return found
 
 
-def measure_gains(networks: Networks, tools: Instruments, compiled: bool) -> dict[str, dict[str, Any]]:
+def measure_gains(tools: Instruments, gains: Iterator[tuple[str, Work, Work]]) -> dict[str, dict[str, Any]]:
     """Seconds without and with each gain, and the largest difference of the results over their largest value."""
     found: dict[str, dict[str, Any]] = {}
-    for name, without, with_it in gains(networks, compiled):
+    for name, without, with_it in gains:
         change = difference(without(), with_it())
         before, after = tools.seconds(without, with_it)
         found[name] = {"without": before, "with": after, "repeats": tools.repeats, "difference": change}
@@ -517,6 +559,11 @@ def section(result: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"| {name} | {row['without']:.3g} | {row['with']:.3g} | {row['with'] / row['without']:.2f} | {change} |"
         )
+    if near := result.get("near_gains", {}):
+        lines += ["", "What near gains change: [concepts.md](concepts.md).", ""]
+        lines += ["| near gain | without, s | with, s | with / without |", "|---|---|---|---|"]
+    for name, row in near.items():
+        lines.append(f"| {name} | {row['without']:.3g} | {row['with']:.3g} | {row['with'] / row['without']:.2f} |")
     gaps = ", ".join(f"{gap:.0e} in {name}" for name, gap in result["rounding"].items())
     lines += ["", f"For comparison, the largest difference between 16 and 32 bit of the same way: {gaps}."]
     if result["tiers"]:
@@ -526,7 +573,7 @@ def section(result: Mapping[str, Any]) -> list[str]:
         peak += "".join(f"; {text}" for text in row["warnings"])
         lines.append(f"| {row['gigabytes']:g} GB | {row['policy']} | {row['stated_bytes'] / 1e9:.1f} | {peak} |")
     if run := result["run"]:
-        what = f"{run['frames']} frames at `fast`, {run['width']}x{run['height']}"
+        what = f"{run['frames']} frames at `fast`, {run['width']}x{run['height']}{', compiled' * run['compiled']}"
         lines += ["", f"{what}, **really made**, with first chunk, loading and encoding: {run['seconds']:.0f} s."]
     return [*lines, ""]
 
@@ -538,7 +585,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--memory", default="", help="GB, separated by commas")
     parser.add_argument("--run", type=int, default=0, metavar="FRAMES")
-    parser.add_argument("--compile", action="store_true", help="also what torch.compile brings over channels last")
+    parser.add_argument("--compile", action="store_true", help="also what compiling brings; --run is compiled")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--page", type=Path, default=PAGE, help="the table made of them")
@@ -566,7 +613,7 @@ def measure_all(asked: argparse.Namespace) -> None:
         "clock": "CUDA events" if device.kind == "cuda" else "seconds of this process on one core",
         "versions": {package: version(package) for package in ("torch", "diffusers", "transformers")},
         "python": platform.python_version(), "settings": given,
-        "parts": {}, "totals": {}, "rounding": {}, "gains": {}, "tiers": [], "run": None,
+        "parts": {}, "totals": {}, "rounding": {}, "gains": {}, "near_gains": {}, "tiers": [], "run": None,
     }  # fmt: skip
     target = asked.results / f"{result['date']}-speed-{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{model}.json"
 
@@ -585,13 +632,24 @@ def measure_all(asked: argparse.Namespace) -> None:
             keep(matmul_tflops=tools.matmul_rate(dtype), parts=measure_parts(networks, tools, given))
             keep(totals=totals(result["parts"], model, given))
         if not result["gains"]:
-            keep(rounding=rounding(networks), gains=measure_gains(networks, tools, asked.compile))
+            keep(rounding=rounding(networks), gains=measure_gains(tools, gains(networks, asked.compile)))
+        if not result.get("near_gains"):
+            keep(near_gains=measure_gains(tools, near_gains(networks)))
         del networks  # what follows loads its own
         if not result["tiers"]:
             keep(tiers=measure_tiers(fast, tools, [float(tier) for tier in asked.memory.split(",") if tier]))
         if asked.run and not result["run"]:
-            made, _ = whole_run(config.merge(config.to_flat(fast), {"num_frames": asked.run}), device)
-            keep(run={"frames": made.frames, "width": made.width, "height": made.height, "seconds": made.seconds})
+            length_and_way = {"num_frames": asked.run, "compile": asked.compile}
+            made, _ = whole_run(config.merge(config.to_flat(fast), length_and_way), device)
+            keep(
+                run={
+                    "compiled": asked.compile,
+                    "frames": made.frames,
+                    "width": made.width,
+                    "height": made.height,
+                    "seconds": made.seconds,
+                }
+            )
     print(target)
 
 

@@ -23,6 +23,7 @@ Fit = Literal["contain", "cover", "pad"]
 Blending = Literal["randomized", "shared", "independent"]
 Variant = Literal["published", "corrected"]
 Order = Literal["diagonal", "sweep"]
+Solver = Literal["ddim", "dpmpp"]
 Quality = Literal["reference", "balanced", "fast"]
 PRESETS = Path(__file__).parent / "presets"
 
@@ -73,9 +74,13 @@ class StreamConfig:
         0.0, "share of the guided prediction's std brought back to the conditional one's", 0, 1
     )
     guidance_stop: float = _value(0.0, "share of the noise range, from its clean end, that is denoised unguided", 0, 1)
-    eta: float = _value(1.0, "DDIM's share of fresh noise per step", 0, 1)
+    solver: Solver = _value("ddim", "ddim, or dpmpp: DDIM of second order, DPM-Solver++(2M)")
+    eta: float = _value(1.0, "the solver's share of fresh noise per step", 0, 1)
     final_noise: Variant = _value(
         "corrected", "published: noise is also added after the last step; corrected: it is not"
+    )
+    reuse_interval: int = _value(
+        1, "every how many steps the deep layers of the network are computed; 1: at each", 1, 1000
     )
     cam: bool = _value(True, "condition on the last frames (conditional attention module)")
     apm: bool = _value(True, "condition on the anchor frame (appearance preservation module)")
@@ -99,6 +104,7 @@ class RefineConfig:
     guidance_rescale: float = _value(
         0.2, "share of the guided prediction's std brought back to the conditional one's", 0, 1
     )
+    guidance_stop: float = _value(0.0, "share of the noise range, from its clean end, that is denoised unguided", 0, 1)
     stochastic: bool = _value(True, "DPM-Solver++ as SDE (fresh noise at every step) or as ODE")
     blending: Blending = _value("randomized", "randomized blending, shared noise only, or independent chunks")
     cut_range: Variant = _value("corrected", "published: cut in 0..overlap-1; corrected: 0..overlap, as in the paper")
@@ -142,6 +148,7 @@ class RunConfig:
     image: str = _value("", "picture to start from")
     num_frames: int = _value(24, "frames of the output video", 1, 10_000_000)
     seed: int = _value(0, "seed of every random draw", 0, 2**63 - 1)
+    compile: bool = _value(False, "let torch compile the networks, which takes minutes once; rounds differently")
     initialize: InitializeConfig = field(default_factory=InitializeConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
     refine: RefineConfig = field(default_factory=RefineConfig)

@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from streamt2v.errors import ConfigError
+from streamt2v.errors import ConfigError, stopped_by
 
 if TYPE_CHECKING:
     import torch
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+BACKEND = "inductor"  # of torch.compile
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,43 @@ def arrange(network: torch.nn.Module, device: Device) -> None:
                 parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
 
 
+def compiled(function: Function, device: Device, cache: Path, *, graphs: bool = False) -> Function:
+    """Return a function of tensors that torch compiles at its first call, and again for tensors of other shapes.
+
+    Where that fails, a warning says so and the function itself is called from then on.
+
+    Args:
+        function: computes without looking at values, so that one graph holds all of it.
+        device: where it runs; a CPU needs a C++ compiler.
+        cache: folder that keeps what was compiled for later processes, unless TORCHINDUCTOR_CACHE_DIR names one.
+        graphs: on a CUDA device also record the kernels as graphs, which keep their memory until `release_memory`; for
+            functions whose kernels take less time than their launch.
+    """
+    import torch
+
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    mode = "reduce-overhead" if graphs and device.kind == "cuda" else None
+    made: Callable[..., Any] | None = torch.compile(function, fullgraph=True, dynamic=False, backend=BACKEND, mode=mode)
+
+    def call(*args: Any) -> Any:
+        nonlocal made
+        if made is not None:
+            try:
+                result = made(*args)
+                # The next call of a recorded graph writes to the same memory.
+                if mode:
+                    result = tuple(map(torch.clone, result)) if isinstance(result, tuple) else result.clone()
+                return result
+            except Exception as error:  # of any kind: what is wrong with the function itself, its own call will say
+                if stopped_by(error) or is_out_of_memory(error):
+                    raise
+                log.warning("not compiled, which is slower: %s", " ".join(str(error).splitlines()[:2]))
+                made = None
+        return function(*args)
+
+    return cast(Function, call)
+
+
 def wait(device: Device) -> None:
     """Return when the device has done what it was given; a CUDA device works behind our back."""
     if device.kind == "cuda":
@@ -150,6 +193,8 @@ def release_memory(device: Device) -> None:
     if device.kind == "cuda":
         import torch
 
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # recorded graphs keep theirs
         torch.cuda.empty_cache()
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 UNET_FEATURES, FEATURES_BESIDE_FEED_FORWARD, CAM_FEATURES, VAE_FEATURES = 14, 6.5, 4, 6
+KEPT_FEATURES = 2  # as many as one, twice as wide where a level has one layer
 FEED_FORWARD_WIDTH = 16  # inside of a gated feed-forward: projection 8, gate 4, product 4 times as wide as its input
 MARGIN, OWN_BYTES = 1.15, 600_000_000  # fragments of the allocator; libraries and contexts
 MANY_ROWS, FEW_ROWS = 1 << 17, 1 << 15
@@ -59,13 +60,16 @@ class Stage:
     cam: bool
     frame_values: int
     """Pixels of a frame times channels of the VAE's finest level."""
+    reuses: bool = False
+    """Whether features of the deep layers are kept from step to step."""
 
     def features(self, policy: MemoryPolicy) -> float:
         """Values of features at the peak."""
         cells = self.cells * (2 if self.guided and policy.batched_guidance else 1)
         feed_forward = FEED_FORWARD_WIDTH * self.inner * min(cells, policy.feed_forward_rows)
         unet = max(UNET_FEATURES * self.width * cells, FEATURES_BESIDE_FEED_FORWARD * self.width * cells + feed_forward)
-        return max(unet + self.cam * CAM_FEATURES * self.width * cells, VAE_FEATURES * self.frame_values)
+        beside = self.cam * CAM_FEATURES + self.reuses * KEPT_FEATURES
+        return max(unet + beside * self.width * cells, VAE_FEATURES * self.frame_values)
 
 
 def needed(stages: Sequence[Stage], policy: MemoryPolicy) -> int:

@@ -100,7 +100,9 @@ ImageInit = Annotated[
 QualityOption = Annotated[
     str | None,
     _steering(
-        "--quality", "Step counts: reference, balanced or fast.", autocompletion=_completing(lambda: get_args(Quality))
+        "--quality",
+        "How much is computed: reference, balanced or fast.",
+        autocompletion=_completing(lambda: get_args(Quality)),
     ),
 ]
 Steps = Annotated[int | None, _advanced("--steps", "Denoising steps of stages 1 and 2.")]
@@ -116,6 +118,9 @@ Settings = Annotated[list[str] | None, _advanced("--set", "Any setting, as secti
 DeviceOption = Annotated[str, _running("--device", "auto, cpu, cuda, cuda:1, mps.")]
 Threads = Annotated[int | None, _running("--threads", "CPU threads. Default: all cores.", min=1)]
 Memory = Annotated[float | None, _running("--memory", "GB it may take. Default: what is free.", min=0.1, max=1e6)]
+Compile = Annotated[
+    bool | None, _running("--compile", "Compile the networks first: minutes once, then every step is faster.")
+]
 Resume = Annotated[bool, _running("--resume", "Continue the run that was interrupted.")]
 ResumeAnyway = Annotated[bool, _running("--resume-anyway", "The same with other settings, which is recorded.")]
 Overwrite = Annotated[bool, _running("--overwrite", "-f", "Replace an existing output.")]
@@ -139,6 +144,7 @@ def making(
     preset: Preset = None,
     config_file: ConfigFile = None,
     settings: Settings = None,
+    compile: Compile = None,
 ) -> None:
     """What every command that makes frames knows; `resolve` takes these by name."""
 

@@ -9,7 +9,7 @@ import gc
 import json
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
@@ -44,6 +44,7 @@ from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from streamt2v.errors import Interrupted, MemoryLimitError, NumericsError, ResumeError, VideoError, stopped_by
 from streamt2v.frames import Frames
+from streamt2v.home import path as home
 from streamt2v.jobs import Job, Result, check
 from streamt2v.memory import MemoryPolicy
 from streamt2v.models.encoders import decode_latents, encode_frames, encode_text, latent_factor, latent_size
@@ -101,7 +102,7 @@ def run(job: Job, report: Report, loaded: Loaded | None = None) -> Result:
     devices.keep_freed_memory()
     libraries = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     policy = _policy(job, device, loaded, earlier, report)
-    cold = not loaded.fitting(job.config.model, device, policy)
+    cold = not loaded.fitting(job.config.model, device, policy, job.config.compile)
     recipe = {
         **job.recipe(), "version": __version__, "device": device.name, "threads": threads, "libraries": libraries,
         "memory": asdict(policy),
@@ -142,7 +143,8 @@ def _make(
     """Produce every frame; wherever memory ends, go on from what is stored with the next more sparing policies."""
     sparing = memory.more_sparing(policy, device.kind)
     for lower in [*sparing[:RETRIES], None]:
-        maker = _Maker(job, report, directory, device, policy, loaded.fitting(job.config.model, device, policy))
+        networks = loaded.fitting(job.config.model, device, policy, job.config.compile)
+        maker = _Maker(job, report, directory, device, policy, networks)
         try:
             return maker, maker.make()
         except Exception as error:
@@ -252,6 +254,10 @@ class _Maker:
         self.job, self.config, self.report, self.directory = job, job.config, report, directory
         self.device, self.policy, self.networks = device, policy, networks
         self.family = weights.family(job.config.model)
+        # Weights that come and go with every layer cannot be compiled in.
+        self.compiles = job.config.compile and not policy.offload
+        if job.config.compile and policy.offload:
+            report.note("with weights on the host the networks are not compiled", warning=True)
         self.draws = SeededDraws(self.config.seed)
         # A continued video keeps its frames; the last of them are the first chunk of the base video.
         kept = jobs.inspect_source(job.source).frames if job.source and job.command == "extend" else 0
@@ -409,7 +415,7 @@ class _Maker:
             return unet.prepare(texts[prompt])  # type: ignore[no-any-return]
 
         denoiser = Denoiser(
-            unet, schedule, lambda chunk: prepared(self._prompt_of(chunk)), self.policy.batched_guidance
+            self._compiled(unet), schedule, lambda chunk: prepared(self._prompt_of(chunk)), self.policy.batched_guidance
         )
         geometry = Geometry(geometry.fit, legal_canvas(*geometry.content, unet.config, latent_factor(vae)))
         source = frames.singly(chain(first, base))
@@ -589,7 +595,14 @@ class _Maker:
             cam=self._load("stream.cam") if config.cam else None,
             apm=self._load("stream.apm") if apm else None,
             image_encoder=self._load("stream.image") if apm or starts_from_picture else None,
+            # Small networks: starting their kernels takes longer than the kernels.
+            step=self._compiled(stream.network_step, graphs=self.policy.keep_networks),
         )
+
+    def _compiled(self, function: Callable[..., Any], graphs: bool = False) -> Callable[..., Any]:
+        if not self.compiles:
+            return function
+        return devices.compiled(function, self.device, home() / "compiled", graphs=graphs)
 
     def _load(self, role: str) -> Any:
         began = time.monotonic()
@@ -603,6 +616,9 @@ class _Maker:
             if isinstance(network, torch.nn.Module):
                 slice_feed_forwards(network, policy.feed_forward_rows)
                 devices.arrange(network, self.device)
+                if role.endswith(".vae"):
+                    for half in (network.get_submodule("encoder"), network.get_submodule("decoder")):
+                        half.forward = self._compiled(half.forward)
                 if on_host:
                     devices.offload(network, self.device)
             self.networks[path] = network

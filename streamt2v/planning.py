@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ def stages(config: RunConfig, source: tuple[int, int] | None = None) -> tuple[me
     if source is None:
         parts = ["vae", *(["cam"] if stream.cam else []), *(["apm"] if stream.apm else [])]
         found.append(_stage(family, "stream", parts, stream.chunk, base, stream.guidance_scale != 1, stream.cam))
+        found[0] = replace(found[0], reuses=stream.reuse_interval > 1)
     if refine.enabled:
         box = (output.height or base[0], output.width or base[1])
         scale = min(box[0] / base[0], box[1] / base[1])
@@ -151,14 +152,15 @@ def _key(config: RunConfig, kind: str, policy: memory.MemoryPolicy) -> str:
     """Return what the time of a chunk depends on: of the memory policy only what makes it many times slower."""
     stream, refine, output = config.stream, config.refine, config.output
     parts = [
-        kind, policy.offload, config.model, initializers.named(config), config.initialize.text_to_image,
+        kind, policy.offload, config.compile, config.model, initializers.named(config), config.initialize.text_to_image,
         stream.chunk, stream.overlap, stream.height, stream.width,
         stream.num_inference_steps, stream.guidance_scale > 1, stream.guidance_stop, stream.cam, stream.apm,
+        stream.reuse_interval,
         refine.enabled,
     ]  # fmt: skip
     if refine.enabled:
         parts += [refine.chunk, refine.overlap, refine.blending, refine.num_inference_steps, refine.guidance_scale > 1]
-        parts += [output.height, output.width, output.fit]
+        parts += [refine.guidance_stop, output.height, output.width, output.fit]
     return "/".join(map(str, parts))
 
 

@@ -38,6 +38,25 @@ def ddim_step(
     return moved + sigma * noise
 
 
+def extrapolate(clean: Tensor, previous: Tensor | None, rho: Tensor, step: int) -> Tensor:
+    """Return D_k + h_k / (2 h_{k-1}) (D_k - D_{k-1}), the estimate in the middle of a step.
+
+    A step of first order is of second order with it: DDIM becomes DPM-Solver++(2M). h_k is ln(rho_k / rho_{k+1}).
+    Nothing is extrapolated at the first step, after one from pure noise (rho infinite), and in the step to rho = 0.
+
+    Args:
+        clean: D_k, estimate of x_0.
+        previous: D_{k-1} of the step before, None at the first one.
+        rho: noise levels [N+1], descending.
+        step: k.
+    """
+    # Very low start levels can repeat a level.
+    if previous is None or not math.inf > float(rho[step - 1]) > float(rho[step]) or float(rho[step + 1]) == 0:
+        return clean
+    h_previous, h = (math.log(float(rho[index]) / float(rho[index + 1])) for index in (step - 1, step))
+    return clean + 0.5 * h / h_previous * (clean - previous)
+
+
 def dpmpp_2m_step(
     x: Tensor, clean: Tensor, previous: Tensor | None, rho: Tensor, step: int, noise: Tensor | None
 ) -> Tensor:
@@ -63,12 +82,7 @@ def dpmpp_2m_step(
     if level_next == 0:
         return clean
     h = math.log(level / level_next)
-    # Very low start levels can repeat a level, where there is nothing to extrapolate from.
-    if previous is not None and float(rho[step - 1]) > level:
-        h_previous = math.log(float(rho[step - 1]) / level)
-        extrapolated = clean + 0.5 * h / h_previous * (clean - previous)
-    else:
-        extrapolated = clean
+    extrapolated = extrapolate(clean, previous, rho, step)
     if noise is None:
         return level_next / level * x - math.expm1(-h) * extrapolated
     e = -math.expm1(-2 * h)

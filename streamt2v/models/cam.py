@@ -76,8 +76,9 @@ class ConditionalAttention(UNetEncoder):
         )
 
     def forward(
-        self, latents_first: Tensor, timestep: Tensor | float, conditioning: Conditioning, frame_embedding: Tensor
-    ) -> CamFeatures:
+        self, latents_first: Tensor, timestep: Tensor | float, conditioning: Conditioning, frame_embedding: Tensor,
+        shallow: bool = False,
+    ) -> CamFeatures:  # fmt: skip
         """Extract the features the denoiser's mergers attend to.
 
         Args:
@@ -85,21 +86,22 @@ class ConditionalAttention(UNetEncoder):
             timestep: training index 0..999, one or one per batch item.
             conditioning: result of this module's own `prepare`.
             frame_embedding: result of `embed_frames` [B or 1, C0, Fc, h, w]; one serves all batch items.
+            shallow: only what a shallow pass of the denoiser looks at, see `UNet3D.run`.
 
         Returns:
             One feature [B, C, Fc, h, w] per skip and one of the middle.
         """
         batch, _, frames, _, _ = latents_first.shape
-        step = self.begin(frames, batch, timestep, conditioning, temporal=True)
+        step = self.begin(frames, batch, timestep, conditioning, shallow=shallow)
         x = self.enter(latents_first, step).unflatten(0, (batch, frames))  # [B, Fc, C0, h, w]
         x = (x + frame_embedding.transpose(1, 2)).flatten(0, 1)  # [N, C0, h, w]
-        skips = self.descend(x, step)
-        mid = self.mid_block(skips[-1], step)
+        skips = self.descend(x, step, shallow)
 
         def clips(images: Tensor) -> Tensor:
             return images.unflatten(0, (batch, frames)).transpose(1, 2)  # [B, C, Fc, h, w]
 
-        return CamFeatures(tuple(clips(skip) for skip in skips), clips(mid))
+        mid = None if shallow else clips(self.mid_block(skips[-1], step))
+        return CamFeatures(tuple(clips(skip) for skip in skips), mid)
 
 
 def init_from_unet(cam: ConditionalAttention, unet: UNetEncoder) -> None:

@@ -10,6 +10,7 @@ Shapes: B batch, F frames, Fc conditioning frames, N = B*F (frames innermost), C
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,9 @@ from streamt2v.models.layers import (
     as_images,
     zero_init,
 )
+
+SHALLOW_LAYERS = 2
+"""Layers at the end of the way up, with the skips they take, that `UNet3D.run` always computes; all else is deep."""
 
 
 @dataclass(frozen=True)
@@ -129,10 +133,13 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class CamFeatures:
-    """CAM's view of the conditioning frames: one feature [B, C, Fc, h, w] per UNet skip, and one after the middle."""
+    """CAM's view of the conditioning frames: one feature [B, C, Fc, h, w] per UNet skip, and one after the middle.
+
+    Of a shallow pass: for the first skips alone, and none of the middle.
+    """
 
     down: tuple[Tensor, ...]
-    mid: Tensor
+    mid: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -206,10 +213,15 @@ class UpLevel(Level):
         self.upsamplers = nn.ModuleList([Upsample(channels, crop_rows)] if upsample else [])
 
     def forward(self, x: Tensor, skips: list[Tensor], step: Step) -> Tensor:
-        for index in range(len(self.resnets)):
-            x = self.layer(index, torch.cat([x, skips.pop()], dim=1), step)
+        x = self.layers(range(len(self.resnets)), x, skips, step)
         for upsample in self.upsamplers:
             x = upsample(x, skips[-1].shape[-2:])
+        return x
+
+    def layers(self, indices: range, x: Tensor, skips: list[Tensor], step: Step) -> Tensor:
+        """Run some of the layers."""
+        for index in indices:
+            x = self.layer(index, torch.cat([x, skips.pop()], dim=1), step)
         return x
 
 
@@ -316,8 +328,9 @@ class UNetEncoder(nn.Module):
         return Conditioning(tuple(layer.keys_values(context) for layer, context in contexts), pooled)
 
     def begin(
-        self, frames: int, batch: int, timestep: Tensor | float, conditioning: Conditioning, temporal: bool
-    ) -> Step:
+        self, frames: int, batch: int, timestep: Tensor | float, conditioning: Conditioning, temporal: bool = True,
+        shallow: bool = False,
+    ) -> Step:  # fmt: skip
         """Embed the timestep (scalar or [B]) and the pooled text, and line up what the blocks need."""
         weight = self.conv_in.weight
         times = torch.as_tensor(timestep, device=weight.device).reshape(-1)
@@ -327,7 +340,10 @@ class UNetEncoder(nn.Module):
             pooled = pooled.repeat_interleave(batch // len(pooled), dim=0)  # [B, P]
             if self.text_embedding is not None:
                 embedding = embedding + self.text_embedding(pooled)
-        return Step(embedding, frames, iter(conditioning.keys_values), pooled, temporal)
+        texts = conditioning.keys_values
+        if shallow:
+            texts = (texts[0], *texts[-SHALLOW_LAYERS:]) if self.unet_config.attention_levels[0] else ()
+        return Step(embedding, frames, iter(texts), pooled, temporal)
 
     def enter(self, latents: Tensor, step: Step) -> Tensor:
         """Bring latents [B, C, F, h, w] into the network: [N, C0, h, w]."""
@@ -336,8 +352,10 @@ class UNetEncoder(nn.Module):
             x = self.transformer_in(x, step.frames, step.pooled)
         return x
 
-    def descend(self, x: Tensor, step: Step) -> list[Tensor]:
-        """Run the way down on x [N, C0, h, w] and return every skip, x first."""
+    def descend(self, x: Tensor, step: Step, shallow: bool = False) -> list[Tensor]:
+        """Run the way down on x [N, C0, h, w] and return every skip, x first, or those that the last layers take."""
+        if shallow:
+            return [x, cast(DownLevel, self.down_blocks[0]).layer(0, x, step)]
         skips = [x]
         for level in self.down_blocks:
             skips += level(skips[-1], step)
@@ -394,25 +412,44 @@ class UNet3D(UNetEncoder):
         Returns:
             The prediction [B, C, F, h, w], in the precision of `latents`.
         """
+        return self.run(latents, timestep, conditioning, cam, temporal=temporal)[0]
+
+    def run(
+        self, latents: Tensor, timestep: Tensor | float, conditioning: Conditioning, cam: CamFeatures | None = None,
+        deep: Tensor | None = None, temporal: bool = True,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Predict as `forward` does, and return the prediction with the features [N, C, h, w] of the deep layers.
+
+        These change little from step to step. Given those of an earlier step in `deep`, nothing but the first layer of
+        the way down and the last `SHALLOW_LAYERS` of the way up is computed; `cam` is of a shallow pass then, too.
+
+        Source: arXiv 2312.00858 (DeepCache).
+        """
         batch, _, frames, height, width = latents.shape
         if not self.config.accepts(height, width):
             raise ConfigError(f"latents of {height}x{width} do not fit this network", "see refiner.legal_canvas")
-        step = self.begin(frames, batch, timestep, conditioning, temporal)
-        skips = self.descend(self.enter(latents, step), step)  # each [N, C, h, w]
-        x = self.mid_block(skips[-1], step)
+        step = self.begin(frames, batch, timestep, conditioning, temporal, shallow=deep is not None)
+        skips = self.descend(self.enter(latents, step), step, shallow=deep is not None)  # each [N, C, h, w]
+        x = self.mid_block(skips[-1], step) if deep is None else deep
         if cam is not None:
             skips, x = self.merge(skips, x, frames, cam)
-        for level in self.up_blocks:
-            x = level(x, skips, step)
+        *levels, last = cast(list[UpLevel], list(self.up_blocks))
+        layers = range(len(last.resnets))
+        if deep is None:
+            for level in levels:
+                x = level(x, skips, step)
+            deep = x = last.layers(layers[:-SHALLOW_LAYERS], x, skips, step)
+        x = last.layers(layers[-SHALLOW_LAYERS:], x, skips, step)
         x = self.conv_out(F.silu(self.conv_norm_out(x)))  # [N, C, h, w]
-        return x.unflatten(0, (batch, frames)).transpose(1, 2).to(latents.dtype)
+        return x.unflatten(0, (batch, frames)).transpose(1, 2).to(latents.dtype), deep
 
     def merge(self, skips: list[Tensor], x: Tensor, frames: int, cam: CamFeatures) -> tuple[list[Tensor], Tensor]:
         """Let every skip and the middle attend to CAM's features at the same place; the way down never sees CAM."""
         if self.cam_mergers is None:
             raise ConfigError("CAM features were given to a network without mergers", "use cam=None")
-        pairs = zip(self.cam_mergers.down, skips, cam.down, strict=True)
-        return [merger(skip, frames, e) for merger, skip, e in pairs], self.cam_mergers.mid(x, frames, cam.mid)
+        pairs = zip(self.cam_mergers.down[: len(skips)], skips, cam.down, strict=True)
+        merged = [merger(skip, frames, features) for merger, skip, features in pairs]
+        return merged, x if cam.mid is None else self.cam_mergers.mid(x, frames, cam.mid)
 
 
 def _text_embedding(config: UNet3DConfig) -> nn.Sequential:

@@ -1,12 +1,12 @@
 """The denoising loop of the first two stages: guided predictions, DDIM steps, noise given from outside."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from streamt2v.config import InitializeConfig, StreamConfig
+from streamt2v.config import InitializeConfig, Solver, StreamConfig
 from streamt2v.diffusion import guidance, solvers
 from streamt2v.diffusion.schedules import NoiseSchedule
 
@@ -26,7 +26,8 @@ Observe = Callable[[int, Tensor, Tensor], None]
 class Sampling:
     """How to sample: steps, guidance, DDIM's share of fresh noise (eta), and whether the last step adds any.
 
-    `batched` runs both branches of guidance in one batch, else one after the other with half the memory.
+    `batched` runs both branches of guidance in one batch, else one after the other with half the memory;
+    `reuse_interval` and `solver` are the streaming stage's.
     """
 
     num_inference_steps: int
@@ -36,14 +37,20 @@ class Sampling:
     eta: float = 0.0
     final_noise: bool = False
     batched: bool = True
+    reuse_interval: int = 1
+    solver: Solver = "ddim"
 
     @classmethod
     def of(cls, config: InitializeConfig | StreamConfig, batched: bool = True) -> "Sampling":
         """Take the settings of a stage."""
-        return cls(
+        sampling = cls(
             config.num_inference_steps, config.guidance_scale, config.guidance_rescale, config.guidance_stop,
-            config.eta, isinstance(config, StreamConfig) and config.final_noise == "published", batched,
+            config.eta, batched=batched,
         )  # fmt: skip
+        if not isinstance(config, StreamConfig):
+            return sampling
+        published = config.final_noise == "published"
+        return replace(sampling, final_noise=published, reuse_interval=config.reuse_interval, solver=config.solver)
 
 
 @dataclass(frozen=True)
@@ -66,14 +73,15 @@ def both_branches(predict: Predict, latents: Tensor, timestep: int, batched: boo
 def denoise(
     predict: Predict, schedule: NoiseSchedule, noise: ChunkNoise, sampling: Sampling, observe: Observe | None = None
 ) -> Tensor:
-    """Sample one chunk of latents [1, C, F, h, w] with DDIM and classifier-free guidance.
+    """Sample one chunk of latents [1, C, F, h, w] with DDIM, plain or of second order, and classifier-free guidance.
 
     Guidance is left out where it changes nothing (scale 1) and below the timestep at which it is asked to stop.
 
     Source: arXiv 2403.14773 section 5 (DDIM, 50 steps, eta 1, guidance 7.5).
     """
-    latents = noise.initial
+    latents, previous = noise.initial, None
     timesteps, alpha_bars = schedule.ddim_grid(sampling.num_inference_steps)
+    rho = ((1 - alpha_bars) / alpha_bars).sqrt()
     stop = sampling.guidance_stop * schedule.config.num_train_timesteps
     for step, timestep in enumerate(timesteps.tolist()):
         if sampling.guidance_scale != 1.0 and timestep >= stop:
@@ -82,6 +90,9 @@ def denoise(
         else:
             output = predict(latents, timestep, CONDITIONAL)
         x0, epsilon = schedule.to_x0_eps(output, latents, timestep)
+        if sampling.solver == "dpmpp":
+            previous, x0 = x0, solvers.extrapolate(x0, previous, rho, step)
+            epsilon = (latents - alpha_bars[step].sqrt() * x0) / (1 - alpha_bars[step]).sqrt()
         last = step == len(timesteps) - 1
         eta = 0.0 if last and not sampling.final_noise else sampling.eta
         fresh = noise.step(step).to(latents) if eta > 0 else None

@@ -21,7 +21,7 @@ from streamt2v.diffusion.noise import Draws
 from streamt2v.diffusion.schedules import NoiseSchedule, sdedit_grid
 from streamt2v.errors import ConfigError, NumericsError
 from streamt2v.frames import is_finite
-from streamt2v.models.unet3d import Conditioning, UNet3D
+from streamt2v.models.unet3d import Conditioning
 from streamt2v.stages.denoise import CONDITIONAL, Predict, both_branches
 
 Encode = Callable[[int, int], Tensor]
@@ -30,9 +30,12 @@ Encode = Callable[[int, int], Tensor]
 
 @dataclass(frozen=True)
 class Denoiser:
-    """The refiner network with its schedule and the text of every chunk; `batched` as in `denoise.Sampling`."""
+    """The refiner network (or what was compiled from it), its schedule and the text of every chunk.
 
-    unet: UNet3D
+    `batched` as in `denoise.Sampling`.
+    """
+
+    unet: Callable[[Tensor, Tensor, Conditioning], Tensor]
     schedule: NoiseSchedule
     text: Callable[[Chunk], Conditioning]
     batched: bool = True
@@ -40,7 +43,12 @@ class Denoiser:
     def predictor(self, chunk: Chunk) -> Predict:
         """Return the network with the text of a chunk."""
         text = self.text(chunk)
-        return lambda latents, timestep, rows: self.unet(latents, timestep, text.rows(rows))
+
+        def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
+            # A number in a tensor, as compiled code would be made anew for every other number.
+            return self.unet(latents, torch.full((1,), timestep, device=latents.device), text.rows(rows))
+
+        return predict
 
 
 @dataclass
@@ -223,7 +231,8 @@ class Refiner:
         scaled = (latents / (self.rho[step] ** 2 + 1) ** 0.5).transpose(0, 1).unsqueeze(0)  # [1, C, F, h, w]
         timestep = int(self.timesteps[step])
         scale = self.settings.guidance_scale
-        if scale == 1.0:
+        stop = self.settings.guidance_stop * self.denoiser.schedule.config.num_train_timesteps
+        if scale == 1.0 or timestep < stop:
             output = predict(scaled, timestep, CONDITIONAL)
         else:
             unconditional, conditional = both_branches(predict, scaled, timestep, self.denoiser.batched)

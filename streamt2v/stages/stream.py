@@ -4,7 +4,7 @@ Three signals condition each chunk (arXiv 2403.14773 section 4): the text, the l
 frame through APM. The state between chunks is small and explicit: the last frames and the anchor, as floats.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +18,20 @@ from streamt2v.models.apm import AppearanceTokens
 from streamt2v.models.cam import ConditionalAttention
 from streamt2v.models.encoders import decode_latents, embed_image, encode_frames
 from streamt2v.models.unet3d import Conditioning, TextContext, UNet3D
-from streamt2v.stages.denoise import ChunkNoise, Observe, Predict, Sampling, denoise
+from streamt2v.stages.denoise import BOTH, ChunkNoise, Observe, Predict, Sampling, denoise
 
 NoiseOfChunk = Callable[[Chunk], ChunkNoise]
+
+
+def network_step(
+    unet: UNet3D, cam: ConditionalAttention | None, latents: Tensor, timestep: Tensor, denoiser: Conditioning,
+    extractor: Conditioning | None, embedded: Tensor | None, deep: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Do what the networks do in one denoising step, in one piece for a compiler: CAM, then the denoiser's `run`."""
+    features = None
+    if cam is not None and extractor is not None and embedded is not None:
+        features = cam(latents[:, :, : embedded.shape[2]], timestep, extractor, embedded, shallow=deep is not None)
+    return unet.run(latents, timestep, denoiser, features, deep)
 
 
 @dataclass(frozen=True)
@@ -28,7 +39,7 @@ class StreamModels:
     """The networks of the stage; `cam` None switches CAM off, `apm` None switches APM off.
 
     A `unet` with more input than output channels also gets the latents of the conditioning frames: the concatenation
-    that the ablation of arXiv 2403.14773 compares CAM with.
+    that the ablation of arXiv 2403.14773 compares CAM with. `step` is `network_step` or what was compiled from it.
     """
 
     unet: UNet3D
@@ -37,6 +48,7 @@ class StreamModels:
     cam: ConditionalAttention | None = None
     apm: AppearanceTokens | None = None
     image_encoder: torch.nn.Module | None = None
+    step: Callable[..., tuple[Tensor, Tensor]] = network_step
 
 
 @dataclass(frozen=True)
@@ -93,20 +105,33 @@ def beside(conditioning: Tensor, latents: Tensor) -> Tensor:
     return torch.cat([latents, functional.pad(conditioning, padding).expand(len(latents), -1, -1, -1, -1)], dim=1)
 
 
-def predictor(models: StreamModels, denoiser: Conditioning, extractor: Conditioning | None, frames: Tensor) -> Predict:
-    """Return the network conditioned on frames [Fc, 3, H, W] in its way; both branches see the same frames."""
+def predictor(
+    models: StreamModels, denoiser: Conditioning, extractor: Conditioning | None, frames: Tensor,
+    whole_at: Collection[int] | None = None,
+) -> Predict:  # fmt: skip
+    """Return the network conditioned on frames [Fc, 3, H, W] in its way; both branches see the same frames.
+
+    At timesteps that are not in `whole_at`, it takes the features of its deep layers from the last one that was.
+    """
+    clean = None
     if models.unet.config.in_channels > models.unet.config.out_channels:
         clean = encode_frames(models.vae, frames).transpose(0, 1).unsqueeze(0)  # [1, C, Fc, h, w]
-        return lambda latents, timestep, rows: models.unet(beside(clean, latents), timestep, denoiser.rows(rows))
-    if models.cam is None or extractor is None:
-        return lambda latents, timestep, rows: models.unet(latents, timestep, denoiser.rows(rows))
-    cam = models.cam
     # The pixel stack depends on neither step nor branch: once per chunk.
-    embedded = cam.embed_frames(frames.unsqueeze(0))  # [1, C, Fc, h, w]
+    embedded = None if models.cam is None else models.cam.embed_frames(frames.unsqueeze(0))  # [1, C, Fc, h, w]
+
+    kept: dict[int, Tensor] = {}  # features of the deep layers by row
 
     def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
-        features = cam(latents[:, :, : len(frames)], timestep, extractor.rows(rows), embedded)
-        return models.unet(latents, timestep, denoiser.rows(rows), features)  # type: ignore[no-any-return]
+        indices, given = range(BOTH.stop)[rows], latents if clean is None else beside(clean, latents)
+        reused = whole_at is not None and timestep not in whole_at
+        deep = torch.cat([kept[index] for index in indices]) if reused else None
+        # A number in a tensor, as compiled code would be made anew for every other number.
+        time = torch.full((1,), timestep, device=latents.device)
+        seen = None if extractor is None else extractor.rows(rows)
+        output, deep = models.step(models.unet, models.cam, given, time, denoiser.rows(rows), seen, embedded, deep)
+        if whole_at is not None and not reused:
+            kept.update(zip(indices, deep.chunk(len(indices)), strict=True))
+        return output
 
     return predict
 
@@ -128,8 +153,11 @@ class Streamer:
 
         The first Fc frames of the result re-create the conditioning frames, the others are new.
         """
-        predict = predictor(self.models, self.denoiser, self.extractor, conditioning_frames)
-        return denoise(predict, self.models.schedule, self.noise(chunk), self.sampling, observe)
+        schedule, sampling, whole_at = self.models.schedule, self.sampling, None
+        if sampling.reuse_interval > 1:
+            whole_at = schedule.timesteps(sampling.num_inference_steps)[:: sampling.reuse_interval].tolist()
+        predict = predictor(self.models, self.denoiser, self.extractor, conditioning_frames, whole_at)
+        return denoise(predict, schedule, self.noise(chunk), sampling, observe)
 
     @torch.inference_mode()
     def run(self, state: StreamState, chunks: Sequence[Chunk]) -> Iterator[tuple[Tensor, StreamState]]:

@@ -96,8 +96,10 @@ GUIDED = ["--guidance", 4]
         ([], ["--set", "refine.blending=independent"]), ([], ["--set", "refine.posterior=published"]),
         ([], ["--set", "refine.stochastic=false"]), (["--quality", "fast"], ["--quality", "balanced"]),
         ([], ["--set", "initialize.guidance_scale=5"]),
+        (TWO_STEPS, ["--set", "stream.reuse_interval=2"]), (["--steps", 4], ["--set", "stream.solver=dpmpp"]),
         (TWO_STEPS, ["--set", "stream.eta=0"]), (TWO_STEPS, ["--set", "initialize.eta=0"]),
         (TWO_STEPS, ["--set", "stream.guidance_stop=0.9"]), (TWO_STEPS, ["--set", "initialize.guidance_stop=0.9"]),
+        (["--set", "refine.guidance_scale=3"], ["--set", "refine.guidance_stop=1"]),
         (GUIDED, ["--set", "stream.guidance_rescale=1"]), (GUIDED, ["--set", "initialize.guidance_rescale=1"]),
     ],
 )  # fmt: skip

@@ -1,9 +1,11 @@
 """Schedules, solvers, guidance and blending: against the library step by step, and against what must always hold."""
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from streamt2v import convert
 from streamt2v.chunks import Chunk, refinement_plan
 from streamt2v.diffusion import blend, guidance
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig, sdedit_grid
-from streamt2v.diffusion.solvers import ddim_step, dpmpp_2m_step
+from streamt2v.diffusion.solvers import ddim_step, dpmpp_2m_step, extrapolate
 from streamt2v.errors import ConfigError
 
 PUBLISHED = ScheduleConfig()
@@ -178,6 +180,35 @@ def test_dpmpp_2m_equals_the_library_at_every_step(stochastic: bool) -> None:
         theirs_x = theirs.step(clean, timestep, theirs_x, variance_noise=fresh).prev_sample
         previous = clean
         torch.testing.assert_close(x * alpha[step + 1], theirs_x, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_ddim_with_extrapolated_estimates_is_dpmpp_2m(eta: float) -> None:
+    alpha_bars = torch.tensor([0.1, 0.3, 0.6, 0.9, 1.0], dtype=torch.float64)
+    rho = ((1 - alpha_bars) / alpha_bars).sqrt()
+    x, previous = noise(2, 5).double(), None
+    for step, (a, b) in enumerate(pairwise(alpha_bars)):
+        clean, fresh = noise(2, 5, seed=step + 10).double(), noise(2, 5, seed=step + 100).double() if eta else None
+        expected = dpmpp_2m_step(x / a.sqrt(), clean, previous, rho, step, fresh) * b.sqrt()
+        estimate = extrapolate(clean, previous, rho, step)
+        x, previous = ddim_step(estimate, (x - a.sqrt() * estimate) / (1 - a).sqrt(), a, b, eta, fresh), clean
+        torch.testing.assert_close(x, expected)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_extrapolation_makes_a_second_order(order: int) -> None:
+    """Of Gaussian data the best estimate and the ODE's solution are known: twice the steps, half or a quarter."""
+
+    def error(steps: int) -> float:
+        rho = 10 * torch.logspace(0, -2, steps + 1, dtype=torch.float64)
+        x, previous = torch.ones(1, dtype=torch.float64), None
+        for step in range(steps):
+            clean = x * 0.25 / (0.25 + rho[step] ** 2)  # of deviation 0.5
+            x = dpmpp_2m_step(x, clean, previous, rho, step, None)
+            previous = clean if order == 2 else None
+        return abs(float(x - ((0.25 + rho[-1] ** 2) / (0.25 + rho[0] ** 2)).sqrt()))
+
+    assert [math.log2(error(steps) / error(2 * steps)) for steps in (40, 80)] == pytest.approx([order, order], abs=0.2)
 
 
 def test_dpmpp_2m_is_exact_for_a_constant_estimate() -> None:

@@ -1,20 +1,24 @@
 """CAM and APM, the two modules the method adds: their formulas, and that they start as nothing."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional
 
+from streamt2v.chunks import Chunk, streaming_plan
+from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule
 from streamt2v.errors import ConfigError
 from streamt2v.models.apm import AppearanceTokens, TokenMixing
 from streamt2v.models.cam import CamConfig, ConditionalAttention, init_from_unet
 from streamt2v.models.encoders import encode_frames
 from streamt2v.models.unet3d import CamMerger, TextContext, UNet3D, UNet3DConfig
-from streamt2v.stages.denoise import BOTH
-from streamt2v.stages.stream import StreamModels, predictor
+from streamt2v.stages.denoise import BOTH, Sampling
+from streamt2v.stages.stream import Streamer, StreamModels, chunk_noise, predictor
 from streamt2v.training.losses import DEMO_SCHEDULE
 from streamt2v.training.vae import build_vae
 
@@ -121,6 +125,35 @@ def test_anchor_tokens_average_several_anchors() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("batched", [True, False])
+@torch.inference_mode()
+def test_deep_layers_run_at_every_nth_step_of_a_chunk(batched: bool) -> None:
+    """Five steps, the last two unguided: deep features of both branches, then those of one."""
+    unet, cam = UNet3D(replace(SIZES, cam=True)).eval(), ConditionalAttention(CAM).eval()
+    for parameter in [*unet.parameters(), *cam.parameters()]:
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    rows: list[int] = []
+    for network in (unet, cam):
+        network.mid_block.register_forward_hook(lambda layer, given, made: rows.append(len(made)))
+    plan, prepared, frames = streaming_plan(13, 5, 3)[1:4], text(), torch.rand(13, 3, 16, 16)
+    models = StreamModels(unet, NoiseSchedule(DEMO_SCHEDULE), build_vae(), cam)
+    noise = chunk_noise(SeededDraws(0), 5, (4, 4, 4))
+
+    def latents(interval: int, chunks: Sequence[Chunk], batched: bool) -> list[Tensor]:
+        sampling = Sampling(5, 2.0, guidance_stop=0.5, batched=batched, reuse_interval=interval)
+        streamer = Streamer(models, prepared, frames[0], sampling, noise)
+        return [streamer.chunk_latents(chunk, frames[chunk.start :][:3]) for chunk in chunks]
+
+    whole = latents(1, plan[:1], batched)
+    rows.clear()
+    reusing = latents(2, plan, batched)
+    # Steps 0, 2 and 4: CAM's three frames and the denoiser's five of every row.
+    both = [6, 10] if batched else [3, 5, 3, 5]
+    assert rows == [*both, *both, 3, 5] * len(plan)
+    assert 1e-4 < (reusing[0] - whole[0]).abs().max() < 1
+    torch.testing.assert_close(latents(2, plan[1:2], not batched)[0], reusing[1], rtol=1e-4, atol=1e-4)
+
+
 def test_without_cam_a_wider_denoiser_gets_the_frames_latents_beside_its_own() -> None:
     models = StreamModels(UNet3D(replace(SIZES, in_channels=8)).eval(), NoiseSchedule(DEMO_SCHEDULE), build_vae())
     denoiser = models.unet.prepare(text())

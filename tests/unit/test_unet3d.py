@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from streamt2v.errors import ConfigError
 from streamt2v.models import layers
+from streamt2v.models.cam import CamConfig, ConditionalAttention
 from streamt2v.models.refiner import legal_canvas
 from streamt2v.models.unet3d import CamFeatures, TextContext, UNet3D, UNet3DConfig
 
@@ -241,3 +242,47 @@ def test_a_canvas_is_legal_exactly_where_the_network_keeps_the_size() -> None:
     unet = UNet3D(config).eval()
     conditioning = unet.prepare(text(1, config))
     assert all(unet(torch.zeros(1, 4, 1, *size), 1, conditioning).shape[-2:] == size for size in legal)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        WHOLE,
+        replace(WHOLE, layers_per_block=2, attention_levels=(False, True, False)),
+        replace(SMALL, layers_per_block=2, downsample_padding=(2, 1)),
+    ],
+    ids=["whole", "two layers, no text above", "refiner"],
+)
+@torch.inference_mode()
+def test_deep_features_of_the_same_step_change_nothing_and_nothing_deep_is_computed(config: UNet3DConfig) -> None:
+    unet = UNet3D(config).eval()
+    randomise(unet)
+    extractor = None
+    if config.cam:
+        extractor = ConditionalAttention(CamConfig(replace(config, cam=False, image_tokens=0), (4, 6, 8), 2)).eval()
+        randomise(extractor, seed=1)
+    latents, context = torch.randn(2, 4, 3, 6, 8), text(2, config)
+    prepared = unet.prepare(context)
+
+    def run(deep: Tensor | None) -> tuple[Tensor, Tensor]:
+        cam = None
+        if extractor is not None:
+            embedded = extractor.embed_frames(torch.ones(1, 2, 3, 24, 32))
+            cam = extractor(latents[:, :, :2], 500, extractor.prepare(context), embedded, shallow=deep is not None)
+        return unet.run(latents, 500, prepared, cam, deep)
+
+    whole, deep = run(None)
+    _, other = unet.run(torch.randn_like(latents), 900, prepared)
+    for network in (unet, extractor):
+        for name, level in () if network is None else network.named_children():
+            if name == "down_blocks":
+                level = nn.ModuleList([*level[1:], level[0].downsamplers])
+            elif name == "up_blocks":
+                level = level[:-1]
+            if name in ("down_blocks", "mid_block", "up_blocks"):
+                for parameter in level.parameters():
+                    parameter.fill_(torch.nan)
+    again, kept = run(deep)
+    torch.testing.assert_close(again, whole, rtol=0, atol=0)
+    assert kept is deep
+    assert (run(other)[0] - whole).abs().max() > 0.01
