@@ -101,7 +101,7 @@ QualityOption = Annotated[
     str | None,
     _steering(
         "--quality",
-        "How much is computed: reference, balanced or fast.",
+        "How much is computed: reference, balanced or fast; by default as the preset says.",
         autocompletion=_completing(lambda: get_args(Quality)),
     ),
 ]
