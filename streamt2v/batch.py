@@ -262,6 +262,8 @@ def _outcomes(tasks: Sequence[Task], tell: Tell, ray: str | None) -> Generator[t
         if task.made is None:
             todo.append(task)
         else:
+            if not task.job.keep_run:
+                runs.discard(task.job.run_path)
             yield task, {"ok": True, "status": "there", **asdict(task.made)}
     if todo:
         with contextlib.closing(_locally(todo, tell) if ray is None else _on_ray(todo, tell, ray)) as outcomes:

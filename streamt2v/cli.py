@@ -208,6 +208,7 @@ def resume(
     output = runs.output_of(run)
     if output.is_file() and not runs.exists(runs.directory_for(output)):
         result = jobs.made(output)
+        runs.discard(runs.directory_for(output))
         _saying(quiet)(f"{output} is finished")
         _emit_result(result, json_output)
     else:

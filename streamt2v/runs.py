@@ -80,6 +80,13 @@ def size(path: Path) -> int:
     return 0
 
 
+def discard(path: Path) -> None:
+    """Remove the run directory of a finished output, which whoever made it was killed before doing or while doing."""
+    if path.is_dir() and (exists(path) or (path / "lock").exists() or not any(path.iterdir())):
+        with contextlib.suppress(BusyError, OutputError):  # somebody makes the output again; or it may not be written
+            RunDirectory(path).remove()
+
+
 def recorded(path: Path) -> Record:
     """Read the record of the run in a directory.
 

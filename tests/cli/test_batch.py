@@ -392,7 +392,11 @@ def test_networks_are_loaded_once_and_what_is_there_is_not_made_again(
     capsys.readouterr()
 
     before, loads = {file: file.stat().st_mtime_ns for file in out.iterdir()}, len(loaded)
+    left = runs.directory_for(next(iter(before))) / "state"  # by a process that was killed at its very end
+    left.mkdir(parents=True)
+    (left.parent / "lock").touch()
     assert call(*command, "--json") == 0
+    assert not left.parent.exists()
     events = parsed(capsys.readouterr().out)
     assert [result["status"] for result in results(events).values()] == ["there", "there"]
     assert len(events) == 3 and len(loaded) == loads

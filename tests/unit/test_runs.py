@@ -368,6 +368,30 @@ def test_a_half_removed_run_is_no_run(tmp_path: Path, monkeypatch: pytest.Monkey
         assert fresh.num_base_chunks == 0
 
 
+@pytest.mark.parametrize("gone", [(), ("run.json",), ("run.json", "base", "state", "lock")])
+def test_what_is_left_of_a_finished_run_is_removed(gone: tuple[str, ...], tmp_path: Path) -> None:
+    path = tmp_path / "run.streamt2v"
+    with RunDirectory.open(path, RECIPE, resume=False) as run:
+        work(run)
+        runs.discard(path)
+        assert runs.exists(path)  # somebody works on it
+    for name in gone:
+        shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink()
+    for child in path.iterdir() if "lock" in gone else ():
+        child.unlink()
+    runs.discard(path)
+    assert not path.exists()
+    runs.discard(path)
+
+
+def test_a_folder_of_somebody_else_is_not_discarded(tmp_path: Path) -> None:
+    path = tmp_path / "run.streamt2v"
+    path.mkdir()
+    (path / "note.txt").write_text("mine")
+    runs.discard(path)
+    assert [child.name for child in path.iterdir()] == ["note.txt"]
+
+
 def test_space_is_asked_for_before_it_is_needed(tmp_path: Path) -> None:
     files.require_space(tmp_path / "not" / "yet" / "there", 1, "a run")
     with pytest.raises(OutputError, match=r"a run needs about 1,000,000,000 MB .* are free"):
