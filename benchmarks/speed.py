@@ -46,7 +46,6 @@ from streamt2v.config import RunConfig
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from streamt2v.errors import MemoryLimitError
-from streamt2v.home import path as home
 from streamt2v.models.encoders import decode_latents, encode_frames, latent_factor, latent_size
 from streamt2v.models.refiner import legal_canvas
 from streamt2v.models.unet3d import Conditioning, TextContext, UNet3D
@@ -385,7 +384,7 @@ def gains(networks: Networks, compiled: bool) -> Iterator[tuple[str, Work, Work]
         return
 
     def compile(function: Any, graphs: bool = False) -> Any:
-        return devices.compiled(function, networks.device, home() / "compiled", graphs=graphs)
+        return devices.compiled(function, networks.device, graphs=graphs)
 
     fast = replace(models, step=compile(stream.network_step, graphs=True))
     yield "compiled, stage 2", partial(step, predict), partial(step, stream.predictor(fast, *prepared, shown))

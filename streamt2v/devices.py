@@ -143,7 +143,15 @@ def arrange(network: torch.nn.Module, device: Device) -> None:
                 parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
 
 
-def compiled(function: Function, device: Device, cache: Path, *, graphs: bool = False) -> Function:
+def keep_compiled(folder: Path) -> None:
+    """Keep what torch compiles for later processes in a folder, unless TORCHINDUCTOR_CACHE_DIR names one.
+
+    To be called before diffusers or transformers is imported: they set the variable to a temporary folder.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
+def compiled(function: Function, device: Device, *, graphs: bool = False) -> Function:
     """Return a function of tensors that torch compiles at its first call, and again for tensors of other shapes.
 
     Where that fails, a warning says so and the function itself is called from then on.
@@ -151,13 +159,11 @@ def compiled(function: Function, device: Device, cache: Path, *, graphs: bool = 
     Args:
         function: computes without looking at values, so that one graph holds all of it.
         device: where it runs; a CPU needs a C++ compiler.
-        cache: folder that keeps what was compiled for later processes, unless TORCHINDUCTOR_CACHE_DIR names one.
         graphs: on a CUDA device also record the kernels as graphs, which keep their memory until `release_memory`; for
             functions whose kernels take less time than their launch.
     """
     import torch
 
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     mode = "reduce-overhead" if graphs and device.kind == "cuda" else None
     made: Callable[..., Any] | None = torch.compile(function, fullgraph=True, dynamic=False, backend=BACKEND, mode=mode)
 

@@ -258,6 +258,8 @@ class _Maker:
         self.compiles = job.config.compile and not policy.offload
         if job.config.compile and policy.offload:
             report.note("with weights on the host the networks are not compiled", warning=True)
+        if self.compiles:
+            devices.keep_compiled(home() / "compiled")
         self.draws = SeededDraws(self.config.seed)
         # A continued video keeps its frames; the last of them are the first chunk of the base video.
         kept = jobs.inspect_source(job.source).frames if job.source and job.command == "extend" else 0
@@ -602,7 +604,7 @@ class _Maker:
     def _compiled(self, function: Callable[..., Any], graphs: bool = False) -> Callable[..., Any]:
         if not self.compiles:
             return function
-        return devices.compiled(function, self.device, home() / "compiled", graphs=graphs)
+        return devices.compiled(function, self.device, graphs=graphs)
 
     def _load(self, role: str) -> Any:
         began = time.monotonic()

@@ -41,7 +41,7 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Compil
     def compile(function: Callable[..., Any]) -> tuple[Callable[..., Any], CompileCounterWithBackend]:
         counter = CompileCounterWithBackend("eager")
         monkeypatch.setattr(devices, "BACKEND", counter)
-        return devices.compiled(function, CPU, tmp_path), counter
+        return devices.compiled(function, CPU), counter
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)  # takes most of the time when captured
@@ -105,7 +105,7 @@ def test_the_halves_of_a_vae_are_one_graph_each(compiled: Compile) -> None:
 
 
 def test_what_cannot_be_compiled_runs_as_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tries = []
 
@@ -114,17 +114,15 @@ def test_what_cannot_be_compiled_runs_as_it_is(
         raise RuntimeError("no compiler was found\nand much more")
 
     monkeypatch.setattr(devices, "BACKEND", broken)
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    double = devices.compiled(lambda x: 2 * x, CPU, tmp_path / "kept")
+    double = devices.compiled(lambda x: 2 * x, CPU)
     with caplog.at_level(logging.WARNING):
         assert [double(torch.tensor([value])).item() for value in (1.0, 2.0)] == [2, 4]
     (said,) = (record.getMessage() for record in caplog.records if record.name == devices.__name__)
     assert "no compiler was found" in said and "much more" not in said
     assert len(tries) == 1
-    assert devices.os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "kept")
 
 
-def test_too_little_memory_is_no_failure_to_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_no_failure_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     """It must reach who knows what to do about it."""
 
     def broken(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
@@ -135,7 +133,7 @@ def test_too_little_memory_is_no_failure_to_compile(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(devices, "BACKEND", broken)
     with pytest.raises(torch.OutOfMemoryError):
-        devices.compiled(lambda x: 3 * x, CPU, tmp_path)(torch.ones(1))
+        devices.compiled(lambda x: 3 * x, CPU)(torch.ones(1))
 
 
 def test_a_run_compiles_what_takes_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +141,7 @@ def test_a_run_compiles_what_takes_its_time(tmp_path: Path, monkeypatch: pytest.
     called: set[str] = set()
     report = Warnings()
 
-    def compiled(function: Callable[..., Any], device: devices.Device, cache: Path, graphs: bool = False) -> Any:
+    def compiled(function: Callable[..., Any], device: devices.Device, graphs: bool = False) -> Any:
         name = getattr(function, "__qualname__", type(function).__name__)
         asked.append((name, graphs))
         return lambda *given: called.add(name) or function(*given)
@@ -153,9 +151,13 @@ def test_a_run_compiles_what_takes_its_time(tmp_path: Path, monkeypatch: pytest.
         pipeline.run(jobs.Job("generate", settings, tmp_path / name, device="cpu"), report)
 
     monkeypatch.setattr(devices, "compiled", compiled)
+    monkeypatch.setenv("STREAMT2V_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is restored
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     make("not asked for.mp4", False)
     assert not asked
     make("compiled.mp4", True)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "home" / "compiled")
     names = ["Decoder.forward", "Encoder.forward", "UNet3D", "network_step"]
     assert sorted(asked) == [(name, name == "network_step") for name in names]
     assert sorted(called) == names
@@ -172,13 +174,15 @@ def test_what_was_compiled_is_kept_for_later_processes(tmp_path: Path) -> None:
     code = """
 import sys, torch
 from pathlib import Path
+from streamt2v import devices, pipeline
+devices.keep_compiled(Path(sys.argv[1]))
+from transformers import CLIPTextModel
 from torch._dynamo.utils import counters
-from streamt2v import devices
 from streamt2v.models.layers import ResnetBlock
 block = ResnetBlock(8, 16, 32, groups=4)
 given = torch.randn(2, 8, 6, 6), torch.randn(1, 32)
 with torch.inference_mode():
-    fast = devices.compiled(block, devices.Device("cpu"), Path(sys.argv[1]))
+    fast = devices.compiled(block, devices.Device("cpu"))
     torch.testing.assert_close(fast(*given), block(*given), rtol=1e-4, atol=1e-5)
 print(counters["inductor"]["fxgraph_cache_hit"])
 """
