@@ -72,7 +72,10 @@ def test_work_is_counted_in_full() -> None:
         assert count.measure(forward)["tflop"] == pytest.approx(5.042, rel=0.02)
 
 
-def test_in_16_bit_no_gain_changes_more_than_rounding_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_in_16_bit_no_gain_changes_more_than_rounding_does(
+    compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two ways in 16 bit, each as far from 32 bit as the plain one is, are at most twice as far from each other."""
     given = speed.options.parse_settings(SIZES["demo"])
     asked = speed.settings("demo", "fast", given | {"refine.chunk": 4, "refine.overlap": 2})
@@ -82,9 +85,9 @@ def test_in_16_bit_no_gain_changes_more_than_rounding_does(tmp_path: Path, monke
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
     with torch.inference_mode():
         gap = max(speed.rounding(networks).values(), key=lambda found: found or 0)
-        found = {name: speed.difference(old(), new()) for name, old, new in speed.gains(networks, compiled=True)}
+        found = {name: speed.difference(old(), new()) for name, old, new in speed.gains(networks, compiled)}
     torch.compiler.reset()
     assert gap is not None
     assert max(change or 0 for change in found.values()) <= 2 * gap
-    assert len(found) > 9
-    assert sum(name.startswith("compiled, ") for name in found) == 4
+    assert len(found) > 5
+    assert sum(name.startswith("compiled, ") for name in found) == 4 * compiled
