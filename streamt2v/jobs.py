@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from streamt2v import devices, files, hub, initializers, runs, vocabulary, weights
 from streamt2v.config import Prompt, RunConfig, merge, to_flat
 from streamt2v.errors import ConfigError, InputError, OutputError, ResumeError, StreamT2VError, VideoError
+from streamt2v.home import sha256_of
 
 if TYPE_CHECKING:
     from streamt2v.video import VideoInfo
@@ -134,8 +134,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 @lru_cache(maxsize=8)
 def _sha256(path: Path, _stamp: tuple[int, int, int] | None) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path)
 
 
 def inspect_source(path: Path) -> Source:
