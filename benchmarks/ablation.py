@@ -20,9 +20,7 @@ Measures, beside those of `streamt2v evaluate` (flow at 144x144):
 """
 
 import datetime
-import tempfile
 from dataclasses import replace
-from fractions import Fraction
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -30,13 +28,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from score import HERE, WEIGHTS, collect, judged, load, machine, measured, options, scene
+from score import HERE, WEIGHTS, collect, judged, load, machine, measured, options, refine, scene
 
-from streamt2v import config, jobs, pipeline, video
 from streamt2v.chunks import Chunk, refinement_plan, seams, streaming_plan
 from streamt2v.frames import Frames, to_u8
 from streamt2v.models.unet3d import UNet3D
-from streamt2v.progress import Progress
 from streamt2v.stages.stream import StreamModels
 from streamt2v.training import bundle, denoisers
 from streamt2v.training.captions import canonical
@@ -55,19 +51,6 @@ def begin(models: StreamModels, text: TextSource, scene: Scenes, start: str, see
     if start == "text":
         return prompt, make_video(models, text, prompt, seed=seed)
     return prompt, render(scene, torch.arange(CLIP_FRAMES)[None])[0]
-
-
-def refine(frames: Frames, prompt: str, seed: int, settings: dict[str, Any]) -> Frames:
-    """Refine frames [F, H, W, 3] as the command does."""
-    own = {"prompt": prompt, "seed": seed, "num_frames": len(frames), "output.crf": 1}
-    built = config.merge(config.preset("demo"), own, settings)
-    with tempfile.TemporaryDirectory() as folder:
-        source, output = Path(folder) / "base.mp4", Path(folder) / "out.mp4"
-        writer = video.SegmentWriter(Path(folder) / "grow.mp4", *frames.shape[1:3], Fraction(8), crf=1)
-        writer.append(frames)
-        writer.finish(source)
-        pipeline.run(jobs.Job("refine", built, output, source=source), Progress(quiet=True))
-        return np.concatenate(list(video.read_frames(output)))
 
 
 def overlap_score(frames: Frames, plan: tuple[Chunk, ...]) -> float:

@@ -1,11 +1,11 @@
 """Does the demo do what its prompts say, and does it hold? Random prompts of its world, judged at both ends.
 
     python benchmarks/score.py --prompts 100 --frames 16 --jobs 2
-    python benchmarks/score.py --prompts 20 --frames 1200 --jobs 2
+    python benchmarks/score.py --prompts 20 --frames 1200 --refine --jobs 2
 
 Makes the first two stages' video of every prompt and writes benchmarks/results/DATE-demo-FRAMES.json after each; run
 again, it goes on. The judge of docs/demo.md says what the first and the last 16 frames show; the rest is what
-`streamt2v evaluate` measures (flow at 144x144).
+`streamt2v evaluate` measures (flow at 144x144). With --refine the same is said of the refined video, too.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import hashlib
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamt2v.chunks import seams, streaming_plan
+from streamt2v import config, jobs, pipeline, video
+from streamt2v.chunks import refinement_plan, seams, streaming_plan
 from streamt2v.frames import Frames, to_float, to_u8
 from streamt2v.metrics.evaluation import Settings, Subject, measure
 from streamt2v.models.apm import AppearanceTokens
 from streamt2v.models.cam import ConditionalAttention
 from streamt2v.models.unet3d import UNet3D
+from streamt2v.progress import Progress
 from streamt2v.stages.stream import StreamModels
 from streamt2v.training import bundle, denoisers, sheets
 from streamt2v.training.captions import build_tokenizer, canonical
@@ -82,20 +86,45 @@ def measured(frames: Frames, seams_at: Iterable[int] = (), refine_seams: Iterabl
     return {name: found[name] for name in SCORES}
 
 
-def score(index: int, seed: int, frames: int, weights: Path, sheet: Path | None) -> dict[str, Any]:
-    """Make and measure the video of one random prompt; `sheet` takes a picture of it."""
+def refine(frames: Frames, prompt: str, seed: int, settings: dict[str, Any]) -> Frames:
+    """Refine frames [F, H, W, 3] as the command does; returns the refined ones, decoded from its file."""
+    own = {"prompt": prompt, "seed": seed, "num_frames": len(frames), "output.crf": 1}
+    built = config.merge(config.preset("demo"), own, settings)
+    with tempfile.TemporaryDirectory() as folder:
+        source, output = Path(folder) / "base.mp4", Path(folder) / "out.mp4"
+        writer = video.SegmentWriter(Path(folder) / "grow.mp4", *frames.shape[1:3], Fraction(8), crf=1)
+        writer.append(frames)
+        writer.finish(source)
+        pipeline.run(jobs.Job("refine", built, output, source=source), Progress(quiet=True))
+        return np.concatenate(list(video.read_frames(output)))
+
+
+def score(index: int, seed: int, frames: int, weights: Path, refined: bool, sheet: Path | None) -> dict[str, Any]:
+    """Make and measure the video of one random prompt, refined too if asked; `sheet` takes a picture of it."""
     torch.set_num_threads(1)
     models, text = load(weights)
     asked = scene(index, seed).labels().tolist()[0]
     prompt = canonical(asked)
     plan = streaming_plan(frames, CLIP_FRAMES, sheets.OVERLAP)
-    video: Tensor = sheets.make_video(models, text, prompt, len(plan) - 1, seed + index)[:frames]
+    made: Tensor = sheets.make_video(models, text, prompt, len(plan) - 1, seed + index)[:frames]
     if sheet is not None:
-        sheets.write_sheet(sheet / f"{index:03d}.png", video[None, :: max(1, frames // 24)])
-    shown = to_u8(video)
-    ends = {"first": judged(shown[:CLIP_FRAMES]), "last": judged(shown[-CLIP_FRAMES:])}
+        sheets.write_sheet(sheet / f"{index:03d}.png", made[None, :: max(1, frames // 24)])
+    shown = to_u8(made)
+    row = {"index": index, "prompt": prompt, "seed": seed + index, **described(shown, asked, seams(plan))}
+    if refined:
+        demo = config.merge(config.preset("demo")).refine
+        borders = seams(refinement_plan(frames, demo.chunk, demo.overlap))
+        row["refined"] = described(refine(shown, prompt, seed + index, {}), asked, seams(plan), borders)
+    return row
+
+
+def described(
+    frames: Frames, asked: list[int], seams_at: Iterable[int], refine_seams: Iterable[int] = ()
+) -> dict[str, Any]:
+    """Return which attributes are right in the first and in the last 16 frames, and the scores."""
+    ends = {"first": judged(frames[:CLIP_FRAMES]), "last": judged(frames[-CLIP_FRAMES:])}
     right = {end: dict(zip(ATTRIBUTES, np.equal(seen, asked).tolist(), strict=True)) for end, seen in ends.items()}
-    return {"index": index, "prompt": prompt, "seed": seed + index, **right, **measured(shown, seams(plan))}
+    return {**right, **measured(frames, seams_at, refine_seams)}
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -113,7 +142,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         }
     known = {name: [row[name] for row in rows if row[name] is not None] for name in SCORES}
     means = {name: float(np.mean(values)) for name, values in known.items() if values}
-    return {"prompts": len(rows), **shares, **means}
+    refined = {"refined": summary([row["refined"] for row in rows])} if "refined" in rows[0] else {}
+    return {"prompts": len(rows), **shares, **means, **refined}
 
 
 def machine(frames: int, weights: Path) -> dict[str, Any]:
@@ -157,10 +187,13 @@ def main() -> None:
     """Score, store after every prompt, add the summary and print it."""
     parser = options(__doc__, prompts=100, frames=CLIP_FRAMES, seed=5000)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--refine", action="store_true", help="refine every video, too, with the shipped refiner")
     asked = parser.parse_args()
-    work = partial(score, seed=asked.seed, frames=asked.frames, weights=asked.weights, sheet=asked.sheets)
+    work = partial(
+        score, seed=asked.seed, frames=asked.frames, weights=asked.weights, refined=asked.refine, sheet=asked.sheets
+    )  # fmt: skip
     path = asked.out or HERE / "results" / f"{datetime.date.today()}-demo-{asked.frames}.json"
-    header = machine(asked.frames, asked.weights)
+    header = {**machine(asked.frames, asked.weights), "refined": asked.refine}
     rows = collect(path, header, work, asked.prompts, asked.jobs)
     path.write_text(json.dumps({**header, "summary": summary(rows), "rows": rows}, indent=1) + "\n")
     print(json.dumps(summary(rows), indent=1))

@@ -6,7 +6,6 @@ Torch is imported when a device is resolved, not with this module.
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import logging
 import os
 import subprocess
@@ -218,8 +217,10 @@ def glance(name: str = "auto") -> tuple[str, int]:
     Raises:
         ConfigError: the name means nothing.
     """
+    from importlib.metadata import version  # not at import: it takes 15 ms of every command
+
     kind, _ = parse(name)
-    if kind in ("auto", "cuda") and (kind == "cuda" or "+cpu" not in importlib.metadata.version("torch")):
+    if kind in ("auto", "cuda") and (kind == "cuda" or "+cpu" not in version("torch")):
         ask = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
         try:
             said = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout.split()

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-
 from streamt2v import files
 from streamt2v.errors import BusyError, WeightsError
 
@@ -114,6 +112,8 @@ def remember(section: Section, rows: Mapping[str, Any]) -> None:
     Raises:
         OutputError: the record cannot be written.
     """
+    from filelock import FileLock  # not at import: it takes 15 ms of every command
+
     files.make_directory(path())
     with files.output_errors(record_path()), FileLock(path() / ".weights.lock"):
         table = {name: recorded(name) for name in ROWS}
@@ -124,6 +124,8 @@ def remember(section: Section, rows: Mapping[str, Any]) -> None:
 @contextlib.contextmanager
 def working_on(file: Path) -> Iterator[None]:
     """Hold a file of the home for this process alone. Raises BusyError when another one has it."""
+    from filelock import FileLock, Timeout
+
     files.make_directory(file.parent)
     lock = FileLock(file.with_name(f".{file.name}.lock"), timeout=0)
     try:

@@ -31,8 +31,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from filelock import FileLock, Timeout
-
 from streamt2v import files
 from streamt2v.errors import BusyError, OutputError, ResumeError, VideoError
 
@@ -162,6 +160,8 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         """Lock a directory, making it when missing. Raises BusyError when another process works in it."""
+        from filelock import FileLock  # not at import: it takes 15 ms of every command
+
         self.path, self.resumed = path, False
         self._base, self._states = path / "base", path / "state"
         self._segments: list[_Segment] = []
@@ -273,6 +273,8 @@ class RunDirectory:
         self.close()
 
     def _acquire(self) -> None:
+        from filelock import Timeout
+
         try:
             if not self._lock.is_locked:
                 self._lock.acquire()
