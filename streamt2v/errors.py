@@ -16,7 +16,12 @@ StreamT2VError            1    base; a bare one is a bug
 └── Interrupted         130    SIGINT (143 for SIGTERM); the run can be resumed
 """
 
+import contextlib
 import errno
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
 
 
 class StreamT2VError(Exception):
@@ -154,3 +159,19 @@ def stopped_by(error: BaseException | None) -> BaseException | None:
     while error is not None and not isinstance(error, SIGNALS):
         error = error.__context__
     return error
+
+
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """Hold back SIGINT and SIGTERM for one short call of a library that would turn them into an error of its own."""
+    arrived: list[tuple[Any, ...]] = []
+    both = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {one: signal.signal(one, lambda *said: arrived.append(said)) for one in both}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+        for number, frame in arrived[:1]:
+            if callable(handler := before[number]):
+                handler(number, frame)

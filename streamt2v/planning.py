@@ -155,7 +155,7 @@ def _key(config: RunConfig, kind: str, policy: memory.MemoryPolicy) -> str:
         kind, policy.offload, config.compile, config.model, initializers.named(config), config.initialize.text_to_image,
         stream.chunk, stream.overlap, stream.height, stream.width,
         stream.num_inference_steps, stream.guidance_scale > 1, stream.guidance_stop, stream.cam, stream.apm,
-        stream.reuse_interval,
+        stream.reuse_interval, stream.replacement,
         refine.enabled,
     ]  # fmt: skip
     if refine.enabled:

@@ -22,7 +22,7 @@ from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from streamt2v import config, files, home
-from streamt2v.errors import ConfigError, OutputError, WeightsError
+from streamt2v.errors import ConfigError, OutputError, WeightsError, signals_wait
 from streamt2v.home import Recorded
 
 if TYPE_CHECKING:
@@ -647,16 +647,18 @@ def load_module(path: Path, device: str | torch.device, dtype: torch.dtype) -> t
     wanted = shapes(module)
     _check_keys(path, name, wanted, {key: row.shape for index in parts.values() for key, row in index.items()})
 
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     converted: dict[str, torch.Tensor] = {}
-    for part in parts:
+    for part, index in parts.items():
         try:
-            tensors = load_file(part, device=str(device))
+            with safe_open(part, "pt", str(device)) as file:
+                for key in index:
+                    with signals_wait():  # inside torch one would become a ValueError
+                        tensor = file.get_tensor(key)
+                    converted[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{part} cannot be read: {error}", "run `streamt2v weights verify`") from error
-        converted |= {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
     return furnish(module, {key: converted[key] for key in wanted}, device)
 
 

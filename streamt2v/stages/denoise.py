@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from streamt2v.config import InitializeConfig, Solver, StreamConfig
-from streamt2v.diffusion import guidance, solvers
+from streamt2v.diffusion import guidance, replacement, solvers
 from streamt2v.diffusion.schedules import NoiseSchedule
 
 Predict = Callable[[Tensor, int, slice], Tensor]
@@ -27,7 +27,7 @@ class Sampling:
     """How to sample: steps, guidance, DDIM's share of fresh noise (eta), and whether the last step adds any.
 
     `batched` runs both branches of guidance in one batch, else one after the other with half the memory;
-    `reuse_interval` and `solver` are the streaming stage's.
+    `reuse_interval`, `solver` and the replacement are the streaming stage's.
     """
 
     num_inference_steps: int
@@ -39,6 +39,8 @@ class Sampling:
     batched: bool = True
     reuse_interval: int = 1
     solver: Solver = "ddim"
+    replacement: bool = False
+    replacement_carry: float = 0.0
 
     @classmethod
     def of(cls, config: InitializeConfig | StreamConfig, batched: bool = True) -> "Sampling":
@@ -49,8 +51,10 @@ class Sampling:
         )  # fmt: skip
         if not isinstance(config, StreamConfig):
             return sampling
-        published = config.final_noise == "published"
-        return replace(sampling, final_noise=published, reuse_interval=config.reuse_interval, solver=config.solver)
+        return replace(
+            sampling, final_noise=config.final_noise == "published", reuse_interval=config.reuse_interval,
+            solver=config.solver, replacement=config.replacement, replacement_carry=config.replacement_carry,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,14 @@ def both_branches(predict: Predict, latents: Tensor, timestep: int, batched: boo
 
 @torch.inference_mode()
 def denoise(
-    predict: Predict, schedule: NoiseSchedule, noise: ChunkNoise, sampling: Sampling, observe: Observe | None = None
-) -> Tensor:
+    predict: Predict, schedule: NoiseSchedule, noise: ChunkNoise, sampling: Sampling,
+    observe: Observe | None = None, known: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Sample one chunk of latents [1, C, F, h, w] with DDIM, plain or of second order, and classifier-free guidance.
 
-    Guidance is left out where it changes nothing (scale 1) and below the timestep at which it is asked to stop.
+    Guidance is left out where it changes nothing (scale 1) and below the timestep at which it is asked to stop. `known`
+    are clean latents [1, C, Fc, h, w] of the first Fc frames: they take the place of the network's estimates at every
+    step (`replacement`), so these frames run from their noise to `known`, and the others are denoised beside them.
 
     Source: arXiv 2403.14773 section 5 (DDIM, 50 steps, eta 1, guidance 7.5).
     """
@@ -90,10 +97,14 @@ def denoise(
         else:
             output = predict(latents, timestep, CONDITIONAL)
         x0, epsilon = schedule.to_x0_eps(output, latents, timestep)
+        last = step == len(timesteps) - 1
+        if known is not None:
+            # In the last step the network alone decides what new frames look like: what was carried leaves no trace.
+            x0 = replacement.put_in_place(x0, known, 0.0 if last else sampling.replacement_carry)
         if sampling.solver == "dpmpp":
             previous, x0 = x0, solvers.extrapolate(x0, previous, rho, step)
+        if known is not None or sampling.solver == "dpmpp":
             epsilon = (latents - alpha_bars[step].sqrt() * x0) / (1 - alpha_bars[step]).sqrt()
-        last = step == len(timesteps) - 1
         eta = 0.0 if last and not sampling.final_noise else sampling.eta
         fresh = noise.step(step).to(latents) if eta > 0 else None
         latents = solvers.ddim_step(x0, epsilon, alpha_bars[step], alpha_bars[step + 1], eta, fresh)

@@ -151,13 +151,17 @@ class Streamer:
     def chunk_latents(self, chunk: Chunk, conditioning_frames: Tensor, observe: Observe | None = None) -> Tensor:
         """Sample one chunk: conditioning frames [Fc, 3, H, W] in [-1, 1] -> latents [1, C, F, h, w].
 
-        The first Fc frames of the result re-create the conditioning frames, the others are new.
+        The first Fc frames of the result re-create the conditioning frames (with replacement: are them), the others are
+        new.
         """
         schedule, sampling, whole_at = self.models.schedule, self.sampling, None
         if sampling.reuse_interval > 1:
             whole_at = schedule.timesteps(sampling.num_inference_steps)[:: sampling.reuse_interval].tolist()
         predict = predictor(self.models, self.denoiser, self.extractor, conditioning_frames, whole_at)
-        return denoise(predict, schedule, self.noise(chunk), sampling, observe)
+        known = None
+        if sampling.replacement and len(conditioning_frames):
+            known = encode_frames(self.models.vae, conditioning_frames).transpose(0, 1).unsqueeze(0)
+        return denoise(predict, schedule, self.noise(chunk), sampling, observe, known)
 
     @torch.inference_mode()
     def run(self, state: StreamState, chunks: Sequence[Chunk]) -> Iterator[tuple[Tensor, StreamState]]:

@@ -50,10 +50,13 @@ def make_video(models: StreamModels, text: TextSource, prompt: str, chunks: int 
 
 @torch.inference_mode()
 def stream_video(
-    models: StreamModels, text: TextSource, prompt: str, first: Tensor, chunks: int, seed: int = 0
+    models: StreamModels, text: TextSource, prompt: str, first: Tensor, chunks: int, seed: int = 0, **settings: Any
 ) -> Tensor:
-    """Continue a first chunk [16, 3, H, W] in [-1, 1] by `chunks` of 8 frames: frames [16 + 8 chunks, 3, H, W]."""
-    demo = merge(preset("demo"))
+    """Continue a first chunk [16, 3, H, W] in [-1, 1] by `chunks` of 8 frames: frames [16 + 8 chunks, 3, H, W].
+
+    `settings` are changes of the demo's settings for the stage.
+    """
+    demo = merge(preset("demo"), {f"stream.{name}": value for name, value in settings.items()})
     context = text.encode([demo.negative_prompt, prompt])
     plan = streaming_plan(CLIP_FRAMES + OVERLAP * chunks, CLIP_FRAMES, OVERLAP)
     streamer = Streamer(models, context, first[0], Sampling.of(demo.stream), _noise(models, seed))

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from streamt2v.chunks import Chunk, streaming_plan
+from streamt2v.config import Solver
+from streamt2v.diffusion import replacement
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule
 from streamt2v.errors import ConfigError
@@ -17,7 +19,7 @@ from streamt2v.models.apm import AppearanceTokens, TokenMixing
 from streamt2v.models.cam import CamConfig, ConditionalAttention, init_from_unet
 from streamt2v.models.encoders import encode_frames
 from streamt2v.models.unet3d import CamMerger, TextContext, UNet3D, UNet3DConfig
-from streamt2v.stages.denoise import BOTH, Sampling
+from streamt2v.stages.denoise import BOTH, ChunkNoise, Sampling, denoise
 from streamt2v.stages.stream import Streamer, StreamModels, chunk_noise, predictor
 from streamt2v.training.losses import DEMO_SCHEDULE
 from streamt2v.training.vae import build_vae
@@ -164,3 +166,60 @@ def test_without_cam_a_wider_denoiser_gets_the_frames_latents_beside_its_own() -
     joined[:, 4:, :3] = clean.transpose(0, 1)
     found = predictor(models, denoiser, None, frames)(latents, 700, BOTH)
     torch.testing.assert_close(found, models.unet(joined, 700, denoiser))
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp"])
+@pytest.mark.parametrize("known_frames", [1, 3])
+def test_known_frames_run_from_their_noise_to_what_is_known(solver: Solver, known_frames: int) -> None:
+    """Without fresh noise they are sqrt(b) x_0 + sqrt(1 - b) n at every level b, whatever the network says."""
+    schedule, noise, known = NoiseSchedule(DEMO_SCHEDULE), torch.randn(1, 4, 5, 2, 2), torch.randn(1, 4, 5, 2, 2)
+    known = known[:, :, :known_frames]
+    levels = schedule.ddim_grid(6)[1].tolist()
+
+    def check(step: int, output: Tensor, latents: Tensor) -> None:
+        level = levels[step + 1]
+        held = level**0.5 * known + (1 - level) ** 0.5 * noise[:, :, :known_frames]
+        torch.testing.assert_close(latents[:, :, :known_frames], held, rtol=1e-4, atol=1e-4)
+
+    def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
+        return torch.randn(len(latents), *noise.shape[1:])
+
+    given, sampling = ChunkNoise(noise, lambda step: torch.randn_like(noise)), Sampling(6, 1.0, solver=solver)
+    denoise(predict, schedule, given, sampling, check, known)
+    stochastic = denoise(predict, schedule, given, replace(sampling, eta=1.0), known=known)
+    held = levels[-1] ** 0.5 * known + (1 - levels[-1]) ** 0.5 * noise[:, :, :known_frames]
+    assert (stochastic[:, :, :known_frames] - held).abs().max() < 0.1
+
+
+@torch.inference_mode()
+def test_replacement_keeps_the_conditioning_frames_in_place() -> None:
+    unet = UNet3D(SIZES).eval()
+    for parameter in unet.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    models, frames = StreamModels(unet, NoiseSchedule(DEMO_SCHEDULE), build_vae()), torch.rand(5, 3, 16, 16) * 2 - 1
+    (_, chunk), prepared, noise = streaming_plan(7, 5, 3), text(), chunk_noise(SeededDraws(0), 5, (4, 2, 2))
+
+    def latents(replacement: bool, cond_frames: int = 3, carry: float = 0.5) -> Tensor:
+        sampling = Sampling(3, 2.0, replacement=replacement, replacement_carry=carry)
+        streamer = Streamer(models, prepared, frames[0], sampling, noise)
+        return streamer.chunk_latents(chunk, frames[:cond_frames])
+
+    plain, held = latents(False), latents(True)
+    known = encode_frames(models.vae, frames[:3]).transpose(0, 1)
+    torch.testing.assert_close(held[0, :, :3], known, rtol=1e-3, atol=1e-3)
+    assert (plain[0, :, :3] - known).abs().max() > 0.1
+    assert (plain[:, :, 3:] - held[:, :, 3:]).abs().max() > 1e-3  # the new frames see them
+    assert (latents(True, carry=0.0)[:, :, 3:] - held[:, :, 3:]).abs().max() > 1e-3
+    assert torch.equal(latents(True, 0), latents(False, 0))
+
+
+@pytest.mark.parametrize("carry", [0.0, 0.5, 1.0])
+def test_what_replacement_changes_is_carried_on(carry: float) -> None:
+    clean, known = torch.randn(2, 4, 6, 3, 3), torch.randn(2, 4, 2, 3, 3)
+    placed = replacement.put_in_place(clean, known, carry)
+    torch.testing.assert_close(placed[:, :, :2], known)
+    for k in range(1, 5):
+        expected = clean[:, :, 1 + k] + carry**k * (known[:, :, 1] - clean[:, :, 1])
+        torch.testing.assert_close(placed[:, :, 1 + k], expected)
+    torch.testing.assert_close(replacement.put_in_place(clean, clean[:, :, :3], carry), clean)  # nothing to correct
+    torch.testing.assert_close(replacement.put_in_place(clean, clean + 1, carry), clean + 1)  # all known

@@ -1,11 +1,15 @@
 """Weights: what is saved comes back exactly, and nothing else is ever loaded."""
 
 import json
+import os
+import signal
 import struct
+import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -311,6 +315,46 @@ def test_a_family_loads_by_role(root: Path, apm: AppearanceTokens) -> None:
     assert tokenizer("ball", padding="max_length")["input_ids"] == [1, 0, 0, 0, 0, 0, 0]
     with pytest.raises(WeightsError, match=r"has no 'stream\.cam'"):
         chosen.path("stream.cam")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_tensor_is_read_stays_a_signal(
+    sent: signal.Signals, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch, hit in the middle, clears it and raises a ValueError of its own."""
+
+    class Opened:
+        def __init__(self, *_: object) -> None: ...
+
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def get_tensor(self, _key: str) -> torch.Tensor:
+            try:
+                os.kill(os.getpid(), sent)
+                time.sleep(1)  # returns early, if the handler raises
+            except KeyboardInterrupt:
+                raise ValueError("could not determine the shape") from None
+            read.append(time.monotonic())
+            return torch.zeros(1)
+
+    read: list[float] = []
+    monkeypatch.setattr("safetensors.safe_open", Opened)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            weights.load_module(file, "cpu", torch.float32)
+        assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(read) == 1  # at once after the tensor
+
+
+def test_weights_load_in_a_thread_too(file: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(weights.load_module, file, "cpu", torch.float32).result().training is False
 
 
 def test_a_broken_tokenizer_is_refused(tmp_path: Path) -> None:
