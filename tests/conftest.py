@@ -22,6 +22,11 @@ def golden_folder(name: str) -> Path | None:
     return found[0] if found else None
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: tests wait a third of their time for disks and for processes to start or end."""
+    return (os.cpu_count() or 1) + 1
+
+
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test sees, or writes to, the weights that its user has pulled."""

@@ -92,7 +92,7 @@ GUIDED = ["--guidance", 4]
         ([], ["--steps", 2]), ([], ["--guidance", 5]), ([], ["--negative", "blue star"]), ([], ["--refine-steps", 3]),
         ([], ["--chunk", 12]), ([], ["--overlap", 3]), ([], ["--no-refine", "--size", "80x48"]),
         ([], ["--set", "stream.cam=false"]), ([], ["--set", "stream.apm=false"]), ([], ["--set", "output.crf=40"]),
-        ([], ["--set", "stream.replacement=false"]), (TWO_STEPS, ["--set", "stream.replacement_carry=0"]),
+        (TWO_STEPS, ["--set", "stream.replacement=false"]), (TWO_STEPS, ["--set", "stream.replacement_carry=0"]),
         ([], ["--set", "refine.guidance_scale=3"]), ([], ["--set", "refine.noise_level=300"]),
         ([], ["--set", "refine.blending=independent"]), ([], ["--set", "refine.posterior=published"]),
         ([], ["--set", "refine.stochastic=false"]), (["--quality", "fast"], ["--quality", "balanced"]),

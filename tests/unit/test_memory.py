@@ -123,7 +123,7 @@ def test_a_glance_needs_no_torch(
     program.write_text(f"#!/bin/sh\nprintf '{said}'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(devices.importlib.metadata, "version", lambda name: "2.13.0")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.13.0")
     monkeypatch.setattr(devices, "free_memory", lambda device=None: 77)
     assert devices.glance() == (kind, free)
     assert devices.glance("cpu") == ("cpu", 77)
