@@ -274,22 +274,30 @@ def rerun(
 
 @contextmanager
 def _terminable(said: str = "stopped") -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that a run can say how it goes on as it does on Ctrl-C; and name both."""
+    """Turn SIGTERM into an exception, so that a run can say how it goes on as it does on Ctrl-C; and name both.
 
-    def stop(_signal: int, _frame: FrameType | None) -> NoReturn:
-        raise Terminated
+    Also where a library lost the exception and raises another one.
+    """
+    arrived: list[BaseException] = []
 
-    before = signal.signal(signal.SIGTERM, stop)
+    def stop(number: int, _frame: FrameType | None) -> NoReturn:
+        arrived.append(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
+        raise arrived[-1]
+
+    # Started with SIGINT ignored, as in the background of a script, it stays ignored.
+    both = [signal.SIGTERM, *([signal.SIGINT] if callable(signal.getsignal(signal.SIGINT)) else [])]
+    before = {number: signal.signal(number, stop) for number in both}
     try:
         yield
     except StreamT2VError:
         raise
     except BaseException as error:
-        if by := stopped_by(error):
+        if by := stopped_by(error) or (isinstance(error, Exception) and next(iter(arrived), None)):
             raise Interrupted(said, by=by) from None
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _RayCommand(typer.core.TyperCommand):

@@ -1,7 +1,11 @@
 """What can go wrong in a run, at every stage: the right exit code and sentence, nothing bad stored, nothing lost."""
 
+import contextlib
 import errno
+import os
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -307,13 +311,33 @@ def test_every_operation_fails_once(code: int, tmp_path: Path, short: tuple[int,
     assert operation > 60
 
 
-@pytest.mark.parametrize(("signal", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_library_that_loses_a_signal_hides_none(
+    sent: signal.Signals, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*_: object) -> None:
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), sent)
+            time.sleep(5)
+        raise ValueError("could not determine the shape")
+
+    monkeypatch.setattr(weights, "build", build)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert generate(tmp_path / "a.mp4", 17) == code
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
 def test_a_library_that_fails_while_it_is_stopped_hides_no_signal(
-    signal: type[BaseException], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stop: type[BaseException], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def build(*_: object) -> None:
         try:
-            raise signal
+            raise stop
         finally:
             raise RuntimeError("trying to pop from empty mode stack")
 
