@@ -10,7 +10,7 @@ All variants have the same seeds. Every prompt is streamed from two starts:
   say what the colour is, as when a video is continued; the start is decided and the same for every variant.
 - text: the first chunk is generated, and the prompt names the colour.
 
-The streaming stage is the paper's, without the replacement that the demo adds to it, except in the variant of that
+The streaming stage is the paper's, without the replacement that the demo adds to it, except in the variants of that
 name. The full method's video from text is then refined: with randomized blending, with shared noise only (every frame
 from the chunk that adds it), with independent chunks; as the demo does it, and from further up the noise, where the
 refiner decides more.
@@ -43,7 +43,6 @@ from streamt2v.training.sheets import OVERLAP, make_video, stream_video, write_s
 from streamt2v.training.world import ATTRIBUTES, Scenes, render
 
 STARTS = ("clip", "text")
-REPLACEMENT = "with replacement"
 BLENDINGS = ("randomized", "shared", "independent")
 LEVELS = {"as shipped": {}, "from t = 400": {"refine.noise_level": 400, "refine.num_inference_steps": 8}}
 
@@ -81,16 +80,15 @@ def interval(differences: list[float], seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def networks(concatenated: Path | None) -> tuple[dict[str, StreamModels], TextSource]:
-    """Return the variants of the streaming stage by name, and the text encoder."""
+def networks(concatenated: Path | None) -> tuple[dict[str, tuple[StreamModels, bool]], TextSource]:
+    """Return the variants of the streaming stage by name, with or without replacement, and the text encoder."""
     models, text = load(WEIGHTS)
-    variants = {
-        "full": models, "no CAM": replace(models, cam=None), "no APM": replace(models, apm=None), REPLACEMENT: models
-    }  # fmt: skip
+    blind = replace(models, cam=None)
+    variants = {"full": (models, False), "no CAM": (blind, False), "no APM": (replace(models, apm=None), False)}
     if concatenated is not None:
         unet = bundle.read(concatenated, "concatenated", UNet3D(denoisers.CONCATENATED))
-        variants["concatenated"] = replace(models, unet=bundle.freeze(unet), cam=None)
-    return variants, text
+        variants["concatenated"] = (replace(blind, unet=bundle.freeze(unet)), False)
+    return {**variants, "full, replacement": (models, True), "no CAM, replacement": (blind, True)}, text
 
 
 def ablate(index: int, seed: int, frames: int, concatenated: Path | None, sheets: Path | None) -> dict[str, Any]:
@@ -102,10 +100,11 @@ def ablate(index: int, seed: int, frames: int, concatenated: Path | None, sheets
     row: dict[str, Any] = {"index": index, "prompt": prompt, "seed": seed + index}
     for start in STARTS:
         row[start] = {}
-        said, chunk = begin(variants["full"], text, drawn, start, seed + index)  # the same, whatever continues it
-        for name, models in variants.items():
-            chunks, replaces = len(plan) - 1, name == REPLACEMENT
-            made = stream_video(models, text, said, chunk, chunks, seed + index, replacement=replaces)[:frames]
+        said, chunk = begin(variants["full"][0], text, drawn, start, seed + index)  # the same, whatever continues it
+        for name, (models, replaces) in variants.items():
+            made = stream_video(
+                models, text, said, chunk, len(plan) - 1, seed + index, replacement=replaces
+            )[:frames]  # fmt: skip
             if sheets is not None:
                 write_sheet(sheets / f"{index}-{start}-{name}.png", made[None, :: max(1, frames // 12)])
             shown = to_u8(made)
@@ -151,9 +150,8 @@ def table(rows: list[dict[str, Any]], command: str, header: dict[str, Any]) -> s
         lines.append(f"| {measure} | {group} | {mean[0]:.2f} | {variant} | {mean[1]:.2f} | {shown} |")
 
     for start in STARTS:
-        line("seam (chunk borders / inside)", start, "no CAM", "seam_score")
-        line("seam (chunk borders / inside)", start, "concatenated", "seam_score")
-        line("seam (chunk borders / inside)", start, REPLACEMENT, "seam_score")
+        for variant in ("no CAM", "concatenated", "full, replacement", "no CAM, replacement"):
+            line("seam (chunk borders / inside)", start, variant, "seam_score")
         line("scene cuts", start, "no CAM", "scene_cuts")
         line("scene cuts", start, "concatenated", "scene_cuts")
     for start in STARTS:
