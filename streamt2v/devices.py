@@ -10,6 +10,7 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +171,9 @@ def compiled(function: Function, device: Device, *, graphs: bool = False) -> Fun
         nonlocal made
         if made is not None:
             try:
-                result = made(*args)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # what torch thinks of the code of others while it compiles that
+                    result = made(*args)
                 # The next call of a recorded graph writes to the same memory.
                 if mode:
                     result = tuple(map(torch.clone, result)) if isinstance(result, tuple) else result.clone()

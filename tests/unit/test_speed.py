@@ -74,7 +74,7 @@ def test_work_is_counted_in_full() -> None:
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_in_16_bit_no_gain_changes_more_than_rounding_does(
-    compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Two ways in 16 bit, each as far from 32 bit as the plain one is, are at most twice as far from each other."""
     given = speed.options.parse_settings(SIZES["demo"])
@@ -88,6 +88,7 @@ def test_in_16_bit_no_gain_changes_more_than_rounding_does(
         found = {name: speed.difference(old(), new()) for name, old, new in speed.gains(networks, compiled)}
     torch.compiler.reset()
     assert gap is not None
+    assert "not compiled" not in caplog.text
     assert max(change or 0 for change in found.values()) <= 2 * gap
     assert len(found) > 5
     assert sum(name.startswith("compiled, ") for name in found) == 4 * compiled
