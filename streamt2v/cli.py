@@ -292,7 +292,7 @@ def _terminable(said: str = "stopped") -> Iterator[None]:
     except StreamT2VError:
         raise
     except BaseException as error:
-        if by := stopped_by(error) or (isinstance(error, Exception) and next(iter(arrived), None)):
+        if by := stopped_by(error) or (isinstance(error, Exception) and arrived and arrived[0]):
             raise Interrupted(said, by=by) from None
         raise
     finally:

@@ -83,7 +83,7 @@ class StreamConfig:
         1, "every how many steps the deep layers of the network are computed; 1: at each", 1, 1000
     )
     replacement: bool = _value(False, "keep the conditioning frames in place at every step (replacement method)")
-    replacement_carry: float = _value(0.0, "share of its change that goes on to the next frame, and so on", 0, 1)
+    replacement_carry: float = _value(0.0, "with replacement: share of its change carried to the next frame", 0, 1)
     cam: bool = _value(True, "condition on the last frames (conditional attention module)")
     apm: bool = _value(True, "condition on the anchor frame (appearance preservation module)")
 

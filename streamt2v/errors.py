@@ -166,8 +166,10 @@ def signals_wait() -> Iterator[None]:
     """Hold back SIGINT and SIGTERM for one short call of a library that would turn them into an error of its own."""
     arrived: list[tuple[Any, ...]] = []
     both = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {one: signal.signal(one, lambda *said: arrived.append(said)) for one in both}
+    before = {one: signal.getsignal(one) for one in both}
     try:
+        for one in both:  # the other one may still raise here: then both are given back, too
+            signal.signal(one, lambda *said: arrived.append(said))
         yield
     finally:
         for one, handler in before.items():
