@@ -1,9 +1,10 @@
-"""What do near gains change? The demo's streaming stage by each way, from the same first chunks with the same seeds.
+"""What do near gains change? Each stage of the demo by each way, from the same frames with the same seeds.
 
-    python benchmarks/near.py --prompts 50 --frames 32 --jobs 2
+    python benchmarks/near.py --prompts 50 --frames 48 --jobs 2
 
-Every way is compared with the plain one of as many steps; "another seed" says how far apart two plain videos are. The
-judge of docs/demo.md looks at the last 16 frames, the rest is what `streamt2v evaluate` measures. Writes
+The streaming stage goes on from the same first chunk, and the refiner refines its plain video. Every way is compared
+with the plain one of as many steps; "another seed" says how far apart two plain videos are. The judge of docs/demo.md
+looks at the last 16 frames, the rest is what `streamt2v evaluate` measures; refiner seams as in ablation.py. Writes
 benchmarks/results/DATE-near-FRAMES.json after each prompt and goes on with it when run again.
 """
 
@@ -17,8 +18,9 @@ from typing import Any
 import numpy as np
 import score
 import torch
+from ablation import overlap_score
 
-from streamt2v.chunks import seams, streaming_plan
+from streamt2v.chunks import refinement_plan, seams, streaming_plan
 from streamt2v.config import merge, preset
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.frames import Frames, to_u8
@@ -39,6 +41,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "solver dpmpp": {"solver": "dpmpp"},
     "replacement, nothing carried": {"replacement_carry": 0.0},
     "no replacement": {"replacement": False},
+}
+REFINER_WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    ANOTHER_SEED: {},
+    "reuse_interval 2": {"refine.reuse_interval": 2},
+    "overlap 4": {"refine.overlap": 4},
 }
 
 
@@ -61,6 +69,7 @@ def compare(index: int, seed: int, frames: int) -> dict[str, Any]:
     )
     first = from_text(models, context, Sampling.of(demo.initialize), noise, CLIP_FRAMES)
     row: dict[str, Any] = {"index": index, "prompt": prompt}
+    base: Frames | None = None
     for steps in (8, 5):
         plain: Frames | None = None
         for name, change in WAYS.items():
@@ -72,12 +81,33 @@ def compare(index: int, seed: int, frames: int) -> dict[str, Any]:
             seconds = (time.process_time() - began) / (len(plan) - 1)
             shown = to_u8(torch.cat([first, new]))
             plain = shown if plain is None else plain
+            base = shown if base is None else base
             row[f"{steps} steps, {name}"] = {
                 "seconds_per_chunk": seconds,
                 "right": float(np.equal(score.judged(shown[-CLIP_FRAMES:]), asked).mean()),
                 "psnr": None if name == "plain" else psnr(shown[CLIP_FRAMES:], plain[CLIP_FRAMES:]),
                 **score.measured(shown, seams(plan)),
             }  # fmt: skip
+    assert base is not None
+    for steps in (8, 3):
+        row |= compare_refined(base[:frames], prompt, seed + index, steps)
+    return row
+
+
+def compare_refined(base: Frames, prompt: str, seed: int, steps: int) -> dict[str, Any]:
+    """Refine a video by each way and measure it."""
+    row: dict[str, Any] = {}
+    plain: Frames | None = None
+    for name, change in REFINER_WAYS.items():
+        asked = {"refine.num_inference_steps": steps, **change}
+        shown = score.refine(base, prompt, seed + 500 * (name == ANOTHER_SEED), asked)
+        plain = shown if plain is None else plain
+        chunks = refinement_plan(len(base), 24, asked.get("refine.overlap", 8))
+        row[f"refiner, {steps} steps, {name}"] = {
+            "psnr": None if name == "plain" else psnr(shown, plain),
+            "overlap_seam": overlap_score(shown, chunks),
+            **score.measured(shown),
+        }
     return row
 
 

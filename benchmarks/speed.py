@@ -26,6 +26,7 @@ import re
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -37,7 +38,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, profiler
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from streamt2v import config, convert, devices, jobs, memory, options, pipeline, planning, weights
@@ -64,7 +65,10 @@ CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
 }
 CHUNK, CHUNK_STEP = "stage 2, a chunk", "refiner, a chunk-step"
+UNGUIDED, REUSING = ", unguided", ", deep layers reused"
 ENCODE, DECODE = "VAE, encode a frame", "VAE, decode a frame"
+KINDS = {"convolution": r"conv", "matrix product": r"mm$|linear$|matmul$", "attention": r"attention", "norm": r"norm",
+         "copy, join": r"cat$|copy_?$|clone$|contiguous$|pad|fill_?$|zero"}  # fmt: skip
 Work = Callable[[], Tensor]
 
 
@@ -106,6 +110,24 @@ class Instruments:
         (seconds,) = self.seconds(work)
         tflop = counter.get_total_flops() / 1e12
         return {"seconds": seconds, "repeats": self.repeats, "tflop": tflop, "peak_bytes": self.peak()}
+
+    def profile(self, work: Work) -> dict[str, float]:
+        """Seconds of some work by kind of operation, and how long it took in all, when watched."""
+        found, activities = Counter[str](), [profiler.ProfilerActivity.CPU]
+        activities += [profiler.ProfilerActivity.CUDA] if self.device.kind == "cuda" else []
+        with profiler.profile(activities=activities) as watched:
+            devices.wait(self.device)
+            began = time.perf_counter()
+            work()
+            devices.wait(self.device)
+            whole = time.perf_counter() - began
+        for event in watched.key_averages():
+            if event.device_type != torch.autograd.DeviceType.CPU:
+                continue  # kernels, which are counted with what started them
+            name = next((kind for kind, pattern in KINDS.items() if re.search(pattern, event.key)), "all else")
+            used = event.self_device_time_total if self.device.kind == "cuda" else event.self_cpu_time_total
+            found[name] += used / 1e6
+        return {name: found[name] for name in (*KINDS, "all else")} | {"whole": whole}
 
     def matmul_rate(self, dtype: torch.dtype) -> float:
         """10^12 operations per second of the best of three products of large matrices."""
@@ -251,12 +273,15 @@ class Networks:
         return legal_canvas(height, height if square else width, unet.config, latent_factor(vae))
 
     def chunk_step(
-        self, canvas: tuple[int, int], way: Callable[[UNet3D], Any] = lambda unet: unet, batched: bool = True,
-        guided: bool = True,
+        self, canvas: tuple[int, int], way: Callable[[UNet3D], Any] = lambda unet: unet.run, batched: bool = True,
+        guided: bool = True, steps: int = 1, reuse_interval: int = 1,
     ) -> Work:  # fmt: skip
-        """One step of one chunk of the refiner, its draws and its solver included; `way` changes the network."""
+        """Steps of one chunk of the refiner, its draws and its solver included; `way` changes the network."""
         unet, vae = self.refining
-        refine = replace(self.config.refine, num_inference_steps=1, guidance_stop=0.0 if guided else 1.0)
+        stop = 0.0 if guided else 1.0
+        refine = replace(
+            self.config.refine, num_inference_steps=steps, guidance_stop=stop, reuse_interval=reuse_interval
+        )  # fmt: skip
         latents = self.random(refine.chunk, unet.config.in_channels, *latent_size(vae, *canvas))
         text = unet.prepare(self.text(unet))
         denoiser = Denoiser(way(unet), self.schedule("refine.unet"), lambda chunk: text, batched)
@@ -285,8 +310,11 @@ def measure_parts(networks: Networks, tools: Instruments, given: Mapping[str, An
     canvas, square = networks.canvas(), networks.canvas(square=True)
     measured(CHUNK_STEP, canvas, networks.chunk_step(canvas), frames=networks.config.refine.chunk)
     measured(f"{CHUNK_STEP}, square", square, networks.chunk_step(square), frames=networks.config.refine.chunk)
-    unguided = networks.chunk_step(canvas, guided=False)
-    measured(f"{CHUNK_STEP}, unguided", canvas, unguided, frames=networks.config.refine.chunk)
+    for guided in (True, False) if networks.config.refine.guidance_scale != 1 else (True,):
+        for name, way in {"": whole_step, REUSING: reusing_step}.items():
+            if name or not guided:
+                work = networks.chunk_step(canvas, way, guided=guided)
+                measured(step_name(guided, bool(name)), canvas, work, frames=networks.config.refine.chunk)
     vae = networks.refining[1]
     for where, size in {"base": base, "canvas": canvas}.items():
         frame, latents = networks.random(1, 3, *size), networks.random(1, 4, *latent_size(vae, *size))
@@ -304,7 +332,10 @@ def totals(found: Mapping[str, Mapping[str, Any]], model: str, given: Mapping[st
         schedule = NoiseSchedule(ScheduleConfig.from_dict(weights.read_header(refiner)[2] or {}))
         stop = refine.guidance_stop * schedule.config.num_train_timesteps
         guided = [int(timestep) >= stop for timestep in noise_grid(schedule, refine)[0]]
-        steps = (found[CHUNK_STEP if branches else f"{CHUNK_STEP}, unguided"]["seconds"] for branches in guided)
+        if refine.guidance_scale == 1:
+            guided = [True] * len(guided)  # is as much work as without
+        steps = (found[step_name(branches, bool(index % refine.reuse_interval))]["seconds"]
+                 for index, branches in enumerate(guided))  # fmt: skip
         times = {
             "stage 2": chunks * found[f"{CHUNK}, {quality}"]["seconds"],
             "refiner": len(refinement_plan(LENGTH, refine.chunk, refine.overlap)) * sum(steps),
@@ -315,6 +346,28 @@ def totals(found: Mapping[str, Mapping[str, Any]], model: str, given: Mapping[st
 
 
 # ------------------------------------------------------------------------------------------------- on and off, in turn
+
+
+def step_name(guided: bool, reusing: bool) -> str:
+    """The name of a chunk-step of the refiner among the parts."""
+    return CHUNK_STEP + UNGUIDED * (not guided) + REUSING * reusing
+
+
+def whole_step(unet: UNet3D) -> Any:
+    """A network as it is."""
+    return unet.run
+
+
+def reusing_step(unet: UNet3D) -> Any:
+    """A network that computes its deep layers when it is first called, and never again."""
+    kept: dict[int, Tensor] = {}
+
+    def run(latents: Tensor, timestep: Tensor, text: Conditioning, *_: Any) -> tuple[Tensor, Tensor]:
+        if len(latents) not in kept:
+            kept[len(latents)] = unet.run(latents, timestep, text)[1]
+        return unet.run(latents, timestep, text, deep=kept[len(latents)])
+
+    return run
 
 
 def plain(network: Any) -> Any:
@@ -374,7 +427,8 @@ def gains(networks: Networks, compiled: bool) -> Iterator[tuple[str, Work, Work]
     yield "no bars around a square clip, refiner", networks.chunk_step(canvas), networks.chunk_step(square)
     before, after = predictor(plain), predictor(channels_last)
     yield "channels last, stage 2", partial(step, before), partial(step, after)
-    yield "channels last, refiner", networks.chunk_step(canvas, plain), networks.chunk_step(canvas, channels_last)
+    works = (networks.chunk_step(canvas, lambda unet, way=way: way(unet).run) for way in (plain, channels_last))
+    yield "channels last, refiner", *works
     frame, cells = networks.random(1, 3, *canvas), networks.random(1, channels, *latent_size(vae, *canvas))
     works = (("encode", encode_frames, frame), ("decode", decode_latents, cells))
     before_vae, after_vae = plain(vae), channels_last(vae)
@@ -388,7 +442,7 @@ def gains(networks: Networks, compiled: bool) -> Iterator[tuple[str, Work, Work]
 
     fast = replace(models, step=compile(stream.network_step, graphs=True))
     yield "compiled, stage 2", partial(step, predict), partial(step, stream.predictor(fast, *prepared, shown))
-    yield "compiled, refiner", networks.chunk_step(canvas), networks.chunk_step(canvas, compile)
+    yield "compiled, refiner", networks.chunk_step(canvas), networks.chunk_step(canvas, lambda unet: compile(unet.run))
     fast_vae = copy.deepcopy(vae)
     for half in (fast_vae.get_submodule("encoder"), fast_vae.get_submodule("decoder")):
         half.forward = compile(half.forward)
@@ -409,8 +463,10 @@ def near_gains(networks: Networks) -> Iterator[tuple[str, Work, Work]]:
 
     yield "deep layers at every 2nd step, a chunk of stage 2", chunk(), chunk(reuse_interval=2)
     yield "no guidance below 40 % of the noise range, a chunk of stage 2", chunk(), chunk(guidance_stop=0.4)
+    canvas = networks.canvas()
+    two = (networks.chunk_step(canvas, steps=2, reuse_interval=interval) for interval in (1, 2))
+    yield "deep layers at every 2nd step, two chunk-steps of the refiner", *two
     if refine.guidance_scale != 1:
-        canvas = networks.canvas()
         yield (
             "no guidance, a chunk-step of the refiner",
             networks.chunk_step(canvas),
@@ -436,6 +492,25 @@ def rounding(networks: Networks) -> dict[str, float | None]:
         one, other = (way(latents.expand(2, -1, -1, -1, -1), 500, way.prepare(text)) for way in ways)
         found[name] = difference(one, other)
     return found
+
+
+def measure_profile(networks: Networks, tools: Instruments) -> dict[str, dict[str, float]]:
+    """What a guided step of stage 2, a chunk-step of the refiner and a decoded frame spend their time on."""
+    models, config, (unet, vae), canvas = networks.streaming, networks.config, networks.refining, networks.canvas()
+    assert models.cam is not None
+    text, shown = networks.text(models.unet), networks.base_frames(config.stream.overlap)
+    prepared = models.unet.prepare(text, stream.anchor_tokens(models, shown[0])), models.cam.prepare(text)
+    predict = stream.predictor(models, *prepared, shown)
+    shape = (unet.config.out_channels, config.stream.chunk, *latent_size(models.vae, *config.stream.size))
+    latents, cells = networks.random(1, *shape), networks.random(1, shape[0], *latent_size(vae, *canvas))
+    works: dict[str, Work] = {
+        "stage 2, a step": lambda: torch.cat(both_branches(predict, latents, 500, True)),
+        CHUNK_STEP: networks.chunk_step(canvas),
+        DECODE: partial(decode_latents, vae, cells),
+    }
+    for work in works.values():
+        work()
+    return {name: tools.profile(work) for name, work in works.items()}
 
 
 def measure_gains(tools: Instruments, gains: Iterator[tuple[str, Work, Work]]) -> dict[str, dict[str, Any]]:
@@ -548,6 +623,12 @@ def section(result: Mapping[str, Any]) -> list[str]:
     for quality, row in result["totals"].items():
         target = f" {TARGETS[quality]} |" if published else ""
         lines.append(f"| {quality} | " + " | ".join(f"{value:.0f}" for value in row.values()) + f" |{target}")
+    if profile := result.get("profile", {}):
+        kinds = [kind for kind in next(iter(profile.values())) if kind != "whole"]
+        lines += ["", f"| share of the time | {' | '.join(kinds)} | nothing runs |", "|---" * (len(kinds) + 2) + "|"]
+    for name, row in profile.items():
+        shares = [row[kind] / row["whole"] for kind in kinds]
+        lines.append(f"| {name} | {' | '.join(f'{share:.0%}' for share in [*shares, max(0, 1 - sum(shares))])} |")
     lines += [
         "",
         "| exact gain | without, s | with, s | with / without | largest difference |",
@@ -612,7 +693,8 @@ def measure_all(asked: argparse.Namespace) -> None:
         "clock": "CUDA events" if device.kind == "cuda" else "seconds of this process on one core",
         "versions": {package: version(package) for package in ("torch", "diffusers", "transformers")},
         "python": platform.python_version(), "settings": given,
-        "parts": {}, "totals": {}, "rounding": {}, "gains": {}, "near_gains": {}, "tiers": [], "run": None,
+        "parts": {}, "totals": {}, "rounding": {}, "gains": {}, "near_gains": {}, "profile": {}, "tiers": [],
+        "run": None,
     }  # fmt: skip
     target = asked.results / f"{result['date']}-speed-{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{model}.json"
 
@@ -634,6 +716,8 @@ def measure_all(asked: argparse.Namespace) -> None:
             keep(rounding=rounding(networks), gains=measure_gains(tools, gains(networks, asked.compile)))
         if not result.get("near_gains"):
             keep(near_gains=measure_gains(tools, near_gains(networks)))
+        if not result.get("profile"):
+            keep(profile=measure_profile(networks, tools))
         del networks  # what follows loads its own
         if not result["tiers"]:
             keep(tiers=measure_tiers(fast, tools, [float(tier) for tier in asked.memory.split(",") if tier]))

@@ -107,6 +107,9 @@ class RefineConfig:
         0.2, "share of the guided prediction's std brought back to the conditional one's", 0, 1
     )
     guidance_stop: float = _value(0.0, "share of the noise range, from its clean end, that is denoised unguided", 0, 1)
+    reuse_interval: int = _value(
+        1, "every how many steps the deep layers of the network are computed; 1: at each", 1, 1000
+    )
     stochastic: bool = _value(True, "DPM-Solver++ as SDE (fresh noise at every step) or as ODE")
     blending: Blending = _value("randomized", "randomized blending, shared noise only, or independent chunks")
     cut_range: Variant = _value("corrected", "published: cut in 0..overlap-1; corrected: 0..overlap, as in the paper")

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 UNET_FEATURES, FEATURES_BESIDE_FEED_FORWARD, CAM_FEATURES, VAE_FEATURES = 14, 6.5, 4, 6
-KEPT_FEATURES = 2  # as many as one, twice as wide where a level has one layer
 FEED_FORWARD_WIDTH = 16  # inside of a gated feed-forward: projection 8, gate 4, product 4 times as wide as its input
 MARGIN, OWN_BYTES = 1.15, 600_000_000  # fragments of the allocator; libraries and contexts
 MANY_ROWS, FEW_ROWS = 1 << 17, 1 << 15
@@ -31,8 +30,9 @@ class MemoryPolicy:
     offload: bool
     """Weights stay on the host; each layer's come to the device while it runs."""
     encoders_on_host: bool = False
-    """Text and image encoders, which work once, stay on the host. Where host and device share their memory this saves
-    nothing: the image encoder stays for the stage, and what the text encoder took is kept for the next tensors."""
+    """Text and image encoders, which work once, stay on the host, and so do features of chunks that wait. Where host
+    and device share their memory this saves nothing: the image encoder stays for the stage, and what the text encoder
+    took is kept for the next tensors."""
 
     def describe(self) -> str:
         """Say it in words."""
@@ -60,16 +60,29 @@ class Stage:
     cam: bool
     frame_values: int
     """Pixels of a frame times channels of the VAE's finest level."""
-    reuses: bool = False
-    """Whether features of the deep layers are kept from step to step."""
+    kept: int
+    """Chunks whose features of the deep layers are kept at once, from step to step."""
+    kept_width: int
+    """Channels of these features."""
 
     def features(self, policy: MemoryPolicy) -> float:
         """Values of features at the peak."""
         cells = self.cells * (2 if self.guided and policy.batched_guidance else 1)
         feed_forward = FEED_FORWARD_WIDTH * self.inner * min(cells, policy.feed_forward_rows)
         unet = max(UNET_FEATURES * self.width * cells, FEATURES_BESIDE_FEED_FORWARD * self.width * cells + feed_forward)
-        beside = self.cam * CAM_FEATURES + self.reuses * KEPT_FEATURES
-        return max(unet + beside * self.width * cells, VAE_FEATURES * self.frame_values)
+        kept = min(self.kept, 1) if policy.encoders_on_host else self.kept
+        kept *= self.kept_width * self.cells * (2 if self.guided else 1)
+        return max(unet + self.cam * CAM_FEATURES * self.width * cells + kept, VAE_FEATURES * self.frame_values)
+
+
+def chunks_kept(steps: int, interval: int, chunk: int, overlap: int) -> int:
+    """Return how many chunks of the refiner at most keep deep features at once, in diagonal order.
+
+    About as many chunks are in flight as there are steps, times those that a chunk shares frames with on one side; all
+    keep features but those whose next step is a whole one.
+    """
+    neighbours = max(1, -(-chunk // (chunk - overlap)) - 1)
+    return 0 if interval == 1 else neighbours * (steps - -(-steps // interval)) + 1
 
 
 def needed(stages: Sequence[Stage], policy: MemoryPolicy) -> int:

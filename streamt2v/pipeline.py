@@ -417,8 +417,9 @@ class _Maker:
             return unet.prepare(texts[prompt])  # type: ignore[no-any-return]
 
         denoiser = Denoiser(
-            self._compiled(unet), schedule, lambda chunk: prepared(self._prompt_of(chunk)), self.policy.batched_guidance
-        )
+            self._compiled(unet.run), schedule, lambda chunk: prepared(self._prompt_of(chunk)),
+            self.policy.batched_guidance, "cpu" if self.policy.encoders_on_host else None,
+        )  # fmt: skip
         geometry = Geometry(geometry.fit, legal_canvas(*geometry.content, unet.config, latent_factor(vae)))
         source = frames.singly(chain(first, base))
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,26 +82,33 @@ def stages(config: RunConfig, source: tuple[int, int] | None = None) -> tuple[me
     base, found = source or (stream.height, stream.width), []
     if source is None:
         parts = ["vae", *(["cam"] if stream.cam else []), *(["apm"] if stream.apm else [])]
-        found.append(_stage(family, "stream", parts, stream.chunk, base, stream.guidance_scale != 1, stream.cam))
-        found[0] = replace(found[0], reuses=stream.reuse_interval > 1)
+        guided, kept = stream.guidance_scale != 1, int(stream.reuse_interval > 1)
+        found.append(_stage(family, "stream", parts, stream.chunk, base, guided, stream.cam, kept))
     if refine.enabled:
         box = (output.height or base[0], output.width or base[1])
         scale = min(box[0] / base[0], box[1] / base[1])
         canvas = box if output.fit == "cover" else (round(base[0] * scale), round(base[1] * scale))
-        frames = min(refine.chunk, config.num_frames)
-        found.append(_stage(family, "refine", ["vae"], frames, canvas, refine.guidance_scale != 1, cam=False))
+        frames, chunks = min(refine.chunk, config.num_frames), len(_refined(config))
+        kept = memory.chunks_kept(refine.num_inference_steps, refine.reuse_interval, refine.chunk, refine.overlap)
+        guided, kept = refine.guidance_scale != 1, min(kept, chunks)
+        found.append(_stage(family, "refine", ["vae"], frames, canvas, guided, False, kept))
     return tuple(found)
 
 
+def _refined(config: RunConfig) -> tuple[Chunk, ...]:
+    return refinement_plan(config.num_frames, config.refine.chunk, config.refine.overlap)
+
+
 def _stage(
-    family: weights.Family, name: str, parts: list[str], frames: int, size: tuple[int, int], guided: bool, cam: bool
-) -> memory.Stage:
+    family: weights.Family, name: str, parts: list[str], frames: int, size: tuple[int, int], guided: bool, cam: bool,
+    kept: int,
+) -> memory.Stage:  # fmt: skip
     def config(role: str) -> dict[str, Any]:
         here = all((family.root / part).is_file() for part in family.file(role).parts or ["-"])
         return weights.read_header(family.path(role))[1] if here else {}
 
     unet, vae = config(f"{name}.unet"), config(f"{name}.vae")
-    width, finest = unet.get("block_out_channels", [320])[0], vae.get("block_out_channels", [128] * 4)
+    widths, finest = unet.get("block_out_channels", [320]), vae.get("block_out_channels", [128] * 4)
     # To multiples of 8 latent cells, which is as far as a canvas may have to grow.
     side = 8 * 2 ** (len(finest) - 1)
     rows, columns = (-(-extent // side) * 8 for extent in size)
@@ -110,9 +117,11 @@ def _stage(
         for group in (["unet", *parts], ["text", "image"])
     )
     return memory.Stage(
-        values=values, encoder_values=encoders, cells=frames * rows * columns, width=width,
-        inner=max(width, unet.get("transformer_in_heads", 8) * unet.get("attention_head_dim", 64)), guided=guided,
-        cam=cam, frame_values=rows * columns * side**2 // 64 * finest[0],
+        values=values, encoder_values=encoders, cells=frames * rows * columns, width=widths[0],
+        inner=max(widths[0], unet.get("transformer_in_heads", 8) * unet.get("attention_head_dim", 64)), guided=guided,
+        cam=cam, frame_values=rows * columns * side**2 // 64 * finest[0], kept=kept,
+        # What comes from the first of the last level's layers, or from the level below where that has but two.
+        kept_width=widths[0] if unet.get("layers_per_block", 2) > 1 else widths[:2][-1],
     )  # fmt: skip
 
 
@@ -129,7 +138,7 @@ def plan(config: RunConfig, device: str = "auto", gigabytes: float | None = None
     policy = memory.choose(free, known, kind)
     measured = _timings().get(_key(config, kind, policy))
     streaming = streaming_plan(config.num_frames, stream.chunk, stream.overlap)
-    refinement = refinement_plan(config.num_frames, refine.chunk, refine.overlap) if refine.enabled else ()
+    refinement = _refined(config) if refine.enabled else ()
     seconds = None
     if measured is not None:
         seconds = measured["fixed_seconds"] + (len(streaming) - 1) * measured["stream_seconds_per_chunk"]
@@ -160,7 +169,7 @@ def _key(config: RunConfig, kind: str, policy: memory.MemoryPolicy) -> str:
     ]  # fmt: skip
     if refine.enabled:
         parts += [refine.chunk, refine.overlap, refine.blending, refine.num_inference_steps, refine.guidance_scale > 1]
-        parts += [refine.guidance_stop, output.height, output.width, output.fit]
+        parts += [refine.guidance_stop, refine.reuse_interval, output.height, output.width, output.fit]
     return "/".join(map(str, parts))
 
 

@@ -1,6 +1,6 @@
 """The denoising loop of the first two stages: guided predictions, DDIM steps, noise given from outside."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,9 @@ Rows of everything that is prepared for guidance: BOTH, or UNCONDITIONAL or COND
 """
 
 BOTH, UNCONDITIONAL, CONDITIONAL = slice(0, 2), slice(0, 1), slice(1, 2)
+
+Run = Callable[[Tensor, int, slice, Tensor | None], tuple[Tensor, Tensor]]
+"""As `Predict`, with features of the deep layers, or None, given and returned as by `UNet3D.run`."""
 
 Observe = Callable[[int, Tensor, Tensor], None]
 """Called with (step, guided model output, latents after the step), for tests and previews."""
@@ -63,6 +66,31 @@ class ChunkNoise:
 
     initial: Tensor
     step: Callable[[int], Tensor]
+
+
+def whole_steps(timesteps: Tensor, interval: int) -> Collection[int] | None:
+    """Return the timesteps at which the deep layers are computed; None means at all, and nothing need be kept."""
+    return None if interval == 1 else timesteps[::interval].tolist()
+
+
+def reusing(run: Run, whole_at: Collection[int] | None, kept: dict[int, Tensor], place: str | None = None) -> Predict:
+    """Return `run` with its deep layers computed only at the timesteps `whole_at` (see `whole_steps`).
+
+    `kept` holds their features, by row, for the timesteps between; `place` is a device for them if not that of `run`.
+
+    Source: arXiv 2312.00858 (DeepCache).
+    """
+
+    def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
+        indices = range(BOTH.stop)[rows]
+        reused = whole_at is not None and timestep not in whole_at
+        deep = torch.cat([kept[index] for index in indices]).to(latents.device) if reused else None
+        output, deep = run(latents, timestep, rows, deep)
+        if whole_at is not None and not reused:
+            kept.update(zip(indices, deep.to(place or deep.device).chunk(len(indices)), strict=True))
+        return output
+
+    return predict
 
 
 def both_branches(predict: Predict, latents: Tensor, timestep: int, batched: bool) -> tuple[Tensor, Tensor]:

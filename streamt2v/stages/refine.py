@@ -4,10 +4,11 @@ Every denoising step blends the chunks anew (arXiv 2403.14773 section 4.3): in a
 which frame the left chunk's clean estimate is used. Step s of a chunk needs only step s-1 of the chunks that share
 frames with it. So the stage need not sweep over the whole video once a step: chunk k runs step s as soon as chunk k+1
 has run step s-1, and a window of about as many chunks as there are steps slides along the video (diagonal order). A
-chunk-step is a function of the latents at its level and of addressed draws, so both orders give the same numbers.
+chunk-step is a function of the latents at its level and of addressed draws, so both orders give the same numbers. Where
+the deep layers are computed at every nth step only, it is one of the chunk's latents at its last whole step, too.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, takewhile
 
@@ -22,7 +23,7 @@ from streamt2v.diffusion.schedules import NoiseSchedule, sdedit_grid
 from streamt2v.errors import ConfigError, NumericsError
 from streamt2v.frames import is_finite
 from streamt2v.models.unet3d import Conditioning
-from streamt2v.stages.denoise import CONDITIONAL, Predict, both_branches
+from streamt2v.stages.denoise import CONDITIONAL, Predict, both_branches, reusing, whole_steps
 
 Encode = Callable[[int, int], Tensor]
 """(start, stop) -> clean latents [F, C, h, w] of these frames of the source; asked once for every frame, in order."""
@@ -30,25 +31,27 @@ Encode = Callable[[int, int], Tensor]
 
 @dataclass(frozen=True)
 class Denoiser:
-    """The refiner network (or what was compiled from it), its schedule and the text of every chunk.
+    """The refiner network's `run` (or what was compiled from it), its schedule and the text of every chunk.
 
-    `batched` as in `denoise.Sampling`.
+    `batched` as in `denoise.Sampling`; `place` is where features wait while other chunks have their turn, None: where
+    they are made.
     """
 
-    unet: Callable[[Tensor, Tensor, Conditioning], Tensor]
+    run: Callable[[Tensor, Tensor, Conditioning, None, Tensor | None], tuple[Tensor, Tensor]]
     schedule: NoiseSchedule
     text: Callable[[Chunk], Conditioning]
     batched: bool = True
+    place: str | None = None
 
-    def predictor(self, chunk: Chunk) -> Predict:
-        """Return the network with the text of a chunk."""
+    def predictor(self, chunk: Chunk, whole_at: Collection[int] | None, kept: dict[int, Tensor]) -> Predict:
+        """Return the network with the text of a chunk, and its deep features of before (see `reusing`)."""
         text = self.text(chunk)
 
-        def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
+        def run(latents: Tensor, timestep: int, rows: slice, deep: Tensor | None) -> tuple[Tensor, Tensor]:
             # A number in a tensor, as compiled code would be made anew for every other number.
-            return self.unet(latents, torch.full((1,), timestep, device=latents.device), text.rows(rows))
+            return self.run(latents, torch.full((1,), timestep, device=latents.device), text.rows(rows), None, deep)
 
-        return predict
+        return reusing(run, whole_at, kept, self.place)
 
 
 @dataclass
@@ -58,7 +61,8 @@ class RefineState:
     A slot is a frame of the video; without blending between chunks it is a frame of one chunk. `steps_done[k]` counts
     the steps that chunk k has run, `finished` the slots handed on, `encoded` the frames taken from the source. A
     slot's level is the number of steps that all chunks covering it have run. `clean` keeps the source's latents that a
-    later chunk without blending starts from again.
+    later chunk without blending starts from again. `whole` are a chunk's latents at its last whole step, while steps
+    that reuse its deep features are to come: a run that goes on makes these features from them again.
     """
 
     steps_done: list[int] = field(default_factory=list)
@@ -68,6 +72,7 @@ class RefineState:
     previous: dict[int, Tensor] = field(default_factory=dict)
     pending: dict[int, Tensor] = field(default_factory=dict)
     clean: dict[int, Tensor] = field(default_factory=dict)
+    whole: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def admitted(self) -> int:
@@ -96,7 +101,7 @@ class RefineState:
         return cls(tensors["steps_done"].tolist(), finished, encoded, **stacks)
 
 
-_STACKS = ("latents", "previous", "pending", "clean")
+_STACKS = ("latents", "previous", "pending", "clean", "whole")
 
 
 def noise_grid(schedule: NoiseSchedule, settings: RefineConfig) -> tuple[Tensor, Tensor]:
@@ -132,6 +137,7 @@ class Refiner:
         self.plan, self.frames = _slots(plan, settings.blending)
         self.state = state or RefineState(steps_done=[0] * len(plan))
         self.timesteps, self.rho = noise_grid(denoiser.schedule, settings)
+        self.deep: dict[int, dict[int, Tensor]] = {}  # by chunk and row
 
     def run(self) -> Iterator[Tensor]:
         """Yield the final latents [n, C, h, w] of one group of frames after the other, in order.
@@ -213,8 +219,7 @@ class Refiner:
     def _run_step(self, chunk: Chunk) -> None:
         step = self.state.steps_done[chunk.index]
         slots = range(chunk.start, chunk.stop)
-        predict = self.denoiser.predictor(self.source_plan[chunk.index])
-        estimate = self._clean_estimate(predict, torch.stack([self.state.latents[slot] for slot in slots]), step)
+        estimate = self._chunk_estimate(chunk.index, torch.stack([self.state.latents[slot] for slot in slots]), step)
 
         def draw_cut(low: int, high: int, index: int) -> int:
             return self.draws.integer("refine.cut", (index, step), low, high)
@@ -225,6 +230,21 @@ class Refiner:
         for slot in slots:
             if self._steps_done(slot) > step:
                 self._advance(slot, step)
+
+    def _chunk_estimate(self, index: int, latents: Tensor, step: int) -> Tensor:
+        """Return the clean estimate of a chunk's latents, with its deep features of the last whole step."""
+        interval, whole, kept = self.settings.reuse_interval, self.state.whole, self.deep.pop(index, {})
+        whole_at = whole_steps(self.timesteps, interval)
+        predict = self.denoiser.predictor(self.source_plan[index], whole_at, kept)
+        if step % interval and not kept:
+            self._clean_estimate(predict, whole[index], step - step % interval)
+        estimate = self._clean_estimate(predict, latents, step)
+        if (step + 1) % interval and step + 1 < len(self.timesteps):
+            self.deep[index] = kept
+            whole.setdefault(index, latents)
+        else:
+            whole.pop(index, None)
+        return estimate
 
     def _clean_estimate(self, predict: Predict, latents: Tensor, step: int) -> Tensor:
         """Predict the clean latents of one chunk: [F, C, h, w] -> [F, C, h, w]."""

@@ -18,7 +18,7 @@ from streamt2v.models.apm import AppearanceTokens
 from streamt2v.models.cam import ConditionalAttention
 from streamt2v.models.encoders import decode_latents, embed_image, encode_frames
 from streamt2v.models.unet3d import Conditioning, TextContext, UNet3D
-from streamt2v.stages.denoise import BOTH, ChunkNoise, Observe, Predict, Sampling, denoise
+from streamt2v.stages.denoise import ChunkNoise, Observe, Predict, Sampling, denoise, reusing, whole_steps
 
 NoiseOfChunk = Callable[[Chunk], ChunkNoise]
 
@@ -111,7 +111,7 @@ def predictor(
 ) -> Predict:  # fmt: skip
     """Return the network conditioned on frames [Fc, 3, H, W] in its way; both branches see the same frames.
 
-    At timesteps that are not in `whole_at`, it takes the features of its deep layers from the last one that was.
+    `whole_at` are the timesteps at which its deep layers are computed (see `reusing`).
     """
     clean = None
     if models.unet.config.in_channels > models.unet.config.out_channels:
@@ -119,21 +119,14 @@ def predictor(
     # The pixel stack depends on neither step nor branch: once per chunk.
     embedded = None if models.cam is None else models.cam.embed_frames(frames.unsqueeze(0))  # [1, C, Fc, h, w]
 
-    kept: dict[int, Tensor] = {}  # features of the deep layers by row
-
-    def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
-        indices, given = range(BOTH.stop)[rows], latents if clean is None else beside(clean, latents)
-        reused = whole_at is not None and timestep not in whole_at
-        deep = torch.cat([kept[index] for index in indices]) if reused else None
+    def run(latents: Tensor, timestep: int, rows: slice, deep: Tensor | None) -> tuple[Tensor, Tensor]:
+        given = latents if clean is None else beside(clean, latents)
         # A number in a tensor, as compiled code would be made anew for every other number.
         time = torch.full((1,), timestep, device=latents.device)
         seen = None if extractor is None else extractor.rows(rows)
-        output, deep = models.step(models.unet, models.cam, given, time, denoiser.rows(rows), seen, embedded, deep)
-        if whole_at is not None and not reused:
-            kept.update(zip(indices, deep.chunk(len(indices)), strict=True))
-        return output
+        return models.step(models.unet, models.cam, given, time, denoiser.rows(rows), seen, embedded, deep)
 
-    return predict
+    return reusing(run, whole_at, {})
 
 
 class Streamer:
@@ -154,9 +147,8 @@ class Streamer:
         The first Fc frames of the result re-create the conditioning frames (with replacement: are them), the others are
         new.
         """
-        schedule, sampling, whole_at = self.models.schedule, self.sampling, None
-        if sampling.reuse_interval > 1:
-            whole_at = schedule.timesteps(sampling.num_inference_steps)[:: sampling.reuse_interval].tolist()
+        schedule, sampling = self.models.schedule, self.sampling
+        whole_at = whole_steps(schedule.timesteps(sampling.num_inference_steps), sampling.reuse_interval)
         predict = predictor(self.models, self.denoiser, self.extractor, conditioning_frames, whole_at)
         known = None
         if sampling.replacement and len(conditioning_frames):

@@ -101,6 +101,7 @@ GUIDED = ["--guidance", 4]
         (TWO_STEPS, ["--set", "stream.eta=0"]), (TWO_STEPS, ["--set", "initialize.eta=0"]),
         (TWO_STEPS, ["--set", "stream.guidance_stop=0.9"]), (TWO_STEPS, ["--set", "initialize.guidance_stop=0.9"]),
         (["--set", "refine.guidance_scale=3"], ["--set", "refine.guidance_stop=1"]),
+        (["--refine-steps", 2], ["--refine-steps", 2, "--set", "refine.reuse_interval=2"]),
         (GUIDED, ["--set", "stream.guidance_rescale=1"]), (GUIDED, ["--set", "initialize.guidance_rescale=1"]),
     ],
 )  # fmt: skip

@@ -258,9 +258,9 @@ class Watched:
         self.unet = unet
         self.inputs: list[tuple[int, Tensor]] = []
 
-    def __call__(self, latents: Tensor, timestep: int, *rest: Any) -> Tensor:
+    def run(self, latents: Tensor, timestep: int, *rest: Any) -> tuple[Tensor, Tensor]:
         self.inputs.append((timestep, latents[:1].clone()))
-        return self.unet(latents, timestep, *rest)
+        return self.unet.run(latents, timestep, *rest)
 
 
 def chain(report: Report, file: str, facts: Facts, tensors: Tensors, setting: Setting) -> None:
@@ -295,7 +295,7 @@ def chain(report: Report, file: str, facts: Facts, tensors: Tensors, setting: Se
             blending="randomized", cut_range="published", start_scale="published", order=order,
         )  # fmt: skip
         refiner = RecordingRefiner(
-            Denoiser(watched, made, lambda _: text), plan, settings, draws,  # type: ignore[arg-type]
+            Denoiser(watched.run, made, lambda _: text), plan, settings, draws,  # type: ignore[arg-type]
             lambda first, stop: clean[:, first:stop].transpose(0, 1),
         )  # fmt: skip
         if extra:

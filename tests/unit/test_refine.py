@@ -1,5 +1,6 @@
 """The refinement stage's order of work, on a toy network: same numbers in any order, constant memory, exact resume."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,30 +13,36 @@ from streamt2v.chunks import refinement_plan
 from streamt2v.config import RefineConfig
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from streamt2v.memory import chunks_kept
 from streamt2v.models.unet3d import Conditioning
 from streamt2v.stages.refine import Denoiser, Refiner, RefineState
 
 
 class Toy:
-    """A network whose output depends on all frames of its chunk and on the timestep."""
+    """A network whose output depends on all frames of its chunk and on the timestep, by way of deep features."""
 
-    calls = 0
+    def __init__(self) -> None:
+        self.given: list[bool] = []
 
-    def __call__(self, latents: Tensor, timestep: int, conditioning: Conditioning) -> Tensor:
-        self.calls += 1
-        return torch.tanh(latents + latents.mean(dim=2, keepdim=True) * 0.3 + timestep / 1000)
+    def run(
+        self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, cam: None, deep: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        self.given.append(deep is not None)
+        if deep is None:
+            deep = latents.mean(dim=2, keepdim=True) * 0.3 + timestep / 1000
+        return torch.tanh(latents + deep), deep
 
 
 def refiner(num_frames: int, config: RefineConfig, state: RefineState | None = None, seed: int = 3) -> Refiner:
     schedule = NoiseSchedule(ScheduleConfig(prediction="v"))
-    denoiser = Denoiser(Toy(), schedule, lambda chunk: Conditioning(()))  # type: ignore[arg-type]
+    denoiser = Denoiser(Toy().run, schedule, lambda chunk: Conditioning(()))
     source = torch.randn(num_frames, 2, 1, 2, generator=torch.Generator().manual_seed(1))
     plan = refinement_plan(num_frames, config.chunk, config.overlap)
     return Refiner(denoiser, plan, config, SeededDraws(seed), lambda start, stop: source[start:stop], state)
 
 
 def config(chunk: int, overlap: int, steps: int, **more: Any) -> RefineConfig:
-    return RefineConfig(chunk=chunk, overlap=overlap, num_inference_steps=steps, guidance_scale=1.0, **more)
+    return RefineConfig(chunk=chunk, overlap=overlap, num_inference_steps=steps, **{"guidance_scale": 1.0, **more})
 
 
 def all_frames(made: Refiner) -> Tensor:
@@ -48,11 +55,12 @@ shapes = st.integers(1, 9).flatmap(
 
 
 @settings(max_examples=60, deadline=None)
-@given(shapes, st.sampled_from(["randomized", "shared", "independent"]))
-def test_sweep_and_diagonal_are_bit_identical(shape: tuple[int, int, int, int], blending: Any) -> None:
+@given(shapes, st.sampled_from(["randomized", "shared", "independent"]), st.integers(1, 3))
+def test_sweep_and_diagonal_are_bit_identical(shape: tuple[int, int, int, int], blending: Any, interval: int) -> None:
     num_frames, chunk, overlap, steps = shape
-    diagonal = all_frames(refiner(num_frames, config(chunk, overlap, steps, blending=blending)))
-    sweep = all_frames(refiner(num_frames, config(chunk, overlap, steps, blending=blending, order="sweep")))
+    setup = config(chunk, overlap, steps, blending=blending, reuse_interval=interval)
+    diagonal = all_frames(refiner(num_frames, setup))
+    sweep = all_frames(refiner(num_frames, replace(setup, order="sweep")))
     assert len(diagonal) == num_frames
     assert torch.equal(diagonal, sweep)
 
@@ -71,11 +79,43 @@ def test_first_frames_come_early() -> None:
     assert made.state.encoded <= 24 + 5 * 16
 
 
-@settings(max_examples=25, deadline=None)
-@given(shapes, st.integers(0, 6), st.sampled_from(["randomized", "independent"]))
-def test_resume_after_any_group_is_exact(shape: tuple[int, int, int, int], groups: int, blending: Any) -> None:
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.integers(1, 4))
+def test_deep_layers_run_at_every_nth_step_of_each_chunk(shape: tuple[int, int, int, int], interval: int) -> None:
+    """What is kept between them is no more than memory planning counts, at any length."""
     num_frames, chunk, overlap, steps = shape
-    setup = config(chunk, overlap, steps, blending=blending)
+    toy = Toy()
+    made = refiner(num_frames, config(chunk, overlap, steps, reuse_interval=interval))
+    made.denoiser = replace(made.denoiser, run=toy.run)
+    held = max((len(made.deep) for _ in made.run()), default=0)
+    assert toy.given.count(False) == len(made.plan) * -(-steps // interval)
+    assert toy.given.count(True) == len(made.plan) * (steps - -(-steps // interval))
+    assert held <= chunks_kept(steps, interval, chunk, overlap)
+    assert not made.deep and not made.state.whole
+
+
+def test_deep_features_of_both_branches_wait_where_they_are_told_to() -> None:
+    """Guidance stops before the last step, which needs one branch; the toy takes both in one batch or in two passes."""
+    setup = config(8, 2, 4, reuse_interval=2, guidance_scale=3.0, guidance_stop=0.2)
+    made = refiner(20, setup)
+    plain = all_frames(made)
+    for change in ({"batched": False}, {"place": "cpu"}):
+        other = refiner(20, setup)
+        other.denoiser = replace(other.denoiser, **change)
+        torch.testing.assert_close(all_frames(other), plain)
+    elsewhere = refiner(20, setup)
+    elsewhere.denoiser = replace(elsewhere.denoiser, place="meta")
+    with pytest.raises(RuntimeError, match="meta"):
+        all_frames(elsewhere)
+
+
+@settings(max_examples=25, deadline=None)
+@given(shapes, st.integers(0, 6), st.sampled_from(["randomized", "independent"]), st.integers(1, 3))
+def test_resume_after_any_group_is_exact(
+    shape: tuple[int, int, int, int], groups: int, blending: Any, interval: int
+) -> None:
+    num_frames, chunk, overlap, steps = shape
+    setup = config(chunk, overlap, steps, blending=blending, reuse_interval=interval)
     whole = all_frames(refiner(num_frames, setup))
     first = refiner(num_frames, setup)
     done = [group for _, group in zip(range(groups), first.run(), strict=False)]
@@ -91,7 +131,7 @@ def test_resume_after_any_group_is_exact(shape: tuple[int, int, int, int], group
     [
         {"num_inference_steps": 4}, {"noise_level": 400}, {"stochastic": False}, {"blending": "shared"},
         {"blending": "independent"}, {"start_scale": "published"}, {"chunk": 8}, {"overlap": 3},
-        {"cut_range": "published"},
+        {"cut_range": "published"}, {"reuse_interval": 2},
     ],
 )  # fmt: skip
 def test_every_setting_changes_the_result(change: dict[str, Any]) -> None:

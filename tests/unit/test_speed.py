@@ -38,14 +38,21 @@ def test_one_command_makes_the_whole_table(
         assert (row["difference"] is None) == name.startswith("no bars")
         assert (row["difference"] or 0) < (1e-4 if device == "cpu" else 0.1)
     near = result["near_gains"]
-    assert len(near) == (3 if model == "streamingt2v" else 2)  # the demo's refiner has no guidance
+    assert len(near) == (4 if model == "streamingt2v" else 3)  # the demo's refiner has no guidance
+    for row in result["profile"].values():
+        spent = sum(seconds for kind, seconds in row.items() if kind != "whole")
+        assert 0 < row["convolution"] < spent
+        assert spent < 1.05 * row["whole"]
     assert all(row["without"] > 0 and row["with"] > 0 for row in near.values())
     assert all(1e-4 < gap < 0.2 for gap in result["rounding"].values())
     (tier,) = result["tiers"]
     assert tier["gigabytes"] == 1 and tier["peak_bytes"] > 1e6
     assert (result["run"]["frames"], result["run"]["seconds"] > 0) == (17, True)
     page = (tmp_path / "speed.md").read_text()
-    assert all(f"| {name} " in page for name in [*result["parts"], *result["gains"], *near, *result["totals"]])
+    assert all(
+        f"| {name} " in page
+        for name in [*result["parts"], *result["gains"], *near, *result["totals"], *result["profile"]]
+    )
     assert "**extrapolated**" in page and "**really made**" in page
     assert ("target (H100)" in page) == (model == "streamingt2v")
 
