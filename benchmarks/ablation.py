@@ -152,6 +152,7 @@ def table(rows: list[dict[str, Any]], command: str, header: dict[str, Any]) -> s
     for start in STARTS:
         for variant in ("no CAM", "concatenated", "full, replacement", "no CAM, replacement"):
             line("seam (chunk borders / inside)", start, variant, "seam_score")
+            line("flow deviation (pixels)", start, variant, "flow_deviation")
         line("scene cuts", start, "no CAM", "scene_cuts")
         line("scene cuts", start, "concatenated", "scene_cuts")
     for start in STARTS:
@@ -183,6 +184,7 @@ def main() -> None:
     )  # fmt: skip
     path = asked.out or HERE / "results" / f"{datetime.date.today()}-ablation.json"
     command = f"python benchmarks/ablation.py --prompts {asked.prompts} --frames {asked.frames}"
+    command += "" if asked.concatenated is None else " --concatenated DIR"
     header = machine(asked.frames, WEIGHTS)
     rows = collect(path, header, work, asked.prompts, asked.jobs)
     if asked.out is None:

@@ -1,10 +1,12 @@
 """What do near gains change? Each stage of the demo by each way, from the same frames with the same seeds.
 
-    python benchmarks/near.py --prompts 50 --frames 48 --jobs 2
+    python benchmarks/near.py --prompts 50 --frames 104 --jobs 2
+    python benchmarks/near.py --ways reuse overlap                   # these, and what they are compared with
 
 The streaming stage goes on from the same first chunk, and the refiner refines its plain video. Every way is compared
 with the plain one of as many steps; "another seed" says how far apart two plain videos are. The judge of docs/demo.md
-looks at the last 16 frames, the rest is what `streamt2v evaluate` measures; refiner seams as in ablation.py. Writes
+looks at the last 16 frames, the rest is what `streamt2v evaluate` measures; refiner seams as in ablation.py. With 104
+frames no chunk of the refiner shifts back at either overlap. Writes
 benchmarks/results/DATE-near-FRAMES.json after each prompt and goes on with it when run again.
 """
 
@@ -57,8 +59,8 @@ def psnr(frames: Frames, plain: Frames) -> float:
 
 
 @torch.inference_mode()
-def compare(index: int, seed: int, frames: int) -> dict[str, Any]:
-    """Make and measure the videos of one random prompt."""
+def compare(index: int, seed: int, frames: int, wanted: list[str]) -> dict[str, Any]:
+    """Make and measure the videos of one random prompt, by the ways with `wanted` in their names."""
     torch.set_num_threads(1)
     models, text = score.load(score.WEIGHTS)
     asked, demo = score.scene(index, seed).labels().tolist()[0], merge(preset("demo"))
@@ -72,7 +74,7 @@ def compare(index: int, seed: int, frames: int) -> dict[str, Any]:
     base: Frames | None = None
     for steps in (8, 5):
         plain: Frames | None = None
-        for name, change in WAYS.items():
+        for name, change in chosen(WAYS, wanted).items():
             sampling = replace(Sampling.of(demo.stream), num_inference_steps=steps, **change)
             drawn = other if name == ANOTHER_SEED else noise
             streamer = Streamer(models, context, first[0], sampling, drawn)
@@ -90,15 +92,23 @@ def compare(index: int, seed: int, frames: int) -> dict[str, Any]:
             }  # fmt: skip
     assert base is not None
     for steps in (8, 3):
-        row |= compare_refined(base[:frames], prompt, seed + index, steps)
+        row |= compare_refined(base[:frames], prompt, seed + index, steps, chosen(REFINER_WAYS, wanted))
     return row
 
 
-def compare_refined(base: Frames, prompt: str, seed: int, steps: int) -> dict[str, Any]:
+def chosen(ways: dict[str, dict[str, Any]], wanted: list[str]) -> dict[str, dict[str, Any]]:
+    """Those whose names contain one of some words, and what they are compared with."""
+    always = ("plain", ANOTHER_SEED)
+    return {name: way for name, way in ways.items() if name in always or any(word in name for word in wanted)}
+
+
+def compare_refined(
+    base: Frames, prompt: str, seed: int, steps: int, ways: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
     """Refine a video by each way and measure it."""
     row: dict[str, Any] = {}
     plain: Frames | None = None
-    for name, change in REFINER_WAYS.items():
+    for name, change in ways.items():
         asked = {"refine.num_inference_steps": steps, **change}
         shown = score.refine(base, prompt, seed + 500 * (name == ANOTHER_SEED), asked)
         plain = shown if plain is None else plain
@@ -122,12 +132,13 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Compare, store after every prompt, add the summary and print it."""
-    asked = score.options(__doc__, prompts=50, frames=CLIP_FRAMES + 2 * OVERLAP, seed=8000).parse_args()
+    parser = score.options(__doc__, prompts=50, frames=104, seed=8000)
+    parser.add_argument("--ways", nargs="+", default=[""], metavar="WORD", help="those with such a word in their names")
+    asked = parser.parse_args()
     path = asked.out or score.HERE / "results" / f"{datetime.date.today()}-near-{asked.frames}.json"
     header = score.machine(asked.frames, score.WEIGHTS)
-    rows = score.collect(
-        path, header, partial(compare, seed=asked.seed, frames=asked.frames), asked.prompts, asked.jobs
-    )
+    work = partial(compare, seed=asked.seed, frames=asked.frames, wanted=asked.ways)
+    rows = score.collect(path, header, work, asked.prompts, asked.jobs)
     path.write_text(json.dumps({**header, "summary": summary(rows), "rows": rows}, indent=1) + "\n")
     print(json.dumps(summary(rows), indent=1))
 

@@ -67,7 +67,7 @@ CPU_ATTENTION = {
 CHUNK, CHUNK_STEP = "stage 2, a chunk", "refiner, a chunk-step"
 UNGUIDED, REUSING = ", unguided", ", deep layers reused"
 ENCODE, DECODE = "VAE, encode a frame", "VAE, decode a frame"
-KINDS = {"convolution": r"conv", "matrix product": r"mm$|linear$|matmul$", "attention": r"attention", "norm": r"norm",
+KINDS = {"convolution": r"conv", "matrix product": r"mm$|linear$|matmul$", "attention": r"attention", "norm": r"_norm$",
          "copy, join": r"cat$|copy_?$|clone$|contiguous$|pad|fill_?$|zero"}  # fmt: skip
 Work = Callable[[], Tensor]
 
@@ -104,6 +104,7 @@ class Instruments:
 
     def measure(self, work: Work) -> dict[str, float]:
         """Seconds, 10^12 operations and the peak of memory in bytes, weights included, of some work."""
+        work()  # what is kept from the first time is not counted
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             work()
         self.forget_peak()
@@ -112,7 +113,7 @@ class Instruments:
         return {"seconds": seconds, "repeats": self.repeats, "tflop": tflop, "peak_bytes": self.peak()}
 
     def profile(self, work: Work) -> dict[str, float]:
-        """Seconds of some work by kind of operation, and how long it took in all, when watched."""
+        """Seconds of some work by kind of operation, and how long it took in all, which watching makes longer."""
         found, activities = Counter[str](), [profiler.ProfilerActivity.CPU]
         activities += [profiler.ProfilerActivity.CUDA] if self.device.kind == "cuda" else []
         with profiler.profile(activities=activities) as watched:
@@ -625,7 +626,8 @@ def section(result: Mapping[str, Any]) -> list[str]:
         lines.append(f"| {quality} | " + " | ".join(f"{value:.0f}" for value in row.values()) + f" |{target}")
     if profile := result.get("profile", {}):
         kinds = [kind for kind in next(iter(profile.values())) if kind != "whole"]
-        lines += ["", f"| share of the time | {' | '.join(kinds)} | nothing runs |", "|---" * (len(kinds) + 2) + "|"]
+        lines += ["", "What remains, by torch's profiler, whose own time counts as such in which nothing runs:", ""]
+        lines += [f"| share of the time | {' | '.join(kinds)} | nothing runs |", "|---" * (len(kinds) + 2) + "|"]
     for name, row in profile.items():
         shares = [row[kind] / row["whole"] for kind in kinds]
         lines.append(f"| {name} | {' | '.join(f'{share:.0%}' for share in [*shares, max(0, 1 - sum(shares))])} |")

@@ -62,6 +62,8 @@ class Stage:
     """Pixels of a frame times channels of the VAE's finest level."""
     kept: int
     """Chunks whose features of the deep layers are kept at once, from step to step."""
+    waits: bool
+    """Whether these wait for the turns of other chunks, so that the host can hold them."""
     kept_width: int
     """Channels of these features."""
 
@@ -70,7 +72,7 @@ class Stage:
         cells = self.cells * (2 if self.guided and policy.batched_guidance else 1)
         feed_forward = FEED_FORWARD_WIDTH * self.inner * min(cells, policy.feed_forward_rows)
         unet = max(UNET_FEATURES * self.width * cells, FEATURES_BESIDE_FEED_FORWARD * self.width * cells + feed_forward)
-        kept = min(self.kept, 1) if policy.encoders_on_host else self.kept
+        kept = 0 if self.waits and policy.encoders_on_host else self.kept
         kept *= self.kept_width * self.cells * (2 if self.guided else 1)
         return max(unet + self.cam * CAM_FEATURES * self.width * cells + kept, VAE_FEATURES * self.frame_values)
 
@@ -79,10 +81,10 @@ def chunks_kept(steps: int, interval: int, chunk: int, overlap: int) -> int:
     """Return how many chunks of the refiner at most keep deep features at once, in diagonal order.
 
     About as many chunks are in flight as there are steps, times those that a chunk shares frames with on one side; all
-    keep features but those whose next step is a whole one.
+    keep features but those whose next step is a whole one. A last chunk that shifted back is one more.
     """
-    neighbours = max(1, -(-chunk // (chunk - overlap)) - 1)
-    return 0 if interval == 1 else neighbours * (steps - -(-steps // interval)) + 1
+    neighbours = -(-chunk // (chunk - overlap)) - 1
+    return 0 if interval == 1 else neighbours * (steps - -(-steps // interval)) + 2
 
 
 def needed(stages: Sequence[Stage], policy: MemoryPolicy) -> int:

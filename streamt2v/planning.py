@@ -89,8 +89,9 @@ def stages(config: RunConfig, source: tuple[int, int] | None = None) -> tuple[me
         scale = min(box[0] / base[0], box[1] / base[1])
         canvas = box if output.fit == "cover" else (round(base[0] * scale), round(base[1] * scale))
         frames, chunks = min(refine.chunk, config.num_frames), len(_refined(config))
-        kept = memory.chunks_kept(refine.num_inference_steps, refine.reuse_interval, refine.chunk, refine.overlap)
-        guided, kept = refine.guidance_scale != 1, min(kept, chunks)
+        shared = refine.overlap if refine.blending == "randomized" else 0
+        kept = memory.chunks_kept(refine.num_inference_steps, refine.reuse_interval, refine.chunk, shared)
+        guided, kept = refine.guidance_scale != 1, chunks if kept and refine.order == "sweep" else min(kept, chunks)
         found.append(_stage(family, "refine", ["vae"], frames, canvas, guided, False, kept))
     return tuple(found)
 
@@ -120,6 +121,7 @@ def _stage(
         values=values, encoder_values=encoders, cells=frames * rows * columns, width=widths[0],
         inner=max(widths[0], unet.get("transformer_in_heads", 8) * unet.get("attention_head_dim", 64)), guided=guided,
         cam=cam, frame_values=rows * columns * side**2 // 64 * finest[0], kept=kept,
+        waits=name == "refine",
         # What comes from the first of the last level's layers, or from the level below where that has but two.
         kept_width=widths[0] if unet.get("layers_per_block", 2) > 1 else widths[:2][-1],
     )  # fmt: skip

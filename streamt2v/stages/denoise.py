@@ -1,6 +1,6 @@
-"""The denoising loop of the first two stages: guided predictions, DDIM steps, noise given from outside."""
+"""Guided predictions, and the denoising loop of the first two stages: DDIM steps, noise given from outside."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,26 +68,20 @@ class ChunkNoise:
     step: Callable[[int], Tensor]
 
 
-def whole_steps(timesteps: Tensor, interval: int) -> Collection[int] | None:
-    """Return the timesteps at which the deep layers are computed; None means at all, and nothing need be kept."""
-    return None if interval == 1 else timesteps[::interval].tolist()
+def reusing(run: Run, kept: dict[int, Tensor], reuses: Callable[[int], bool], place: str | None = None) -> Predict:
+    """Return `run` with the features of its deep layers taken from `kept`, by row, at timesteps that `reuses` names.
 
-
-def reusing(run: Run, whole_at: Collection[int] | None, kept: dict[int, Tensor], place: str | None = None) -> Predict:
-    """Return `run` with its deep layers computed only at the timesteps `whole_at` (see `whole_steps`).
-
-    `kept` holds their features, by row, for the timesteps between; `place` is a device for them if not that of `run`.
+    At all others they are computed, and kept on the device `place` (None: where they are).
 
     Source: arXiv 2312.00858 (DeepCache).
     """
 
     def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
         indices = range(BOTH.stop)[rows]
-        reused = whole_at is not None and timestep not in whole_at
-        deep = torch.cat([kept[index] for index in indices]).to(latents.device) if reused else None
-        output, deep = run(latents, timestep, rows, deep)
-        if whole_at is not None and not reused:
-            kept.update(zip(indices, deep.to(place or deep.device).chunk(len(indices)), strict=True))
+        if reuses(timestep):
+            return run(latents, timestep, rows, torch.cat([kept[index] for index in indices]).to(latents.device))[0]
+        output, deep = run(latents, timestep, rows, None)
+        kept.update(zip(indices, deep.to(place or deep.device).chunk(len(indices)), strict=True))
         return output
 
     return predict

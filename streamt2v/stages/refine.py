@@ -8,7 +8,7 @@ chunk-step is a function of the latents at its level and of addressed draws, so 
 the deep layers are computed at every nth step only, it is one of the chunk's latents at its last whole step, too.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, takewhile
 
@@ -23,7 +23,7 @@ from streamt2v.diffusion.schedules import NoiseSchedule, sdedit_grid
 from streamt2v.errors import ConfigError, NumericsError
 from streamt2v.frames import is_finite
 from streamt2v.models.unet3d import Conditioning
-from streamt2v.stages.denoise import CONDITIONAL, Predict, both_branches, reusing, whole_steps
+from streamt2v.stages.denoise import CONDITIONAL, Predict, both_branches, reusing
 
 Encode = Callable[[int, int], Tensor]
 """(start, stop) -> clean latents [F, C, h, w] of these frames of the source; asked once for every frame, in order."""
@@ -43,15 +43,17 @@ class Denoiser:
     batched: bool = True
     place: str | None = None
 
-    def predictor(self, chunk: Chunk, whole_at: Collection[int] | None, kept: dict[int, Tensor]) -> Predict:
-        """Return the network with the text of a chunk, and its deep features of before (see `reusing`)."""
+    def predictor(self, chunk: Chunk, kept: dict[int, Tensor] | None = None, reuses: bool = False) -> Predict:
+        """Return the network with the text of a chunk; its deep features are taken from `kept`, or kept there."""
         text = self.text(chunk)
 
         def run(latents: Tensor, timestep: int, rows: slice, deep: Tensor | None) -> tuple[Tensor, Tensor]:
             # A number in a tensor, as compiled code would be made anew for every other number.
             return self.run(latents, torch.full((1,), timestep, device=latents.device), text.rows(rows), None, deep)
 
-        return reusing(run, whole_at, kept, self.place)
+        if kept is None:
+            return lambda latents, timestep, rows: run(latents, timestep, rows, None)[0]
+        return reusing(run, kept, lambda _: reuses, self.place)
 
 
 @dataclass
@@ -233,13 +235,14 @@ class Refiner:
 
     def _chunk_estimate(self, index: int, latents: Tensor, step: int) -> Tensor:
         """Return the clean estimate of a chunk's latents, with its deep features of the last whole step."""
-        interval, whole, kept = self.settings.reuse_interval, self.state.whole, self.deep.pop(index, {})
-        whole_at = whole_steps(self.timesteps, interval)
-        predict = self.denoiser.predictor(self.source_plan[index], whole_at, kept)
-        if step % interval and not kept:
-            self._clean_estimate(predict, whole[index], step - step % interval)
-        estimate = self._clean_estimate(predict, latents, step)
-        if (step + 1) % interval and step + 1 < len(self.timesteps):
+        interval, whole, source = self.settings.reuse_interval, self.state.whole, self.source_plan[index]
+        if interval == 1:
+            return self._clean_estimate(self.denoiser.predictor(source), latents, step)
+        since, kept = step % interval, self.deep.pop(index, {})
+        if since and not kept:
+            self._clean_estimate(self.denoiser.predictor(source, kept), whole[index], step - since)
+        estimate = self._clean_estimate(self.denoiser.predictor(source, kept, since > 0), latents, step)
+        if since + 1 < interval and step + 1 < len(self.timesteps):
             self.deep[index] = kept
             whole.setdefault(index, latents)
         else:

@@ -18,7 +18,7 @@ from streamt2v.models.apm import AppearanceTokens
 from streamt2v.models.cam import ConditionalAttention
 from streamt2v.models.encoders import decode_latents, embed_image, encode_frames
 from streamt2v.models.unet3d import Conditioning, TextContext, UNet3D
-from streamt2v.stages.denoise import ChunkNoise, Observe, Predict, Sampling, denoise, reusing, whole_steps
+from streamt2v.stages.denoise import ChunkNoise, Observe, Predict, Sampling, denoise, reusing
 
 NoiseOfChunk = Callable[[Chunk], ChunkNoise]
 
@@ -111,7 +111,7 @@ def predictor(
 ) -> Predict:  # fmt: skip
     """Return the network conditioned on frames [Fc, 3, H, W] in its way; both branches see the same frames.
 
-    `whole_at` are the timesteps at which its deep layers are computed (see `reusing`).
+    `whole_at` are the timesteps at which its deep layers are computed, None: all (see `reusing`).
     """
     clean = None
     if models.unet.config.in_channels > models.unet.config.out_channels:
@@ -126,7 +126,9 @@ def predictor(
         seen = None if extractor is None else extractor.rows(rows)
         return models.step(models.unet, models.cam, given, time, denoiser.rows(rows), seen, embedded, deep)
 
-    return reusing(run, whole_at, {})
+    if whole_at is None:
+        return lambda latents, timestep, rows: run(latents, timestep, rows, None)[0]
+    return reusing(run, {}, lambda timestep: timestep not in whole_at)
 
 
 class Streamer:
@@ -147,8 +149,9 @@ class Streamer:
         The first Fc frames of the result re-create the conditioning frames (with replacement: are them), the others are
         new.
         """
-        schedule, sampling = self.models.schedule, self.sampling
-        whole_at = whole_steps(schedule.timesteps(sampling.num_inference_steps), sampling.reuse_interval)
+        schedule, sampling, whole_at = self.models.schedule, self.sampling, None
+        if sampling.reuse_interval > 1:
+            whole_at = schedule.timesteps(sampling.num_inference_steps)[:: sampling.reuse_interval].tolist()
         predict = predictor(self.models, self.denoiser, self.extractor, conditioning_frames, whole_at)
         known = None
         if sampling.replacement and len(conditioning_frames):

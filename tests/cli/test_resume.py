@@ -274,7 +274,8 @@ def test_resume_anyway_is_recorded(tmp_path: Path, work: Work, capsys: pytest.Ca
     child.kill()
     assert generate(path, FRAMES, "--resume", "--guidance", 3) == 5
     assert "--resume-anyway" in capsys.readouterr().err
-    for fixed in (["--chunk", 12], ["--size", "40x24"], ["--set", "stream.overlap=4"], ["--no-refine"]):
+    settings = (["--set", "stream.overlap=4"], ["--set", "refine.reuse_interval=2"])
+    for fixed in (["--chunk", 12], ["--size", "40x24"], ["--no-refine"], *settings):
         assert generate(path, FRAMES, "--resume-anyway", *fixed) in (2, 5)
     assert generate(path, FRAMES + 8, "--resume-anyway") == 5
     assert generate(path, FRAMES, "--resume-anyway", "--guidance", 3) == 0

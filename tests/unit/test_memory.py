@@ -274,3 +274,22 @@ def test_pipelines_of_others_are_placed_by_the_policy() -> None:
     places = [("cuda:0", "two passes"), ("cuda:0", "one stage"), ("cuda:0", "on the host"), ("cpu", "on the host")]
     asked = [initializers._placed(Fake(), device, POLICIES[name]).asked for device, name in places]
     assert asked == [["to cuda:0"], ["parts cuda:0"], ["layers cuda:0"], ["to cpu"]]
+
+
+def test_features_that_wait_are_counted_where_they_wait() -> None:
+    """The refiner at 1280x720 and interval 2: each of its chunks takes 2 x 24 x 96 x 160 x 320 values."""
+
+    def refiner(**more: Any) -> memory.Stage:
+        given = {"output.fit": "cover", "refine.num_inference_steps": 10, **more}
+        return planning.stages(config.merge(config.to_flat(PUBLISHED), given))[-1]
+
+    sixteen = replace(FULL, precision="float16")
+    hosted = replace(sixteen, keep_networks=False, encoders_on_host=True)
+    reusing, plain = refiner(**{"refine.reuse_interval": 2}), refiner()
+    one = 2 * 24 * 96 * 160 * 320
+    assert reusing.features(sixteen) - plain.features(sixteen) == 7 * one
+    assert reusing.features(hosted) == plain.features(hosted)
+    sweep = refiner(**{"refine.reuse_interval": 2, "refine.order": "sweep", "num_frames": 24 + 16 * 29})
+    assert sweep.kept == 30
+    assert refiner(**{"refine.reuse_interval": 2, "refine.blending": "shared"}).kept <= 2
+    assert refiner(**{"refine.reuse_interval": 2, "num_frames": 20}).kept == 1

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from streamt2v.chunks import refinement_plan
+from streamt2v.chunks import Chunk, refinement_plan
 from streamt2v.config import RefineConfig
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
@@ -87,11 +88,27 @@ def test_deep_layers_run_at_every_nth_step_of_each_chunk(shape: tuple[int, int, 
     toy = Toy()
     made = refiner(num_frames, config(chunk, overlap, steps, reuse_interval=interval))
     made.denoiser = replace(made.denoiser, run=toy.run)
-    held = max((len(made.deep) for _ in made.run()), default=0)
+    run_step, held = made._run_step, [0]
+
+    def counted(chunk: Chunk) -> None:
+        run_step(chunk)
+        held.append(len(made.deep))
+
+    with patch.object(made, "_run_step", counted):
+        assert len(all_frames(made)) == num_frames
     assert toy.given.count(False) == len(made.plan) * -(-steps // interval)
     assert toy.given.count(True) == len(made.plan) * (steps - -(-steps // interval))
-    assert held <= chunks_kept(steps, interval, chunk, overlap)
+    assert max(held) <= chunks_kept(steps, interval, chunk, overlap)
     assert not made.deep and not made.state.whole
+
+
+@pytest.mark.parametrize("num_frames", [217, 223])
+def test_a_last_chunk_that_shifted_back_is_one_more_that_waits(num_frames: int) -> None:
+    made, held = refiner(num_frames, config(24, 8, 10, reuse_interval=2)), [0]
+    run_step = made._run_step
+    with patch.object(made, "_run_step", lambda chunk: (run_step(chunk), held.append(len(made.deep)))):
+        all_frames(made)
+    assert max(held) == chunks_kept(10, 2, 24, 8) == 7
 
 
 def test_deep_features_of_both_branches_wait_where_they_are_told_to() -> None:
@@ -110,12 +127,16 @@ def test_deep_features_of_both_branches_wait_where_they_are_told_to() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(shapes, st.integers(0, 6), st.sampled_from(["randomized", "independent"]), st.integers(1, 3))
+@given(
+    shapes, st.integers(0, 6), st.sampled_from(["randomized", "independent"]), st.integers(1, 3),
+    st.sampled_from([600, 3]),
+)  # fmt: skip
 def test_resume_after_any_group_is_exact(
-    shape: tuple[int, int, int, int], groups: int, blending: Any, interval: int
+    shape: tuple[int, int, int, int], groups: int, blending: Any, interval: int, level: int
 ) -> None:
+    """Also where the grid visits a timestep twice, as it has fewer than there are steps."""
     num_frames, chunk, overlap, steps = shape
-    setup = config(chunk, overlap, steps, blending=blending, reuse_interval=interval)
+    setup = config(chunk, overlap, steps, blending=blending, reuse_interval=interval, noise_level=level)
     whole = all_frames(refiner(num_frames, setup))
     first = refiner(num_frames, setup)
     done = [group for _, group in zip(range(groups), first.run(), strict=False)]
