@@ -19,9 +19,12 @@ Measures, beside those of `streamt2v evaluate` (flow at 144x144):
 - refiner seam: the largest change between frames inside each overlap of refiner chunks, over the median outside.
 - colour drift: distance of the mean colour of the moving subject, first to last 16 frames, in levels.
 - kept: share of videos whose first and last 16 frames show the same, by the judge of docs/demo.md.
+- velocity error: mean square, one denoising step of rendered clips at a timestep, by what the network sees of the
+  conditioning frames; for frames that were shown, the first new one, and the others.
 """
 
 import datetime
+import json
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -34,13 +37,15 @@ from score import HERE, WEIGHTS, collect, judged, load, machine, measured, optio
 
 from streamt2v.chunks import Chunk, refinement_plan, seams, streaming_plan
 from streamt2v.frames import Frames, to_u8
+from streamt2v.models.encoders import encode_frames
 from streamt2v.models.unet3d import UNet3D
-from streamt2v.stages.stream import StreamModels
+from streamt2v.stages.denoise import CONDITIONAL
+from streamt2v.stages.stream import StreamModels, anchor_tokens, predictor
 from streamt2v.training import bundle, denoisers
 from streamt2v.training.captions import canonical
 from streamt2v.training.data import CLIP_FRAMES, TextSource
 from streamt2v.training.sheets import OVERLAP, make_video, stream_video, write_sheet
-from streamt2v.training.world import ATTRIBUTES, Scenes, render
+from streamt2v.training.world import ATTRIBUTES, Scenes, render, sample_scenes
 
 STARTS = ("clip", "text")
 BLENDINGS = ("randomized", "shared", "independent")
@@ -126,6 +131,37 @@ def ablate(index: int, seed: int, frames: int, concatenated: Path | None, sheets
     return row
 
 
+@torch.inference_mode()
+def velocity_errors(concatenated: Path, clips: int = 24, seed: int = 4242) -> dict[str, dict[str, float]]:
+    """One step of the networks on rendered clips, by "network, t = timestep" and frames."""
+    models, text = load(WEIGHTS)
+    assert models.cam is not None
+    beside_input = bundle.freeze(bundle.read(concatenated, "concatenated", UNet3D(denoisers.CONCATENATED)))
+    draws = torch.Generator().manual_seed(seed)
+    found: dict[str, list[torch.Tensor]] = {}
+    for _ in range(clips):
+        drawn = sample_scenes(1, draws)
+        start = int(torch.randint(0, 200, (1,), generator=draws))
+        clip = render(drawn, start + torch.arange(CLIP_FRAMES)[None])[0]
+        latents, shown = encode_frames(models.vae, clip).transpose(0, 1)[None], clip[:OVERLAP]
+        context = text.encode([canonical(drawn.labels().tolist()[0])] * 2)
+        prepared = (context, anchor_tokens(models, clip[0]))
+        seen = predictor(models, models.unet.prepare(*prepared), models.cam.prepare(context), shown)
+        blind = predictor(replace(models, cam=None), models.unet.prepare(*prepared), None, shown)
+        wide = replace(models, cam=None, unet=beside_input)
+        ways = {"CAM": seen, "concatenated": predictor(wide, beside_input.prepare(*prepared), None, shown)}
+        for timestep in (900, 600, 300):
+            noise = torch.randn(latents.shape, generator=draws)
+            noisy = models.schedule.add_noise(latents, noise, timestep)
+            target = models.schedule.velocity(latents, noise, timestep)
+            for name, predict in {**ways, "neither": blind}.items():
+                error = (predict(noisy, timestep, CONDITIONAL) - target).square().mean((0, 1, 3, 4))
+                found.setdefault(f"{name}, t = {timestep}", []).append(error)
+    means = {name: torch.stack(errors).mean(0) for name, errors in found.items()}
+    parts = {"shown": slice(OVERLAP), "first new": slice(OVERLAP, OVERLAP + 1), "other new": slice(OVERLAP + 1, None)}
+    return {name: {part: float(error[at].mean()) for part, at in parts.items()} for name, error in means.items()}
+
+
 def table(rows: list[dict[str, Any]], command: str, header: dict[str, Any]) -> str:
     """Return the results as Markdown."""
     lines = [
@@ -171,6 +207,10 @@ def table(rows: list[dict[str, Any]], command: str, header: dict[str, Any]) -> s
     for name in ATTRIBUTES:
         shares = [np.mean([row[start][variant]["kept"][name] for row in rows]) for start, variant in columns]
         lines.append(f"| {name} | " + " | ".join(f"{share:.0%}" for share in shares) + " |")
+    if errors := header.get("velocity_errors"):
+        lines += ["", "| velocity error | " + " | ".join(next(iter(errors.values()))) + " |", "|---|---|---|---|"]
+    for name, row in (errors or {}).items():
+        lines.append(f"| {name} | " + " | ".join(f"{value:.4f}" for value in row.values()) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -187,6 +227,9 @@ def main() -> None:
     command += "" if asked.concatenated is None else " --concatenated DIR"
     header = machine(asked.frames, WEIGHTS)
     rows = collect(path, header, work, asked.prompts, asked.jobs)
+    if asked.concatenated is not None:
+        header["velocity_errors"] = velocity_errors(asked.concatenated)
+        path.write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
     if asked.out is None:
         (HERE.parent / "docs" / "results.md").write_text(table(rows, command, header))
 
