@@ -2,6 +2,7 @@
 
     python benchmarks/near.py --prompts 50 --frames 104 --jobs 2
     python benchmarks/near.py --ways reuse overlap                   # these, and what they are compared with
+    python benchmarks/near.py --noise-level 400 --out FILE           # the refiner decides more
 
 The streaming stage goes on from the same first chunk, and the refiner refines its plain video. Every way is compared
 with the plain one of as many steps; "another seed" says how far apart two plain videos are. The judge of docs/demo.md
@@ -49,6 +50,7 @@ REFINER_WAYS: dict[str, dict[str, Any]] = {
     ANOTHER_SEED: {},
     "reuse_interval 2": {"refine.reuse_interval": 2},
     "overlap 4": {"refine.overlap": 4},
+    "reuse_interval 2, overlap 4": {"refine.reuse_interval": 2, "refine.overlap": 4},
 }
 
 
@@ -59,7 +61,7 @@ def psnr(frames: Frames, plain: Frames) -> float:
 
 
 @torch.inference_mode()
-def compare(index: int, seed: int, frames: int, wanted: list[str]) -> dict[str, Any]:
+def compare(index: int, seed: int, frames: int, wanted: list[str], level: int) -> dict[str, Any]:
     """Make and measure the videos of one random prompt, by the ways with `wanted` in their names."""
     torch.set_num_threads(1)
     models, text = score.load(score.WEIGHTS)
@@ -92,7 +94,8 @@ def compare(index: int, seed: int, frames: int, wanted: list[str]) -> dict[str, 
             }  # fmt: skip
     assert base is not None
     for steps in (8, 3):
-        row |= compare_refined(base[:frames], prompt, seed + index, steps, chosen(REFINER_WAYS, wanted))
+        given = {"refine.num_inference_steps": steps, "refine.noise_level": level}
+        row |= compare_refined(base[:frames], prompt, seed + index, given, chosen(REFINER_WAYS, wanted))
     return row
 
 
@@ -103,17 +106,17 @@ def chosen(ways: dict[str, dict[str, Any]], wanted: list[str]) -> dict[str, dict
 
 
 def compare_refined(
-    base: Frames, prompt: str, seed: int, steps: int, ways: dict[str, dict[str, Any]]
+    base: Frames, prompt: str, seed: int, given: dict[str, Any], ways: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """Refine a video by each way and measure it."""
     row: dict[str, Any] = {}
     plain: Frames | None = None
     for name, change in ways.items():
-        asked = {"refine.num_inference_steps": steps, **change}
+        asked = {**given, **change}
         shown = score.refine(base, prompt, seed + 500 * (name == ANOTHER_SEED), asked)
         plain = shown if plain is None else plain
         chunks = refinement_plan(len(base), 24, asked.get("refine.overlap", 8))
-        row[f"refiner, {steps} steps, {name}"] = {
+        row[f"refiner, {given['refine.num_inference_steps']} steps, {name}"] = {
             "psnr": None if name == "plain" else psnr(shown, plain),
             "overlap_seam": overlap_score(shown, chunks),
             **score.measured(shown),
@@ -134,10 +137,11 @@ def main() -> None:
     """Compare, store after every prompt, add the summary and print it."""
     parser = score.options(__doc__, prompts=50, frames=104, seed=8000)
     parser.add_argument("--ways", nargs="+", default=[""], metavar="WORD", help="those with such a word in their names")
+    parser.add_argument("--noise-level", type=int, default=merge(preset("demo")).refine.noise_level, metavar="T")
     asked = parser.parse_args()
     path = asked.out or score.HERE / "results" / f"{datetime.date.today()}-near-{asked.frames}.json"
-    header = score.machine(asked.frames, score.WEIGHTS)
-    work = partial(compare, seed=asked.seed, frames=asked.frames, wanted=asked.ways)
+    header = {**score.machine(asked.frames, score.WEIGHTS), "noise_level": asked.noise_level}
+    work = partial(compare, seed=asked.seed, frames=asked.frames, wanted=asked.ways, level=asked.noise_level)
     rows = score.collect(path, header, work, asked.prompts, asked.jobs)
     path.write_text(json.dumps({**header, "summary": summary(rows), "rows": rows}, indent=1) + "\n")
     print(json.dumps(summary(rows), indent=1))
