@@ -140,7 +140,8 @@ def main() -> None:
     parser.add_argument("--noise-level", type=int, default=merge(preset("demo")).refine.noise_level, metavar="T")
     asked = parser.parse_args()
     path = asked.out or score.HERE / "results" / f"{datetime.date.today()}-near-{asked.frames}.json"
-    header = {**score.machine(asked.frames, score.WEIGHTS), "noise_level": asked.noise_level}
+    known = {"noise_level": asked.noise_level, "ways": asked.ways}  # others begin a new file
+    header = {**score.machine(asked.frames, score.WEIGHTS), **known}
     work = partial(compare, seed=asked.seed, frames=asked.frames, wanted=asked.ways, level=asked.noise_level)
     rows = score.collect(path, header, work, asked.prompts, asked.jobs)
     path.write_text(json.dumps({**header, "summary": summary(rows), "rows": rows}, indent=1) + "\n")
