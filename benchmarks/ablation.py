@@ -134,27 +134,27 @@ def ablate(index: int, seed: int, frames: int, concatenated: Path | None, sheets
 @torch.inference_mode()
 def velocity_errors(concatenated: Path, clips: int = 24, seed: int = 4242) -> dict[str, dict[str, float]]:
     """One step of the networks on rendered clips, by "network, t = timestep" and frames."""
-    models, text = load(WEIGHTS)
-    assert models.cam is not None
-    beside_input = bundle.freeze(bundle.read(concatenated, "concatenated", UNet3D(denoisers.CONCATENATED)))
+    variants, text = networks(concatenated)
+    names = {"CAM": "full", "concatenated": "concatenated", "neither": "no CAM"}
+    ways = {name: variants[variant][0] for name, variant in names.items()}
+    full = ways["CAM"]
     draws = torch.Generator().manual_seed(seed)
     found: dict[str, list[torch.Tensor]] = {}
     for _ in range(clips):
         drawn = sample_scenes(1, draws)
         start = int(torch.randint(0, 200, (1,), generator=draws))
         clip = render(drawn, start + torch.arange(CLIP_FRAMES)[None])[0]
-        latents, shown = encode_frames(models.vae, clip).transpose(0, 1)[None], clip[:OVERLAP]
-        context = text.encode([canonical(drawn.labels().tolist()[0])] * 2)
-        prepared = (context, anchor_tokens(models, clip[0]))
-        seen = predictor(models, models.unet.prepare(*prepared), models.cam.prepare(context), shown)
-        blind = predictor(replace(models, cam=None), models.unet.prepare(*prepared), None, shown)
-        wide = replace(models, cam=None, unet=beside_input)
-        ways = {"CAM": seen, "concatenated": predictor(wide, beside_input.prepare(*prepared), None, shown)}
+        latents, shown = encode_frames(full.vae, clip).transpose(0, 1)[None], clip[:OVERLAP]
+        context, tokens = text.encode([canonical(drawn.labels().tolist()[0])] * 2), anchor_tokens(full, clip[0])
+        predicts = {}
+        for name, models in ways.items():
+            extractor = None if models.cam is None else models.cam.prepare(context)
+            predicts[name] = predictor(models, models.unet.prepare(context, tokens), extractor, shown)
         for timestep in (900, 600, 300):
             noise = torch.randn(latents.shape, generator=draws)
-            noisy = models.schedule.add_noise(latents, noise, timestep)
-            target = models.schedule.velocity(latents, noise, timestep)
-            for name, predict in {**ways, "neither": blind}.items():
+            noisy = full.schedule.add_noise(latents, noise, timestep)
+            target = full.schedule.velocity(latents, noise, timestep)
+            for name, predict in predicts.items():
                 error = (predict(noisy, timestep, CONDITIONAL) - target).square().mean((0, 1, 3, 4))
                 found.setdefault(f"{name}, t = {timestep}", []).append(error)
     means = {name: torch.stack(errors).mean(0) for name, errors in found.items()}

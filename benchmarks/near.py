@@ -115,7 +115,8 @@ def compare_refined(
         asked = {**given, **change}
         shown = score.refine(base, prompt, seed + 500 * (name == ANOTHER_SEED), asked)
         plain = shown if plain is None else plain
-        chunks = refinement_plan(len(base), 24, asked.get("refine.overlap", 8))
+        refine = merge(preset("demo"), asked).refine
+        chunks = refinement_plan(len(base), refine.chunk, refine.overlap)
         row[f"refiner, {given['refine.num_inference_steps']} steps, {name}"] = {
             "psnr": None if name == "plain" else psnr(shown, plain),
             "overlap_seam": overlap_score(shown, chunks),

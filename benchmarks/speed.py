@@ -312,10 +312,11 @@ def measure_parts(networks: Networks, tools: Instruments, given: Mapping[str, An
     measured(CHUNK_STEP, canvas, networks.chunk_step(canvas), frames=networks.config.refine.chunk)
     measured(f"{CHUNK_STEP}, square", square, networks.chunk_step(square), frames=networks.config.refine.chunk)
     for guided in (True, False) if networks.config.refine.guidance_scale != 1 else (True,):
-        for name, way in {"": whole_step, REUSING: reusing_step}.items():
-            if name or not guided:
-                work = networks.chunk_step(canvas, way, guided=guided)
-                measured(step_name(guided, bool(name)), canvas, work, frames=networks.config.refine.chunk)
+        if not guided:
+            work = networks.chunk_step(canvas, guided=False)
+            measured(step_name(False, False), canvas, work, frames=networks.config.refine.chunk)
+        work = networks.chunk_step(canvas, reusing_step, guided=guided)
+        measured(step_name(guided, True), canvas, work, frames=networks.config.refine.chunk)
     vae = networks.refining[1]
     for where, size in {"base": base, "canvas": canvas}.items():
         frame, latents = networks.random(1, 3, *size), networks.random(1, 4, *latent_size(vae, *size))
@@ -352,11 +353,6 @@ def totals(found: Mapping[str, Mapping[str, Any]], model: str, given: Mapping[st
 def step_name(guided: bool, reusing: bool) -> str:
     """The name of a chunk-step of the refiner among the parts."""
     return CHUNK_STEP + UNGUIDED * (not guided) + REUSING * reusing
-
-
-def whole_step(unet: UNet3D) -> Any:
-    """A network as it is."""
-    return unet.run
 
 
 def reusing_step(unet: UNet3D) -> Any:

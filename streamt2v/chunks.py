@@ -89,6 +89,11 @@ def length(num_chunks: int, size: int, overlap: int) -> int:
     return size + (num_chunks - 1) * (size - overlap)
 
 
+def count(num_frames: int, size: int, overlap: int) -> int:
+    """Return how many chunks cover so many frames, without their plan."""
+    return 1 + max(0, -(-(num_frames - size) // (size - overlap)))
+
+
 def covering(plan: Sequence[Chunk], frame: int) -> tuple[int, ...]:
     """Return the indices of the chunks that cover `frame`, in order. Starts and stops both grow along a plan."""
     first = bisect_right(plan, frame, key=lambda chunk: chunk.stop)

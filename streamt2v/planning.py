@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from streamt2v import devices, files, home, initializers, memory, weights
-from streamt2v.chunks import Chunk, length, refinement_plan, streaming_plan
+from streamt2v.chunks import Chunk, count, length, refinement_plan, streaming_plan
 from streamt2v.config import Prompt, RunConfig
 from streamt2v.errors import OutputError
 
@@ -88,16 +88,12 @@ def stages(config: RunConfig, source: tuple[int, int] | None = None) -> tuple[me
         box = (output.height or base[0], output.width or base[1])
         scale = min(box[0] / base[0], box[1] / base[1])
         canvas = box if output.fit == "cover" else (round(base[0] * scale), round(base[1] * scale))
-        frames, chunks = min(refine.chunk, config.num_frames), len(_refined(config))
+        frames, chunks = min(refine.chunk, config.num_frames), count(config.num_frames, refine.chunk, refine.overlap)
         shared = refine.overlap if refine.blending == "randomized" else 0
         kept = memory.chunks_kept(refine.num_inference_steps, refine.reuse_interval, refine.chunk, shared)
         guided, kept = refine.guidance_scale != 1, chunks if kept and refine.order == "sweep" else min(kept, chunks)
         found.append(_stage(family, "refine", ["vae"], frames, canvas, guided, False, kept))
     return tuple(found)
-
-
-def _refined(config: RunConfig) -> tuple[Chunk, ...]:
-    return refinement_plan(config.num_frames, config.refine.chunk, config.refine.overlap)
 
 
 def _stage(
@@ -140,7 +136,7 @@ def plan(config: RunConfig, device: str = "auto", gigabytes: float | None = None
     policy = memory.choose(free, known, kind)
     measured = _timings().get(_key(config, kind, policy))
     streaming = streaming_plan(config.num_frames, stream.chunk, stream.overlap)
-    refinement = _refined(config) if refine.enabled else ()
+    refinement = refinement_plan(config.num_frames, refine.chunk, refine.overlap) if refine.enabled else ()
     seconds = None
     if measured is not None:
         seconds = measured["fixed_seconds"] + (len(streaming) - 1) * measured["stream_seconds_per_chunk"]

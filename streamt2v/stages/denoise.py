@@ -68,20 +68,24 @@ class ChunkNoise:
     step: Callable[[int], Tensor]
 
 
-def reusing(run: Run, kept: dict[int, Tensor], reuses: Callable[[int], bool], place: str | None = None) -> Predict:
+def reusing(
+    run: Run, kept: dict[int, Tensor] | None, reuses: Callable[[int], bool], place: str | None = None
+) -> Predict:
     """Return `run` with the features of its deep layers taken from `kept`, by row, at timesteps that `reuses` names.
 
-    At all others they are computed, and kept on the device `place` (None: where they are).
+    At all others they are computed, and kept on the device `place` (None: where they are). `kept` None: at all, and
+    nothing is kept.
 
     Source: arXiv 2312.00858 (DeepCache).
     """
 
     def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
         indices = range(BOTH.stop)[rows]
-        if reuses(timestep):
+        if kept is not None and reuses(timestep):
             return run(latents, timestep, rows, torch.cat([kept[index] for index in indices]).to(latents.device))[0]
         output, deep = run(latents, timestep, rows, None)
-        kept.update(zip(indices, deep.to(place or deep.device).chunk(len(indices)), strict=True))
+        if kept is not None:
+            kept.update(zip(indices, deep.to(place or deep.device).chunk(len(indices)), strict=True))
         return output
 
     return predict

@@ -51,8 +51,6 @@ class Denoiser:
             # A number in a tensor, as compiled code would be made anew for every other number.
             return self.run(latents, torch.full((1,), timestep, device=latents.device), text.rows(rows), None, deep)
 
-        if kept is None:
-            return lambda latents, timestep, rows: run(latents, timestep, rows, None)[0]
         return reusing(run, kept, lambda _: reuses, self.place)
 
 

@@ -126,9 +126,7 @@ def predictor(
         seen = None if extractor is None else extractor.rows(rows)
         return models.step(models.unet, models.cam, given, time, denoiser.rows(rows), seen, embedded, deep)
 
-    if whole_at is None:
-        return lambda latents, timestep, rows: run(latents, timestep, rows, None)[0]
-    return reusing(run, {}, lambda timestep: timestep not in whole_at)
+    return reusing(run, None if whole_at is None else {}, lambda timestep: timestep not in (whole_at or ()))
 
 
 class Streamer:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamt2v.chunks import covering, refinement_plan, seams, snap, streaming_plan
+from streamt2v.chunks import count, covering, refinement_plan, seams, snap, streaming_plan
 from streamt2v.errors import ConfigError
 
 frames = st.integers(1, 400)
@@ -26,6 +26,7 @@ def test_streaming_plan_makes_every_frame_once(num_frames: int, sizes: tuple[int
 def test_refinement_plan_covers_every_frame_with_whole_chunks(num_frames: int, sizes: tuple[int, int]) -> None:
     size, overlap = sizes
     plan = refinement_plan(num_frames, size, overlap)
+    assert count(num_frames, *sizes) == len(plan) == len(streaming_plan(num_frames, *sizes))
     new = [frame for chunk in plan for frame in range(chunk.new_start, chunk.stop)]
     assert new == list(range(num_frames))
     assert {chunk.size for chunk in plan} == {min(size, num_frames)}
