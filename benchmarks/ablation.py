@@ -42,10 +42,12 @@ from streamt2v.models.unet3d import UNet3D
 from streamt2v.stages.denoise import CONDITIONAL
 from streamt2v.stages.stream import StreamModels, anchor_tokens, predictor
 from streamt2v.training import bundle, denoisers
-from streamt2v.training.captions import canonical
-from streamt2v.training.data import CLIP_FRAMES, TextSource
+from streamt2v.training.denoisers import TextSource
 from streamt2v.training.sheets import OVERLAP, make_video, stream_video, write_sheet
-from streamt2v.training.world import ATTRIBUTES, Scenes, render, sample_scenes
+from streamt2v.training.world.captions import canonical
+from streamt2v.training.world.clips import CLIP_FRAMES
+from streamt2v.training.world.drawing import render
+from streamt2v.training.world.scenes import ATTRIBUTES, Scenes, sample_scenes
 
 STARTS = ("clip", "text")
 BLENDINGS = ("randomized", "shared", "independent")

@@ -30,9 +30,9 @@ from streamt2v.frames import Frames, to_u8
 from streamt2v.stages.denoise import Sampling
 from streamt2v.stages.initialize import from_text
 from streamt2v.stages.stream import Streamer, StreamState, chunk_noise
-from streamt2v.training.captions import canonical
-from streamt2v.training.data import CLIP_FRAMES, LATENT_SIZE
 from streamt2v.training.sheets import OVERLAP
+from streamt2v.training.world.captions import canonical
+from streamt2v.training.world.clips import CLIP_FRAMES, LATENT_SIZE
 
 ANOTHER_SEED = "another seed"
 WAYS: dict[str, dict[str, Any]] = {

@@ -38,12 +38,13 @@ from streamt2v.models.unet3d import UNet3D
 from streamt2v.progress import Progress
 from streamt2v.stages.stream import StreamModels
 from streamt2v.training import bundle, denoisers, sheets
-from streamt2v.training.captions import build_tokenizer, canonical
-from streamt2v.training.clip import DIM, build_text, build_vision
-from streamt2v.training.data import CLIP_FRAMES, TextSource
-from streamt2v.training.judge import load_judge, verdict
-from streamt2v.training.vae import build_vae
-from streamt2v.training.world import ATTRIBUTES, Scenes, sample_scenes
+from streamt2v.training.denoisers import TextSource
+from streamt2v.training.world.captions import build_tokenizer, canonical
+from streamt2v.training.world.clips import CLIP_FRAMES
+from streamt2v.training.world.encoders import DIM, build_text, build_vision
+from streamt2v.training.world.judge import load_judge, verdict
+from streamt2v.training.world.scenes import ATTRIBUTES, Scenes, sample_scenes
+from streamt2v.training.world.vae import build_vae
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE.parent / "streamt2v" / "demo"

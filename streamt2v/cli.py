@@ -731,7 +731,7 @@ def weights_convert(
 @app.command()
 def train(
     part: Annotated[
-        str, typer.Argument(help="vae, clip, base, cam, apm, joint, concatenated, image_to_video, refiner or judge.")
+        str, typer.Argument(help="vae, clip, images, base, cam, apm, joint, concatenated, image_to_video or judge.")
     ],
     minutes: Annotated[float | None, typer.Option("--minutes", help="Stop after so many minutes.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Stop after so many optimiser steps.")] = None,
@@ -741,22 +741,26 @@ def train(
     resume_from: Annotated[
         Path | None,
         typer.Option(
-            "--from", help="Folder with weights to go on from, such as streamt2v/demo. Default: start afresh."
+            "--from", help="Folder with weights to start from, such as streamt2v/demo. Default: start afresh."
         ),
     ] = None,
     device: options.DeviceOption = "auto",
     seed: Annotated[int, typer.Option("--seed", help="Seed of data and initial weights.")] = 0,
+    steady: Annotated[
+        bool, typer.Option("--steady", help="Keep the learning rate to the end: this run will be continued.")
+    ] = False,
+    afresh: Annotated[bool, typer.Option("--afresh", help="Forget what an earlier run of this part left.")] = False,
 ) -> None:
-    """Train one part of the demo family on the procedural world.
+    """Train one part of the demo family on the drawn world. The same command again goes on where it stopped.
 
-    [b]streamt2v train base --minutes 30 --out training[/b]
+    [b]streamt2v train images --minutes 60 --out training[/b]
     """
     from streamt2v import devices
     from streamt2v.training import loop
 
     loop.train(
         part, minutes=minutes, steps=steps, out=out, device=devices.resolve(device).name, seed=seed,
-        resume_from=resume_from, log=say,
+        resume_from=resume_from, steady=steady, afresh=afresh, log=say,
     )  # fmt: skip
 
 

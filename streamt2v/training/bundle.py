@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from streamt2v import files
 from streamt2v.errors import WeightsError
-from streamt2v.training.captions import build_tokenizer, vocabulary
 from streamt2v.training.losses import DEMO_SCHEDULE
+from streamt2v.training.world.captions import build_tokenizer, vocabulary
 from streamt2v.weights import save_module
 
 Network = TypeVar("Network", bound=nn.Module)

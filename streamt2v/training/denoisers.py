@@ -1,36 +1,38 @@
-"""Sizes and losses of the demo's denoisers: base video UNet, CAM and APM, image-to-video, refiner."""
+"""Sizes and losses of the demo's denoisers: base video UNet, CAM and APM, image-to-video."""
 # The libraries' modules are typed as Any.
 # mypy: disable-error-code="no-any-return, no-untyped-call"
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-from transformers import CLIPVisionModelWithProjection
+from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, PreTrainedTokenizerFast
 
+from streamt2v.diffusion import solvers
 from streamt2v.diffusion.schedules import NoiseSchedule
 from streamt2v.models.apm import AppearanceTokens
 from streamt2v.models.cam import CamConfig, ConditionalAttention
-from streamt2v.models.encoders import embed_image
+from streamt2v.models.encoders import embed_image, encode_text
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
 from streamt2v.stages.stream import beside
-from streamt2v.training.captions import MAX_TOKENS
-from streamt2v.training.clip import DIM
-from streamt2v.training.data import Clips, ClipSource, TextSource, decode, encode, normal_like
+from streamt2v.training.batches import Batch, join
 from streamt2v.training.losses import (
     DEMO_SCHEDULE,
     draw_timesteps,
     flicker_error,
     pair_contrast,
     tone_error,
+    towards,
     weighted_error,
 )
-from streamt2v.training.world import ATTRIBUTES, render
+from streamt2v.training.world.captions import MAX_TOKENS
+from streamt2v.training.world.clips import COND_FRAMES, encode, normal_like
+from streamt2v.training.world.encoders import DIM
 
 IMAGE_TOKENS = 8
 
@@ -39,8 +41,8 @@ BASE = UNet3DConfig(
     attention_levels=(True, True, True),
     layers_per_block=1,
     cross_attention_dim=DIM,
-    attention_head_dim=8,
-    transformer_in_heads=4,
+    attention_head_dim=32,
+    transformer_in_heads=1,
     norm_num_groups=8,
     text_tokens=MAX_TOKENS,
     image_tokens=IMAGE_TOKENS,
@@ -50,11 +52,44 @@ BASE = UNet3DConfig(
 )
 IMAGE_TO_VIDEO = replace(BASE, in_channels=8, text_tokens=MAX_TOKENS + 1, image_tokens=0, cam=False)
 CONCATENATED = replace(BASE, in_channels=8, cam=False)
-CAM = CamConfig(replace(BASE, cam=False, image_tokens=0), cond_embed_channels=(16, 32, 48, 64), num_cond_frames=8)
-REFINER = replace(
-    BASE, block_out_channels=(32, 48, 96), attention_levels=(False, False, True), image_tokens=0, cam=False,
-    transformer_in_heads=0, frame_codes=False,
-)  # fmt: skip
+CAM = CamConfig(
+    replace(BASE, cam=False, image_tokens=0), cond_embed_channels=(16, 32, 48, 64), num_cond_frames=COND_FRAMES
+)
+
+AppearanceModule = tuple[AppearanceTokens, CLIPVisionModelWithProjection]
+Denoise = Callable[[Tensor, Tensor], Tensor]
+"""Velocity of noisy latents [B, C, F, h, w] at timesteps [B]."""
+
+
+class TextSource:
+    """Captions to text contexts through the frozen text encoder."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, encoder: CLIPTextModelWithProjection) -> None:
+        self.tokenizer, self.encoder = tokenizer, encoder.eval()
+
+    @torch.no_grad()
+    def encode(self, captions: list[str]) -> TextContext:
+        """Encode captions: tokens [B, S, D], pooled [B, P]."""
+        return encode_text(self.tokenizer, self.encoder, captions)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the losses share: the networks that do not learn, and where chance comes from."""
+
+    text: TextSource
+    vae: Any
+    vision: CLIPVisionModelWithProjection | None
+    channels: Tensor  # weight of each latent channel, see `losses.pixel_effect`
+    generator: torch.Generator
+
+    def chance(self, count: int) -> list[float]:
+        """Numbers in [0, 1), one a row."""
+        return torch.rand(count, generator=self.generator).tolist()
+
+    def context(self, captions: list[str], dropped: list[bool]) -> TextContext:
+        """Encoded captions, those to be dropped replaced by the empty one."""
+        return self.text.encode(["" if drop else text for text, drop in zip(captions, dropped, strict=True)])
 
 
 @cache
@@ -62,180 +97,177 @@ def _schedule() -> NoiseSchedule:
     return NoiseSchedule(DEMO_SCHEDULE)
 
 
-def _noised(clips: Clips, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents of clips, a timestep for each, and noise of their shape."""
-    timesteps = draw_timesteps(len(clips), generator, power=0.7).to(clips.latents.device)
-    return clips.latents, timesteps, normal_like(clips.latents, generator)
-
-
-def image_loss(
-    unet: UNet3D, source: ClipSource, text: TextSource, generator: torch.Generator, batch: int = 32
-) -> Tensor:
+def image_loss(unet: UNet3D, batch: Batch, lesson: Lesson) -> Tensor:
     """Loss on single frames with every temporal layer bypassed: layout, colours and shapes come cheaply this way."""
-    clips, _ = source.draw(batch)
-    device = clips.latents.device
-    frame = torch.randint(clips.latents.shape[2], (batch,), generator=generator).to(device)
-    rows = torch.arange(batch, device=device)
-    latents = clips.latents[rows, :, frame][:, :, None]
-    mask = clips.mask()[rows, frame][:, None]
-    timesteps = draw_timesteps(batch, generator, power=0.8).to(clips.latents.device)
-    noise = normal_like(latents, generator)
-    context = text.encode(text.captions(clips.scenes, generator, drop=0.1))
-    prediction = unet(
-        _schedule().add_noise(latents, noise, timesteps), timesteps, unet.prepare(context), temporal=False
-    )
-    return weighted_error(prediction, _schedule().velocity(latents, noise, timesteps), mask)
+    timesteps = draw_timesteps(len(batch), lesson.generator, power=0.8).to(batch.latents.device)
+    noise = normal_like(batch.latents, lesson.generator)
+    noisy = _schedule().add_noise(batch.latents, noise, timesteps)
+    context = lesson.context(batch.captions, [p < 0.1 for p in lesson.chance(len(batch))])
+    prediction = unet(noisy, timesteps, unet.prepare(context), temporal=False)
+    target = _schedule().velocity(batch.latents, noise, timesteps)
+    return weighted_error(prediction, target, batch.mask, channels=lesson.channels)
 
 
-def video_loss(
-    unet: UNet3D,
-    source: ClipSource,
-    text: TextSource,
-    generator: torch.Generator,
-    progress: float,
-    batch: int = 4,
-    pairs: int = 1,
-) -> Tensor:
-    """Loss on clips; in the first 80 % of the run it includes mirrored pairs with exchanged direction words.
+def video_loss(unet: UNet3D, batch: Batch, lesson: Lesson, own: Tensor | None = None) -> Tensor:
+    """Loss on clips; where they are, mirrored pairs learn the difference that the direction's word makes.
 
-    Timesteps 999 u^p favour high noise, where the text decides on motion, and become nearly uniform at the end.
+    Timesteps 999 u^p favour high noise, where the text decides on motion.
+
+    Args:
+        unet: the base.
+        batch: clips.
+        lesson: what does not learn.
+        own: what the network itself made of these clips, see `own_states`; None trains on plain clips.
     """
-    paired = pairs if progress < 0.8 else 0
-    clips, rows = source.draw(batch, paired)
-    latents, mask = clips.latents, clips.mask()
-    timesteps = draw_timesteps(batch, generator, power=0.5 if progress < 0.5 else 0.7).to(clips.latents.device)
-    noise = normal_like(latents, generator)
+    rows, generator = batch.pairs, lesson.generator
+    timesteps = draw_timesteps(len(batch), generator, power=0.6).to(batch.latents.device)
+    noise = normal_like(batch.latents, generator)
     if len(rows):
         timesteps[rows[:, 1]] = timesteps[rows[:, 0]]
         noise[rows[:, 1]] = noise[rows[:, 0]]
-    context = text.encode(text.captions(clips.scenes, generator, drop=0.1, pairs=len(rows)))
-    prediction = unet(_schedule().add_noise(latents, noise, timesteps), timesteps, unet.prepare(context))
-    target = _schedule().velocity(latents, noise, timesteps)
-    loss = weighted_error(prediction, target, mask) + flicker_error(prediction, target, mask)
-    return loss + pair_contrast(prediction, target, rows, timesteps, mask) if len(rows) else loss
-
-
-def refiner_loss(
-    unet: UNet3D, source: ClipSource, text: TextSource, generator: torch.Generator, batch: int = 2, top: int = 450
-) -> Tensor:
-    """Loss of the refiner below the SDEdit start, on windows that hold a sharp and a poor version.
-
-    The noisy input is made of the sharp latents moved part of the way to the poor ones, less so where little noise is
-    left; the target is always the sharp ones: the refiner learns to repair what SDEdit gives it, not only to keep it.
-    """
-    clips, _ = source.draw(batch)
-    sharp, poor = clips.latents.chunk(2, dim=1)
-    timesteps = draw_timesteps(batch, generator, top=top).to(sharp.device)
-    share = torch.rand(batch, generator=generator).mul(1.6).clamp(max=1).to(sharp.device)
-    share = share * (timesteps / 150).clamp(max=1)
-    mixed = sharp + share.view(-1, 1, 1, 1, 1) * (poor - sharp)
-    noisy = _schedule().add_noise(mixed, normal_like(sharp, generator), timesteps)
-    alpha, sigma = (t.to(sharp)[timesteps].view(-1, 1, 1, 1, 1) for t in (_schedule().alphas, _schedule().sigmas))
-    implied = (noisy - alpha * sharp) / sigma.clamp(min=1e-3)  # the noise that leads from sharp latents to the input
-    target = _schedule().velocity(sharp, implied, timesteps)
-    context = text.encode(text.captions(clips.scenes, generator, drop=0.1))
+    mixed, timesteps = _mixed(batch.latents, own, timesteps, generator)
+    noisy = _schedule().add_noise(mixed, noise, timesteps)
+    drops = lesson.chance(len(batch))
+    for first, second in rows.tolist():
+        drops[second] = drops[first]
+    context = lesson.context(batch.captions, [p < 0.1 for p in drops])
     prediction = unet(noisy, timesteps, unet.prepare(context))
-    loss: Tensor = (prediction - target).square().mean()
-    return loss
+    target = towards(_schedule(), batch.latents, noisy, timesteps)
+    loss = weighted_error(prediction, target, batch.mask, channels=lesson.channels)
+    loss = loss + flicker_error(prediction, target, batch.mask, channels=lesson.channels)
+    return loss + pair_contrast(prediction, target, rows, timesteps, batch.mask) if len(rows) else loss
 
 
-def conditioning(clips: Clips, vae: Any, generator: torch.Generator, frames: int = 8) -> tuple[Tensor, Tensor]:
-    """The first frames of clips as CAM will meet them, and what is to follow them.
+def _mixed(clean: Tensor, own: Tensor | None, timesteps: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Latents to be noised, clean ones moved towards the network's own, and the timesteps to noise them for.
 
-    While streaming, CAM sees what the model itself made. So some are rendered, some decoded from disturbed latents,
-    and all carry a little noise: otherwise small errors are copied and grow from chunk to chunk. Half of the rendered
-    batches have a false tint, and some show false subjects: true colours and shapes must then come from the anchor or
-    the text, which do not drift. Tints and disturbances leave the target gradually (`fading`): were they gone at the
-    first new frame, the network would learn to jump at every seam.
+    A quarter of the rows stay plain; the others are noised by less than 0.7 of the range, where the input shows a
+    layout to be repaired. Half of them are the network's own as they are, the rest lie between.
+    """
+    if own is None:
+        return clean, timesteps
+    count = len(clean)
+    share = (2 * torch.rand(count, generator=generator)).clamp(max=1)
+    share[: max(1, count // 4)] = 0
+    low = (60 + 640 * torch.rand(count, generator=generator)).long().to(timesteps)
+    share = share.to(clean)
+    return clean + share.view(-1, 1, 1, 1, 1) * (own - clean), torch.where(share > 0, low, timesteps)
+
+
+@torch.no_grad()
+def own_states(denoise: Denoise, clean: Tensor, highest: int, generator: torch.Generator, steps: int = 8) -> Tensor:
+    """What the sampler makes of clips that were noised part of the way: the network's own mistakes, near a true clip.
+
+    Args:
+        denoise: the network with its conditioning.
+        clean: true clips [B, C, F, h, w].
+        highest: noise at most so many of the `steps` back; `steps` begins with pure noise.
+        generator: of the noise.
+        steps: of the sampler, eta 1.
 
     Returns:
-        Pixels [B, frames, 3, 72, 128] in [-1, 1], latents of the whole chunk [B, C, F, h, w].
+        Sampled clips of the same shape.
     """
-    latents = clips.latents
-    share = fading(frames, latents.shape[2]).to(latents)
-    if torch.rand((), generator=generator) < 0.35:
-        steady, restless = (0.35 * torch.rand(2, generator=generator)).tolist()
-        latents = latents + share[:, None, None] * steady * normal_like(latents[:, :, :1], generator)
-        seen = latents[:, :, :frames]
-        pixels = decode(vae, seen + restless * normal_like(seen, generator))
-    else:
-        tinted = bool(torch.rand((), generator=generator) < 0.5)
-        at = clips.frames() if tinted else clips.frames()[:, :frames]
-        true = shown = render(clips.scenes, at)
-        if torch.rand((), generator=generator) < 0.15:
-            subjects = torch.randint(len(ATTRIBUTES["subject"]), (len(clips),), generator=generator)
-            shown = render(replace(clips.scenes, subject=subjects.to(clips.scenes.subject.device)), at)
-        if tinted:
-            gain, shift = torch.rand(2, len(clips), 1, 3, 1, 1, generator=generator).to(true).mul(2).sub(1)
-            much = share[:, None, None, None]
-            true, shown = (
-                (pixels * (1 + 0.35 * gain * much) + 0.25 * shift * much).clamp(-1, 1) for pixels in (true, shown)
-            )
-            latents = encode(vae, true)
-        pixels = shown[:, :frames]
-        if torch.rand((), generator=generator) < 0.5:  # as soft as the VAE leaves it
-            small = functional.avg_pool2d(pixels.flatten(0, 1), 2)
-            pixels = functional.interpolate(small, scale_factor=2, mode="bilinear").view_as(pixels)
-    strength = 0.08 * float(torch.rand((), generator=generator))
-    return pixels + strength * normal_like(pixels, generator), latents
+    begin = int(torch.randint(2, highest + 1, (), generator=generator))
+    timesteps, _ = _schedule().ddim_grid(steps)
+    start = timesteps[steps - begin].expand(len(clean)).to(clean.device)
+    return sampled(denoise, _schedule().add_noise(clean, normal_like(clean, generator), start), begin, generator, steps)
 
 
-def fading(frames: int, length: int, rate: float = 0.75) -> Tensor:
-    """How much of an error of the conditioning frames each frame of a chunk still carries, [length] in (0, 1].
+@torch.no_grad()
+def sampled(denoise: Denoise, noisy: Tensor, begin: int, generator: torch.Generator, steps: int = 8) -> Tensor:
+    """The last `begin` of `steps` sampler steps with eta 1, on latents [B, C, F, h, w] noised as that demands."""
+    timesteps, levels = _schedule().ddim_grid(steps)
+    timesteps, levels = timesteps[steps - begin :], levels[steps - begin :]
+    x = noisy
+    for index, timestep in enumerate(timesteps.tolist()):
+        now = torch.full((len(x),), timestep, device=x.device)
+        clear, noise = _schedule().to_x0_eps(denoise(x, now), x, timestep)
+        eta = 0.0 if index == begin - 1 else 1.0
+        x = solvers.ddim_step(clear, noise, levels[index], levels[index + 1], eta, normal_like(x, generator))
+    return x
 
-    All of it for as long as they last, `rate` times as much with every new frame.
+
+class OwnStates:
+    """Clips beside what the network made of them; the oldest give way.
+
+    Args:
+        make: a batch and the network's own version of it.
+        capacity: rows kept.
+        every: one new batch is made for so many draws.
+        generator: decides which rows are drawn.
     """
-    return rate ** (torch.arange(length) - frames + 1).clamp(min=0)
+
+    def __init__(
+        self, make: Callable[[], tuple[Batch, Tensor]], generator: torch.Generator, capacity: int = 256, every: int = 6
+    ) -> None:
+        self.make, self.generator, self.capacity, self.every = make, generator, capacity, every
+        self.rows: list[tuple[Batch, Tensor]] = []
+        self.draws = 0
+
+    def draw(self, count: int) -> tuple[Batch, Tensor]:
+        """Draw rows: clips [count] and the network's own versions of them."""
+        if self.draws % self.every == 0 or not self.rows:
+            batch, own = self.make()
+            self.rows += [(batch.row(i), own[i : i + 1]) for i in range(len(batch))]
+            self.rows = self.rows[-self.capacity :]
+        self.draws += 1
+        picked = [self.rows[i] for i in torch.randint(len(self.rows), (count,), generator=self.generator).tolist()]
+        return join([batch for batch, _ in picked]), torch.cat([own for _, own in picked])
 
 
-def anchors(clips: Clips, generator: torch.Generator) -> Tensor:
-    """One frame of each clip's past, up to 200 frames back, [B, 3, 72, 128]."""
-    back = torch.randint(0, 200, (len(clips), 1), generator=generator).to(clips.start.device)
-    return render(clips.scenes, clips.start[:, None] - back)[:, 0]
+def streamed(
+    unet: UNet3D, cam: ConditionalAttention | None, apm: AppearanceModule | None, batch: Batch, lesson: Lesson,
+    dropping: bool = True,
+) -> Denoise:  # fmt: skip
+    """The streaming denoiser for a batch of chunks: text, CAM's look at the shown frames, APM's at the anchor.
 
-
-def streaming_loss(
-    unet: UNet3D,
-    cam: ConditionalAttention | None,
-    apm: tuple[AppearanceTokens, CLIPVisionModelWithProjection] | None,
-    vae: Any,
-    source: ClipSource,
-    text: TextSource,
-    generator: torch.Generator,
-    batch: int = 4,
-) -> Tensor:
-    """Loss of CAM (apm None, the paper's first phase) or of CAM and APM together (its second phase).
-
-    Without CAM the conditioning frames' latents are concatenated to the input instead: the paper's comparison.
-
-    A chunk of 16 frames is denoised while CAM sees its first 8 frames as pixels. Text alone, anchor alone and both are
-    dropped 5 % of the time each. Source: arXiv 2403.14773 section 4 and supplement.
+    Text alone, anchor alone and both are dropped 5 % of the time each. Without CAM the shown frames' latents stand
+    beside the input instead: the paper's comparison. Source: arXiv 2403.14773 section 4 and supplement.
     """
-    clips, _ = source.draw(batch)
-    _, timesteps, noise = _noised(clips, generator)
-    with torch.no_grad():
-        pixels, latents = conditioning(clips, vae, generator, CAM.num_cond_frames)
-    noisy = _schedule().add_noise(latents, noise, timesteps)
-    chance = torch.rand(batch, generator=generator)
-    captions = text.captions(clips.scenes, generator, drop=0.0)
-    context = text.encode(["" if p < 0.10 else caption for p, caption in zip(chance.tolist(), captions, strict=True)])
+    assert batch.shown is not None
+    shown = batch.shown
+    chance = torch.rand(len(batch), generator=lesson.generator) if dropping else torch.ones(len(batch))
+    context = lesson.context(batch.captions, [p < 0.10 for p in chance.tolist()])
     tokens = None
     if apm is not None:
         network, vision = apm
-        pictures = anchors(clips, generator)
+        assert batch.anchors is not None
+        pictures = batch.anchors.clone()
         pictures[(chance >= 0.05) & (chance < 0.15)] = 0.0
         with torch.no_grad():
             embedding = embed_image(vision, pictures)
         tokens = network(embedding)
-    shown = noisy if cam is not None else beside(encode(vae, pixels), noisy)
-    features = None
-    if cam is not None:
-        first = noisy[:, :, : pixels.shape[1]]
-        features = cam(first, timesteps, cam.prepare(context), cam.embed_frames(pixels))
-    prediction = unet(shown, timesteps, unet.prepare(context, tokens), features)
-    target, mask = _schedule().velocity(latents, noise, timesteps), clips.mask()
-    counts = importance(CAM.num_cond_frames, latents.shape[2]).to(latents)
-    loss = weighted_error(prediction, target, mask, counts) + flicker_error(prediction, target, mask, counts[1:])
+    conditioning = unet.prepare(context, tokens)
+    if cam is None:
+        first = encode(lesson.vae, shown)
+        return lambda noisy, timesteps: unet(beside(first, noisy), timesteps, conditioning)
+    looks, seen = cam.prepare(context), cam.embed_frames(shown)
+
+    def denoise(noisy: Tensor, timesteps: Tensor) -> Tensor:
+        features = cam(noisy[:, :, : shown.shape[1]], timesteps, looks, seen)
+        return unet(noisy, timesteps, conditioning, features)
+
+    return denoise
+
+
+def streaming_loss(
+    unet: UNet3D, cam: ConditionalAttention | None, apm: AppearanceModule | None, batch: Batch, lesson: Lesson,
+    own: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Loss of CAM (apm None, the paper's first phase) or of CAM and APM together (its second phase).
+
+    A chunk is denoised while CAM sees its first frames as pixels. `own` as in `video_loss`.
+    """
+    generator = lesson.generator
+    timesteps = draw_timesteps(len(batch), generator, power=0.7).to(batch.latents.device)
+    mixed, timesteps = _mixed(batch.latents, own, timesteps, generator)
+    noisy = _schedule().add_noise(mixed, normal_like(mixed, generator), timesteps)
+    prediction = streamed(unet, cam, apm, batch, lesson)(noisy, timesteps)
+    target = towards(_schedule(), batch.latents, noisy, timesteps)
+    counts = importance(COND_FRAMES, batch.latents.shape[2]).to(batch.latents)
+    loss = weighted_error(prediction, target, batch.mask, counts, lesson.channels)
+    loss = loss + flicker_error(prediction, target, batch.mask, counts[1:], lesson.channels)
     return loss + tone_error(prediction, target, counts)
 
 
@@ -248,33 +280,27 @@ def importance(frames: int, length: int) -> Tensor:
     return counts
 
 
-def image_to_video_loss(
-    unet: UNet3D,
-    vision: CLIPVisionModelWithProjection,
-    source: ClipSource,
-    text: TextSource,
-    generator: torch.Generator,
-    batch: int = 4,
-) -> Tensor:
-    """Loss of the picture-to-video denoiser.
+def image_to_video_loss(unet: UNet3D, batch: Batch, lesson: Lesson) -> Tensor:
+    """Loss of the picture-to-video denoiser: a batch whose anchors are its first frames.
 
-    The first frame's latents stand beside every frame's, its embedding beside the text.
-
-    In one case of ten text and picture are dropped together, in one of ten the text alone.
+    The first frame's latents stand beside every frame's, its embedding beside the text. In one case of ten text and
+    picture are dropped together, in one of ten the text alone.
     """
-    clips, _ = source.draw(batch)
-    latents, timesteps, noise = _noised(clips, generator)
-    chance = torch.rand(batch, generator=generator)
-    captions = text.captions(clips.scenes, generator, drop=0.0)
-    context = text.encode(["" if p < 0.2 else caption for p, caption in zip(chance.tolist(), captions, strict=True)])
+    latents, generator = batch.latents, lesson.generator
+    assert lesson.vision is not None and batch.anchors is not None
+    timesteps = draw_timesteps(len(batch), generator, power=0.7).to(latents.device)
+    noise = normal_like(latents, generator)
+    chance = torch.rand(len(batch), generator=generator)
+    context = lesson.context(batch.captions, [p < 0.2 for p in chance.tolist()])
     kept = (chance >= 0.1).float().to(latents.device)
     with torch.no_grad():
-        picture = render(clips.scenes, clips.start[:, None])[:, 0]
-        embedding = embed_image(vision, picture)[:, None] * kept[:, None, None]
+        embedding = embed_image(lesson.vision, batch.anchors)[:, None] * kept[:, None, None]
     strength = 0.1 * float(torch.rand((), generator=generator))
     first = latents[:, :, :1] + strength * normal_like(latents[:, :, :1], generator)
     concatenated = (first * kept.view(-1, 1, 1, 1, 1)).expand_as(latents)
     noisy = torch.cat([_schedule().add_noise(latents, noise, timesteps), concatenated], dim=1)
     joint = TextContext(torch.cat([context.tokens, embedding], dim=1), context.pooled)
     prediction = unet(noisy, timesteps, unet.prepare(joint))
-    return weighted_error(prediction, _schedule().velocity(latents, noise, timesteps), clips.mask())
+    target = _schedule().velocity(latents, noise, timesteps)
+    loss = weighted_error(prediction, target, batch.mask, channels=lesson.channels)
+    return loss + flicker_error(prediction, target, batch.mask, channels=lesson.channels)

@@ -1,13 +1,14 @@
 """The training loop: every part is a `Job` (networks, loss, report), and one function runs them all.
 
-Steps are few and dear on a CPU, so the loop uses Muon, a learning rate that follows the clock (the run ends annealed
-whenever its minutes end), an average of the weights, and saves usable files every few minutes.
+A run may last for days in pieces: everything that a step depends on is written beside the weights now and then, and the
+same command goes on from there. Steps are few and dear on a CPU, so the loop uses Muon and an average of the weights.
 """
 # The libraries' modules are typed as Any.
 # mypy: disable-error-code="no-any-return, no-untyped-call"
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamt2v.errors import NumericsError
+from streamt2v import files
+from streamt2v.errors import NumericsError, WeightsError
 from streamt2v.training.optimizer import Muon
 
 Log = Callable[[str], None]
@@ -43,8 +45,14 @@ class Job:
     """Those of `trained` that learn five times as fast: new layers beside trained ones."""
     learning_rate: float = 1e-3
     average: float = 0.995
-    autocast: bool = False
-    """Run the loss in bfloat16 on a CPU: pays for wide convolutions on large pictures only."""
+    """Decay of the average a step."""
+    samples: int = 1
+    """Examples in one loss, for the log."""
+    device: str = "cpu"
+    half: bool = False
+    """Run the loss in bfloat16 on a CPU, too: pays for wide convolutions on large pictures. A GPU always does."""
+    keep: Callable[[], None] = field(default=lambda: None)
+    """Called when state is saved: keep what was made for training, too."""
 
 
 class Average:
@@ -79,9 +87,13 @@ class Average:
             value.copy_(kept)
 
 
-def rate_factor(step: int, progress: float, warm_up: int = 30) -> float:
-    """Learning rate factor: linear warm-up over some steps, flat to 40 % of the run, then linear to nearly zero."""
-    return min(1.0, (step + 1) / warm_up) * min(1.0, max(0.02, (1 - progress) / 0.6))
+def rate_factor(step: int, progress: float, steady: bool, warm_up: int = 30) -> float:
+    """Learning rate factor: linear warm-up over some steps of this run, flat to 40 % of it, then linear to nearly zero.
+
+    A steady run stays flat: it will be continued.
+    """
+    warm = min(1.0, (step + 1) / warm_up)
+    return warm if steady else warm * min(1.0, max(0.02, (1 - progress) / 0.6))
 
 
 def _groups(job: Job) -> list[dict[str, Any]]:
@@ -96,60 +108,150 @@ def _groups(job: Job) -> list[dict[str, Any]]:
     return groups
 
 
+@dataclass
+class Progress:
+    """How far a part has come, over all runs."""
+
+    steps: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    smooth: float = 0.0  # loss
+    first: float = 0.0
+
+
+class Checkpoint:
+    """Everything a step depends on, in one file: weights, their average, the optimizer's memory, the random numbers."""
+
+    def __init__(self, path: Path, job: Job, optimizer: Muon, average: Average, generator: torch.Generator) -> None:
+        self.path, self.job, self.optimizer, self.average, self.generator = path, job, optimizer, average, generator
+
+    def load(self) -> Progress:
+        """Take up an earlier run, if there was one.
+
+        Raises:
+            WeightsError: the file is of other networks.
+        """
+        if not self.path.is_file():
+            return Progress()
+        state = torch.load(self.path, weights_only=True, map_location=self.job.device)
+        shapes = [value.shape for value in state["trained"]]
+        if shapes != [p.shape for p in self.job.trained]:
+            raise WeightsError(f"{self.path} was left by networks of other sizes", "train that part afresh: --afresh")
+        with torch.no_grad():
+            for parameter, value in zip(self.job.trained, state["trained"], strict=True):
+                parameter.copy_(value)
+        self.average.values, self.average.count = state["average"], state["average_count"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"].cpu())
+        return Progress(**state["progress"])
+
+    def save(self, progress: Progress) -> None:
+        """Write the state, whole or not at all."""
+        files.make_directory(self.path.parent)
+        state = {
+            "trained": [p.detach() for p in self.job.trained],
+            "average": self.average.values,
+            "average_count": self.average.count,
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "progress": vars(progress),
+        }
+        with files.replacing(self.path) as part:
+            torch.save(state, part)
+        self.job.keep()
+
+
 def run(
-    job: Job, out: Path, minutes: float | None, steps: int | None, log: Log, report_minutes: float = 4.0
+    job: Job,
+    out: Path,
+    minutes: float | None,
+    steps: int | None,
+    log: Log,
+    generator: torch.Generator,
+    state: Path | None = None,
+    steady: bool = False,
+    report_minutes: float = 10.0,
 ) -> dict[str, float]:
-    """Train a job for some minutes or steps, whichever ends first.
+    """Train a job for some minutes or steps, whichever ends first, from where an earlier run stopped.
 
     Args:
         job: what to train.
         out: folder for weights files and pictures.
-        minutes: wall-clock limit; at least one of the limits is needed.
-        steps: step limit.
+        minutes: wall-clock limit of this run; at least one of the limits is needed.
+        steps: step limit of this run.
         log: called with one line of text now and then.
+        generator: of every draw of the job; its state is kept, too.
+        state: file that holds the run between sittings; None starts afresh and keeps nothing.
+        steady: keep the learning rate: this run will be continued.
         report_minutes: time between two savings.
 
     Returns:
-        Number of steps, first and last smoothed loss, seconds.
+        Number of steps, first and last smoothed loss, seconds and samples of this run and those before it.
 
     Raises:
         NumericsError: the loss is no longer finite.
+        WeightsError: `state` is of other networks.
     """
     optimizer = Muon(_groups(job), lr=job.learning_rate)
     average = Average(job.trained, job.average)
+    checkpoint = None if state is None else Checkpoint(state, job, optimizer, average, generator)
+    done = Progress() if checkpoint is None else checkpoint.load()
+    if done.steps:
+        log(f"going on after {done.steps} steps, {done.seconds / 3600:.2f} h, loss {done.smooth:.4f}")
+    before = done.seconds
     start = last_report = time.monotonic()
-    step, smooth, first = 0, 0.0, 0.0
+    step = 0
+    kind = torch.device(job.device).type
     while True:
         now = time.monotonic()
         by_time = (now - start) / (60 * minutes) if minutes else 0.0
         progress = max(by_time, step / steps if steps else 0.0)
         if progress >= 1:
             break
+        factor = rate_factor(step, progress, steady)
         for group in optimizer.param_groups:
-            group["lr"] = job.learning_rate * rate_factor(step, progress) * (5.0 if group["quick"] else 1.0)
-        with torch.autocast("cpu", torch.bfloat16, enabled=job.autocast):
+            group["lr"] = job.learning_rate * factor * (5.0 if group["quick"] else 1.0)
+        with torch.autocast(kind, torch.bfloat16, enabled=job.half or kind == "cuda"):
             loss = job.loss(progress)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise NumericsError(f"the loss is {value} after {done.steps} steps", "lower the learning rate")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(job.trained, 1.0)
         optimizer.step()
         average.update()
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise NumericsError(f"the loss is {value} after {step} steps", "lower the learning rate")
-        smooth = value if step == 0 else smooth + max(0.02, 1 / (step + 1)) * (value - smooth)
-        first = value if step == 0 else first
+        done.smooth += max(0.01, 1 / (done.steps + 1)) * (value - done.smooth)
+        done.first = value if done.steps == 0 else done.first
         step += 1
+        done.steps, done.samples, done.seconds = done.steps + 1, done.samples + job.samples, before + now - start
         if step in (20, 100):
-            log(f"step {step}  {now - start:.0f} s  loss {smooth:.4f}")
+            log(f"step {done.steps}  {now - start:.0f} s  loss {done.smooth:.4f}")
         if now - last_report > 60 * report_minutes:
             last_report = now
+            if checkpoint is not None:
+                checkpoint.save(done)
             with average.swapped():
                 job.save(out)
-                log(f"step {step}  {now - start:.0f} s  loss {smooth:.4f}  {job.report(out)}")
+                log(f"step {done.steps}  {now - start:.0f} s  loss {done.smooth:.4f}  {job.report(out)}")
+    done.seconds = before + time.monotonic() - start
+    if checkpoint is not None:
+        checkpoint.save(done)
     average.exchange()
     job.save(out)
     summary = job.report(out)
-    seconds = time.monotonic() - start
-    log(f"done: {step} steps, {seconds:.0f} s, loss {smooth:.4f}; {summary}")
-    return {"steps": float(step), "first_loss": first, "loss": smooth, "seconds": seconds}
+    log(f"done: {step} steps, {done.seconds - before:.0f} s, loss {done.smooth:.4f}; {summary}")
+    return {
+        "steps": float(done.steps),
+        "samples": float(done.samples),
+        "first_loss": done.first,
+        "loss": done.smooth,
+        "seconds": done.seconds,
+    }
+
+
+def record(folder: Path, part: str, device: str, result: dict[str, float]) -> None:
+    """Append one line to folder/training.jsonl: what a run of a part has come to."""
+    row = {"part": part, "device": device, "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()), **result}
+    with (folder / "training.jsonl").open("a") as table:
+        table.write(json.dumps(row) + "\n")

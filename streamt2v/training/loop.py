@@ -24,26 +24,30 @@ def train(
     device: str = "cpu",
     seed: int = 0,
     resume_from: Path | None = None,
+    steady: bool = False,
+    afresh: bool = False,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, float]:
-    """Train one part and write its weights into `out`.
+    """Train one part and write its weights into `out`; called again, it goes on where the last run stopped.
 
-    Later parts build on earlier ones: vae and clip come first, then base, then cam and apm, or joint for all three;
-    concatenated and image_to_video need base, refiner needs vae and clip, judge needs nothing. What `out` lacks comes
-    from the package.
+    Later parts build on earlier ones: vae and clip come first, then images, base, and cam and apm, or joint for all
+    three; concatenated and image_to_video need base, judge needs nothing. What `out` lacks comes from the package.
 
     Args:
         part: one of `PARTS`.
-        minutes: wall-clock limit; the learning rate is annealed towards it.
+        minutes: wall-clock limit of this run; the learning rate is annealed towards it.
         steps: step limit, instead or in addition.
-        out: folder of the weights files, tokenizer, vocabulary, sample sheets and the clip cache.
+        out: folder of the weights files, tokenizer, vocabulary, sample sheets, `training.jsonl` (a line a run) and
+            `state/`, which holds what the next run goes on from.
         device: "cpu" or "cuda".
         seed: of the initial weights and every draw.
-        resume_from: folder with the part's weights to continue from; None starts afresh.
+        resume_from: folder with the part's weights to start from, where no earlier run left its state.
+        steady: keep the learning rate, because this run will be continued.
+        afresh: forget the state that an earlier run left.
         log: receives lines of progress.
 
     Returns:
-        steps, first_loss, loss, seconds.
+        steps, samples, first_loss, loss, seconds, of all runs together.
 
     Raises:
         ConfigError: unknown part, or no limit above 0.
@@ -62,7 +66,12 @@ def train(
     threads = torch.get_num_threads()
     if device == "cpu":
         torch.set_num_threads(1)  # narrow networks: a second thread waits more than it works
+    state = out / "state" / f"{part}.pt"
+    if afresh:
+        state.unlink(missing_ok=True)
     try:
-        return engine.run(JOBS[part](workshop), out, minutes, steps, log)
+        result = engine.run(JOBS[part](workshop), out, minutes, steps, log, workshop.generator, state, steady)
     finally:
         torch.set_num_threads(threads)
+    engine.record(out, part, device, result)
+    return result

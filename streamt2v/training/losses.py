@@ -1,11 +1,15 @@
 """Losses of the denoisers: velocity error, heavier on the subject, and the contrast of mirrored pairs."""
+# The libraries' modules are typed as Any.
+# mypy: disable-error-code="no-any-return, no-untyped-call"
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from streamt2v.diffusion.schedules import ScheduleConfig
+from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
 
 DEMO_SCHEDULE = ScheduleConfig(
     kind="scaled_linear", prediction="v", spacing="trailing", zero_terminal_snr=True, final_alpha_one=True
@@ -24,24 +28,70 @@ def draw_timesteps(count: int, generator: torch.Generator, power: float = 1.0, t
     return (top * u**power).round().long()
 
 
-def weighted_error(prediction: Tensor, target: Tensor, mask: Tensor, frames: Tensor | None = None) -> Tensor:
+@torch.no_grad()
+def pixel_effect(vae: Any, latents: Tensor) -> Tensor:
+    """How much a change of each latent channel moves the decoded pixels, [C], with mean one.
+
+    Channels of a VAE differ in what they do to the picture; a loss that counts them alike spends effort where no eye
+    sees it.
+
+    Args:
+        vae: the decoder.
+        latents: [N, C, h, w], about which the effect is measured.
+    """
+    clean = vae.decode(latents).sample
+    generator = torch.Generator().manual_seed(0)
+    effects = []
+    for channel in range(latents.shape[1]):
+        moved = latents.clone()
+        step = 0.3 * torch.randn(latents[:, channel].shape, generator=generator)
+        moved[:, channel] += step.to(latents)
+        effects.append((vae.decode(moved).sample - clean).square().mean())
+    effect = torch.stack(effects)
+    return effect / effect.mean()
+
+
+def towards(schedule: NoiseSchedule, clean: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+    """The velocity that leads from any noisy latents to the clean ones, whatever they were made of.
+
+    With x_t = alpha x_0 + sigma e the noise that would explain x_t is e = (x_t - alpha x_0) / sigma; the velocity is
+    that of this pair. For latents noised in the ordinary way it is the ordinary target.
+
+    Args:
+        schedule: alpha and sigma.
+        clean: what is wanted, [B, C, F, h, w].
+        noisy: latents at `timesteps`, of the same shape.
+        timesteps: [B]; very low ones are treated as if they had a little noise, against division by nearly nothing.
+    """
+    alpha, sigma = (t.to(clean)[timesteps].view(-1, 1, 1, 1, 1) for t in (schedule.alphas, schedule.sigmas))
+    return schedule.velocity(clean, (noisy - alpha * clean) / sigma.clamp(min=0.05), timesteps)
+
+
+def weighted_error(
+    prediction: Tensor, target: Tensor, mask: Tensor, frames: Tensor | None = None, channels: Tensor | None = None
+) -> Tensor:
     """Mean squared error of latents [B, C, F, h, w] with weight 1 + 4 mask; mask [B, F, h, w] in [0, 1].
 
     A subject covers few cells of the latent: unweighted, the background is learned first and the subject hardly at all.
-    `frames` [F] weighs the frames as well.
+    `frames` [F] and `channels` [C] weigh those as well.
     """
     weight = 1 + SUBJECT_WEIGHT * mask[:, None]
     if frames is not None:
         weight = weight * frames[:, None, None]
-    return ((prediction - target).square() * weight).mean() / weight.mean()
+    error = (prediction - target).square()
+    if channels is not None:
+        error = error * channels[:, None, None, None]
+    return (error * weight).mean() / weight.mean()
 
 
-def flicker_error(prediction: Tensor, target: Tensor, mask: Tensor, frames: Tensor | None = None) -> Tensor:
+def flicker_error(
+    prediction: Tensor, target: Tensor, mask: Tensor, frames: Tensor | None = None, channels: Tensor | None = None
+) -> Tensor:
     """Half the weighted error of the changes from frame to frame: errors that flicker count for more than steady ones.
 
     Shapes as in `weighted_error`, but `frames` [F - 1] weighs the changes.
     """
-    return 0.5 * weighted_error(prediction.diff(dim=2), target.diff(dim=2), mask[:, 1:], frames)
+    return 0.5 * weighted_error(prediction.diff(dim=2), target.diff(dim=2), mask[:, 1:], frames, channels)
 
 
 def tone_error(prediction: Tensor, target: Tensor, frames: Tensor) -> Tensor:

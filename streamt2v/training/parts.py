@@ -12,15 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
 from streamt2v.models.apm import AppearanceTokens
 from streamt2v.models.cam import ConditionalAttention, init_from_unet
 from streamt2v.models.unet3d import UNet3D
-from streamt2v.training import bundle, denoisers, judge, vae
-from streamt2v.training.captions import build_tokenizer
-from streamt2v.training.clip import (
+from streamt2v.training import bundle, denoisers
+from streamt2v.training.batches import Batch
+from streamt2v.training.denoisers import Lesson, OwnStates, TextSource, own_states, streamed
+from streamt2v.training.engine import Job
+from streamt2v.training.losses import pixel_effect
+from streamt2v.training.sheets import image_sheet, models, streaming_sheet, text_sheet
+from streamt2v.training.world import judge, vae
+from streamt2v.training.world.captions import build_tokenizer
+from streamt2v.training.world.clips import CLIP_FRAMES, WorldSource, encode
+from streamt2v.training.world.encoders import (
     DIM,
     attribute_codes,
     build_text,
@@ -29,12 +36,10 @@ from streamt2v.training.clip import (
     image_accuracy,
     swap_distances,
 )
-from streamt2v.training.data import Clips, ClipSource, TextSource, make_clips, make_windows
-from streamt2v.training.engine import Job
-from streamt2v.training.sheets import models, streaming_sheet, text_sheet
-from streamt2v.training.world import sample_scenes
+from streamt2v.training.world.scenes import sample_scenes
 
 MERGERS, MIXING = "cam_mergers.", ".apm."
+TEMPORAL = ("temp_convs.", "temp_attentions.", "transformer_in.")
 SHIPPED = Path(__file__).resolve().parents[1] / "demo"
 
 
@@ -49,6 +54,8 @@ class Workshop:
     device: str
     generator: torch.Generator
     resume: Path | None = None
+    first: float = 1.0
+    """Share of the usual number of examples rendered before the first step; small in tests."""
 
     def resumed(self, name: str, network: Any) -> Any:
         """Load weights to continue from, if any, and move the network to the device."""
@@ -79,9 +86,15 @@ class Workshop:
         tokenizer = build_tokenizer()
         return TextSource(tokenizer, self.frozen("text", build_text(len(tokenizer))))
 
-    def clips(self, name: str, make: Callable[[], Clips], enough: int = 3000) -> ClipSource:
-        """Clips kept in a folder beside the weights."""
-        return ClipSource(self.out / "clips" / name, self.generator, self.device, make, enough)
+    def lesson(self) -> Lesson:
+        """The finished networks that the denoisers learn with."""
+        decoder, text, vision = self.vae(), self.text(), self.vision()
+        latents = encode(decoder, vae.held_out(16)[:, None])[:, :, 0]
+        return Lesson(text, decoder, vision, pixel_effect(decoder, latents), self.generator)
+
+    def source(self, decoder: Any) -> WorldSource:
+        """Batches of the drawn world, kept beside the weights."""
+        return WorldSource(decoder, self.generator, self.out / "state" / "rings", first=self.first)
 
 
 def vae_job(shop: Workshop) -> Job:
@@ -105,7 +118,9 @@ def vae_job(shop: Workshop) -> Job:
         adam=bundle.parameters_in(network, "conv_in.weight", "conv_out.weight"),
         learning_rate=2e-3,
         average=0.998,
-        autocast=shop.device == "cpu",
+        samples=8,
+        device=shop.device,
+        half=True,
     )
 
 
@@ -127,34 +142,73 @@ def clip_job(shop: Workshop) -> Job:
         lambda folder: f"swap distances {swap_distances(text, tokenizer)}, images {image_accuracy(vision, codes)}",
         adam=[*bundle.parameters_in(text, "embedding"), *bundle.parameters_in(vision, "embedding")],
         learning_rate=2e-3,
+        samples=32,
+        device=shop.device,
+    )
+
+
+def images_job(shop: Workshop) -> Job:
+    """The base's spatial layers on single frames: most of what a picture needs, at a sixteenth of a clip's price."""
+    network = shop.resumed("unet", UNet3D(denoisers.BASE))
+    lesson = shop.lesson()
+    source = shop.source(lesson.vae)
+    batch = 64
+    left = {id(p) for p in bundle.parameters_in(network, MERGERS, MIXING, *TEMPORAL)}
+    return Job(
+        lambda progress: denoisers.image_loss(network, source.images(batch), lesson),
+        [p for p in network.parameters() if id(p) not in left],
+        lambda folder: bundle.write(folder, "unet", network, denoiser=True),
+        lambda folder: image_sheet(folder / "images.png", network, lesson),
+        adam=_rims(network),
+        learning_rate=2e-3,
+        average=0.999,
+        samples=batch,
+        device=shop.device,
+        keep=source.save,
     )
 
 
 def base_job(shop: Workshop) -> Job:
-    """The base video model: a fifth of the time on single images, then clips; resumed, clips only.
+    """The base video model on clips, from the images' weights; in one step of three on its own mistakes.
 
-    CAM's mergers and APM's mixing are in the same file, untouched: they belong to the next two jobs.
+    CAM's mergers and APM's mixing are in the same file, untouched: they belong to the next jobs.
     """
-    network = shop.resumed("unet", UNet3D(denoisers.BASE))
-    text, decoder = shop.text(), shop.vae()
-    source = shop.clips("start", lambda: make_clips(decoder, 10, shop.generator, late=0.2))
-    images_until = 0.2 if shop.resume is None else 0.0
+    network = shop.finished("unet", UNet3D(denoisers.BASE), continued=True)
+    lesson = shop.lesson()
+    source = shop.source(lesson.vae)
+    turn = count()
+    batch = 4
+
+    def mistakes() -> tuple[Batch, Tensor]:
+        clips = source.clips(batch)
+        conditioning = network.prepare(lesson.text.encode(clips.captions))
+        return clips, own_states(lambda x, t: network(x, t, conditioning), clips.latents, 6, shop.generator)
+
+    own = OwnStates(mistakes, shop.generator)
 
     def loss(progress: float) -> torch.Tensor:
-        if progress < images_until:
-            return denoisers.image_loss(network, source, text, shop.generator)
-        clip_progress = (progress - images_until) / (1 - images_until)
-        return denoisers.video_loss(network, source, text, shop.generator, clip_progress)
+        if next(turn) % 3 == 2:
+            return denoisers.video_loss(network, *_swapped(own.draw(batch), lesson))
+        return denoisers.video_loss(network, source.clips(batch, pairs=1), lesson)
 
     other = {id(p) for p in bundle.parameters_in(network, MERGERS, MIXING)}
     return Job(
         loss,
         [p for p in network.parameters() if id(p) not in other],
         lambda folder: bundle.write(folder, "unet", network, denoiser=True),
-        lambda folder: text_sheet(folder / "base.png", models(network, decoder), text),
+        lambda folder: text_sheet(folder / "base.png", models(network, lesson.vae), lesson.text),
         adam=_rims(network) + bundle.parameters_in(network, "frame_codes"),
-        learning_rate=2e-3,
+        learning_rate=1.5e-3,
+        average=0.998,
+        samples=batch * CLIP_FRAMES,
+        device=shop.device,
+        keep=source.save,
     )
+
+
+def _swapped(drawn: tuple[Batch, Tensor], lesson: Lesson) -> tuple[Batch, Lesson, Tensor]:
+    batch, own = drawn
+    return batch, lesson, own
 
 
 def cam_job(shop: Workshop) -> Job:
@@ -168,7 +222,7 @@ def apm_job(shop: Workshop) -> Job:
 
 
 def joint_job(shop: Workshop) -> Job:
-    """Base, CAM and APM together: two steps in three with CAM and APM, one with both off.
+    """Base, CAM and APM together: three steps in four with CAM and APM, one with both off.
 
     The last keeps the base the initializer it was. Where time is short this beats frozen phases, because the base goes
     on learning.
@@ -187,15 +241,16 @@ def _streaming_job(shop: Workshop, with_apm: bool, with_base: bool = False) -> J
         bundle.read(continued, "cam", cam)
     cam.to(shop.device)
     apm = AppearanceTokens(DIM, 2 * DIM, denoisers.IMAGE_TOKENS, DIM)
-    if with_apm and shop.resume is not None and (shop.resume / "apm.safetensors").is_file():
-        bundle.read(shop.resume, "apm", apm)
+    if with_apm and continued is not None and (continued / "apm.safetensors").is_file():
+        bundle.read(continued, "apm", apm)
     apm.to(shop.device)
-    text, decoder, vision = shop.text(), shop.vae(), shop.vision()
-    source = shop.clips("late", lambda: make_clips(decoder, 10, shop.generator, late=1.0))
-    parts = (apm, vision) if with_apm else None
-    plain = shop.clips("start", lambda: make_clips(decoder, 10, shop.generator, late=0.2)) if with_base else None
+    lesson = shop.lesson()
+    assert lesson.vision is not None
+    parts = (apm, lesson.vision) if with_apm else None
+    source = shop.source(lesson.vae)
     open_parts = ("",) if with_base else (MERGERS, MIXING) if with_apm else (MERGERS,)
     turn = count()
+    batch = 4
     unet.requires_grad_(False)
     trained = [*bundle.parameters_in(unet, *open_parts), *cam.parameters(), *(apm.parameters() if with_apm else ())]
     for parameter in trained:
@@ -207,16 +262,39 @@ def _streaming_job(shop: Workshop, with_apm: bool, with_base: bool = False) -> J
         if with_apm:
             bundle.write(folder, "apm", apm)
 
+    def mistakes() -> tuple[Batch, Tensor]:
+        chunks = source.chunks(batch)
+        with torch.no_grad():
+            denoise = streamed(unet, cam, parts, chunks, lesson, dropping=False)
+        return chunks, own_states(denoise, chunks.latents, 8, shop.generator)
+
+    def mistaken_clips() -> tuple[Batch, Tensor]:
+        clips = source.clips(batch)
+        conditioning = unet.prepare(lesson.text.encode(clips.captions))
+
+        def denoise(noisy: Tensor, timesteps: Tensor) -> Tensor:
+            return unet(noisy, timesteps, conditioning)
+
+        return clips, own_states(denoise, clips.latents, 6, shop.generator)
+
+    own_chunks, own_clips = OwnStates(mistakes, shop.generator), OwnStates(mistaken_clips, shop.generator)
+
     def loss(progress: float) -> torch.Tensor:
-        if plain is not None and next(turn) % 3 == 0:
-            return denoisers.video_loss(unet, plain, text, shop.generator, 0.5 + progress / 2)
-        return denoisers.streaming_loss(unet, cam, parts, decoder, source, text, shop.generator)
+        index = next(turn)
+        if with_base and index % 4 == 0:
+            if index % 8 == 4:
+                return denoisers.video_loss(unet, *_swapped(own_clips.draw(batch), lesson))
+            return denoisers.video_loss(unet, source.clips(batch, pairs=1), lesson)
+        if index % 4 == 2:
+            chunks, own = own_chunks.draw(batch)
+            return denoisers.streaming_loss(unet, cam, parts, chunks, lesson, own)
+        return denoisers.streaming_loss(unet, cam, parts, source.chunks(batch), lesson)
 
     return Job(
         loss,
         trained,
         save,
-        lambda folder: streaming_sheet(folder / "streaming.png", models(unet, decoder, cam, parts), text),
+        lambda folder: streaming_sheet(folder / "streaming.png", models(unet, lesson.vae, cam, parts), lesson.text),
         adam=[
             *_rims(cam),
             *bundle.parameters_in(cam, "_codes"),
@@ -225,6 +303,10 @@ def _streaming_job(shop: Workshop, with_apm: bool, with_base: bool = False) -> J
         ],
         quick=[*bundle.parameters_in(unet, MERGERS, ".apm.alpha"), *bundle.parameters_in(cam, "cond_embedding")],
         learning_rate=1e-3,
+        average=0.998,
+        samples=batch * CLIP_FRAMES,
+        device=shop.device,
+        keep=source.save,
     )
 
 
@@ -252,15 +334,18 @@ def image_to_video_job(shop: Workshop) -> Job:
     else:
         network.load_state_dict(_widened(shop, MERGERS, MIXING))
     network.to(shop.device)
-    text, decoder, vision = shop.text(), shop.vae(), shop.vision()
-    source = shop.clips("late", lambda: make_clips(decoder, 10, shop.generator, late=1.0))
+    lesson = shop.lesson()
+    source = shop.source(lesson.vae)
     return Job(
-        lambda progress: denoisers.image_to_video_loss(network, vision, source, text, shop.generator),
+        lambda progress: denoisers.image_to_video_loss(network, source.first_frames(4), lesson),
         list(network.parameters()),
         lambda folder: bundle.write(folder, "image_to_video", network, denoiser=True),
         adam=_rims(network) + bundle.parameters_in(network, "frame_codes"),
         quick=list(network.conv_in.parameters())[:1],  # the weight: its new channels start at zero
         learning_rate=1.5e-3,
+        samples=4 * CLIP_FRAMES,
+        device=shop.device,
+        keep=source.save,
     )
 
 
@@ -272,16 +357,20 @@ def concatenated_job(shop: Workshop) -> Job:
     else:
         network.load_state_dict(_widened(shop, MERGERS))
     network.to(shop.device)
-    text, decoder, vision = shop.text(), shop.vae(), shop.vision()
-    apm = shop.frozen("apm", AppearanceTokens(DIM, 2 * DIM, denoisers.IMAGE_TOKENS, DIM))
-    source = shop.clips("late", lambda: make_clips(decoder, 10, shop.generator, late=1.0))
+    lesson = shop.lesson()
+    assert lesson.vision is not None
+    parts = (shop.frozen("apm", AppearanceTokens(DIM, 2 * DIM, denoisers.IMAGE_TOKENS, DIM)), lesson.vision)
+    source = shop.source(lesson.vae)
     return Job(
-        lambda progress: denoisers.streaming_loss(network, None, (apm, vision), decoder, source, text, shop.generator),
+        lambda progress: denoisers.streaming_loss(network, None, parts, source.chunks(4), lesson),
         list(network.parameters()),
         lambda folder: bundle.write(folder, "concatenated", network, denoiser=True),
         adam=_rims(network) + bundle.parameters_in(network, "frame_codes", "apm.alpha"),
         quick=list(network.conv_in.parameters())[:1],
         learning_rate=1e-3,
+        samples=4 * CLIP_FRAMES,
+        device=shop.device,
+        keep=source.save,
     )
 
 
@@ -293,27 +382,6 @@ def _widened(shop: Workshop, *without: str) -> dict[str, torch.Tensor]:
     return state
 
 
-def refiner_job(shop: Workshop) -> Job:
-    """The refiner, on 8-frame windows and one in four of 24 frames."""
-    network = shop.resumed("refiner", UNet3D(denoisers.REFINER))
-    text, decoder = shop.text(), shop.vae()
-    short = shop.clips("windows8", lambda: make_windows(decoder, 4, 8, (144, 256), shop.generator), 800)
-    long = shop.clips("windows24", lambda: make_windows(decoder, 2, 24, (144, 256), shop.generator), 100)
-
-    def loss(progress: float) -> torch.Tensor:
-        many = bool(torch.rand((), generator=shop.generator) < 0.2)
-        source, batch = (long, 1) if many else (short, 3)
-        return denoisers.refiner_loss(network, source, text, shop.generator, batch)
-
-    return Job(
-        loss,
-        list(network.parameters()),
-        lambda folder: bundle.write(folder, "refiner", network, denoiser=True),
-        adam=_rims(network),
-        learning_rate=2e-3,
-    )
-
-
 def judge_job(shop: Workshop) -> Job:
     """The judge of generated clips."""
     network = shop.resumed("judge", judge.Judge())
@@ -323,6 +391,8 @@ def judge_job(shop: Workshop) -> Job:
         lambda folder: judge.save_judge(network, folder),
         lambda folder: f"held-out accuracy {judge.held_out_accuracy(network)}",
         adam=list(network.heads.parameters()),
+        samples=16,
+        device=shop.device,
     )
 
 
@@ -334,12 +404,12 @@ def _rims(network: UNet3D | ConditionalAttention) -> list[nn.Parameter]:
 JOBS: dict[str, Callable[[Workshop], Job]] = {
     "vae": vae_job,
     "clip": clip_job,
+    "images": images_job,
     "base": base_job,
     "cam": cam_job,
     "apm": apm_job,
     "joint": joint_job,
     "concatenated": concatenated_job,
     "image_to_video": image_to_video_job,
-    "refiner": refiner_job,
     "judge": judge_job,
 }

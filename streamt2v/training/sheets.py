@@ -11,24 +11,23 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPVisionModelWithProjection
 
 from streamt2v.chunks import seams, streaming_plan
 from streamt2v.config import merge, preset
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule
-from streamt2v.models.apm import AppearanceTokens
 from streamt2v.models.cam import ConditionalAttention
 from streamt2v.models.unet3d import UNet3D
 from streamt2v.stages.denoise import Sampling
 from streamt2v.stages.initialize import from_text
 from streamt2v.stages.stream import NoiseOfChunk, Streamer, StreamModels, StreamState, chunk_noise
-from streamt2v.training.captions import EXAMPLES
-from streamt2v.training.data import CLIP_FRAMES, LATENT_SIZE, TextSource
+from streamt2v.training.denoisers import AppearanceModule, Lesson, TextSource, sampled
 from streamt2v.training.losses import DEMO_SCHEDULE
+from streamt2v.training.world.captions import EXAMPLES, canonical
+from streamt2v.training.world.clips import CLIP_FRAMES, LATENT_SIZE, decode
+from streamt2v.training.world.scenes import sample_scenes
 
 OVERLAP = 8
-AppearanceModule = tuple[AppearanceTokens, CLIPVisionModelWithProjection]
 
 
 def models(
@@ -77,6 +76,25 @@ def write_sheet(path: Path, rows: Tensor) -> None:
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.ascontiguousarray(picture.cpu().numpy())).save(path)
+
+
+@torch.no_grad()
+def image_sheet(path: Path, unet: UNet3D, lesson: Lesson, count: int = 24, guidance: float = 1.5) -> str:
+    """Make single frames of random prompts, drawn in one place so that sheets can be compared, four rows of them."""
+    generator = torch.Generator().manual_seed(5)
+    captions = [canonical(labels) for labels in sample_scenes(count, generator).labels().tolist()]
+    asked = unet.prepare(lesson.text.encode(captions))
+    empty = unet.prepare(lesson.text.encode([""] * count))
+
+    def denoise(noisy: Tensor, timesteps: Tensor) -> Tensor:
+        plain = unet(noisy, timesteps, empty, temporal=False)
+        return plain + guidance * (unet(noisy, timesteps, asked, temporal=False) - plain)
+
+    channels = unet.unet_config.in_channels
+    noise = torch.randn(count, channels, 1, *LATENT_SIZE, generator=generator).to(unet.conv_in.weight.device)
+    frames = decode(lesson.vae, sampled(denoise, noise, 12, generator, 12))[:, 0]
+    write_sheet(path, frames.unflatten(0, (4, -1)))
+    return ""
 
 
 def text_sheet(path: Path, models: StreamModels, text: TextSource) -> str:

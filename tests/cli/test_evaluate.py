@@ -26,7 +26,8 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from streamt2v.frames import to_u8
-    from streamt2v.training.world import render, sample_scenes
+    from streamt2v.training.world.drawing import render
+    from streamt2v.training.world.scenes import sample_scenes
 
     scene = sample_scenes(1, torch.Generator().manual_seed(0))
     frames = to_u8(render(scene, torch.arange(FRAMES)[None], 48, 80)[0])

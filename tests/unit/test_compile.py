@@ -20,7 +20,7 @@ from streamt2v.models.cam import CamConfig, ConditionalAttention
 from streamt2v.models.encoders import decode_latents, encode_frames
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
 from streamt2v.stages.stream import network_step
-from streamt2v.training.vae import build_vae
+from streamt2v.training.world.vae import build_vae
 
 SIZES = UNet3DConfig(
     block_out_channels=(8, 16), attention_levels=(True, False), layers_per_block=1, cross_attention_dim=12,

@@ -22,7 +22,7 @@ from streamt2v.models.unet3d import CamMerger, TextContext, UNet3D, UNet3DConfig
 from streamt2v.stages.denoise import BOTH, ChunkNoise, Sampling, denoise
 from streamt2v.stages.stream import Streamer, StreamModels, chunk_noise, predictor
 from streamt2v.training.losses import DEMO_SCHEDULE
-from streamt2v.training.vae import build_vae
+from streamt2v.training.world.vae import build_vae
 
 SIZES = UNet3DConfig(
     block_out_channels=(16, 32),

@@ -352,8 +352,9 @@ def test_the_demo_clip_tells_prompts_apart() -> None:
     import torch
 
     from streamt2v.frames import to_u8
-    from streamt2v.training.captions import canonical
-    from streamt2v.training.world import render, sample_scenes
+    from streamt2v.training.world.captions import canonical
+    from streamt2v.training.world.drawing import render
+    from streamt2v.training.world.scenes import sample_scenes
 
     scene = sample_scenes(3, torch.Generator().manual_seed(1))
     prompts = [canonical(labels) for labels in scene.labels().tolist()]

@@ -1,6 +1,8 @@
-"""Training: the optimizer learns, every part makes a step and a file, a run can be continued from shipped weights."""
+"""Training: the optimizer learns, every part makes a step and a file, a run goes on where it stopped."""
 
-from collections.abc import Callable
+import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,46 +10,40 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from streamt2v.diffusion.schedules import NoiseSchedule
 from streamt2v.errors import ConfigError, NumericsError, OutputError, WeightsError
-from streamt2v.training import data, denoisers, engine, judge, losses, parts, sheets
-from streamt2v.training.captions import parse
+from streamt2v.training import batches, denoisers, engine, losses, parts, sheets
+from streamt2v.training.batches import Ring
 from streamt2v.training.engine import Job
 from streamt2v.training.loop import PARTS, train
 from streamt2v.training.optimizer import Muon, orthogonalise
-from streamt2v.training.vae import build_vae
+from streamt2v.training.world import clips, judge
+from streamt2v.training.world.captions import parse
+from streamt2v.training.world.vae import altered, build_vae
 
-MICRO = {"block_out_channels": (8, 8), "attention_levels": (True, False), "norm_num_groups": 2}
+MICRO = {
+    "block_out_channels": (8, 8), "attention_levels": (True, False), "norm_num_groups": 2, "attention_head_dim": 8,
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def micro_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two narrow levels, few clips, no sample sheets: every part in about a second."""
-    from dataclasses import replace
-
-    for name in ("BASE", "CONCATENATED", "IMAGE_TO_VIDEO", "REFINER"):
+    for name in ("BASE", "CONCATENATED", "IMAGE_TO_VIDEO"):
         monkeypatch.setattr(denoisers, name, replace(getattr(denoisers, name), **MICRO))
     monkeypatch.setattr(denoisers, "CAM", replace(denoisers.CAM, unet=replace(denoisers.CAM.unet, **MICRO)))
-    small: Callable[..., data.Clips] = data.make_clips
-    windows: Callable[..., data.Clips] = data.make_windows
-    monkeypatch.setattr(parts, "make_clips", lambda vae, pairs, generator, late: small(vae, 2, generator, late))
-    monkeypatch.setattr(
-        parts, "make_windows", lambda vae, count, frames, size, generator: windows(vae, 2, 2, (48, 64), generator)
-    )
-    monkeypatch.setattr(parts, "text_sheet", lambda *args: "")
-    monkeypatch.setattr(parts, "streaming_sheet", lambda *args: "")
+    monkeypatch.setattr(parts, "Workshop", partial(parts.Workshop, first=0.02))
+    monkeypatch.setattr("streamt2v.training.loop.Workshop", parts.Workshop)
+    monkeypatch.setattr(Ring, "draw", _few(Ring.draw))
+    for name in ("text_sheet", "streaming_sheet", "image_sheet"):
+        monkeypatch.setattr(parts, name, lambda *args: "")
     monkeypatch.setattr(judge, "FRAMES", 4)
     monkeypatch.setattr(judge, "held_out_accuracy", lambda network: {})
     monkeypatch.setattr(parts, "image_accuracy", lambda *args: {})
-    monkeypatch.setattr(data.ClipSource, "refill", _one_shard(data.ClipSource.refill))
 
 
-def _one_shard(refill: Callable[[data.ClipSource], None]) -> Callable[[data.ClipSource], None]:
-    def refill_once(self: data.ClipSource) -> None:
-        if not self.shards:
-            self.enough = 40
-            refill(self)
-
-    return refill_once
+def _few(draw):  # type: ignore[no-untyped-def]
+    return lambda self, count, fresh: draw(self, count, 0.0, 4)
 
 
 def test_every_part_trains_on_what_the_parts_before_it_left(tmp_path: Path) -> None:
@@ -57,27 +53,65 @@ def test_every_part_trains_on_what_the_parts_before_it_left(tmp_path: Path) -> N
         assert result["steps"] == 2
         assert lines[-1].startswith("done: 2 steps")
     files = {path.name for path in tmp_path.glob("*.safetensors")}
-    networks = ["vae", "text", "vision", "unet", "cam", "apm", "concatenated", "image_to_video", "refiner", "judge"]
+    networks = ["vae", "text", "vision", "unet", "cam", "apm", "concatenated", "image_to_video", "judge"]
     assert files == {f"{name}.safetensors" for name in networks}
     assert (tmp_path / "tokenizer.json").is_file()
+    table = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
+    assert [row["part"] for row in table] == list(PARTS)
+    assert all(row["samples"] > 0 and row["seconds"] > 0 for row in table)
 
     before = load_file(tmp_path / "unet.safetensors")
-    train("apm", minutes=None, steps=2, out=tmp_path, resume_from=tmp_path, seed=2)
+    train("apm", minutes=None, steps=2, out=tmp_path, resume_from=tmp_path, seed=2, afresh=True)
     after = load_file(tmp_path / "unet.safetensors")
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     # CAM and APM off must stay the initializer: the base's own weights are frozen.
     assert changed
     assert all("cam_mergers" in key or ".apm." in key for key in changed)
 
-    train("base", minutes=None, steps=1, out=tmp_path, resume_from=tmp_path, seed=3)
+    train("base", minutes=None, steps=1, out=tmp_path, resume_from=tmp_path, seed=3, afresh=True)
     resumed = load_file(tmp_path / "unet.safetensors")
     assert torch.equal(resumed["cam_mergers.mid.proj_in.weight"], after["cam_mergers.mid.proj_in.weight"])
     assert (resumed["conv_in.weight"] - after["conv_in.weight"]).abs().max() < 0.1
 
 
+def test_images_leave_the_temporal_layers_alone(tmp_path: Path) -> None:
+    for part in ("clip", "images"):
+        train(part, minutes=None, steps=1, out=tmp_path, seed=1)
+    before = load_file(tmp_path / "unet.safetensors")
+    train("images", minutes=None, steps=1, out=tmp_path, seed=1)
+    after = load_file(tmp_path / "unet.safetensors")
+    for key, value in before.items():
+        alone = any(part in key for part in ("temp_convs", "temp_attentions", "transformer_in", "cam_mergers", ".apm."))
+        assert torch.equal(value, after[key]) or not alone
+    assert not torch.equal(before["conv_in.weight"], after["conv_in.weight"])
+
+
+def test_a_run_in_pieces_is_the_run_in_one(tmp_path: Path) -> None:
+    lines: list[str] = []
+    train("judge", minutes=None, steps=4, out=tmp_path / "one", seed=5, steady=True)
+    train("judge", minutes=None, steps=2, out=tmp_path / "two", seed=5, steady=True)
+    # The warm-up begins anew with a piece, so the second piece is compared without it.
+    result = train("judge", minutes=None, steps=2, out=tmp_path / "two", seed=99, steady=True, log=lines.append)
+    assert result["steps"] == 4
+    assert lines[0].startswith("going on after 2 steps")
+    one, two = (torch.load(tmp_path / name / "state" / "judge.pt", weights_only=True) for name in ("one", "two"))
+    assert torch.equal(one["generator"], two["generator"])
+    for first, second in zip(one["trained"], two["trained"], strict=True):
+        assert torch.allclose(first, second, atol=2e-2)
+    fresh = train("judge", minutes=None, steps=1, out=tmp_path / "two", seed=5, afresh=True)
+    assert fresh["steps"] == 1
+
+
+def test_state_of_other_networks_is_refused(tmp_path: Path) -> None:
+    train("judge", minutes=None, steps=1, out=tmp_path)
+    (tmp_path / "state" / "judge.pt").rename(tmp_path / "state" / "vae.pt")
+    with pytest.raises(WeightsError, match="other sizes"):
+        train("vae", minutes=None, steps=1, out=tmp_path)
+
+
 def test_a_part_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "SHIPPED", tmp_path / "none")
-    with pytest.raises(WeightsError, match="text"):
+    with pytest.raises(WeightsError, match="unet"):
         train("base", minutes=None, steps=1, out=tmp_path)
     with pytest.raises(ConfigError, match="no part"):
         train("unet", minutes=1, steps=None, out=tmp_path)
@@ -112,7 +146,7 @@ def regression(rate: float = 5e-2) -> tuple[nn.Module, Job]:
 
 def test_the_loop_lowers_the_loss_and_leaves_the_average_in_place(tmp_path: Path) -> None:
     network, job = regression()
-    result = engine.run(job, tmp_path, None, 200, lambda line: None)
+    result = engine.run(job, tmp_path, None, 200, lambda line: None, torch.Generator())
     assert result["loss"] < 0.8 * result["first_loss"]
     assert float(job.loss(1.0).detach()) < 0.8 * result["first_loss"]
     assert all(p.isfinite().all() for p in network.parameters())
@@ -122,7 +156,7 @@ def test_a_diverging_run_stops(tmp_path: Path) -> None:
     _, job = regression()
     job.loss = lambda progress: job.trained[0].sum() * float("nan")
     with pytest.raises(NumericsError, match="nan"):
-        engine.run(job, tmp_path, None, 5, lambda line: None)
+        engine.run(job, tmp_path, None, 5, lambda line: None, torch.Generator())
 
 
 def test_orthogonalised_updates_have_singular_values_near_one() -> None:
@@ -143,18 +177,112 @@ def test_muon_treats_vectors_and_marked_groups_like_adam() -> None:
     assert torch.allclose(one, other, atol=1e-5)
 
 
-def test_pairs_differ_in_the_direction_alone() -> None:
-    generator = torch.Generator().manual_seed(0)
-    from streamt2v.training.world import sample_scenes
+def test_matrices_are_orthogonalised_together_as_alone() -> None:
+    stack = torch.randn(5, 12, 20, generator=torch.Generator().manual_seed(0))
+    for together, one in zip(orthogonalise(stack), stack, strict=True):
+        assert torch.allclose(together, orthogonalise(one), atol=1e-5)
 
-    left = sample_scenes(1, generator, motion=0)
-    both = data.join([data.Clips(torch.zeros(1, 4, 16, 9, 16), s, torch.zeros(1)) for s in (left, left.mirrored())])
-    source = object.__new__(data.TextSource)
-    for _ in range(20):
-        first, second = source.captions(both.scenes, generator, drop=0.3, pairs=1)
-        assert bool(first) == bool(second)
-        assert parse(first)[:2] == parse(second)[:2]
-        assert {parse(first)[2], parse(second)[2]} in ({0, 1}, {-1})
+
+def small_source(seed: int = 0) -> clips.WorldSource:
+    return clips.WorldSource(build_vae().eval(), torch.Generator().manual_seed(seed), first=0.05)
+
+
+def test_pairs_differ_in_the_direction_alone() -> None:
+    source = small_source()
+    seen = 0
+    for _ in range(6):
+        batch = source.clips(4, pairs=1)
+        assert len(batch.captions) == 4
+        if len(batch.pairs):
+            seen += 1
+            first, second = (parse(batch.captions[row]) for row in batch.pairs[0].tolist())
+            assert first[:2] == second[:2]
+            assert first[3:] == second[3:]
+            assert {first[2], second[2]} in ({0, 1}, {-1})
+            assert torch.allclose(batch.mask[0].flip(-1), batch.mask[1], atol=1e-3)
+    assert seen
+
+
+def test_a_ring_grows_and_then_forgets_the_oldest(tmp_path: Path) -> None:
+    made = iter(range(100))
+
+    def make(count: int) -> batches.Rows:
+        return {"number": torch.tensor([next(made) for _ in range(count)])}
+
+    ring = Ring(make, 10, 4, torch.Generator().manual_seed(0), tmp_path / "ring.pt")
+    assert set(batches.Ring.draw(ring, 50, 0.0)["number"].tolist()) <= set(range(4))
+    for _ in range(4):
+        ring.add(make(4))
+    assert sorted(ring.rows["number"].tolist()) == list(range(10, 20))
+    ring.save()
+    again = Ring(make, 10, 4, torch.Generator(), tmp_path / "ring.pt")
+    assert torch.equal(again.rows["number"], ring.rows["number"])
+
+
+def test_rows_of_a_batch_join_to_the_batch() -> None:
+    batch = small_source().chunks(3)
+    joined = batches.join([batch.row(index) for index in range(3)])
+    assert batch.shown is not None
+    assert torch.equal(joined.latents, batch.latents)
+    assert torch.equal(joined.shown, batch.shown)
+    assert joined.captions == batch.captions
+
+
+def test_mistakes_stay_near_the_clip_they_began_from() -> None:
+    clean = torch.randn(2, 4, 4, 9, 16, generator=torch.Generator().manual_seed(0))
+    schedule = NoiseSchedule(losses.DEMO_SCHEDULE)
+
+    def oracle(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return losses.towards(schedule, clean, noisy, timesteps)
+
+    own = denoisers.own_states(oracle, clean, 6, torch.Generator().manual_seed(1))
+    assert (own - clean).abs().max() < 1e-3  # a network without mistakes comes back to the clip
+    off = denoisers.own_states(lambda x, t: oracle(x, t) + 0.2, clean, 6, torch.Generator().manual_seed(1))
+    assert (off - clean).abs().mean() > 0.01
+
+
+def test_the_target_from_plain_noise_is_the_velocity() -> None:
+    schedule = NoiseSchedule(losses.DEMO_SCHEDULE)
+    clean, noise = torch.randn(2, 3, 4, 2, 5, 5)
+    timesteps = torch.tensor([999, 500, 40])
+    noisy = schedule.add_noise(clean, noise, timesteps)
+    target = losses.towards(schedule, clean, noisy, timesteps)
+    assert torch.allclose(target, schedule.velocity(clean, noise, timesteps), atol=1e-4)
+    # From anywhere else it still leads to the clean latents.
+    moved = noisy + 0.3
+    back, _ = schedule.to_x0_eps(losses.towards(schedule, clean, moved, timesteps), moved, timesteps)
+    assert torch.allclose(back, clean, atol=1e-3)
+
+
+def test_a_quarter_of_the_rows_stays_plain() -> None:
+    clean, own = torch.zeros(8, 4, 2, 3, 3), torch.ones(8, 4, 2, 3, 3)
+    timesteps = torch.full((8,), 950)
+    mixed, at = denoisers._mixed(clean, own, timesteps, torch.Generator().manual_seed(0))
+    assert (mixed[:2] == 0).all()
+    assert (at[:2] == 950).all()
+    assert (mixed[2:].amax((1, 2, 3, 4)) > 0).all()
+    assert (at[2:] <= 700).all()
+
+
+def test_channels_count_by_what_they_do_to_pixels() -> None:
+    vae = build_vae().eval()
+    with torch.no_grad():
+        vae.post_quant_conv.weight.zero_()
+        vae.post_quant_conv.weight[0, 0] = 1.0
+    effect = losses.pixel_effect(vae, torch.randn(2, 4, 9, 16))
+    assert effect.mean() == pytest.approx(1.0)
+    assert effect[1:].max() == 0
+
+
+def test_altered_latents_fit_altered_pixels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = set()
+    for _ in range(40):
+        latents, pixels = torch.randn(1, 4, 9, 16), torch.randn(1, 3, 72, 128)
+        z, x, m = altered(latents, pixels, torch.zeros(1, 1, 72, 128), generator)
+        assert x.shape[-2:] == (8 * z.shape[-2], 8 * z.shape[-1]) == m.shape[-2:]
+        sizes.add(z.shape[-2])
+    assert sizes == {9, 7, 6, 5}
 
 
 def test_the_pair_contrast_sees_differences_only() -> None:
@@ -200,21 +328,22 @@ def _off(target: torch.Tensor, frame: int) -> torch.Tensor:
 
 
 def test_an_error_of_the_conditioning_frames_fades_after_them() -> None:
-    share = denoisers.fading(8, 16)
+    share = clips.fading(8, 16)
     assert share[:8].tolist() == [1.0] * 8
     assert share[8:].tolist() == pytest.approx([0.75**k for k in range(1, 9)])
 
 
 def test_what_follows_disturbed_conditioning_frames_joins_them_and_ends_nearly_right() -> None:
-    generator = torch.Generator().manual_seed(3)
-    vae = build_vae().eval()
-    clips = data.make_clips(vae, 1, generator, late=1.0)
+    source = small_source(3)
+    source.chunks(1)
+    rows = {name: column[:2] for name, column in source._late.rows.items()}
+    plain = rows["latents"].float()
     changed = []
     for _ in range(8):
-        pixels, latents = denoisers.conditioning(clips, vae, generator)
+        pixels, latents = source._conditioning(rows, plain)
         assert pixels.shape == (2, 8, 3, 72, 128)
-        assert latents.shape == clips.latents.shape
-        off = (latents - clips.latents).abs().mean((0, 1, 3, 4))
+        assert latents.shape == plain.shape
+        off = (latents - plain).abs().mean((0, 1, 3, 4))
         changed.append(bool(off.max() > 0))
         if changed[-1]:
             assert off[:8].min() > 0.5 * off.max()

@@ -1,17 +1,19 @@
-"""The procedural world: analytic positions, mirrors, windows and endless motion."""
+"""The drawn world: analytic positions, mirrors, windows, loops, endless motion, and a picture at every size."""
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from streamt2v.training.world import (
+from streamt2v.training.world.drawing import render
+from streamt2v.training.world.scenes import (
     ASPECT,
     ATTRIBUTES,
     Scenes,
+    in_period,
     positions,
-    render,
     sample_scenes,
     subject_mask,
-    wrap_periods,
 )
 
 
@@ -52,7 +54,7 @@ def test_a_frame_is_in_range_and_has_the_asked_size() -> None:
 
 
 def test_a_mirrored_scene_is_the_mirrored_picture_and_swaps_the_direction() -> None:
-    batch = scenes(8, subject=3)  # balls and stars keep their light from the left
+    batch = scenes(8)
     plain, mirrored = (render(s, torch.arange(3), 36, 64) for s in (batch, batch.mirrored()))
     assert torch.allclose(plain.flip(-1), mirrored, atol=1e-3)
     left = scenes(1, motion=0)
@@ -67,12 +69,68 @@ def test_a_window_shows_the_same_picture_as_the_crop() -> None:
 
 
 @pytest.mark.parametrize(("motion", "axis"), [(0, 0), (1, 0), (3, 1)])
-def test_drifting_and_rising_wrap_around_without_an_end(motion: int, axis: int) -> None:
+def test_drifting_and_rising_leave_the_picture_and_come_back_without_an_end(motion: int, axis: int) -> None:
     scene = scenes(1, motion=motion)
-    period = float(wrap_periods(scene)[axis] / scene.speed)
+    track = (ASPECT, 1.0)[axis] + 4 * float(scene.radius)
+    period = track / float(scene.speed)
     times = torch.tensor([[3.0, 3.0 + period, 3.0 + 1000 * period]])
     centres = positions(scene, times)[0, :, axis]
     assert torch.allclose(centres, centres[:1].expand(3), atol=2e-2)
+    path = positions(scene, torch.arange(0, int(period) + 2).float())[0, :, axis]
+    jumps = path.diff().abs() > 0.2
+    assert int(jumps.sum()) == 1
+    before, after = path[:-1][jumps], path[1:][jumps]
+    for place in (before, after):  # out of sight where it jumps
+        beyond = torch.maximum(-place, place - (ASPECT, 1.0)[axis])
+        assert float(beyond) > float(scene.radius)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.integers(8, 90), st.integers(-50, 500))
+def test_a_looping_scene_repeats_exactly(seed: int, period: int, frame: int) -> None:
+    loop = scenes(5, seed, motion=seed % 5).looping(period)
+    first, second = render(loop, torch.tensor([frame, frame + period]), 18, 32).unbind(1)
+    assert torch.allclose(first, second, atol=2e-3)
+
+
+def test_a_loop_still_moves() -> None:
+    loop = scenes(40).looping(24)
+    centres = positions(loop, torch.arange(24))
+    assert (centres.diff(dim=1).abs().amax((1, 2)) > 0.005).all()
+
+
+@given(st.floats(0, 0.2), st.integers(1, 500))
+def test_rates_in_a_period_are_whole_numbers_of_cycles(rate: float, period: int) -> None:
+    fitted = in_period(torch.tensor(rate, dtype=torch.double), torch.tensor(period, dtype=torch.double))
+    cycles = float(fitted) * period
+    assert cycles == pytest.approx(round(cycles), abs=1e-6)
+    assert abs(float(fitted) - rate) <= 0.5 / period + 1e-9
+    assert float(in_period(torch.tensor(rate), torch.tensor(0.0))) == pytest.approx(rate)
+
+
+def test_a_scene_is_the_same_picture_at_every_size() -> None:
+    batch = scenes(12)
+    large = torch.nn.functional.interpolate(
+        render(batch, torch.tensor([5]), 288, 512)[:, 0], (72, 128), mode="bilinear", antialias=True
+    )
+    assert (large - render(batch, torch.tensor([5]))[:, 0]).abs().mean() < 0.012
+
+
+def test_a_frame_does_not_depend_on_what_is_drawn_with_it() -> None:
+    batch = scenes(7)
+    together = render(batch, torch.arange(3), 18, 32)
+    alone = render(batch.take(slice(4, 5)), torch.arange(2, 3), 18, 32, at_once=1)
+    assert torch.allclose(together[4, 2], alone[0, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("attribute", [name for name in ATTRIBUTES if name != "motion"])
+def test_every_word_changes_the_picture(attribute: str) -> None:
+    pictures = [
+        render(scenes(4, **{attribute: index}), torch.tensor([8])) for index in range(len(ATTRIBUTES[attribute]))
+    ]
+    for index, one in enumerate(pictures):
+        for other in pictures[:index]:
+            assert (one - other).abs().mean() > 0.004
 
 
 def test_words_and_movement_agree() -> None:

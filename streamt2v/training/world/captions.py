@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from streamt2v.training.world import ATTRIBUTES
+from streamt2v.training.world.scenes import ATTRIBUTES
 
 MAX_TOKENS = 24
 UNSPECIFIED = -1
@@ -21,39 +21,51 @@ UNSPECIFIED = -1
 WORDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "colour": (
         ("red", "crimson"), ("green", "emerald"), ("blue", "azure"), ("yellow", "golden"), ("purple", "violet"),
-        ("white",),
+        ("white", "silver"),
     ),
-    "subject": (("ball", "sphere"), ("star",), ("cube", "box", "block"), ("fish",)),
+    "subject": (
+        ("ball", "orb", "sphere", "globe"), ("star", "spark", "sparkle"), ("lantern", "lamp", "candle"),
+        ("moon", "crescent"),
+    ),
     "motion": (
         ("left", "leftwards", "leftward"),
         ("right", "rightwards", "rightward"),
-        ("bouncing", "bounces", "jumping", "jumps"),
+        ("floating", "floats", "hovering", "hovers", "bobbing", "bouncing", "bounces"),
         ("rising", "rises", "up", "upwards", "ascending"),
         ("circling", "circles", "circle", "orbiting"),
     ),
     "place": (
         ("sea", "ocean", "water", "waves"),
-        ("meadow", "grass", "field", "meadows"),
+        ("hills", "meadow", "mountains", "valley", "fields"),
         ("desert", "sand", "dunes"),
         ("city", "town", "buildings", "skyline"),
     ),
     "time": (
-        ("day", "daytime", "daylight", "noon", "sunny"),
-        ("sunset", "dusk", "evening"),
+        ("day", "daytime", "daylight", "noon"),
+        ("sunset", "dusk", "evening", "dawn", "sunrise"),
         ("night", "midnight", "moonlight"),
     ),
+    "weather": (
+        ("clear", "cloudless", "sunny"),
+        ("clouds", "cloudy", "overcast"),
+        ("mist", "misty", "fog", "foggy"),
+        ("snow", "snowy", "winter"),
+    ),
 }  # fmt: skip
-_CARRIERS = ("drifting", "moving", "floating", "flying", "drifts", "moves")
+DEFAULTS = {"time": 0, "weather": 0}  # what a caption means that does not name them
+_CARRIERS = ("drifting", "moving", "flying", "gliding", "drifts", "moves")
+_WEATHER = ("under a clear sky", "under clouds", "in mist", "in snow")
 IGNORED = (
     "a", "an", "the", "and", "is", "in", "at", "by", "on", "of", "to", "over", "above", "under", "during", "with",
-    "bright", "scene", "video", "clip", "large", "big", "around", "one", "it", "that", "which", *_CARRIERS,
+    "bright", "glowing", "shining", "light", "paper", "sky", "scene", "video", "clip", "large", "big", "around", "one",
+    "it", "that", "which", *_CARRIERS,
 )  # fmt: skip
 EXAMPLES = (
-    "a red ball bouncing over the sea at sunset",
-    "a yellow star drifting right over the desert by day",
-    "a green fish drifting left over the sea by day",
-    "a white cube rising over the city at night",
-    "a purple ball circling over the meadow at sunset",
+    "a red ball floating over the sea at sunset",
+    "a golden lantern rising over the city at night",
+    "a blue moon drifting left over the hills in mist",
+    "a white star circling over the desert at night",
+    "a green ball drifting right over the hills by day in snow",
 )
 _LOOKUP = {
     word: (name, index) for name, groups in WORDS.items() for index, group in enumerate(groups) for word in group
@@ -69,16 +81,19 @@ def _pick(options: tuple[str, ...], generator: torch.Generator) -> str:
 
 def canonical(labels: list[int], colour: bool = True) -> str:
     """The plain caption of attribute indices in the order of `ATTRIBUTES`, with or without the colour."""
-    shade, subject, motion, place, time = (ATTRIBUTES[name][i] for name, i in zip(ATTRIBUTES, labels, strict=True))
+    shade, subject, motion, place, time, weather = (
+        ATTRIBUTES[name][i] for name, i in zip(ATTRIBUTES, labels, strict=True)
+    )
     when = "by day" if time == "day" else f"at {time}"
-    return f"a {shade + ' ' if colour else ''}{subject} {motion} over the {place} {when}"
+    sky = "" if weather == "clear" else f" {_WEATHER[labels[5]]}"
+    return f"a {shade + ' ' if colour else ''}{subject} {motion} over the {place} {when}{sky}"
 
 
 def compose(labels: list[int], generator: torch.Generator) -> str:
-    """A random wording of attribute indices: synonyms, other orders, sometimes a part left out (no time means day).
+    """A random wording of attribute indices: synonyms, other orders, sometimes a part left out.
 
-    A colour left out is a hole that CAM or APM must fill from the pictures they see: captions that always name it
-    leave nothing to the anchor frame.
+    No time means day, no weather a clear sky. A colour left out is a hole that CAM or APM must fill from the pictures
+    they see: captions that always name it leave nothing to the anchor frame.
     """
 
     def chance(p: float) -> bool:
@@ -86,7 +101,7 @@ def compose(labels: list[int], generator: torch.Generator) -> str:
 
     if chance(0.35):
         return canonical(labels, colour=not chance(0.25))
-    colour, subject, motion, place, time = (
+    colour, subject, motion, place, time, weather = (
         _pick(WORDS[name][i], generator) for name, i in zip(ATTRIBUTES, labels, strict=True)
     )
     if labels[2] < 2:
@@ -97,35 +112,40 @@ def compose(labels: list[int], generator: torch.Generator) -> str:
         motion = f"{_pick(_CARRIERS, generator)} {motion}"
     elif motion == "circle":
         motion = "moving in a circle"
-    where = f"{_pick(('over', 'above', 'in', 'at'), generator)} the {place}"
+    somewhere = not chance(0.08)
+    sky = "" if labels[5] == 0 and chance(0.6) else weather
+    if sky in ("clear", "cloudless") or (sky and sky.endswith("y")) or sky == "overcast":
+        # An adjective: of the place, or of the sky.
+        place, sky = (f"{sky} {place}", "") if somewhere and chance(0.5) else (place, f"under a {sky} sky")
+    elif sky:
+        sky = f"{_pick(('in', 'with'), generator)} {'the ' if chance(0.3) else ''}{sky}"
+    where = f"{_pick(('over', 'above', 'in', 'at'), generator)} the {place}" if somewhere else ""
     when = "" if labels[4] == 0 and chance(0.5) else f"{_pick(('at', 'by', 'during'), generator)} {time}"
     motion = "" if chance(0.08) else motion
-    where = "" if chance(0.08) else where
     subject = subject if chance(0.25) else f"{colour} {subject}"
+    subject = f"glowing {subject}" if chance(0.1) else subject
     style = int(torch.randint(4, (), generator=generator))
     if style == 0:
-        parts = [subject, motion, place if where else "", time if when else ""]
+        parts = [subject, motion, place if where else "", time if when else "", sky]
         return ", ".join(p for p in parts if p)
     if style == 1:
-        text = f"{when + ', ' if when else ''}a {subject} {motion} {where}"
+        text = f"{when + ', ' if when else ''}a {subject} {motion} {where} {sky}"
     elif style == 2:
-        text = f"{where + ', ' if where else ''}a {subject} {motion} {when}"
+        text = f"{where + ', ' if where else ''}a {subject} {motion} {when} {sky}"
     else:
         article, verb = "the" if chance(0.3) else "a", "is" if motion and chance(0.1) else ""
-        text = f"{article} {subject} {verb} {motion} {where} {when}"
+        text = f"{article} {subject} {verb} {motion} {where} {when} {sky}"
     return " ".join(text.split())
 
 
 def parse(caption: str) -> list[int]:
-    """Attribute indices named by a caption, `UNSPECIFIED` where it names none; time defaults to day."""
+    """Attribute indices named by a caption, `UNSPECIFIED` where it names none; `DEFAULTS` fill in time and weather."""
     found = dict.fromkeys(ATTRIBUTES, UNSPECIFIED)
     for word in re.findall(r"[a-z]+", caption.lower()):
         name, index = _LOOKUP.get(word, ("", 0))
         if name and found[name] == UNSPECIFIED:
             found[name] = index
-    if found["time"] == UNSPECIFIED:
-        found["time"] = 0
-    return list(found.values())
+    return [DEFAULTS.get(name, UNSPECIFIED) if index == UNSPECIFIED else index for name, index in found.items()]
 
 
 def vocabulary() -> dict[str, Any]:

@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from streamt2v.models.encoders import embed_image
-from streamt2v.training.captions import MAX_TOKENS, UNSPECIFIED, canonical, compose, parse, tokenise
-from streamt2v.training.world import ATTRIBUTES, render, sample_scenes
+from streamt2v.training.world.captions import MAX_TOKENS, UNSPECIFIED, canonical, compose, parse, tokenise
+from streamt2v.training.world.drawing import render
+from streamt2v.training.world.scenes import ATTRIBUTES, sample_scenes
 
 DIM = 128
 IMAGE_SIZE = 64
@@ -78,7 +79,7 @@ def code_loss(embeddings: Tensor, labels: Tensor, codes: Tensor) -> Tensor:
 
     Args:
         embeddings: [B, DIM].
-        labels: [B, 5], UNSPECIFIED where the attribute is absent.
+        labels: [B, 6], UNSPECIFIED where the attribute is absent.
         codes: result of `attribute_codes`.
     """
     target = torch.zeros_like(embeddings)
@@ -120,7 +121,8 @@ def clip_loss(
     pixels = render(scenes.to(codes.device), frames)[:, 0]
     labels = scenes.labels().to(codes.device)
     labels[:, UNSEEN] = UNSPECIFIED
-    pixels = pixels + 0.1 * torch.rand(()) * torch.randn(pixels.shape, device=pixels.device)
+    strength = 0.1 * float(torch.rand((), generator=generator))
+    pixels = pixels + strength * torch.randn(pixels.shape, generator=generator).to(pixels)
     return loss + code_loss(embed_image(vision, pixels), labels, codes)
 
 

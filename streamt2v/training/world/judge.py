@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from streamt2v import files
 from streamt2v.training import bundle
-from streamt2v.training.world import ATTRIBUTES, render, sample_scenes
+from streamt2v.training.world.drawing import render
+from streamt2v.training.world.scenes import ATTRIBUTES, sample_scenes
 
 FRAMES = 16
 SIZE = (36, 64)
@@ -54,7 +55,7 @@ class Judge(nn.Module):
 
 
 def example_clips(count: int, generator: torch.Generator, spoil: bool) -> tuple[Tensor, Tensor]:
-    """Rendered clips [B, 16, 3, 36, 64] and labels [B, 5]; `spoil` blurs and disturbs them as a generator might."""
+    """Rendered clips [B, 16, 3, 36, 64] and labels [B, 6]; `spoil` blurs and disturbs them as a generator might."""
     scenes = sample_scenes(count, generator)
     start = torch.where(torch.rand(count, generator=generator) < 0.5, 0, 1)
     start = (start * torch.randint(0, 200, (count,), generator=generator))[:, None]
@@ -82,13 +83,13 @@ def judge_loss(judge: Judge, generator: torch.Generator, batch: int = 16) -> Ten
 
 @torch.no_grad()
 def verdict(judge: Judge, clips: Tensor) -> Tensor:
-    """The most likely attribute indices [B, 5] of clips [B, 16, 3, H, W]."""
+    """The most likely attribute indices [B, 6] of clips [B, 16, 3, H, W]."""
     judge.eval()
     return torch.stack([logits.argmax(1) for logits in judge(clips).values()], 1)
 
 
 def score(judge: Judge, clips: Tensor, labels: Tensor) -> dict[str, float]:
-    """Share of clips in which each attribute is as asked; labels [B, 5], negative where nothing was asked."""
+    """Share of clips in which each attribute is as asked; labels [B, 6], negative where nothing was asked."""
     guessed = verdict(judge, clips).cpu()
     result = {}
     for column, name in enumerate(ATTRIBUTES):

@@ -11,7 +11,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional
 
-from streamt2v.training.world import Scenes, render, sample_scenes, subject_mask
+from streamt2v.training.world.drawing import render
+from streamt2v.training.world.scenes import Scenes, sample_scenes, subject_mask
 
 WIDTHS = (16, 32, 64, 64)
 
@@ -40,24 +41,47 @@ def build_vae() -> Any:
 
 
 def training_frames(scenes: Scenes, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Frames [B, 3, 72, 128] and subject masks [B, 1, 72, 128]; a third are crops: magnified edges are seen too."""
-    frames = torch.randint(0, 200, (len(scenes), 1), generator=generator)
-    zoom = 1.0 if torch.rand((), generator=generator) < 0.67 else float(torch.rand((), generator=generator)) * 0.5 + 0.4
+    """Frames [B, 3, 72, 128] and subject masks [B, 1, 72, 128]; a quarter are crops: magnified edges are seen too."""
+    frames = torch.randint(0, 400, (len(scenes), 1), generator=generator)
+    zoom = 1.0 if torch.rand((), generator=generator) < 0.75 else float(torch.rand((), generator=generator)) * 0.5 + 0.4
     left, top = (float(torch.rand((), generator=generator)) * (1 - zoom) for _ in range(2))
     pixels = render(scenes, frames, 72, 128, (left, top, left + zoom, top + zoom))[:, 0]
     mask = subject_mask(scenes, frames, 72, 128)[:, 0, None] if zoom == 1 else torch.zeros_like(pixels[:, :1])
     return pixels.contiguous(memory_format=torch.channels_last), mask
 
 
+_SMALLER = ((7, 12), (6, 11), (5, 9))
+
+
+def altered(latents: Tensor, pixels: Tensor, mask: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """In half of the cases the latents are mirrored or made smaller, and pixels and mask with them.
+
+    What the decoder makes of mirrored or smaller latents should be the mirrored or smaller picture: such a latent space
+    is smoother and easier to draw in. Source: Kouzelis et al. 2025, arXiv 2502.09509 (equivariance regularisation).
+    """
+    kind = float(torch.rand((), generator=generator))
+    if kind < 0.25:
+        return latents.flip(-1), pixels.flip(-1), mask.flip(-1)
+    if kind < 0.5:
+        height, width = _SMALLER[int(torch.randint(len(_SMALLER), (), generator=generator))]
+        latents = functional.interpolate(latents, (height, width), mode="bilinear", antialias=True)
+        pixels, mask = (
+            functional.interpolate(value, (8 * height, 8 * width), mode="bilinear", antialias=True)
+            for value in (pixels, mask)
+        )
+    return latents, pixels, mask
+
+
 def vae_loss(vae: Any, pixels: Tensor, mask: Tensor, generator: torch.Generator, kl_weight: float = 2e-4) -> Tensor:
     """L1 + 2 MSE + 0.5 gradient L1, heavier on the subject, plus a small KL term; pixels [B, 3, H, W]."""
     posterior = vae.encode(pixels).latent_dist
     mean, log_variance = posterior.mean.float(), posterior.logvar.float().clamp(-12, 4)
-    noise = torch.randn(mean.shape, generator=generator)
-    decoded = vae.decode(mean + (0.5 * log_variance).exp() * noise).sample.float()
+    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+    latents, pixels, mask = altered(mean + (0.5 * log_variance).exp() * noise, pixels, mask, generator)
+    decoded = vae.decode(latents).sample.float()
     weight = 1 + 2 * mask
     error = decoded - pixels
-    detail = sum((functional.l1_loss(decoded.diff(dim=d), pixels.diff(dim=d)) for d in (2, 3)), torch.zeros(()))
+    detail = torch.stack([functional.l1_loss(decoded.diff(dim=d), pixels.diff(dim=d)) for d in (2, 3)]).sum()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
     return (weight * (error.abs() + 2 * error.square())).mean() + 0.5 * detail + kl_weight * kl
 

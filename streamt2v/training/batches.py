@@ -1,0 +1,134 @@
+"""What a denoiser is trained on, wherever it comes from: the trainer knows batches, not the world that draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from streamt2v import files
+
+Rows = dict[str, Tensor]
+"""Columns of a table: tensors with one row an example."""
+
+
+def _no_pairs() -> Tensor:
+    return torch.empty(0, 2, dtype=torch.long)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Encoded clips and what is said of them.
+
+    Shapes: B clips of F frames; C channels of h x w latent cells; Fc conditioning frames of H x W pixels in [-1, 1].
+    """
+
+    latents: Tensor  # [B, C, F, h, w]
+    captions: list[str]
+    mask: Tensor  # [B, F, h, w] in [0, 1]: where errors count more
+    pairs: Tensor = field(default_factory=_no_pairs)  # rows [P, 2] of clips that differ in direction and its word only
+    shown: Tensor | None = None  # [B, Fc, 3, H, W]: the first frames, as CAM will meet them
+    anchors: Tensor | None = None  # [B, 3, H, W]: a frame of the past
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def row(self, index: int) -> Batch:
+        """One clip as a batch."""
+        at = slice(index, index + 1)
+        return replace(
+            self,
+            latents=self.latents[at],
+            captions=self.captions[at],
+            mask=self.mask[at],
+            pairs=_no_pairs(),
+            shown=None if self.shown is None else self.shown[at],
+            anchors=None if self.anchors is None else self.anchors[at],
+        )
+
+
+def join(batches: list[Batch]) -> Batch:
+    """Concatenate batches of one kind; pairs are forgotten."""
+
+    def cat(parts: list[Tensor | None]) -> Tensor | None:
+        given = [part for part in parts if part is not None]
+        return torch.cat(given) if given else None
+
+    return Batch(
+        torch.cat([b.latents for b in batches]),
+        [caption for b in batches for caption in b.captions],
+        torch.cat([b.mask for b in batches]),
+        shown=cat([b.shown for b in batches]),
+        anchors=cat([b.anchors for b in batches]),
+    )
+
+
+class Source(Protocol):
+    """Where batches come from, for ever."""
+
+    def images(self, count: int) -> Batch:
+        """Clips of one frame."""
+
+    def clips(self, count: int, pairs: int = 0) -> Batch:
+        """Clips as an initializer makes them; the first 2 * pairs, if any, are mirrored pairs."""
+
+    def chunks(self, count: int) -> Batch:
+        """Clips from the middle of a video, with the frames shown to CAM and to APM."""
+
+
+class Ring:
+    """A table of examples that are dear to make: it grows to its capacity, then the oldest give way.
+
+    Args:
+        make: makes about so many new rows, as columns.
+        capacity: rows kept.
+        first: rows made before the first draw.
+        generator: decides which rows are drawn.
+        path: where the table lies between runs; None keeps it in memory only.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int], Rows],
+        capacity: int,
+        first: int,
+        generator: torch.Generator,
+        path: Path | None = None,
+    ) -> None:
+        self.make, self.capacity, self.first, self.generator, self.path = make, capacity, first, generator, path
+        self.rows: Rows = torch.load(path, weights_only=True) if path is not None and path.is_file() else {}
+        self.oldest, self.owed = 0, 0.0
+
+    def __len__(self) -> int:
+        return len(next(iter(self.rows.values()))) if self.rows else 0
+
+    def draw(self, count: int, fresh: float, at_once: int = 16) -> Rows:
+        """Draw rows; `fresh` new ones are made for every draw on average, `at_once` at a time."""
+        self.owed += fresh
+        while len(self) < self.first or self.owed >= at_once:
+            self.owed = max(0.0, self.owed - at_once)
+            self.add(self.make(at_once))
+        index = torch.randint(len(self), (count,), generator=self.generator)
+        return {name: column[index.to(column.device)] for name, column in self.rows.items()}
+
+    def add(self, new: Rows) -> None:
+        """Append rows, or put them where the oldest are."""
+        count, room = len(next(iter(new.values()))), self.capacity - len(self)
+        if room > 0:
+            self.rows = {k: torch.cat([self.rows[k], v[:room]]) if self.rows else v[:room] for k, v in new.items()}
+        if count > room:
+            index = (self.oldest + torch.arange(count - max(room, 0))) % self.capacity
+            for name, column in new.items():
+                self.rows[name][index.to(column.device)] = column[max(room, 0) :]
+            self.oldest = (self.oldest + len(index)) % self.capacity
+
+    def save(self) -> None:
+        """Write the table for a later run."""
+        if self.path is not None and self.rows:
+            files.make_directory(self.path.parent)
+            with files.replacing(self.path) as part:
+                torch.save(self.rows, part)

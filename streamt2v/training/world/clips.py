@@ -1,0 +1,214 @@
+"""Batches of the drawn world: rendered, encoded, kept in rings, captioned anew at every draw."""
+# The libraries' modules are typed as Any.
+# mypy: disable-error-code="no-any-return, no-untyped-call"
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from streamt2v.training.batches import Batch, Ring, Rows
+from streamt2v.training.world.captions import compose
+from streamt2v.training.world.drawing import render
+from streamt2v.training.world.scenes import ATTRIBUTES, FLOATING, Scenes, join_scenes, sample_scenes, subject_mask
+
+CLIP_FRAMES = 16
+COND_FRAMES = 8
+FRAME_SIZE = (72, 128)
+LATENT_SIZE = (9, 16)
+LATEST = 400  # frame index up to which late clips start
+
+
+@torch.no_grad()
+def encode(vae: Any, pixels: Tensor) -> Tensor:
+    """Frames [B, F, 3, H, W] in [-1, 1] to latents [B, 4, F, h, w]; the posterior's mean."""
+    images = pixels.to(vae.device).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    latents = torch.cat([vae.encode(piece).latent_dist.mean for piece in images.split(_at_once(vae))])
+    return latents.unflatten(0, pixels.shape[:2]).transpose(1, 2).contiguous()
+
+
+@torch.no_grad()
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Latents [B, 4, F, h, w] to frames [B, F, 3, H, W] in [-1, 1]."""
+    images = latents.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    pixels = torch.cat([vae.decode(piece).sample for piece in images.split(_at_once(vae))])
+    return pixels.clamp(-1, 1).unflatten(0, (latents.shape[0], latents.shape[2]))
+
+
+def _at_once(vae: Any) -> int:
+    return 16 if vae.device.type == "cpu" else 256
+
+
+def normal_like(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Unit normals of the shape of `values` and on its device, drawn on the generator's."""
+    return torch.randn(values.shape, generator=generator).to(values.device)
+
+
+def _columns(latents: Tensor, scenes: Scenes, start: Tensor) -> Rows:
+    return {"latents": latents.half(), "start": start, **vars(scenes)}
+
+
+def _scenes(rows: Rows) -> Scenes:
+    return Scenes(**{name: rows[name] for name in Scenes.__dataclass_fields__})
+
+
+class WorldSource:
+    """Images, clips and chunks of the drawn world on a device.
+
+    Args:
+        vae: encodes what is rendered; decides the device.
+        generator: of every draw, on the CPU.
+        folder: keeps the rings between runs; None keeps them in memory only.
+        first: share of the usual number of examples made before the first batch; small in tests.
+    """
+
+    def __init__(self, vae: Any, generator: torch.Generator, folder: Path | None = None, first: float = 1.0) -> None:
+        self.vae, self.generator, self.device = vae, generator, vae.device
+
+        def ring(name: str, make: Any, capacity: int, at_first: int) -> Ring:
+            path = None if folder is None else folder / f"{name}.pt"
+            return Ring(make, capacity, max(2, int(at_first * first)), generator, path)
+
+        self._images = ring("images", self._make_images, 60_000, 2048)
+        self._early = ring("clips", lambda count: self._make_clips(count, late=0.2), 3000, 128)
+        self._late = ring("chunks", lambda count: self._make_clips(count, late=1.0), 3000, 128)
+
+    def save(self) -> None:
+        """Keep what was rendered for a later run."""
+        for ring in (self._images, self._early, self._late):
+            ring.save()
+
+    def _make_images(self, count: int) -> Rows:
+        scenes = sample_scenes(count, self.generator).to(self.device)
+        start = torch.randint(0, LATEST, (count,), generator=self.generator).to(self.device)
+        early = torch.randint(0, CLIP_FRAMES, (count,), generator=self.generator).to(self.device)
+        start = torch.where(torch.arange(count, device=self.device) % 2 == 0, start, early)
+        return _columns(encode(self.vae, render(scenes, start[:, None])), scenes, start)
+
+    def _make_clips(self, count: int, late: float) -> Rows:
+        """Clips and their mirror images, side by side; a share `late` of the pairs starts at a random frame."""
+        count = max(1, count // 2)
+        one = sample_scenes(count, self.generator)
+        order = torch.arange(2 * count).view(2, count).T.flatten()
+        scenes = join_scenes([one, one.mirrored()]).take(order).to(self.device)
+        start = torch.randint(0, LATEST, (count,), generator=self.generator)
+        start[torch.rand(count, generator=self.generator) >= late] = 0
+        start = start.repeat_interleave(2).to(self.device)
+        frames = start[:, None] + torch.arange(CLIP_FRAMES, device=self.device)
+        parts = torch.arange(2 * count, device=self.device).split(2 if self.device.type == "cpu" else 64)
+        latents = [encode(self.vae, render(scenes.take(part), frames[part])) for part in parts]
+        return _columns(torch.cat(latents), scenes, start)
+
+    def _batch(self, rows: Rows, captions: list[str]) -> Batch:
+        latents = rows["latents"].float()
+        frames = rows["start"][:, None] + torch.arange(latents.shape[2], device=self.device)
+        return Batch(latents, captions, subject_mask(_scenes(rows), frames, *LATENT_SIZE))
+
+    def _captions(self, rows: Rows) -> list[str]:
+        return [compose(labels, self.generator) for labels in _scenes(rows).labels().tolist()]
+
+    def images(self, count: int) -> Batch:
+        """Single frames of scenes that mostly differ."""
+        rows = self._images.draw(count, fresh=count / 8)
+        return self._batch(rows, self._captions(rows))
+
+    def clips(self, count: int, pairs: int = 0) -> Batch:
+        """Clips that mostly start at frame 0; mirrored pairs have one wording but for the direction."""
+        rows = self._early.draw(count, fresh=count / 16)
+        captions = self._captions(rows)
+        ring = self._early.rows
+        drifting = (ring["motion"][::2] < FLOATING).nonzero()[:, 0] if pairs else torch.empty(0)
+        pairs = pairs if len(drifting) else 0
+        if pairs:
+            choice = torch.randint(len(drifting), (pairs,), generator=self.generator).to(self.device)
+            first = 2 * drifting[choice]
+            index = torch.stack([first, first + 1], 1).flatten()
+            for name, column in rows.items():
+                column[: 2 * pairs] = ring[name][index]
+            captions[: 2 * pairs] = list(self._paired_captions(_scenes(rows), pairs))
+        batch = self._batch(rows, captions)
+        return replace(batch, pairs=torch.arange(2 * pairs, device=self.device).view(pairs, 2))
+
+    def _paired_captions(self, scenes: Scenes, pairs: int) -> Iterator[str]:
+        for row, labels in enumerate(scenes.labels()[: 2 * pairs].tolist()):
+            if row % 2 == 0:
+                state = self.generator.get_state()
+                yield compose(labels, self.generator)
+            else:
+                same_wording = torch.Generator()
+                same_wording.set_state(state)
+                yield compose(labels, same_wording)
+
+    def chunks(self, count: int) -> Batch:
+        """Clips that start anywhere, with the frames that CAM and APM see."""
+        rows = self._late.draw(count, fresh=count / 16)
+        batch = self._batch(rows, self._captions(rows))
+        shown, latents = self._conditioning(rows, batch.latents)
+        back = torch.randint(0, 200, (count, 1), generator=self.generator).to(self.device)
+        anchors = render(_scenes(rows), rows["start"][:, None] - back)[:, 0]
+        return replace(batch, latents=latents, shown=shown, anchors=anchors)
+
+    def first_frames(self, count: int) -> Batch:
+        """Clips that start anywhere, with their first frame as anchor: a picture to begin from."""
+        rows = self._late.draw(count, fresh=count / 16)
+        batch = self._batch(rows, self._captions(rows))
+        return replace(batch, anchors=render(_scenes(rows), rows["start"][:, None])[:, 0])
+
+    def _conditioning(self, rows: Rows, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """The first frames of clips as CAM will meet them, and what is to follow them.
+
+        While streaming, CAM sees what the model itself made. So some are rendered, some decoded from disturbed latents,
+        and all carry a little noise: otherwise small errors are copied and grow from chunk to chunk. Half of the
+        rendered batches have a false tint, and some show false subjects: true colours and shapes must then come from
+        the anchor or the text, which do not drift. Tints and disturbances leave the target gradually (`fading`): were
+        they gone at the first new frame, the network would learn to jump at every seam.
+
+        Returns:
+            Pixels [B, COND_FRAMES, 3, H, W] in [-1, 1], latents of the whole chunk [B, C, F, h, w].
+        """
+        generator, scenes = self.generator, _scenes(rows)
+
+        def chance(p: float) -> bool:
+            return bool(torch.rand((), generator=generator) < p)
+
+        share = fading(COND_FRAMES, latents.shape[2]).to(latents)
+        frames = rows["start"][:, None] + torch.arange(latents.shape[2], device=self.device)
+        if chance(0.35):
+            steady, restless = (0.35 * torch.rand(2, generator=generator)).tolist()
+            latents = latents + share[:, None, None] * steady * normal_like(latents[:, :, :1], generator)
+            seen = latents[:, :, :COND_FRAMES]
+            pixels = decode(self.vae, seen + restless * normal_like(seen, generator))
+        else:
+            tinted = chance(0.5)
+            at = frames if tinted else frames[:, :COND_FRAMES]
+            true = shown = render(scenes, at)
+            if chance(0.15):
+                subjects = torch.randint(len(ATTRIBUTES["subject"]), (len(scenes),), generator=generator)
+                shown = render(replace(scenes, subject=subjects.to(self.device)), at)
+            if tinted:
+                gain, shift = torch.rand(2, len(scenes), 1, 3, 1, 1, generator=generator).to(true).mul(2).sub(1)
+                much = share[:, None, None, None]
+                true, shown = (
+                    (pixels * (1 + 0.35 * gain * much) + 0.25 * shift * much).clamp(-1, 1) for pixels in (true, shown)
+                )
+                latents = encode(self.vae, true)
+            pixels = shown[:, :COND_FRAMES]
+            if chance(0.5):  # as soft as the VAE leaves it
+                small = functional.avg_pool2d(pixels.flatten(0, 1), 2)
+                pixels = functional.interpolate(small, scale_factor=2, mode="bilinear").view_as(pixels)
+        strength = 0.08 * float(torch.rand((), generator=generator))
+        return pixels + strength * normal_like(pixels, generator), latents
+
+
+def fading(frames: int, length: int, rate: float = 0.75) -> Tensor:
+    """How much of an error of the conditioning frames each frame of a chunk still carries, [length] in (0, 1].
+
+    All of it for as long as they last, `rate` times as much with every new frame.
+    """
+    return rate ** (torch.arange(length) - frames + 1).clamp(min=0)
