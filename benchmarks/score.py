@@ -28,23 +28,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamt2v import config, jobs, pipeline, video
+from streamt2v import config, jobs, pipeline, video, weights
 from streamt2v.chunks import refinement_plan, seams, streaming_plan
 from streamt2v.frames import Frames, to_float, to_u8
 from streamt2v.metrics.evaluation import Settings, Subject, measure
-from streamt2v.models.apm import AppearanceTokens
-from streamt2v.models.cam import ConditionalAttention
-from streamt2v.models.unet3d import UNet3D
 from streamt2v.progress import Progress
 from streamt2v.stages.stream import StreamModels
-from streamt2v.training import bundle, denoisers, sheets
+from streamt2v.training import sheets
 from streamt2v.training.denoisers import TextSource
-from streamt2v.training.world.captions import build_tokenizer, canonical
+from streamt2v.training.world.captions import canonical
 from streamt2v.training.world.clips import CLIP_FRAMES
-from streamt2v.training.world.encoders import DIM, build_text, build_vision
 from streamt2v.training.world.judge import load_judge, verdict
 from streamt2v.training.world.scenes import ATTRIBUTES, Scenes, sample_scenes
-from streamt2v.training.world.vae import build_vae
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE.parent / "streamt2v" / "demo"
@@ -60,17 +55,15 @@ def scene(index: int, seed: int) -> Scenes:
 
 def load(folder: Path) -> tuple[StreamModels, TextSource]:
     """Load the networks of the first two stages from a folder."""
-    tokenizer = build_tokenizer()
-    text = TextSource(tokenizer, bundle.freeze(bundle.read(folder, "text", build_text(len(tokenizer)))))
-    tokens = bundle.read(folder, "apm", AppearanceTokens(DIM, 2 * DIM, denoisers.IMAGE_TOKENS, DIM))
-    vision = bundle.freeze(bundle.read(folder, "vision", build_vision()))
-    models = sheets.models(
-        bundle.freeze(bundle.read(folder, "unet", UNet3D(denoisers.BASE))),
-        bundle.freeze(bundle.read(folder, "vae", build_vae())),
-        bundle.freeze(bundle.read(folder, "cam", ConditionalAttention(denoisers.CAM))),
-        (bundle.freeze(tokens), vision),
-    )
-    return models, text
+    special = weights.families()["demo"].file("tokenizer").tokens
+    text = TextSource(weights.load_tokenizer(folder / "tokenizer.json", special), network(folder, "text"))
+    unet, vae, cam, apm, vision = (network(folder, name) for name in ("unet", "vae", "cam", "apm", "vision"))
+    return sheets.models(unet, vae, cam, (apm, vision)), text
+
+
+def network(folder: Path, name: str) -> Any:
+    """Load a network as its file describes it."""
+    return weights.load_module(folder / f"{name}.safetensors", "cpu", torch.float32)
 
 
 def judged(frames: Frames) -> list[int]:

@@ -731,7 +731,10 @@ def weights_convert(
 @app.command()
 def train(
     part: Annotated[
-        str, typer.Argument(help="vae, clip, images, base, cam, apm, joint, concatenated, image_to_video or judge.")
+        str,
+        typer.Argument(
+            help="vae, clip, images, base, decoder, cam, apm, joint, concatenated, image_to_video or judge."
+        ),
     ],
     minutes: Annotated[float | None, typer.Option("--minutes", help="Stop after so many minutes.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Stop after so many optimiser steps.")] = None,

@@ -211,6 +211,51 @@ def _swapped(drawn: tuple[Batch, Tensor], lesson: Lesson) -> tuple[Batch, Lesson
     return batch, lesson, own
 
 
+def decoder_job(shop: Workshop) -> Job:
+    """The VAE's decoder alone, half on clean latents and half on what the base makes of them: it learns to mend those.
+
+    The encoder, and so the latent space that all denoisers know, stays as it is.
+    """
+    network = shop.finished("vae", vae.build_vae(), continued=True)
+    unet = shop.frozen("unet", UNet3D(denoisers.BASE))
+    lesson = shop.lesson()
+    source = shop.source(lesson.vae)
+    network.requires_grad_(False)
+    trained = bundle.parameters_in(network, "decoder.", "post_quant_conv.")
+    for parameter in trained:
+        parameter.requires_grad_(True)
+
+    def mistakes() -> tuple[Batch, Tensor]:
+        clips = source.pictured(2)
+        conditioning = unet.prepare(lesson.text.encode(clips.captions))
+        return clips, own_states(lambda x, t: unet(x, t, conditioning), clips.latents, 6, shop.generator)
+
+    own = OwnStates(mistakes, shop.generator, capacity=64)
+
+    def loss(progress: float) -> torch.Tensor:
+        clips, made = own.draw(4)
+        frames = torch.randint(CLIP_FRAMES, (2,), generator=shop.generator).tolist()
+        latents = torch.cat([clips.latents[:, :, frames[0]], made[:, :, frames[1]]])
+        assert clips.shown is not None
+        pixels = torch.cat([clips.shown[:, frames[0]], clips.shown[:, frames[1]]])
+        masks = torch.cat([clips.mask[:, frames[0]], clips.mask[:, frames[1]]])[:, None]
+        return vae.decoder_loss(network, latents, pixels, masks)
+
+    return Job(
+        loss,
+        trained,
+        lambda folder: bundle.write(folder, "vae", network),
+        lambda folder: f"PSNR {vae.psnr(network, vae.held_out().to(shop.device)):.2f} dB",
+        adam=bundle.parameters_in(network, "conv_out.weight"),
+        learning_rate=5e-4,
+        average=0.998,
+        samples=8,
+        device=shop.device,
+        half=True,
+        keep=source.save,
+    )
+
+
 def cam_job(shop: Workshop) -> Job:
     """CAM and its mergers, the base frozen: the paper's first phase."""
     return _streaming_job(shop, with_apm=False)
@@ -406,6 +451,7 @@ JOBS: dict[str, Callable[[Workshop], Job]] = {
     "clip": clip_job,
     "images": images_job,
     "base": base_job,
+    "decoder": decoder_job,
     "cam": cam_job,
     "apm": apm_job,
     "joint": joint_job,

@@ -154,6 +154,12 @@ class WorldSource:
         anchors = render(_scenes(rows), rows["start"][:, None] - back)[:, 0]
         return replace(batch, latents=latents, shown=shown, anchors=anchors)
 
+    def pictured(self, count: int) -> Batch:
+        """Clips as of `clips`, with all of their frames as pixels."""
+        rows = self._early.draw(count, fresh=count / 16)
+        frames = rows["start"][:, None] + torch.arange(CLIP_FRAMES, device=self.device)
+        return replace(self._batch(rows, self._captions(rows)), shown=render(_scenes(rows), frames))
+
     def first_frames(self, count: int) -> Batch:
         """Clips that start anywhere, with their first frame as anchor: a picture to begin from."""
         rows = self._late.draw(count, fresh=count / 16)

@@ -26,7 +26,7 @@ SEA, HILLS, DESERT, CITY = range(4)
 BALL, STAR, LANTERN, MOON = range(4)
 
 Colours = Sequence[Sequence[float]]
-_PAINT: Colours = (
+PAINT: Colours = (
     (1.0, 0.10, 0.07), (0.08, 0.92, 0.26), (0.10, 0.36, 1.0), (1.0, 0.70, 0.05), (0.66, 0.16, 1.0), (1.0, 0.96, 0.90),
 )  # fmt: skip
 # By time of day: the sky at the top, half way and at the horizon; the sun; what light falls on the land.
@@ -211,7 +211,7 @@ def _view(scenes: Scenes, centres: Tensor, frame: Tensor, x: Tensor, y: Tensor, 
         low=paled(_SKY_LOW, 0.0),
         sun=_colour(_SUN, scenes.time, x),
         ambient=ambient,
-        paint=_colour(_PAINT, scenes.colour, x),
+        paint=_colour(PAINT, scenes.colour, x),
         spill=level(_SPILL),
         pixel=torch.full_like(centre_x, pixel),
     )
@@ -411,7 +411,7 @@ def _mist(view: _View, picture: Tensor) -> Tensor:
     return torch.lerp(picture, colour.clamp(0, 1), veil.clamp(0, 0.9)[:, None])
 
 
-def _shape(kind: int, x: Tensor, y: Tensor, pixel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def shape(kind: int, x: Tensor, y: Tensor, pixel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A subject's body (opacity), white heat in its heart, and distance from it; coordinates and pixel in radii."""
 
     def soft(distance: Tensor, width: float) -> Tensor:
@@ -443,7 +443,7 @@ def _subject(view: _View, picture: Tensor) -> Tensor:
     for kind in range(len(ATTRIBUTES["subject"])):
         rows = (view.subject == kind).nonzero()[:, 0]
         if len(rows):
-            body[rows], heart[rows], outside[rows] = _shape(kind, x[rows], y[rows], pixel[rows])
+            body[rows], heart[rows], outside[rows] = shape(kind, x[rows], y[rows], pixel[rows])
     halo = torch.exp(-(outside + 0.25).clamp(min=0) / 0.55)
     breath = 1 + 0.04 * torch.sin(view.angle(0.5) + view.phase)
     picture = torch.lerp(picture, view.paint, (0.34 * (1 - 0.75 * view.night) * halo)[:, None])

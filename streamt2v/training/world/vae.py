@@ -73,17 +73,22 @@ def altered(latents: Tensor, pixels: Tensor, mask: Tensor, generator: torch.Gene
 
 
 def vae_loss(vae: Any, pixels: Tensor, mask: Tensor, generator: torch.Generator, kl_weight: float = 2e-4) -> Tensor:
-    """L1 + 2 MSE + 0.5 gradient L1, heavier on the subject, plus a small KL term; pixels [B, 3, H, W]."""
+    """The decoder's loss on latents that may be altered, plus a small KL term; pixels [B, 3, H, W]."""
     posterior = vae.encode(pixels).latent_dist
     mean, log_variance = posterior.mean.float(), posterior.logvar.float().clamp(-12, 4)
     noise = torch.randn(mean.shape, generator=generator).to(mean.device)
     latents, pixels, mask = altered(mean + (0.5 * log_variance).exp() * noise, pixels, mask, generator)
-    decoded = vae.decode(latents).sample.float()
-    weight = 1 + 2 * mask
-    error = decoded - pixels
-    detail = torch.stack([functional.l1_loss(decoded.diff(dim=d), pixels.diff(dim=d)) for d in (2, 3)]).sum()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    return (weight * (error.abs() + 2 * error.square())).mean() + 0.5 * detail + kl_weight * kl
+    return decoder_loss(vae, latents, pixels, mask) + kl_weight * kl
+
+
+def decoder_loss(vae: Any, latents: Tensor, pixels: Tensor, mask: Tensor) -> Tensor:
+    """L1 + 2 MSE + 0.5 gradient L1, heavier on the subject; latents [B, C, h, w], pixels [B, 3, H, W], any mask."""
+    decoded = vae.decode(latents).sample.float()
+    error = decoded - pixels
+    weight = 1 + 2 * functional.interpolate(mask, pixels.shape[-2:], mode="bilinear")
+    detail = torch.stack([functional.l1_loss(decoded.diff(dim=d), pixels.diff(dim=d)) for d in (2, 3)]).sum()
+    return (weight * (error.abs() + 2 * error.square())).mean() + 0.5 * detail
 
 
 @torch.no_grad()
