@@ -733,7 +733,7 @@ def train(
     part: Annotated[
         str,
         typer.Argument(
-            help="vae, clip, images, base, decoder, cam, apm, joint, concatenated, image_to_video or judge."
+            help="vae, text, vision, images, base, decoder, cam, apm, joint, concatenated, image_to_video or judge."
         ),
     ],
     minutes: Annotated[float | None, typer.Option("--minutes", help="Stop after so many minutes.")] = None,

@@ -30,8 +30,9 @@ def train(
 ) -> dict[str, float]:
     """Train one part and write its weights into `out`; called again, it goes on where the last run stopped.
 
-    Later parts build on earlier ones: vae and clip come first, then images, base, and cam and apm, or joint for all
-    three; concatenated and image_to_video need base, judge needs nothing. What `out` lacks comes from the package.
+    Later parts build on earlier ones: vae, text and vision come first, then images, base, decoder, and cam and apm, or
+    joint for all three; concatenated and image_to_video need base, judge needs nothing. What `out` lacks comes from the
+    package.
 
     Args:
         part: one of `PARTS`.

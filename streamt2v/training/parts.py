@@ -32,9 +32,10 @@ from streamt2v.training.world.encoders import (
     attribute_codes,
     build_text,
     build_vision,
-    clip_loss,
     image_accuracy,
     swap_distances,
+    text_loss,
+    vision_loss,
 )
 from streamt2v.training.world.scenes import sample_scenes
 
@@ -124,23 +125,33 @@ def vae_job(shop: Workshop) -> Job:
     )
 
 
-def clip_job(shop: Workshop) -> Job:
-    """Text and image encoder together."""
+def text_job(shop: Workshop) -> Job:
+    """The text encoder."""
     tokenizer = bundle.write_words(shop.out)
     text = shop.resumed("text", build_text(len(tokenizer)))
+    codes = attribute_codes().to(shop.device)
+    return Job(
+        lambda progress: text_loss(text, tokenizer, codes, shop.generator),
+        list(text.parameters()),
+        lambda folder: bundle.write(folder, "text", text),
+        lambda folder: f"swap distances {swap_distances(text, tokenizer)}",
+        adam=bundle.parameters_in(text, "embedding"),
+        learning_rate=2e-3,
+        samples=128,
+        device=shop.device,
+    )
+
+
+def vision_job(shop: Workshop) -> Job:
+    """The image encoder."""
     vision = shop.resumed("vision", build_vision())
     codes = attribute_codes().to(shop.device)
-
-    def save(folder: Path) -> None:
-        bundle.write(folder, "text", text)
-        bundle.write(folder, "vision", vision)
-
     return Job(
-        lambda progress: clip_loss(text, vision, tokenizer, codes, shop.generator),
-        [*text.parameters(), *vision.parameters()],
-        save,
-        lambda folder: f"swap distances {swap_distances(text, tokenizer)}, images {image_accuracy(vision, codes)}",
-        adam=[*bundle.parameters_in(text, "embedding"), *bundle.parameters_in(vision, "embedding")],
+        lambda progress: vision_loss(vision, codes, shop.generator),
+        list(vision.parameters()),
+        lambda folder: bundle.write(folder, "vision", vision),
+        lambda folder: f"recognised {image_accuracy(vision, codes)}",
+        adam=bundle.parameters_in(vision, "embedding"),
         learning_rate=2e-3,
         samples=32,
         device=shop.device,
@@ -448,7 +459,8 @@ def _rims(network: UNet3D | ConditionalAttention) -> list[nn.Parameter]:
 
 JOBS: dict[str, Callable[[Workshop], Job]] = {
     "vae": vae_job,
-    "clip": clip_job,
+    "text": text_job,
+    "vision": vision_job,
     "images": images_job,
     "base": base_job,
     "decoder": decoder_job,

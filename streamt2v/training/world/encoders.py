@@ -103,27 +103,30 @@ def noisy_caption(labels: list[int], generator: torch.Generator) -> str:
     return " ".join(words)
 
 
-def clip_loss(
+def text_loss(
     text: CLIPTextModelWithProjection,
-    vision: CLIPVisionModelWithProjection,
     tokenizer: PreTrainedTokenizerFast,
     codes: Tensor,
     generator: torch.Generator,
-    batch: int = 32,
+    batch: int = 128,
 ) -> Tensor:
-    """One training loss of both encoders, on 4 * batch captions and batch pictures."""
-    scenes = sample_scenes(batch, generator)
-    captions = [noisy_caption(row, generator) for row in sample_scenes(4 * batch, generator).labels().tolist()]
+    """One training loss of the text encoder, on fresh captions."""
+    captions = [noisy_caption(row, generator) for row in sample_scenes(batch, generator).labels().tolist()]
     parsed = torch.tensor([parse(caption) for caption in captions], device=codes.device)
-    ids = tokenise(tokenizer, captions).to(codes.device)
-    loss = code_loss(text(input_ids=ids).text_embeds, parsed, codes)
-    frames = torch.randint(0, 200, (batch, 1), generator=generator)
-    pixels = render(scenes.to(codes.device), frames)[:, 0]
-    labels = scenes.labels().to(codes.device)
+    return code_loss(text(input_ids=tokenise(tokenizer, captions).to(codes.device)).text_embeds, parsed, codes)
+
+
+def vision_loss(
+    vision: CLIPVisionModelWithProjection, codes: Tensor, generator: torch.Generator, batch: int = 32
+) -> Tensor:
+    """One training loss of the image encoder, on fresh pictures, a little noisy."""
+    scenes = sample_scenes(batch, generator).to(codes.device)
+    pixels = render(scenes, torch.randint(0, 200, (batch, 1), generator=generator))[:, 0]
+    labels = scenes.labels()
     labels[:, UNSEEN] = UNSPECIFIED
     strength = 0.1 * float(torch.rand((), generator=generator))
     pixels = pixels + strength * torch.randn(pixels.shape, generator=generator).to(pixels)
-    return loss + code_loss(embed_image(vision, pixels), labels, codes)
+    return code_loss(embed_image(vision, pixels), labels, codes)
 
 
 @torch.no_grad()
