@@ -102,10 +102,10 @@ def vae_job(shop: Workshop) -> Job:
     """The VAE; whitened when it is saved."""
     network = shop.resumed("vae", vae.build_vae())
 
-    def save(folder: Path) -> None:
+    def whitened() -> Any:
         white = copy.deepcopy(network).eval()
         vae.whiten(white, vae.held_out(96, 5).to(shop.device))
-        bundle.write(folder, "vae", white)
+        return white
 
     def loss(progress: float) -> torch.Tensor:
         pixels, mask = vae.training_frames(sample_scenes(8, shop.generator), shop.generator)
@@ -114,8 +114,8 @@ def vae_job(shop: Workshop) -> Job:
     return Job(
         loss,
         list(network.parameters()),
-        save,
-        lambda folder: f"PSNR {vae.psnr(network, vae.held_out().to(shop.device)):.2f} dB",
+        lambda folder: bundle.write(folder, "vae", whitened()),
+        lambda folder: f"PSNR {vae.psnr(whitened(), vae.held_out().to(shop.device)):.2f} dB",
         adam=bundle.parameters_in(network, "conv_in.weight", "conv_out.weight"),
         learning_rate=2e-3,
         average=0.998,
