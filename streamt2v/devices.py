@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -16,13 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from streamt2v.errors import ConfigError, stopped_by
+from streamt2v.errors import ConfigError, StreamT2VError, stopped_by
 
 if TYPE_CHECKING:
     import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 BACKEND = "inductor"  # of torch.compile
+# CUDA, HIP, MPS and Triton say the first, cuBLAS and cuDNN the second, the allocator of a CPU the third.
+_OUT_OF_MEMORY = re.compile(r"out of memory|_STATUS_ALLOC_FAILED|allocate memory", re.IGNORECASE)
 log = logging.getLogger(__name__)
 
 
@@ -207,11 +210,16 @@ def release_memory(device: Device) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that the device or the host had too little memory."""
+    """Tell whether an error means that the device or the host had too little memory.
+
+    Only the allocators of torch have a class of their own for that: of libraries, of pinned memory and of graphs there
+    is the message alone.
+    """
     import torch
 
-    # The CPU's allocator has no class of its own.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return not isinstance(error, StreamT2VError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def glance(name: str = "auto") -> tuple[str, int]:

@@ -11,6 +11,7 @@ import torch
 
 from streamt2v import config, convert, devices, doctor, initializers, memory, pipeline, planning, weights
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from streamt2v.errors import MemoryLimitError
 from streamt2v.memory import MemoryPolicy
 from streamt2v.models import layers
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
@@ -293,3 +294,54 @@ def test_features_that_wait_are_counted_where_they_wait() -> None:
     assert sweep.kept == 30
     assert refiner(**{"refine.reuse_interval": 2, "refine.blending": "shared"}).kept <= 2
     assert refiner(**{"refine.reuse_interval": 2, "num_frames": 20}).kept == 1
+
+
+# ------------------------------------------------------------------------------------------- what too little looks like
+
+# What torch, its libraries and the compiler were seen to raise where a device or the host has no memory left.
+OUT_OF_MEMORY: dict[str, Exception] = {
+    "allocator of a GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."),
+    "HIP": torch.OutOfMemoryError("HIP out of memory. Tried to allocate 2.00 GiB."),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "cuDNN": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "pinned memory and graphs": RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."),
+    "Triton": RuntimeError("Triton Error [CUDA]: out of memory"),
+    "MPS": RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GB, other allocations: 1 GB, max allowed ...)"),
+    "compiler": RuntimeError("backend='inductor' raised:\nOutOfMemoryError: CUDA out of memory."),
+    "allocator of a CPU": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"
+    ),
+    "Python": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY.values(), ids=list(OUT_OF_MEMORY))
+def test_every_kind_of_exhausted_memory_leads_down_the_ladder(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[MemoryPolicy] = []
+
+    def make(maker: pipeline._Maker) -> tuple[int, int]:
+        tried.append(maker.policy)
+        if len(tried) < 3:
+            raise error
+        raise KeyboardInterrupt  # seen enough
+
+    monkeypatch.setattr(pipeline._Maker, "make", make)
+    assert generate(tmp_path / "out.mp4", 17) == 130
+    first, *_ = tried
+    assert tried[1:] == memory.more_sparing(first, "cpu")[:2]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`"),
+        RuntimeError("out of resource: shared memory, Required: 139264, Hardware limit: 101376"),
+        ValueError("expected 4 channels"),
+        MemoryLimitError("out of memory, also with less"),
+    ],
+)
+def test_other_failures_are_not_taken_for_it(error: Exception) -> None:
+    assert not devices.is_out_of_memory(error)
