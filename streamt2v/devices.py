@@ -5,14 +5,17 @@ Torch is imported when a device is resolved, not with this module.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
 import re
 import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -199,13 +202,66 @@ def wait(device: Device) -> None:
         torch.cuda.synchronize(device.name)
 
 
-def release_memory(device: Device) -> None:
-    """Give freed blocks of a CUDA device back, before another model wants them in other sizes."""
+class Stopwatch:
+    """Adds up the seconds of some work; on a CUDA device by the device's own clock, so that nobody waits for it."""
+
+    def __init__(self, device: Device) -> None:
+        self.device, self._seconds = device, 0.0
+        self._pending: deque[tuple[Any, Any]] = deque()  # events: when some work began, and when it ended
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Count what is done inside the block; what was queued before it does not belong to it."""
+        if self.device.kind != "cuda":
+            began = time.monotonic()
+            yield
+            self._seconds += time.monotonic() - began
+            return
+        import torch
+
+        cuda: Any = torch.cuda
+        start, end = (cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        yield
+        end.record()
+        self._pending.append((start, end))
+        self._collect()
+
+    def _collect(self) -> None:
+        while self._pending and self._pending[0][1].query():
+            start, end = self._pending.popleft()
+            self._seconds += start.elapsed_time(end) / 1000
+
+    @property
+    def seconds(self) -> float:
+        """What was counted so far; waits for the device."""
+        wait(self.device)
+        self._collect()
+        return self._seconds
+
+
+def send(values: torch.Tensor, device: str | torch.device) -> torch.Tensor:
+    """Return a tensor of the host on a device; a CUDA device may still be busy then, and nobody waits for it.
+
+    Only out of pinned memory can a copy be left to the device, so the values go there first.
+    """
+    if not str(device).startswith("cuda"):
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def release_memory(device: Device, *, graphs: bool = False) -> None:
+    """Give freed blocks of a CUDA device back, before another model wants them in other sizes.
+
+    Args:
+        device: where.
+        graphs: also those that recorded graphs keep; what is called again after that is compiled anew.
+    """
     if device.kind == "cuda":
         import torch
 
-        if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # recorded graphs keep theirs
+        if graphs and "torch._inductor.cudagraph_trees" in sys.modules:
+            torch.compiler.reset()
         torch.cuda.empty_cache()
 
 
@@ -258,7 +314,7 @@ def offload(network: torch.nn.Module, device: Device) -> None:
 
     def give_back(layer: torch.nn.Module, *_: Any) -> None:
         for parameter in layer.parameters(recurse=False):
-            parameter.data = host.pop(parameter)
+            parameter.data = host.pop(parameter, parameter.data)  # not fetched where memory ended before
 
     for buffer in network.buffers():
         buffer.data = moved(buffer.data)

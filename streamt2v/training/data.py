@@ -55,16 +55,16 @@ class Clips:
 @torch.no_grad()
 def encode(vae: Any, pixels: Tensor) -> Tensor:
     """Frames [B, F, 3, H, W] in [-1, 1] to latents [B, 4, F, h, w]; the posterior's mean."""
-    images = pixels.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-    latents = torch.cat([vae.encode(piece).latent_dist.mean for piece in images.split(16)])
+    images = pixels.flatten(0, 1).to(vae.device).contiguous(memory_format=torch.channels_last)
+    latents = torch.cat([vae.encode(piece).latent_dist.mean for piece in images.split(16)]).to(pixels.device)
     return latents.unflatten(0, pixels.shape[:2]).transpose(1, 2).contiguous()
 
 
 @torch.no_grad()
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """Latents [B, 4, F, h, w] to frames [B, F, 3, H, W] in [-1, 1]."""
-    images = latents.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-    pixels = torch.cat([vae.decode(piece).sample for piece in images.split(16)])
+    images = latents.transpose(1, 2).flatten(0, 1).to(vae.device).contiguous(memory_format=torch.channels_last)
+    pixels = torch.cat([vae.decode(piece).sample for piece in images.split(16)]).to(latents.device)
     return pixels.clamp(-1, 1).unflatten(0, (latents.shape[0], latents.shape[2]))
 
 

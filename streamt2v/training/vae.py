@@ -53,7 +53,7 @@ def vae_loss(vae: Any, pixels: Tensor, mask: Tensor, generator: torch.Generator,
     """L1 + 2 MSE + 0.5 gradient L1, heavier on the subject, plus a small KL term; pixels [B, 3, H, W]."""
     posterior = vae.encode(pixels).latent_dist
     mean, log_variance = posterior.mean.float(), posterior.logvar.float().clamp(-12, 4)
-    noise = torch.randn(mean.shape, generator=generator)
+    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
     decoded = vae.decode(mean + (0.5 * log_variance).exp() * noise).sample.float()
     weight = 1 + 2 * mask
     error = decoded - pixels
