@@ -69,7 +69,9 @@ def _torch(name: str) -> Check:
     import torch
 
     device = devices.resolve(name)
-    return Check("torch", True, f"{torch.__version__}: {devices.describe(device)}")
+    caution = devices.caution(device.kind)
+    found = f"{torch.__version__}: {devices.describe(device)}{caution and f'; {caution}'}"
+    return Check("torch", True, found)
 
 
 def _libraries() -> Check:

@@ -99,16 +99,19 @@ def run(job: Job, report: Report, loaded: Loaded | None = None) -> Result:
     # Sums split over other numbers of threads round differently: a run keeps the number it began with.
     threads = devices.set_threads(earlier.get("threads") if job.threads is None else job.threads)
     devices.keep_freed_memory()
+    devices.repeat_exactly(device)
+    devices.limit_memory(device, None if job.memory is None else int(job.memory * 1e9))
     libraries = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     policy = _policy(job, device, loaded, earlier, report)
     cold = not loaded.fitting(job.config.model, device, policy, job.config.compile)
     recipe = {
-        **job.recipe(), "version": __version__, "device": device.name, "threads": threads, "libraries": libraries,
-        "memory": asdict(policy),
+        **job.recipe(), "version": __version__, "device": device.kind, "threads": threads, "libraries": libraries,
+        "memory": asdict(policy), **({"card": name} if (name := devices.card(device)) else {}),
     }  # fmt: skip
     with runs.RunDirectory.open(
-        job.run_path, recipe, resume=job.resume, overwrite=job.overwrite, local=job.local(), may_change=job.may_change
-    ) as directory:
+        job.run_path, recipe, resume=job.resume, overwrite=job.overwrite,
+        local={**job.local(), "device": device.name}, may_change=job.may_change,
+    ) as directory:  # fmt: skip
         try:
             jobs.check_target(job.output, job.overwrite or job.resume)  # another run may just have made it
             if job.resume and not (job.overwrite or directory.resumed) and job.output.exists():
@@ -186,6 +189,8 @@ def _policy(
     known = _stages(job)
     policy = memory.choose(free, known, device.kind)
     need = memory.needed(known, policy)
+    if caution := devices.caution(device.kind):
+        report.note(caution, warning=True)
     report.note(f"memory: {policy.describe()}: up to {need / 1e9:.1f} of {free / 1e9:.1f} GB", warning=need > free)
     return policy
 
@@ -365,7 +370,8 @@ class _Maker:
             "seconds_per_frame": frame_seconds / self.config.num_frames,
             "peak_memory_bytes": devices.peak_memory(self.device),
         }
-        planning.remember(self.config, self.device.kind, self.policy, measured)
+        seen = devices.Glance(self.device.kind, 0, devices.card(self.device))
+        planning.remember(self.config, seen, torch.get_num_threads(), self.policy, measured)
 
     def _prompt_of(self, chunk: Chunk) -> str:
         """Return what a chunk of either plan follows: the prompt of its first new frame."""

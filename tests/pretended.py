@@ -294,18 +294,21 @@ class _Autocast(torch.autocast):
 
 
 @contextmanager
-def pretended(count: int = 1, free: int = 80 * 10**9) -> Iterator[Waits]:
-    """Let torch say that it has GPUs while this lasts; yield what the host waited for."""
-    waits, current, opened = Waits(), [0], safetensors.safe_open
-    properties = SimpleNamespace(name=NAME, total_memory=free, major=9, minor=0, multi_processor_count=1)
+def pretended(*cards: str, free: int = 80 * 10**9) -> Iterator[Waits]:
+    """Let torch say that it has GPUs of these names while this lasts; yield what the host waited for."""
+    waits, current, opened, cards = Waits(), [0], safetensors.safe_open, cards or (NAME,)
+
+    def properties(device: Any = None) -> SimpleNamespace:
+        index = current[0] if device is None else parsed(device).index
+        return SimpleNamespace(name=cards[index], total_memory=free, major=9, minor=0, multi_processor_count=1)
 
     def synchronize(device: Any = None) -> None:
         waits.add("everything")
 
     cuda: dict[str, Any] = {
-        "is_available": lambda: True, "device_count": lambda: count, "current_device": lambda: current[0],
+        "is_available": lambda: True, "device_count": lambda: len(cards), "current_device": lambda: current[0],
         "set_device": lambda device: current.__setitem__(0, parsed(device).index), "synchronize": synchronize,
-        "get_device_properties": lambda device=None: properties, "get_device_name": lambda device=None: NAME,
+        "get_device_properties": properties, "get_device_name": lambda device=None: properties(device).name,
         "get_device_capability": lambda device=None: (9, 0), "mem_get_info": lambda device=None: (free, free),
         "max_memory_allocated": lambda device=None: 1, "max_memory_reserved": lambda device=None: 1,
         "reset_peak_memory_stats": lambda device=None: None, "empty_cache": lambda: None, "_lazy_init": lambda: None,

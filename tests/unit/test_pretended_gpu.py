@@ -1,5 +1,6 @@
 """On a pretended GPU: nothing is on two devices, frames are those of a CPU, and the host waits for what is stated."""
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ from benchmarks import speed
 from streamt2v import config, convert, devices, frames, jobs, memory, pipeline, video
 from streamt2v.diffusion import guidance
 from streamt2v.diffusion.noise import SeededDraws
+from streamt2v.errors import Interrupted
 from streamt2v.frames import Frames
 from streamt2v.memory import MemoryPolicy
 from streamt2v.models.cam import ConditionalAttention
@@ -116,6 +118,75 @@ def test_a_batch_keeps_its_networks_on_the_gpu(tmp_path: Path, monkeypatch: pyte
         assert call(*command) == 0
     assert len(list(tmp_path.glob("*.mp4"))) == 2
     assert loaded and len(loaded) == len(set(loaded))
+
+
+def stopped(path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is stopped after its first group of frames."""
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        append = video.SegmentWriter.append
+        written: list[int] = []
+
+        def stop(writer: video.SegmentWriter, group: Frames) -> video.SegmentMark:
+            if written:
+                raise KeyboardInterrupt
+            written.append(len(group))
+            return append(writer, group)
+
+        patch.setattr(video.SegmentWriter, "append", stop)
+        make(path, POLICIES["two passes"], device)
+
+
+def test_a_run_goes_on_on_another_gpu_of_the_same_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, places = tmp_path / "out.mp4", list[str]()
+    load = pipeline.weights.load
+
+    def watch(family: Any, role: str, device: str, dtype: torch.dtype) -> Any:
+        places.append(str(device))
+        return load(family, role, device, dtype)
+
+    monkeypatch.setattr(pipeline.weights, "load", watch)
+    monkeypatch.setattr(memory, "choose", lambda *_: replace(POLICIES["two passes"], precision="bfloat16"))
+    with pretended("A", "A", "B"):
+        whole = make(tmp_path / "whole.mp4", POLICIES["two passes"], "cuda:0")
+        stopped(path, "cuda:0", monkeypatch)
+        assert call("resume", path, "--device", "cuda:2") == 5
+        assert 'card = "A", now it is "B"' in capsys.readouterr().err
+        assert call("resume", path, "--device", "cuda:3") == 2
+        assert "torch finds 3 CUDA devices" in capsys.readouterr().err
+        places.clear()
+        assert call("resume", path, "--device", "cuda:1") == 0
+        assert "cuda:1" in places and "cuda:0" not in places
+        assert np.array_equal(np.concatenate(list(video.read_frames(path))), whole)
+
+        other = tmp_path / "other.mp4"
+        stopped(other, "cuda:1", monkeypatch)
+        places.clear()
+        assert call("resume", other) == 0  # where it began
+        assert "cuda:1" in places and "cuda:0" not in places
+    recipe = jobs.recipe_of(video.probe(path).comment)
+    assert (recipe["device"], recipe["card"]) == ("cuda", "A")
+
+
+def test_a_run_is_held_to_its_memory_and_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "_make", lambda *_: pytest.fail("seen enough"))
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    held: list[tuple[float, str]] = []
+    with pretended(free=10**10):
+        monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: held.append(given))
+        for gigabytes in (4.6, 1.0, 99, None):
+            settings = config.merge(config.preset("demo"), TINY, SIZES["demo"])
+            job = jobs.Job("generate", settings, tmp_path / "out.mp4", device="cuda", threads=1, memory=gigabytes)
+            with pytest.raises(pytest.fail.Exception):
+                pipeline.run(job, speed.Warnings())
+    # Without the 0.6 GB of the context, but at least half; and all there is without a wish.
+    assert [share for share, _ in held] == pytest.approx([0.4, 0.05, 1, 1])
+    assert {name for _, name in held} == {"cuda:0"}
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 # -------------------------------------------------------------------------------------------------------------- waits
@@ -247,7 +318,7 @@ def test_a_planted_wait_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_rules_of_two_devices() -> None:
-    with pretended(count=2):
+    with pretended("A", "A"):
         here, there, other = torch.ones(3), torch.ones(3, device="cuda"), torch.ones(3, device="cuda:1")
         assert (here.device.type, there.device, other.device.index) == ("cpu", torch.device("cuda:0"), 1)
         assert there.view(3, 1).is_cuda and (there * 2).is_cuda and not there.cpu().is_cuda
