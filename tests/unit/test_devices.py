@@ -1,8 +1,10 @@
 """Devices: names, number formats, threads and memory."""
 
+import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -98,6 +100,27 @@ def test_memory_of_a_gpu() -> None:
     assert devices.peak_memory(device) >= held.numel() * 4
     assert devices.free_memory(device) > 0
     assert "GiB" in devices.describe(device)
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_sent_to_and_timed_without_waiting() -> None:
+    device = devices.resolve("cuda")
+    watch, values = devices.Stopwatch(device), torch.arange(4096.0)
+    with devices_wait_for_nothing(), watch.running():
+        sent = devices.send(values, device.name)
+        back = (2 * sent).to("cpu", non_blocking=True).to(device.name, non_blocking=True)
+    assert watch.seconds > 0
+    assert torch.equal(back.cpu(), 2 * values)
+
+
+@contextlib.contextmanager
+def devices_wait_for_nothing() -> Iterator[None]:
+    """Let torch refuse whatever makes the host wait for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_channels_come_last_on_a_cpu_and_change_nothing() -> None:

@@ -32,8 +32,7 @@ def test_a_step_that_crashes_or_hangs_loses_only_itself(tmp_path: Path, monkeypa
         return [sys.executable, "-c", short[step]] if step in short else command(step, small)
 
     monkeypatch.setattr(gpu, "command_of", broken)
-    monkeypatch.setitem(gpu.STEPS, "parts", gpu.STEPS["parts"]._replace(seconds=6))
-    monkeypatch.setitem(gpu.STEPS, "micro", gpu.STEPS["micro"]._replace(seconds=280))
+    monkeypatch.setitem(gpu.STEPS, "parts", gpu.STEPS["parts"]._replace(seconds=6 / gpu.PATIENCE))
     began = time.monotonic()
     gpu.main(["--small", "--out", str(tmp_path), "--only", "rules,parts,micro", "--total", "290"])
     rows = rows_of(tmp_path)
