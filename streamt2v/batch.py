@@ -400,7 +400,7 @@ def _placed(task: Task, has_gpu: bool) -> tuple[Task, dict[str, float]]:
         raise ConfigError(f"the device of {task.id} is {kind}, Ray {found}", "use --device auto, cuda or cpu")
     if kind != "cuda":
         return task, {"num_cpus": job.threads or devices.default_threads()}
-    seen, free = devices.glance()  # the GPU of this machine stands for all
+    seen, free, _ = devices.glance()  # the GPU of this machine stands for all
     stages = planning.stages(job.config)
     wanted = job.memory * 1e9 if job.memory else memory.needed(stages, memory.choose(free, stages, "cuda"))
     if seen != "cuda" or free < 2 * wanted or named(job.config) != OWN:

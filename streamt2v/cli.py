@@ -195,6 +195,9 @@ def _emit_result(result: jobs.Result, json_output: bool) -> None:
 @app.command()
 def resume(
     run: Annotated[Path, typer.Argument(help="The output, or its run directory OUT.streamt2v.", show_default=False)],
+    device: Annotated[
+        str | None, typer.Option("--device", help="Another device of the same kind and name. Default: where it began.")
+    ] = None,
     json_output: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -212,7 +215,8 @@ def resume(
         _saying(quiet)(f"{output} is finished")
         _emit_result(result, json_output)
     else:
-        _make(jobs.resumed(output), json_output, quiet, verbose)
+        job = jobs.resumed(output)
+        _make(dataclasses.replace(job, device=device or job.device), json_output, quiet, verbose)
 
 
 @app.command()
@@ -401,6 +405,7 @@ def plan(
     frames: options.Frames = None,
     fps: options.Fps = None,
     device: options.DeviceOption = "auto",
+    threads: options.Threads = None,
     memory: options.Memory = None,
     json_output: options.Json = False,
     **given: Any,
@@ -413,7 +418,7 @@ def plan(
     """
     resolved = options.resolve(prompt=options.read_prompt(prompt), frames=frames, fps=fps, **given)
     jobs.check_wishes(resolved)
-    report = planning.plan(resolved, device, memory)
+    report = planning.plan(resolved, device, memory, threads)
     _emit(json.dumps(dataclasses.asdict(report)) if json_output else plain(report.as_text()))
 
 
@@ -446,7 +451,7 @@ def bench(
             from streamt2v import pipeline
 
             pipeline.run(job, progress)
-    report = planning.plan(resolved, device, memory)
+    report = planning.plan(resolved, device, memory, threads)
     _emit(json.dumps(dataclasses.asdict(report)) if json_output else report.as_text())
 
 

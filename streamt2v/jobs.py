@@ -205,8 +205,8 @@ def resumed(path: Path) -> Job:
         settings = merge(recipe["config"], {"image": local["image"] or ""})
         source, preview = (Path(local[name]) if local[name] else None for name in ("source", "preview"))
         return Job(
-            recipe["command"], settings, output, source, recipe["device"], resume=True, keep_run=local["keep_run"],
-            preview=preview,
+            recipe["command"], settings, output, source, local.get("device", recipe["device"]), resume=True,
+            keep_run=local["keep_run"], preview=preview,
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError) as error:
         hint = "continue it by the command that began it, with --resume"

@@ -10,7 +10,6 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache, partial
@@ -100,16 +99,19 @@ def run(job: Job, report: Report, loaded: Loaded | None = None) -> Result:
     # Sums split over other numbers of threads round differently: a run keeps the number it began with.
     threads = devices.set_threads(earlier.get("threads") if job.threads is None else job.threads)
     devices.keep_freed_memory()
+    devices.repeat_exactly(device)
+    devices.limit_memory(device, None if job.memory is None else int(job.memory * 1e9))
     libraries = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     policy = _policy(job, device, loaded, earlier, report)
     cold = not loaded.fitting(job.config.model, device, policy, job.config.compile)
     recipe = {
-        **job.recipe(), "version": __version__, "device": device.name, "threads": threads, "libraries": libraries,
-        "memory": asdict(policy),
+        **job.recipe(), "version": __version__, "device": device.kind, "threads": threads, "libraries": libraries,
+        "memory": asdict(policy), **({"card": name} if (name := devices.card(device)) else {}),
     }  # fmt: skip
     with runs.RunDirectory.open(
-        job.run_path, recipe, resume=job.resume, overwrite=job.overwrite, local=job.local(), may_change=job.may_change
-    ) as directory:
+        job.run_path, recipe, resume=job.resume, overwrite=job.overwrite,
+        local={**job.local(), "device": device.name}, may_change=job.may_change,
+    ) as directory:  # fmt: skip
         try:
             jobs.check_target(job.output, job.overwrite or job.resume)  # another run may just have made it
             if job.resume and not (job.overwrite or directory.resumed) and job.output.exists():
@@ -153,7 +155,7 @@ def _make(
         loaded.networks.clear()
         del maker  # only now, without the error and its frames, its tensors can be freed
         gc.collect()
-        devices.release_memory(device)
+        devices.release_memory(device, graphs=True)
         if lower is not None:
             report.note(f"out of memory; going on with {lower.describe()}", warning=True)
             policy = lower
@@ -187,6 +189,8 @@ def _policy(
     known = _stages(job)
     policy = memory.choose(free, known, device.kind)
     need = memory.needed(known, policy)
+    if caution := devices.caution(device.kind):
+        report.note(caution, warning=True)
     report.note(f"memory: {policy.describe()}: up to {need / 1e9:.1f} of {free / 1e9:.1f} GB", warning=need > free)
     return policy
 
@@ -269,7 +273,8 @@ class _Maker:
         self.refine_plan = refinement_plan(self.num_frames, self.config.refine.chunk, self.config.refine.overlap)
         self.timeline = job.timeline()
         # Loading and the first chunk; later chunks; what the refiner's pixels take: its VAE, writing, the final file.
-        self.fixed_seconds = self.stream_seconds = self.frame_seconds = 0.0
+        self.fixed_seconds = self.stream_seconds = 0.0
+        self.frame_time = devices.Stopwatch(device)
         self.writer: video.SegmentWriter | None = None
         # Before any frame is read: the store drops what no state accounts for.
         self.stream_state = directory.resume_point("stream")
@@ -299,7 +304,7 @@ class _Maker:
                 shown += len(part)
         for group, tensors in self._groups(geometry, state):
             start = self.writer.mark.frames
-            with self._timing_frames():
+            with self.frame_time.running():
                 mark = self.writer.append(group)
             self.directory.save_state("output", tensors, {"mark": asdict(mark)})
             self._look_at(group, f"frames {start} to {mark.frames - 1}")
@@ -347,7 +352,7 @@ class _Maker:
         self.directory.require_room(self.writer.mark.size)
         changes = [{**change, "changed": sorted(change["changed"])} for change in self.directory.changes]
         recipe = {"streamt2v": __version__, **self.directory.recipe, **({"changes": changes} if changes else {})}
-        with self._timing_frames():
+        with self.frame_time.running():
             self.writer.finish(self.job.output, json.dumps(recipe), self.job.source)
 
     def remember(self, seconds: float) -> None:
@@ -357,7 +362,7 @@ class _Maker:
         if unlike or not later_chunks or len(self.refine_plan) < 2:
             return
         rest = seconds - self.fixed_seconds - self.stream_seconds
-        frame_seconds = self.frame_seconds if self.config.refine.enabled else rest
+        frame_seconds = self.frame_time.seconds if self.config.refine.enabled else rest
         measured = {
             "fixed_seconds": self.fixed_seconds,
             "stream_seconds_per_chunk": self.stream_seconds / later_chunks,
@@ -365,16 +370,8 @@ class _Maker:
             "seconds_per_frame": frame_seconds / self.config.num_frames,
             "peak_memory_bytes": devices.peak_memory(self.device),
         }
-        planning.remember(self.config, self.device.kind, self.policy, measured)
-
-    @contextmanager
-    def _timing_frames(self) -> Iterator[None]:
-        """Count the time of work that grows with frames, not with chunks."""
-        devices.wait(self.device)  # what is still queued belongs to the chunk
-        began = time.monotonic()
-        yield
-        devices.wait(self.device)
-        self.frame_seconds += time.monotonic() - began
+        seen = devices.Glance(self.device.kind, 0, devices.card(self.device))
+        planning.remember(self.config, seen, torch.get_num_threads(), self.policy, measured)
 
     def _prompt_of(self, chunk: Chunk) -> str:
         """Return what a chunk of either plan follows: the prompt of its first new frame."""
@@ -434,7 +431,7 @@ class _Maker:
             if settings.posterior == "published":
                 shape = (unet.config.in_channels, *latent_size(vae, *geometry.canvas))
                 noise = self.draws.normal("refine.posterior", (frame,), shape).unsqueeze(0)
-            with self._timing_frames():
+            with self.frame_time.running():
                 return encode_frames(vae, image, noise)
 
         refiner = Refiner(denoiser, self.refine_plan, settings, self.draws, encode, state)
@@ -443,7 +440,7 @@ class _Maker:
         for latents in refiner.run():
             # One frame at a time: decoded floats of a whole group would be the largest thing in memory.
             decoded = (decode_latents(vae, latent.unsqueeze(0)) for latent in latents)
-            with self._timing_frames():
+            with self.frame_time.running():
                 shown = [geometry.output(frames.unletterbox(frame, geometry.content)) for frame in decoded]
             yield np.concatenate(shown), refiner.state.tensors()
             done = self.writer.mark.frames - self.base_offset
@@ -456,7 +453,7 @@ class _Maker:
                 pass
         self.networks.clear()
         vars(self).pop("_stream_parts", None)
-        devices.release_memory(self.device)
+        devices.release_memory(self.device, graphs=True)
 
     # -- stages 1 and 2
 

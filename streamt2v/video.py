@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -484,7 +485,10 @@ class SegmentWriter:
             mapping += ["copy"] if codec in _MP4_AUDIO else ["aac", "-b:a", "192k"]
         mapping += ["-movflags", "+faststart"]
         with files.replacing(out_path) as temporary:
-            _run_ffmpeg([*arguments, *mapping, "-fflags", "+bitexact", "-f", "mp4"], temporary, out_path)
+            if codec or find_spec("imageio_ffmpeg"):
+                _run_ffmpeg([*arguments, *mapping, "-fflags", "+bitexact", "-f", "mp4"], temporary, out_path)
+            else:
+                _copy_pictures(self.path, temporary, out_path, comment)
             try:
                 info = probe(temporary)
             except VideoError as error:
@@ -519,12 +523,14 @@ def _audio_codec(path: Path) -> str | None:
 
 def _run_ffmpeg(arguments: list[str], path: Path, out_path: Path) -> None:
     """Let the ffmpeg binary write `path`, which will be `out_path`; failures, hangs and its lack are OutputErrors."""
-    import imageio_ffmpeg  # type: ignore[import-untyped]
-
     try:
+        import imageio_ffmpeg  # type: ignore[import-untyped]
+
         binary: str = imageio_ffmpeg.get_ffmpeg_exe()
         command = [binary, "-nostdin", "-v", "error", "-y", *arguments, _url(path)]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    except ImportError as error:
+        raise OutputError(f"sound is copied by imageio-ffmpeg, which is not here: {error}", "install it") from error
     except (RuntimeError, OSError) as error:
         raise OutputError(f"the ffmpeg binary cannot be started: {error}", "streamt2v doctor says more") from error
     with process:
@@ -541,6 +547,26 @@ def _run_ffmpeg(arguments: list[str], path: Path, out_path: Path) -> None:
         raise OutputError(f"ffmpeg failed on {out_path} with code {process.returncode}: {said[-500:]}")
     if said:
         log.warning("ffmpeg on %s: %s", out_path, said[-500:])
+
+
+def _copy_pictures(source: Path, path: Path, out_path: Path, comment: str) -> None:
+    """Write `path`, which will be `out_path`, as the ffmpeg binary does of a video without sound, where it is not here.
+
+    A machine may have PyAV and not the binary, which is twice as large.
+    """
+    options = {"movflags": "+faststart", "fflags": "+bitexact"}
+    try:
+        with av.open(_url(source)) as given, av.open(_url(path), "w", format="mp4", options=options) as made:
+            made.metadata["comment"] = comment
+            stream = made.add_stream_from_template(given.streams.video[0])
+            for packet in given.demux(given.streams.video[0]):
+                if packet.size:  # the last one only says that nothing follows
+                    packet.stream = stream
+                    made.mux(packet)
+    except OSError as error:
+        raise files.explain(out_path, error) from error
+    except av.error.FFmpegError as error:
+        raise OutputError(f"{out_path} could not be written: {error}") from error
 
 
 def _last_words(process: subprocess.Popen[bytes], path: Path) -> bytes:

@@ -63,6 +63,7 @@ class NoiseSchedule:
             self.alpha_bars = _alpha_bars_from_betas(config)
             self.alphas = self.alpha_bars.sqrt()
             self.sigmas = (1 - self.alpha_bars).sqrt()
+        self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def timesteps(self, num_steps: int) -> Tensor:
         """Return the training timesteps a sampler visits, int64 [N] in descending order.
@@ -110,10 +111,14 @@ class NoiseSchedule:
 
     def _at(self, timestep: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Look up alpha and sigma, shaped to multiply with `like` [B, ...] in float32 or wider."""
-        index = torch.as_tensor(timestep, device=like.device)
+        if not isinstance(timestep, Tensor):
+            return self.alphas[timestep], self.sigmas[timestep]  # numbers of the host: no device is waited for
+        if like.device not in self._copies:
+            self._copies[like.device] = self.alphas.to(like.device), self.sigmas.to(like.device)
+        alphas, sigmas = self._copies[like.device]
+        index = timestep.to(like.device)
         shape = (-1, *[1] * (like.ndim - 1)) if index.ndim else ()
-        alpha, sigma = self.alphas.to(like.device)[index], self.sigmas.to(like.device)[index]
-        return alpha.reshape(shape), sigma.reshape(shape)
+        return alphas[index].reshape(shape), sigmas[index].reshape(shape)
 
 
 def sdedit_grid(schedule: NoiseSchedule, start_timestep_count: int, num_steps: int) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from streamt2v.errors import ConfigError, NumericsError
-from streamt2v.frames import is_black, is_empty, is_finite, to_u8
+from streamt2v.frames import is_black, is_finite, is_picture, to_u8
 from streamt2v.models.unet3d import TextContext
 
 log = logging.getLogger(__name__)
@@ -131,11 +131,11 @@ def _checked(
 
     What is computed again depends on what is given alone, so that a resumed run does the same.
     """
-    if not is_finite(given):
-        raise NumericsError("a network produced NaN or Inf")
     result = compute()
-    if is_finite(result) and not is_empty(result):
+    if is_picture(result):
         return result
+    if not is_finite(given):  # asked only now: what is not, never becomes a picture
+        raise NumericsError("a network produced NaN or Inf")
     narrow = vae.dtype
     if narrow.itemsize == 2:
         log.warning("the VAE fails in 16 bit; these frames are computed in 32")
@@ -144,6 +144,6 @@ def _checked(
             result = compute()
         finally:
             torch.nn.Module.to(vae, narrow)  # the library's own warns of what was just undone
-        if is_finite(result) and not is_empty(result) and not is_bad(result):
+        if is_picture(result) and not is_bad(result):
             return result
     raise NumericsError("the VAE produced NaN, Inf, a single value or nothing but black")

@@ -189,12 +189,12 @@ class FrameCode(nn.Module):
         if self.text is not None:
             nn.init.normal_(self.text.weight, std=0.02)
 
-    def forward(self, frames: int, pooled: Tensor | None = None) -> Tensor:
-        """Return the codes [B or 1, F, C] of frames 0..F-1 for pooled texts [B, D]."""
-        weight = self.position.weight
-        index = torch.arange(frames, device=weight.device, dtype=torch.float32)
-        angles = 2 * math.pi * index[:, None] / index.new_tensor([4.0, 8.0, 16.0, 32.0])
-        phi = torch.cat([angles.cos(), angles.sin()], dim=1).to(weight.dtype)  # [F, 8]
+    def forward(self, frames: int, device: torch.device, pooled: Tensor | None = None) -> Tensor:
+        """Return the codes [B or 1, F, C] of frames 0..F-1 for pooled texts [B, D]; weights may wait on the host."""
+        index = torch.arange(frames, device=device, dtype=torch.float32)
+        # One by one, as a table of the periods would be copied to the device.
+        angles = torch.stack([2 * math.pi * index / period for period in (4, 8, 16, 32)], dim=1)  # [F, 4]
+        phi = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.position.weight.dtype)  # [F, 8]
         code = self.position(phi)[None]  # [1, F, C]
         if self.text is None or pooled is None:
             return code
@@ -226,7 +226,7 @@ class TemporalTransformer(nn.Module):
         clips = as_clips(x, frames)  # [B, C, F, P]
         hidden = self.proj_in(self.norm(clips).permute(0, 3, 2, 1))  # [B, P, F, C]
         if self.frame_codes is not None:
-            hidden = hidden + self.frame_codes(frames, pooled).unsqueeze(1)
+            hidden = hidden + self.frame_codes(frames, hidden.device, pooled).unsqueeze(1)
         hidden = self.transformer_blocks[0](hidden.flatten(0, 1)).view_as(hidden)
         return as_images(clips + self.proj_out(hidden).permute(0, 3, 2, 1), x.shape)
 

@@ -261,8 +261,8 @@ class CamMerger(nn.Module):
         query = self.proj_in(self.norm(clips).permute(0, 3, 2, 1).flatten(0, 1))  # [B*P, F, C]
         context = features.flatten(3).permute(0, 3, 2, 1).flatten(0, 1)  # [B*P, Fc, C]
         if self.query_codes is not None and self.context_codes is not None:
-            query = query + self.query_codes(frames)
-            context = context + self.context_codes(features.shape[2])
+            query = query + self.query_codes(frames, query.device)
+            context = context + self.context_codes(features.shape[2], context.device)
         merged = self.proj_out(self.attention(query, self.attention.keys_values(context)))  # [B*P, F, C]
         return as_images(clips + merged.unflatten(0, (len(clips), -1)).permute(0, 3, 2, 1), x.shape)
 
@@ -332,9 +332,9 @@ class UNetEncoder(nn.Module):
         shallow: bool = False,
     ) -> Step:  # fmt: skip
         """Embed the timestep (scalar or [B]) and the pooled text, and line up what the blocks need."""
-        weight = self.conv_in.weight
-        times = torch.as_tensor(timestep, device=weight.device).reshape(-1)
-        embedding = self.time_embedding(times)
+        device = conditioning.keys_values[0].keys.device  # that of the weights is the host while they wait there
+        times = timestep.to(device) if isinstance(timestep, Tensor) else torch.full((1,), timestep, device=device)
+        embedding = self.time_embedding(times.reshape(-1))
         pooled = conditioning.pooled
         if pooled is not None:
             pooled = pooled.repeat_interleave(batch // len(pooled), dim=0)  # [B, P]

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from streamt2v.chunks import Chunk, covering
 from streamt2v.config import Blending, RefineConfig
+from streamt2v.devices import send
 from streamt2v.diffusion import blend, guidance, solvers
 from streamt2v.diffusion.noise import Draws
 from streamt2v.diffusion.schedules import NoiseSchedule, sdedit_grid
 from streamt2v.errors import ConfigError, NumericsError
-from streamt2v.frames import is_finite
 from streamt2v.models.unet3d import Conditioning
 from streamt2v.stages.denoise import CONDITIONAL, Predict, both_branches, reusing
 
@@ -138,6 +138,7 @@ class Refiner:
         self.state = state or RefineState(steps_done=[0] * len(plan))
         self.timesteps, self.rho = noise_grid(denoiser.schedule, settings)
         self.deep: dict[int, dict[int, Tensor]] = {}  # by chunk and row
+        self.finite: Tensor | None = None  # whether all estimates so far are, on the device
 
     def run(self) -> Iterator[Tensor]:
         """Yield the final latents [n, C, h, w] of one group of frames after the other, in order.
@@ -157,6 +158,9 @@ class Refiner:
                 for slot in slots:
                     del state.previous[slot]
                 state.finished = stop
+                # Once a group, not once a step: that would wait for the device. A state is stored after a group.
+                if self.finite is not None and not bool(self.finite):
+                    raise NumericsError("the refiner produced NaN or Inf")
                 yield torch.stack([latents for slot, latents in final.items() if self._is_shown(slot)])
 
     def _is_shown(self, slot: int) -> bool:
@@ -195,7 +199,7 @@ class Refiner:
             state.encoded = new.stop
         for slot in range(start, chunk.stop):
             clean = state.clean[self.frames[slot]]
-            noise = self.draws.normal("refine.start", self._address(slot), clean.shape).to(clean)
+            noise = self._noise("refine.start", self._address(slot), clean)
             state.latents[slot] = self._start(clean, noise)
         state.clean = {} if self.settings.blending == "randomized" else {
             frame: latents for frame, latents in state.clean.items() if frame >= self.source_plan[chunk.index].start
@@ -204,6 +208,10 @@ class Refiner:
     def _address(self, slot: int) -> tuple[int, ...]:
         """Return where a slot's noise is drawn: by frame, so that chunks share it, or apart for independent chunks."""
         return (-1, slot) if self.settings.blending == "independent" else (self.frames[slot],)
+
+    def _noise(self, purpose: str, address: tuple[int, ...], like: Tensor) -> Tensor:
+        """Draw unit normals like a tensor, and send them to its device."""
+        return send(self.draws.normal(purpose, address, like.shape), like.device).to(like.dtype)
 
     def _start(self, clean: Tensor, noise: Tensor) -> Tensor:
         """Noise clean latents to the start level t' - 1, in variance-exploding coordinates x_t / alpha_t.
@@ -259,8 +267,8 @@ class Refiner:
             unconditional, conditional = both_branches(predict, scaled, timestep, self.denoiser.batched)
             output = guidance.combine(unconditional, conditional, scale, self.settings.guidance_rescale)
         x0, _ = self.denoiser.schedule.to_x0_eps(output, scaled, timestep)
-        if not is_finite(x0):  # before it enters the state, which is stored
-            raise NumericsError("the refiner produced NaN or Inf")
+        finite = torch.isfinite(x0).all()
+        self.finite = finite if self.finite is None else self.finite & finite
         return x0[0].transpose(0, 1)
 
     def _advance(self, slot: int, step: int) -> None:
@@ -269,7 +277,7 @@ class Refiner:
         stochastic = self.settings.stochastic and self.rho[step + 1] > 0
         noise = None
         if stochastic:
-            noise = self.draws.normal("refine.step", (*self._address(slot), step), clean.shape).to(clean)
+            noise = self._noise("refine.step", (*self._address(slot), step), clean)
         self.state.latents[slot] = solvers.dpmpp_2m_step(
             self.state.latents[slot], clean, self.state.previous.get(slot), self.rho, step, noise
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from streamt2v.chunks import Chunk
+from streamt2v.devices import send
 from streamt2v.diffusion.noise import Draws, per_frame
 from streamt2v.diffusion.schedules import NoiseSchedule
 from streamt2v.models.apm import AppearanceTokens
@@ -80,7 +81,7 @@ def chunk_noise(draws: Draws, chunk_size: int, latent_shape: Sequence[int], devi
 
         def draw(purpose: str, *address: int) -> Tensor:
             drawn = per_frame(draws, purpose, frames, latent_shape, *address)  # [F, C, h, w]
-            return drawn.transpose(0, 1).unsqueeze(0).to(device)  # [1, C, F, h, w]
+            return send(drawn, device).transpose(0, 1).unsqueeze(0)  # [1, C, F, h, w]
 
         return ChunkNoise(draw("stream.start"), lambda step: draw("stream.step", step))
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from streamt2v import jobs, planning, weights
+from streamt2v import devices, jobs, planning, weights
 from streamt2v.cli import main
-from streamt2v.config import merge, preset
+from streamt2v.config import merge, preset, to_flat
 from streamt2v.errors import ConfigError, OutputError
 from streamt2v.runs import RunDirectory, directory_for
 from tests.cli.helpers import call, made
@@ -190,9 +190,14 @@ def test_damaged_timings_are_forgotten(text: str, tmp_path: Path, monkeypatch: p
     (tmp_path / "timings.json").write_text(text)
     wish = merge(preset("demo"), {"prompt": "a red ball"})
     assert planning.plan(wish, "cpu").seconds is None
-    planning.remember(wish, "cpu", planning.plan(wish, "cpu").policy, dict.fromkeys(planning.MEASURED, 2.0))
-    assert planning.plan(wish, "cpu").seconds == 2.0 + (1 + 1 + 24) * 2.0
-    assert planning.plan(wish, "mps").seconds is None
+    found = planning.plan(wish, "cpu", threads=2)
+    seen, measured = devices.Glance("cpu", found.free_bytes), dict.fromkeys(planning.MEASURED, 2.0)
+    planning.remember(wish, seen, 2, found.policy, measured)
+    assert planning.plan(wish, "cpu", threads=2).seconds == 2.0 + (1 + 1 + 24) * 2.0
+    unlike = merge(to_flat(wish), {"initialize.num_inference_steps": 3})
+    assert planning.plan(unlike, "cpu", threads=2).seconds is None
+    assert planning.plan(wish, "cpu", threads=3).seconds is None
+    assert planning.plan(wish, "mps", 16, threads=2).seconds is None
 
 
 def test_existing_output_is_kept(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
