@@ -124,9 +124,9 @@ def refine(
 ) -> None:
     """Refine a video of any length: same frames, same sound, more detail.
 
-    [b]streamt2v refine ball.mp4 -o ball_hd.mp4 --size 1280x720[/b]
+    [b]streamt2v refine holiday.mp4 -o holiday_hd.mp4 --size 1920x1080[/b]
 
-    [b]streamt2v refine ball.mp4 --prompt "a red ball over the sea" --refine-steps 8 -o better.mp4[/b]
+    [b]streamt2v refine ball.mp4 --strength creative -o other.mp4[/b]
     """
     output = output or source.parent / f"{source.stem}_refined.mp4"
     _run("refine", source, output, given, prompt=prompt, fps=fps, refine_guidance=guidance)
@@ -162,6 +162,8 @@ def _run(command: str, source: Path | None, output: Path | None, given: dict[str
     if behaviour["resume"] and output is None:
         raise ConfigError("--resume needs to know which output", "name it with -o")
     found = None if source is None else jobs.inspect_source(source)
+    if command == "refine" and found is not None and not found.own:
+        given["strength"] = given["strength"] or "faithful"
     resolved = options.resolve(resume_from=output if behaviour["resume"] else None, source=found, **given, **more)
     output = output or default_output(resolved.prompt, resolved.seed)
     _make(jobs.Job(command, resolved, output, source, **behaviour), json_output, quiet, verbose)

@@ -25,6 +25,7 @@ Variant = Literal["published", "corrected"]
 Order = Literal["diagonal", "sweep"]
 Solver = Literal["ddim", "dpmpp"]
 Quality = Literal["reference", "balanced", "fast"]
+Strength = Literal["faithful", "balanced", "creative"]
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -358,22 +359,23 @@ def _read_preset(name: str) -> dict[str, Any]:
     return read_toml(PRESETS / f"{name}.toml")
 
 
-def preset(name: str, quality: str | None = None) -> dict[str, Any]:
-    """Return {dotted key: value} of a shipped preset, with one of its `quality` tables on top.
+def preset(name: str, quality: str | None = None, strength: str | None = None) -> dict[str, Any]:
+    """Return {dotted key: value} of a shipped preset, with one of its `quality` and of its `strength` tables on top.
 
     Raises:
-        ConfigError: no such preset, or the preset has no such quality.
+        ConfigError: no such preset, or the preset has no such quality or strength.
     """
     if name not in (known := presets()):
         raise ConfigError(f"unknown preset {name!r}", nearest(name, known))
     table = _read_preset(name)
-    qualities = cast("dict[str, dict[str, Any]]", table.get("quality", {}))
-    table = {key: value for key, value in table.items() if key != "quality"}
-    if quality is None:
-        return flatten(table)
-    if quality not in qualities:
-        raise ConfigError(f"unknown quality {quality!r} of preset {name}", nearest(quality, sorted(qualities)))
-    return {**flatten(table), **flatten(qualities[quality])}
+    asked = {"quality": quality, "strength": strength}
+    found = flatten({key: value for key, value in table.items() if key not in asked})
+    for what, choice in asked.items():
+        choices = cast("dict[str, dict[str, Any]]", table.get(what, {}))
+        if choice is not None and choice not in choices:
+            raise ConfigError(f"unknown {what} {choice!r} of preset {name}", nearest(choice, sorted(choices)))
+        found |= flatten(choices.get(choice or "", {}))
+    return found
 
 
 def to_flat(config: RunConfig) -> dict[str, Any]:

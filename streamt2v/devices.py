@@ -213,6 +213,15 @@ def arrange(network: torch.nn.Module, device: Device) -> None:
                 parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
 
 
+def has_bfloat16(device: Device) -> bool:
+    """Tell whether a device multiplies bfloat16 faster than float32: GPUs, and CPUs with instructions for it."""
+    import torch
+
+    # Before torch 2.7 it could not be asked.
+    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return device.kind == "cuda" or (device.kind == "cpu" and bool(asked()))
+
+
 def keep_compiled(folder: Path) -> None:
     """Keep what torch compiles for later processes in a folder, unless TORCHINDUCTOR_CACHE_DIR names one.
 

@@ -123,6 +123,8 @@ class Source:
     has_audio: bool
     prompts: dict[int, str]
     """What it shows from which frame on, as far as it says so."""
+    own: bool = False
+    """Whether streamt2v made it."""
 
 
 MAX_DEPTH = 6  # of a recipe
@@ -147,9 +149,9 @@ def inspect_source(path: Path) -> Source:
     from streamt2v import foreign
 
     found = foreign.probe(path)
-    timeline = recorded_timeline(recipe_of(found.comment), found.frames)
-    prompts = {prompt.frame: prompt.text for prompt in timeline}
-    return Source(found.frames, found.width, found.height, float(found.fps), found.has_audio, prompts)
+    recipe = recipe_of(found.comment)
+    prompts = {prompt.frame: prompt.text for prompt in recorded_timeline(recipe, found.frames)}
+    return Source(found.frames, found.width, found.height, float(found.fps), found.has_audio, prompts, bool(recipe))
 
 
 def recipe_of(comment: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 import typer
 
 from streamt2v import config, jobs, weights
-from streamt2v.config import Fit, Quality, RunConfig
+from streamt2v.config import Fit, Quality, RunConfig, Strength
 from streamt2v.errors import ConfigError, FieldError
 from streamt2v.initializers import OWN, named
 
@@ -105,6 +105,15 @@ QualityOption = Annotated[
         autocompletion=_completing(lambda: get_args(Quality)),
     ),
 ]
+StrengthOption = Annotated[
+    str | None,
+    _steering(
+        "--strength",
+        "How far the refiner may go from what it is given: faithful, balanced or creative. Default: faithful for a "
+        "video that streamt2v did not make, else as the preset says.",
+        autocompletion=_completing(lambda: get_args(Strength)),
+    ),
+]
 Steps = Annotated[int | None, _advanced("--steps", "Denoising steps of stages 1 and 2.")]
 Guidance = Annotated[float | None, _advanced("--guidance", "Guidance of stages 1 and 2; 1 is off.")]
 RefineSteps = Annotated[int | None, _advanced("--refine-steps", "Steps of the refiner.")]
@@ -138,6 +147,7 @@ def making(
     fit: FitOption = None,
     negative: Negative = None,
     quality: QualityOption = None,
+    strength: StrengthOption = None,
     refine_steps: RefineSteps = None,
     chunk: Chunk = None,
     overlap: Overlap = None,
@@ -365,6 +375,7 @@ def resolve(
     config_file: Path | None,
     settings: list[str] | None,
     size: str | None,
+    strength: str | None = None,
     resume_from: Path | None = None,
     source: jobs.Source | None = None,
     no_refine: bool = False,
@@ -377,7 +388,8 @@ def resolve(
     """Merge options, files and presets in the order of precedence into one checked config.
 
     Args:
-        model, preset, quality, config_file, settings, size: the options of these names, None where not given.
+        model, preset, quality, config_file, settings, size, strength: the options of these names, None where not
+            given.
         resume_from: an output whose run gives the seed when no other was asked for.
         source: the video to refine or extend; its rate and prompt stand below the files and flags, its
             length above the files.
@@ -411,9 +423,10 @@ def resolve(
     if asked.get("refine.enabled") is False and not {"output.width", "output.height"} & set(asked):
         # Unrefined frames keep their own size unless one is asked for.
         given["output.width"] = given["output.height"] = 0
-    layers = [config.preset(weights.family(str(chosen)).preset, None if preset else quality)]
+    tables = (quality, strength)
+    layers = [config.preset(weights.family(str(chosen)).preset, *((None, None) if preset else tables))]
     if preset:
-        layers.append(config.preset(preset, quality))
+        layers.append(config.preset(preset, *tables))
     if named(config.merge(*layers, from_file, given)) != OWN:
         # Steps and guidance of a preset are made for the family's own networks.
         keys = ("num_inference_steps", "guidance_scale", "image_guidance_scale")

@@ -46,9 +46,9 @@ from streamt2v.frames import Frames
 from streamt2v.home import path as home
 from streamt2v.jobs import Job, Result, check
 from streamt2v.memory import MemoryPolicy
+from streamt2v.models import refiner
 from streamt2v.models.encoders import decode_latents, encode_frames, encode_text, latent_factor, latent_size
 from streamt2v.models.layers import slice_feed_forwards
-from streamt2v.models.refiner import legal_canvas
 from streamt2v.models.unet3d import Conditioning, TextContext
 from streamt2v.progress import Report
 from streamt2v.stages import initialize, stream
@@ -406,18 +406,20 @@ class _Maker:
             self._finish_base()
         base = self._base_frames(0 if state is None else state.encoded)
         first = list(islice(base, 1))  # before the refiner's networks take memory: a model of others may need it all
-        texts = self._texts("refine")
+        texts = self._texts("refine") if self.family.has("refine.text") else {}
         vae, unet = self._load("refine.vae"), self._load("refine.unet")
 
         @lru_cache(maxsize=settings.num_inference_steps + 2)  # those of the chunks in flight, at any length
         def prepared(prompt: str) -> Conditioning:
-            return unet.prepare(texts[prompt])  # type: ignore[no-any-return]
+            return refiner.prepare(unet, texts.get(prompt), scale)
 
         denoiser = Denoiser(
             self._compiled(unet.run), schedule, lambda chunk: prepared(self._prompt_of(chunk)),
             self.policy.batched_guidance, "cpu" if self.policy.encoders_on_host else None,
+            refiner.sees_source(unet.config),
         )  # fmt: skip
-        geometry = Geometry(geometry.fit, legal_canvas(*geometry.content, unet.config, latent_factor(vae)))
+        geometry = Geometry(geometry.fit, refiner.legal_canvas(*geometry.content, unet.config, latent_factor(vae)))
+        scale = max(1.0, geometry.fit.content_height / self._base_size()[0])
         source = frames.singly(chain(first, base))
 
         def encode(start: int, stop: int) -> Tensor:
@@ -429,20 +431,20 @@ class _Maker:
             image = geometry.into_canvas(frames.to_float(taken, device))
             noise = None
             if settings.posterior == "published":
-                shape = (unet.config.in_channels, *latent_size(vae, *geometry.canvas))
+                shape = (unet.config.out_channels, *latent_size(vae, *geometry.canvas))
                 noise = self.draws.normal("refine.posterior", (frame,), shape).unsqueeze(0)
             with self.frame_time.running():
                 return encode_frames(vae, image, noise)
 
-        refiner = Refiner(denoiser, self.refine_plan, settings, self.draws, encode, state)
+        stage = Refiner(denoiser, self.refine_plan, settings, self.draws, encode, state)
         assert self.writer is not None
         self.report.start(REFINE, self.num_frames, max(0, self.writer.mark.frames - self.base_offset))
-        for latents in refiner.run():
+        for latents in stage.run():
             # One frame at a time: decoded floats of a whole group would be the largest thing in memory.
             decoded = (decode_latents(vae, latent.unsqueeze(0)) for latent in latents)
             with self.frame_time.running():
                 shown = [geometry.output(frames.unletterbox(frame, geometry.content)) for frame in decoded]
-            yield np.concatenate(shown), refiner.state.tensors()
+            yield np.concatenate(shown), stage.state.tensors()
             done = self.writer.mark.frames - self.base_offset
             self.report.advance(REFINE, done, max(covering(self.refine_plan, done - 1)) + 1, len(self.refine_plan))
 
@@ -615,6 +617,8 @@ class _Maker:
             network = weights.load(self.family, role, place, getattr(torch, policy.precision))
             if isinstance(network, torch.nn.Module):
                 slice_feed_forwards(network, policy.feed_forward_rows)
+                if getattr(network, "narrow", False) and devices.has_bfloat16(self.device):
+                    network.to(torch.bfloat16)
                 devices.arrange(network, self.device)
                 if role.endswith(".vae"):
                     for half in (network.get_submodule("encoder"), network.get_submodule("decoder")):

@@ -102,11 +102,11 @@ def _stage(
     family: weights.Family, name: str, parts: list[str], frames: int, size: tuple[int, int], guided: bool, cam: bool,
     kept: int,
 ) -> memory.Stage:  # fmt: skip
-    def config(role: str) -> dict[str, Any]:
+    def config(role: str) -> tuple[str, dict[str, Any]]:
         here = all((family.root / part).is_file() for part in family.file(role).parts or ["-"])
-        return weights.read_header(family.path(role))[1] if here else {}
+        return weights.read_header(family.path(role))[:2] if here else ("", {})
 
-    unet, vae = config(f"{name}.unet"), config(f"{name}.vae")
+    (kind, unet), (_, vae) = config(f"{name}.unet"), config(f"{name}.vae")
     widths, finest = unet.get("block_out_channels", [320]), vae.get("block_out_channels", [128] * 4)
     # To multiples of 8 latent cells, which is as far as a canvas may have to grow.
     side = 8 * 2 ** (len(finest) - 1)
@@ -115,6 +115,13 @@ def _stage(
         sum(family.file(f"{name}.{part}").num_values for part in group if family.has(f"{name}.{part}"))
         for group in (["unet", *parts], ["text", "image"])
     )
+    if kind == "Restorer":
+        return memory.Stage(
+            values=values, encoder_values=encoders, cells=frames * rows * columns, width=0, inner=0, guided=guided,
+            cam=False, frame_values=rows * columns * side**2 // 64 * finest[0], kept=kept, waits=True,
+            # Features of a quarter of the size of the latents.
+            kept_width=widths[1] // 16, restoring=unet["out_channels"],
+        )  # fmt: skip
     return memory.Stage(
         values=values, encoder_values=encoders, cells=frames * rows * columns, width=widths[0],
         inner=max(widths[0], unet.get("transformer_in_heads", 8) * unet.get("attention_head_dim", 64)), guided=guided,

@@ -39,6 +39,8 @@ _CLIP_TEXT = (f"{_CLIP}.configuration_clip", "CLIPTextConfig")
 # class name -> (module, class, module and name of its config class, None where the config is the keyword arguments)
 NETWORKS: Mapping[str, tuple[str, str, tuple[str, str] | None]] = {
     "UNet3D": ("streamt2v.models.unet3d", "UNet3D", ("streamt2v.models.unet3d", "UNet3DConfig")),
+    "Restorer": ("streamt2v.models.restorer", "Restorer", ("streamt2v.models.restorer", "RestorerConfig")),
+    "PixelCodec": ("streamt2v.models.restorer", "PixelCodec", ("streamt2v.models.restorer", "PixelCodecConfig")),
     "ConditionalAttention": ("streamt2v.models.cam", "ConditionalAttention", ("streamt2v.models.cam", "CamConfig")),
     "AppearanceTokens": ("streamt2v.models.apm", "AppearanceTokens", None),
     "AutoencoderKL": ("diffusers.models.autoencoders.autoencoder_kl", "AutoencoderKL", None),

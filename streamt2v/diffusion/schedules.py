@@ -109,6 +109,10 @@ class NoiseSchedule:
             return (noisy - sigma * output) / alpha, output
         return output, (noisy - alpha * output) / sigma
 
+    def to_x0(self, output: Tensor, noisy: Tensor, timestep: Tensor | int) -> Tensor:
+        """Turn a network output at x_t into its estimate of the clean latent alone."""
+        return output if self.config.prediction == "sample" else self.to_x0_eps(output, noisy, timestep)[0]
+
     def _at(self, timestep: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Look up alpha and sigma, shaped to multiply with `like` [B, ...] in float32 or wider."""
         if not isinstance(timestep, Tensor):

@@ -85,7 +85,7 @@ def latent_size(vae: Any, height: int, width: int) -> tuple[int, int]:
 
 
 def encode_frames(vae: Any, frames: Tensor, noise: Tensor | None = None) -> Tensor:
-    """Encode frames [F, 3, H, W] in [-1, 1] one by one to scaled latents [F, C, h, w].
+    """Encode frames [F, 3, H, W] in [-1, 1] one by one to scaled latents [F, C, h, w], float32 or as the VAE asks for.
 
     Args:
         vae: a library autoencoder with a `scaling_factor` in its config.
@@ -103,7 +103,7 @@ def encode_frames(vae: Any, frames: Tensor, noise: Tensor | None = None) -> Tens
             latent = posterior.mean
             if noise is not None:
                 latent = latent + posterior.std * noise[index : index + 1].to(latent)
-            latents.append(latent.float() * vae.config.scaling_factor)
+            latents.append((latent.float() * vae.config.scaling_factor).to(getattr(vae, "latent_dtype", torch.float32)))
         return torch.cat(latents)
 
     return _checked(vae, frames, encode)
@@ -132,7 +132,8 @@ def _checked(
     What is computed again depends on what is given alone, so that a resumed run does the same.
     """
     result = compute()
-    if is_picture(result):
+    # A codec that loses nothing returns a picture of one colour as it is.
+    if is_finite(result) if getattr(vae, "lossless", False) else is_picture(result):
         return result
     if not is_finite(given):  # asked only now: what is not, never becomes a picture
         raise NumericsError("a network produced NaN or Inf")
