@@ -115,13 +115,18 @@ def check(
     """
     files.make_directory(shared.out_dir)
     fields = {name: field for name, field in options.fields_of(command).items() if name not in OF_THE_BATCH}
+    pictures = {files.identity(Path(str(row.fields["image"]))) for row in rows if "image" in row.fields} - {None}
     tasks, refusals, seen = list[Task](), list[Refusal](), dict[tuple[str, str], int]()
     for index, (row, name) in enumerate(zip(rows, _names(rows), strict=True)):
         mine = index % shard[1] == shard[0]
         try:
             output = _output(row, name, shared.out_dir, seen)
             if mine:
-                tasks.append(_task(row, name, output, shared, fields, note))
+                task = _task(row, name, output, shared, fields, note)
+                for target in filter(None, (output, task.job.preview)):
+                    if files.identity(target) in pictures:
+                        raise OutputError(f"{target} is the picture that a row starts from", "choose another name")
+                tasks.append(task)
         except (StreamT2VError, OSError) as error:
             if mine:
                 refusals.append(Refusal(name, row.line, explained(error)))

@@ -38,6 +38,7 @@ from streamt2v.errors import (
     OutputError,
     StreamT2VError,
     Terminated,
+    VideoError,
     WeightsError,
     explained,
     stopped_by,
@@ -116,7 +117,7 @@ def refine(
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="What it shows. Default: the video's own prompts.")
     ] = None,
-    fps: Annotated[float | None, typer.Option("--fps", help="Frames per second. Default: the source's.")] = None,
+    fps: options.SourceFps = None,
     guidance: Annotated[
         float | None, typer.Option("--guidance", help="Guidance; 1 is off.", rich_help_panel=options.ADVANCED)
     ] = None,
@@ -141,7 +142,7 @@ def extend(
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="What it shows. Default: the video's last prompt.")
     ] = None,
-    fps: Annotated[float | None, typer.Option("--fps", help="Frames per second. Default: the source's.")] = None,
+    fps: options.SourceFps = None,
     **given: Any,
 ) -> None:
     """Continue a video: its own frames, then new ones that follow from its last 16.
@@ -158,6 +159,7 @@ def _run(command: str, source: Path | None, output: Path | None, given: dict[str
     """Carry out a command that makes a video; `given` are the options of the shared groups."""
     json_output, quiet, verbose = (given.pop(name) for name in ("json_output", "quiet", "verbose"))
     behaviour = {name: given.pop(name) for name in jobs.BEHAVIOUR if name in given}
+    behaviour["inputs"] = tuple(filter(None, (given.get("config_file"), given.get("timeline"))))
     behaviour["resume"] |= behaviour["resume_anyway"]
     if behaviour["resume"] and output is None:
         raise ConfigError("--resume needs to know which output", "name it with -o")
@@ -271,7 +273,7 @@ def rerun(
     for key, value in config.to_flat(settings).items():
         if value != usual.get(key):
             tell(f"  {key} = {value}")
-    result = _made(jobs.Job(command, settings, output, source, like=like, **given), quiet, verbose)
+    result = _made(jobs.Job(command, settings, output, source, like=like, inputs=(video,), **given), quiet, verbose)
     if differences := jobs.compare(video, output):
         raise DifferenceError(f"the frames of {output} differ from those of {video}: {'; '.join(differences)}")
     tell(f"the frames are those of {video}")
@@ -360,6 +362,7 @@ def batch(
         given.pop(name) for name in ("json_output", "quiet", "verbose", "overwrite")
     )
     behaviour = {name: given.pop(name) for name in jobs.BEHAVIOUR if name in given}
+    behaviour["inputs"] = tuple(filter(None, (Path(file), given.get("config_file"), given.get("timeline"))))
     shared = batches.Shared(out_dir, {**given, "frames": frames, "fps": fps}, behaviour, overwrite)
     with _terminable(FETCHING), Progress(quiet=quiet, verbose=verbose) as progress:
         part = batches.shard_of(shard)
@@ -529,10 +532,15 @@ def evaluate(
         prompt, against, None if seams is None else evaluation.parse_seams(seams), window, flow_size, clip,
         clip_every, device,
     )  # fmt: skip
-    for target in filter(None, (report_file, csv_file, frames_csv)):
-        jobs.check_target(target, overwrite)
+    targets = [target for target in (report_file, csv_file, frames_csv) if target is not None]
+    for number, target in enumerate(targets):
+        jobs.check_target(target, overwrite, *videos, against, *targets[:number])
     with _terminable("stopped; nothing was written"), Progress(quiet=quiet) as progress:
-        results = evaluation.evaluate(videos, settings, progress, _saying(quiet))
+        results, failures = evaluation.evaluate(videos, settings, progress, _saying(quiet))
+    for failure in failures[not results :]:
+        _complain(f"error: {failure.message}", failure.hint)
+    if not results:
+        raise failures[0]
     pages = {
         report_file: report.as_html(results, settings),
         csv_file: report.videos_csv(results),
@@ -545,6 +553,8 @@ def evaluate(
         _emit(json.dumps(report.as_json(results, settings), ensure_ascii=False, allow_nan=False))
     else:
         _emit(plain(report.as_text(results)))
+    if failures:
+        raise VideoError(f"{len(failures)} of {len(videos)} videos could not be measured", "the others are above")
 
 
 @app.command()
@@ -569,8 +579,8 @@ def preview(
     """
     named = runs.output_of(source)
     targets = output or [named.parent / f"{named.stem}_preview{kind}" for kind in (".png", ".webp")]
-    for target in targets:
-        jobs.check_target(target, overwrite)
+    for number, target in enumerate(targets):
+        jobs.check_target(target, overwrite, named, *targets[:number])
     from streamt2v import preview
 
     for target in targets:
@@ -597,7 +607,7 @@ def report(
     """
     named = runs.output_of(video)
     target = output or named.parent / f"{named.stem}.html"
-    jobs.check_target(target, overwrite)
+    jobs.check_target(target, overwrite, named)
     from streamt2v import report
 
     files.write_bytes(target, report.as_html(jobs.look(video)).encode(errors="replace"))

@@ -12,11 +12,13 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args, get_type_hints
 
 from streamt2v.chunks import check_chunking, seams, snap, streaming_plan
+from streamt2v.clock import exact_rate
 from streamt2v.errors import ConfigError
 
 Fit = Literal["contain", "cover", "pad"]
@@ -130,6 +132,11 @@ class OutputConfig:
     fit: Fit = _value("contain", "contain keeps the aspect ratio, cover crops, pad adds borders")
     fps: float = _value(8.0, "frames per second", 0.01, 1000)
     crf: int = _value(18, "H.264 quality: lower is better and larger", 0, 51)
+
+    @property
+    def rate(self) -> Fraction:
+        """Exact frames per second: the fraction that `fps` is the float of."""
+        return exact_rate(self.fps)
 
 
 @dataclass(frozen=True)
@@ -282,8 +289,8 @@ def _parse(key: str, kind: Any, text: str) -> Any:
     if kind not in (int, float):
         return text
     try:
-        return kind(text)
-    except ValueError:
+        return float(Fraction(text)) if kind is float and "/" in text else kind(text)  # such as 30000/1001
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise ConfigError(f"{key} is {text!r}, it must be of type {kind.__name__}") from None
 
 

@@ -41,6 +41,14 @@ def _completing(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]
     return lambda incomplete: [name for name in names() if name.startswith(incomplete)]
 
 
+def parse_rate(text: str | float) -> float:
+    """Turn ``24``, ``29.97`` or ``30000/1001`` into a rate. Raises typer.BadParameter: none of these."""
+    try:
+        return float(config.parse_value("output.fps", str(text)))
+    except ConfigError:
+        raise typer.BadParameter(f"{text!r} is no rate; write it like 24, 29.97 or 30000/1001") from None
+
+
 names_of_weights = _completing(lambda: [*weights.families(), *weights.pipelines()])
 _INITIALIZERS = _completing(lambda: [OWN, *weights.pipelines()])
 WeightsName = Annotated[
@@ -60,7 +68,14 @@ Model = Annotated[
     ),
 ]  # fmt: skip
 Seed = Annotated[int | None, _main("--seed", "Seed of every random draw. Default: random, printed, stored.")]
-Fps = Annotated[float | None, _main("--fps", "Frames per second. Default: the model's, 8 for demo.")]
+Fps = Annotated[
+    float | None,
+    _main("--fps", "Frames per second, such as 24 or 30000/1001. Default: the model's, 8 for demo.", parser=parse_rate),
+]
+SourceFps = Annotated[
+    float | None,
+    _main("--fps", "Frames per second, such as 24 or 30000/1001. Default: the source's.", parser=parse_rate),
+]
 Size = Annotated[
     str | None, _main("--size", "Box WxH that the video fits into. Default: the model's, 256x144 for demo.")
 ]

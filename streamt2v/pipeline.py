@@ -11,7 +11,6 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from fractions import Fraction
 from functools import cached_property, lru_cache, partial
 from importlib.metadata import version
 from itertools import chain, groupby, islice
@@ -286,9 +285,9 @@ class _Maker:
         geometry = self._geometry()
         state = self.directory.load_state("output")
         mark = None if state is None else video.SegmentMark(**state.meta["mark"])
-        fps = Fraction(self.config.output.fps).limit_denominator(1001)
         begin = partial(
-            video.SegmentWriter, self.directory.partial_path, geometry.fit.height, geometry.fit.width, fps,
+            video.SegmentWriter, self.directory.partial_path, geometry.fit.height, geometry.fit.width,
+            self.config.output.rate,
             crf=self.config.output.crf,
         )  # fmt: skip
         try:
@@ -309,6 +308,9 @@ class _Maker:
             self.directory.save_state("output", tensors, {"mark": asdict(mark)})
             self._look_at(group, f"frames {start} to {mark.frames - 1}")
             sheet.add(start, group)
+        if self.writer.mark.frames != self.config.num_frames:
+            made = f"{self.writer.mark.frames} of {self.config.num_frames} frames"
+            raise VideoError(f"the video ended early, after {made}")
         return geometry.fit.width, geometry.fit.height
 
     def _look_at(self, group: Frames, what: str) -> None:
@@ -336,12 +338,16 @@ class _Maker:
                 yield group[extra:], tensors
             extra = max(0, extra - len(group))
 
+    def _source_frames(self, start: int) -> Iterator[Frames]:
+        """Yield the frames of the source from one on, at their times; what is damaged is bridged, and said."""
+        assert self.job.source is not None
+        return frames.skip(foreign.read_frames(self.job.source, note=partial(self.report.note, warning=True)), start)
+
     def _kept_frames(self, geometry: Geometry, start: int) -> Iterator[Frames]:
         """Yield the frames of a continued video from `start` on, cropped to the base shape and scaled to the output."""
         if start >= self.num_kept:
             return
-        assert self.job.source is not None
-        for group in frames.skip(foreign.read_frames(self.job.source), start):
+        for group in self._source_frames(start):
             images = frames.to_float(group)
             content = frames.fit_into((images.shape[-2], images.shape[-1]), geometry.content, "cover")
             yield geometry.output(frames.apply_fit(images, content))
@@ -353,7 +359,8 @@ class _Maker:
         changes = [{**change, "changed": sorted(change["changed"])} for change in self.directory.changes]
         recipe = {"streamt2v": __version__, **self.directory.recipe, **({"changes": changes} if changes else {})}
         with self.frame_time.running():
-            self.writer.finish(self.job.output, json.dumps(recipe), self.job.source)
+            extras = self.job.carried().extras if self.job.source else video.Extras()
+            self.writer.finish(self.job.output, json.dumps(recipe), extras)
 
     def remember(self, seconds: float) -> None:
         """Keep this run's speed for `plan`; short runs say too little."""
@@ -462,7 +469,7 @@ class _Maker:
     def _base_frames(self, start: int) -> Iterator[Frames]:
         """Yield base frames from `start` on: what is stored, then what the first two stages make; or the source's."""
         if self.job.source is not None and self.job.command == "refine":
-            yield from frames.skip(foreign.read_frames(self.job.source), start)
+            yield from self._source_frames(start)
             return
         stored = self.directory.num_base_frames
         yield from self.directory.base_frames(start)
@@ -514,7 +521,7 @@ class _Maker:
     def _given_first_chunk(self) -> Tensor | None:
         """Take the first chunk [F, 3, H, W] from the source or a model of others; None: the family makes its own."""
         if self.job.source is not None:
-            made = np.concatenate(list(frames.skip(foreign.read_frames(self.job.source), self.base_offset)))
+            made = np.concatenate(list(self._source_frames(self.base_offset)))
             first = frames.to_float(made, self.device.name)
         elif (chosen := initializers.choose(self.config)) is not None:
             self.report.note(f"the first frames come from {chosen.name}")

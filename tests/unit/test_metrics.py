@@ -174,7 +174,7 @@ def test_cuts_are_those_of_the_library(tmp_path: Path, monkeypatch: pytest.Monke
     path = tmp_path / "cuts.mp4"
     write(path, np.repeat(pictures, 20, axis=0))
     monkeypatch.setattr(evaluation, "AdaptiveDetector", Recording)
-    ours = evaluate([path], Settings(clip="none", flow_size=32), Progress(quiet=True), lambda text: None)[0].cuts
+    ours = evaluate([path], Settings(clip="none", flow_size=32), Progress(quiet=True), lambda text: None)[0][0].cuts
     theirs = scenedetect.detect(str(path), Recording())
     assert ours == [scene[0].frame_num for scene in theirs[1:]] == [20, 40, 60]
     assert made[0].values == pytest.approx(made[1].values, rel=0.01, abs=0.2)

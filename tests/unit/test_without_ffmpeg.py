@@ -7,7 +7,7 @@ from pathlib import Path
 import av
 import pytest
 
-from streamt2v import doctor, video
+from streamt2v import doctor, sound, video
 from streamt2v.errors import OutputError
 from tests.unit.test_video import RATES, written
 from tests.unit.test_video import samples as samples
@@ -36,7 +36,7 @@ def test_the_file_holds_the_same(fps: Fraction, tmp_path: Path, monkeypatch: pyt
     growing = written(tmp_path / "growing", fps=fps)
     growing.finish(tmp_path / "binary.mp4", "made é by 'me'")
     monkeypatch.setattr(video, "find_spec", lambda name: None)
-    monkeypatch.setattr(video, "_run_ffmpeg", lambda *_: pytest.fail("the binary was started"))
+    monkeypatch.setattr(video, "run_ffmpeg", lambda *_: pytest.fail("the binary was started"))
     growing.finish(tmp_path / "odd %d:'.mp4", "made é by 'me'")
     found = [content(tmp_path / name) for name in ("binary.mp4", "odd %d:'.mp4")]
     assert found[0] == found[1]
@@ -46,8 +46,7 @@ def test_the_file_holds_the_same(fps: Fraction, tmp_path: Path, monkeypatch: pyt
 
 def test_sound_needs_the_binary(tmp_path: Path, samples: Path, no_binary: None) -> None:
     with pytest.raises(OutputError, match="sound is copied by imageio-ffmpeg, which is not here"):
-        written(tmp_path / "growing").finish(tmp_path / "out.mp4", audio_from=samples / "aac.mp4")
-    assert not (tmp_path / "out.mp4").exists()
+        sound.carry(samples / "aac.mp4", Fraction(1))  # before any work
 
 
 def test_a_full_disk_is_said(tmp_path: Path, no_binary: None, monkeypatch: pytest.MonkeyPatch) -> None:
