@@ -712,7 +712,8 @@ class SegmentWriter:
         # An interruption may have come between bytes and mark.
         files.append_bytes(self.path, b"", self.mark.size)
         arguments = ["-i", _url(self.path)]
-        mapping = ["-map", "0:v:0", "-c:v", "copy", "-map_metadata", "-1", "-metadata", f"comment={comment}"]
+        mapping = ["-map", "0:v:0", "-c:v", "copy", "-map_metadata:g", "-1", "-map_metadata:s", "-1"]
+        mapping += ["-metadata", f"comment={comment}"]
         arguments += extras.inputs
         mapping += [*extras.outputs, "-movflags", "+faststart"]
         with files.replacing(out_path) as temporary:
