@@ -209,6 +209,7 @@ def waits_of_two_more_steps(folder: Path, policy: MemoryPolicy) -> Waits:
     counts = []
     for steps in (2, 4):
         more = {f"{stage}.num_inference_steps": steps for stage in ("initialize", "stream", "refine")}
+        more["refine.chunk"] = TINY["num_frames"]  # one chunk
         counts.append(waits_of(folder / f"{steps}.mp4", policy, **more))
     return Waits(counts[1] - counts[0])
 
