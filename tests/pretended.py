@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 CPU = torch.device("cpu")
+ANYWHERE = torch.device("meta")  # zeros that autograd makes for a missing gradient, where that would have been
 NAME = "Pretended GPU"
 PACKAGE = "/streamt2v/"
 # Beside pixel-wise operations, those that take a number of the CPU for a tensor of the GPU.
@@ -64,6 +65,14 @@ def asker(depth: int = 3) -> str:
             found.append(f"{file.rpartition(PACKAGE)[2]}:{line} {frame.f_code.co_name}")
         frame = frame.f_back  # type: ignore[assignment]
     return " < ".join(found) or "not asked by the package"
+
+
+def _in_backward() -> bool:
+    """Whether autograd asks, from another language."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "_engine_run_backward":
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
 
 
 class Waits(Counter[tuple[str, str]]):
@@ -104,6 +113,8 @@ class _Rules(TorchDispatchMode):
             self.waits.add("the number of results")
         old = {tensor.untyped_storage()._cdata for tensor in given}
         result = func(*args, **kwargs)
+        if not given and _in_backward():
+            where = ANYWHERE
         if where != CPU:
             for leaf in tree_leaves(result):
                 if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in old:
@@ -112,7 +123,7 @@ class _Rules(TorchDispatchMode):
 
     def common(self, func: Any, name: str, given: list[Tensor]) -> torch.device:
         """The device of an operation. Raises RuntimeError where there are two."""
-        places = {place(tensor) for tensor in given}
+        places = {place(tensor) for tensor in given} - {ANYWHERE}
         if name.startswith("index") and places - {CPU}:
             return self.indexed(name, given)
         if len(places) < 2 or name == "_has_compatible_shallow_copy_type":  # the data of a parameter is exchanged
@@ -122,7 +133,7 @@ class _Rules(TorchDispatchMode):
             return place(given[0])
         joins = torch.Tag.pointwise in func.tags or name in TAKE_A_NUMBER
         places = {place(tensor) for tensor in given if tensor.ndim or place(tensor) != CPU or not joins}
-        return self.one(name, places)
+        return self.one(name, places - {ANYWHERE})
 
     @staticmethod
     def one(name: str, places: set[torch.device]) -> torch.device:

@@ -89,6 +89,7 @@ class Ring:
         first: rows made before the first draw.
         generator: decides which rows are drawn.
         path: where the table lies between runs; None keeps it in memory only.
+        device: where rows are made and kept, wherever they were made before.
     """
 
     def __init__(
@@ -98,9 +99,12 @@ class Ring:
         first: int,
         generator: torch.Generator,
         path: Path | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.make, self.capacity, self.first, self.generator, self.path = make, capacity, first, generator, path
-        self.rows: Rows = torch.load(path, weights_only=True) if path is not None and path.is_file() else {}
+        self.device = torch.device(device)
+        kept = {} if path is None or not path.is_file() else torch.load(path, weights_only=True, map_location="cpu")
+        self.rows: Rows = {name: column.to(self.device) for name, column in kept.items()}
         self.oldest, self.owed = 0, 0.0
 
     def __len__(self) -> int:
@@ -111,7 +115,10 @@ class Ring:
         self.owed += fresh
         while len(self) < self.first or self.owed >= at_once:
             self.owed = max(0.0, self.owed - at_once)
-            self.add(self.make(at_once))
+            with torch.autocast(
+                self.device.type, enabled=False
+            ):  # examples are exact, and kept in 16 bit of another kind
+                self.add(self.make(at_once))
         index = torch.randint(len(self), (count,), generator=self.generator)
         return {name: column[index.to(column.device)] for name, column in self.rows.items()}
 

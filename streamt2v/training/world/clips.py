@@ -73,7 +73,7 @@ class WorldSource:
 
         def ring(name: str, make: Any, capacity: int, at_first: int) -> Ring:
             path = None if folder is None else folder / f"{name}.pt"
-            return Ring(make, capacity, max(2, int(at_first * first)), generator, path)
+            return Ring(make, capacity, max(2, int(at_first * first)), generator, path, self.device)
 
         self._images = ring("images", self._make_images, 60_000, 2048)
         self._early = ring("clips", lambda count: self._make_clips(count, late=0.2), 3000, 128)
