@@ -41,7 +41,7 @@ import torch
 from torch import Tensor, nn, profiler
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from streamt2v import config, convert, devices, jobs, memory, options, pipeline, planning, weights
+from streamt2v import config, devices, jobs, memory, options, pipeline, planning, weights
 from streamt2v.chunks import length, refinement_plan, streaming_plan
 from streamt2v.config import RunConfig
 from streamt2v.diffusion.noise import SeededDraws
@@ -53,6 +53,7 @@ from streamt2v.models.unet3d import Conditioning, TextContext, UNet3D
 from streamt2v.stages import stream
 from streamt2v.stages.denoise import Predict, Sampling, both_branches
 from streamt2v.stages.refine import Denoiser, Refiner, noise_grid
+from streamt2v.weights import keymaps as convert
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"

@@ -29,7 +29,9 @@ from typing import Any
 
 import torch
 
-from streamt2v import archives, convert, weights
+from streamt2v.weights import catalog as weights
+from streamt2v.weights import keymaps as convert
+from streamt2v.weights import pickles as archives
 from tests.checkpoints import STREAM, Shapes, manifests, published_shapes
 
 RESULTS = Path(__file__).parent / "results"

@@ -22,8 +22,6 @@ from streamt2v import (
     config,
     events,
     files,
-    home,
-    hub,
     initializers,
     jobs,
     options,
@@ -43,6 +41,7 @@ from streamt2v.errors import (
     stopped_by,
 )
 from streamt2v.progress import Progress, plain, say, silence
+from streamt2v.weights import home, hub
 
 FETCHING = "stopped; the same command goes on where it stopped"
 app = typer.Typer(
@@ -669,7 +668,7 @@ def weights_pull(
 
     [b]streamt2v weights pull svd[/b]
     """
-    from streamt2v import checkpoints
+    from streamt2v.weights import convert as checkpoints
 
     with _terminable(FETCHING):
         if (family := weights.listed(name)) is None:
@@ -722,7 +721,7 @@ def weights_convert(
 
     [b]streamt2v weights convert streaming_t2v.ckpt weights/[/b]
     """
-    from streamt2v import checkpoints
+    from streamt2v.weights import convert as checkpoints
 
     for path in checkpoints.convert(source, destination, say):
         _emit(str(path))

@@ -17,8 +17,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamt2v import config, hub, weights
+from streamt2v import config, weights
 from streamt2v.errors import ConfigError, WeightsError
+from streamt2v.weights import hub
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamt2v import convert, weights
+from streamt2v import weights
+from streamt2v.weights import keymaps as convert
 from tests.parity import official
 
 Shapes = dict[str, tuple[int, ...]]

@@ -141,7 +141,7 @@ def point_library_at(url: str, cache: Any, patch: pytest.MonkeyPatch) -> None:
     """Let the hub's library, which reads its variables when it is imported, use another hub, cache and piece size."""
     from huggingface_hub import constants, file_download
 
-    from streamt2v import hub
+    from streamt2v.weights import hub
 
     patch.setattr(constants, "ENDPOINT", url)
     patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")

@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from streamt2v import files, runs, video, weights
+from streamt2v import files, runs, video
 from streamt2v.errors import Terminated
+from streamt2v.weights import catalog as weights
 from tests import crash
 from tests.cli.helpers import PROMPT, TINY, call, digest, generate, result
 

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from streamt2v import convert
 from streamt2v.chunks import Chunk, streaming_plan
 from streamt2v.diffusion import guidance, solvers
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
@@ -24,6 +23,7 @@ from streamt2v.models.cam import CamConfig, ConditionalAttention
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
 from streamt2v.stages.denoise import ChunkNoise, Sampling
 from streamt2v.stages.stream import Streamer, StreamModels, StreamState
+from streamt2v.weights import keymaps as convert
 from tests.parity.report import COMPONENT, EXACT, WHOLE_RUN, Report
 
 Tensors = dict[str, Tensor]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from streamt2v import checkpoints, convert, frames
+from streamt2v import frames
 from streamt2v.chunks import Chunk, refinement_plan
 from streamt2v.config import RefineConfig
 from streamt2v.diffusion import blend, guidance
@@ -24,6 +24,8 @@ from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig, sdedit_
 from streamt2v.models import encoders
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
 from streamt2v.stages.refine import Denoiser, Refiner
+from streamt2v.weights import convert as checkpoints
+from streamt2v.weights import keymaps as convert
 from tests.parity import official
 from tests.parity.report import COMPONENT, TABLE, WHOLE_RUN, Report
 

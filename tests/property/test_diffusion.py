@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from streamt2v import convert
 from streamt2v.chunks import Chunk, refinement_plan
 from streamt2v.diffusion import blend, guidance
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig, sdedit_grid
 from streamt2v.diffusion.solvers import ddim_step, dpmpp_2m_step, extrapolate
 from streamt2v.errors import ConfigError
+from streamt2v.weights import keymaps as convert
 
 PUBLISHED = ScheduleConfig()
 REFINER_SCHEDULE = ScheduleConfig.from_dict(convert.REFINER_SCHEDULE)

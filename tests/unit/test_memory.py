@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from streamt2v import config, convert, devices, doctor, initializers, memory, pipeline, planning, weights
+from streamt2v import config, devices, doctor, initializers, memory, pipeline, planning, weights
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from streamt2v.memory import MemoryPolicy
 from streamt2v.models import layers
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
 from streamt2v.stages.denoise import ChunkNoise, Sampling, denoise
+from streamt2v.weights import keymaps as convert
 from tests.cli.helpers import call, digest, generate
 from tests.conftest import REPOSITORY
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from benchmarks import speed
-from streamt2v import convert, weights
+from streamt2v import weights
 from streamt2v.models.unet3d import CamFeatures, TextContext, UNet3D
+from streamt2v.weights import keymaps as convert
 from tests.checkpoints import tiny_layouts
 
 TINY = ["--repeats", "1", "--set", "initialize.num_inference_steps=1"]

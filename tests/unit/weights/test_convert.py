@@ -21,9 +21,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from streamt2v import archives, checkpoints, convert, files, weights
+from streamt2v import files
 from streamt2v.cli import main
 from streamt2v.errors import InputError, OutputError, WeightsError
+from streamt2v.weights import catalog as weights
+from streamt2v.weights import convert as checkpoints
+from streamt2v.weights import keymaps as convert
+from streamt2v.weights import pickles as archives
 from tests import checkpoints as tiny
 from tests.checkpoints import CLIP, IMAGE_TOWER, REFINER, STREAM, VAE, VIDXTEND
 

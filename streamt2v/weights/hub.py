@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamt2v import files, home, weights
+from streamt2v import files
 from streamt2v.errors import InputError, OutputError, StreamT2VError, WeightsError
-from streamt2v.home import Recorded
-from streamt2v.weights import Family, Source
+from streamt2v.weights import catalog as weights
+from streamt2v.weights import home
+from streamt2v.weights.catalog import Family, Source
+from streamt2v.weights.home import Recorded
 
 Note = Callable[[str], None]
 Convert = Callable[[Path, Path, Note], list[Path]]

@@ -21,14 +21,15 @@ from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from streamt2v import config, files, home
+from streamt2v import config, files
 from streamt2v.errors import ConfigError, OutputError, WeightsError, signals_wait
-from streamt2v.home import Recorded
+from streamt2v.weights import home
+from streamt2v.weights.home import Recorded
 
 if TYPE_CHECKING:
     import torch
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parent.parent
 FORMAT = "streamt2v/1"
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 20_000
@@ -613,7 +614,7 @@ def build(path: Path, name: str, config: Mapping[str, Any]) -> torch.nn.Module:
 
     module_name, class_name, config_class = _network(name, path)
     package = module_name.split(".")[0]
-    if package != __package__:
+    if package != "streamt2v":
         quiet(package)
     network = getattr(importlib.import_module(module_name), class_name)
     try:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from streamt2v import weights
 from streamt2v.errors import InputError, WeightsError
+from streamt2v.weights import catalog as weights
 
 if TYPE_CHECKING:
     from torch import Tensor

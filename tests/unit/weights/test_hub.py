@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from streamt2v import files, home, hub, weights
+from streamt2v import files, weights
 from streamt2v.errors import BusyError, ConfigError, OutputError, StreamT2VError, WeightsError
+from streamt2v.weights import home, hub
 from tests import checkpoints as published
 from tests.hub_server import COMMIT, Hub, point_library_at, serving
 
@@ -513,7 +514,7 @@ def test_a_snapshot_in_the_cache_serves_offline(pipeline: Hub, request: pytest.F
 
 
 def test_every_published_file_in_tiny_form_pulls_converts_and_loads(server: Hub, tmp_path: Path) -> None:
-    from streamt2v import checkpoints
+    from streamt2v.weights import convert as checkpoints
 
     layouts = published.tiny_layouts()
     shapes = published.published_shapes(layouts)

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from streamt2v import archives, files, weights
-from streamt2v import convert as maps
+from streamt2v import files
 from streamt2v.errors import InputError, WeightsError
+from streamt2v.weights import catalog as weights
+from streamt2v.weights import keymaps as maps
+from streamt2v.weights import pickles as archives
 
 if TYPE_CHECKING:
     from torch import Tensor

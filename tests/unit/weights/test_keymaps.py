@@ -10,12 +10,12 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from streamt2v import convert
 from streamt2v.diffusion.schedules import ScheduleConfig
 from streamt2v.errors import WeightsError
 from streamt2v.models.apm import AppearanceTokens
 from streamt2v.models.cam import CamConfig, ConditionalAttention
 from streamt2v.models.unet3d import UNet3D, UNet3DConfig
+from streamt2v.weights import keymaps as convert
 from tests.parity import official
 
 State = dict[str, Tensor]

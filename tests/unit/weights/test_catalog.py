@@ -17,11 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from streamt2v import weights
 from streamt2v.errors import ConfigError, OutputError, WeightsError
 from streamt2v.models.apm import AppearanceTokens
 from streamt2v.models.cam import CamConfig, ConditionalAttention
 from streamt2v.models.unet3d import UNet3D, UNet3DConfig
+from streamt2v.weights import catalog as weights
 
 UNET = UNet3DConfig(
     block_out_channels=(8, 16),
