@@ -48,13 +48,13 @@ from streamt2v.memory import MemoryPolicy
 from streamt2v.models.encoders import decode_latents, encode_frames, encode_text, latent_factor, latent_size
 from streamt2v.models.layers import slice_feed_forwards
 from streamt2v.models.refiner import legal_canvas
+from streamt2v.models.text import clean_prompt
 from streamt2v.models.unet3d import Conditioning, TextContext
 from streamt2v.progress import Report
 from streamt2v.stages import initialize, stream
 from streamt2v.stages.denoise import Sampling
 from streamt2v.stages.refine import Denoiser, Refiner, RefineState, noise_grid
 from streamt2v.weights.home import path as home
-from streamt2v.weights.keymaps import clean_prompt
 
 STREAM, REFINE = "stream", "refine"
 ENCODERS = ("stream.text", "stream.image", "refine.text")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from streamt2v.errors import InputError, WeightsError
-from streamt2v.weights import catalog as weights
+from streamt2v.weights.header import ITEM_BYTES, read_index
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +55,7 @@ class Stored:
         """Read the tensor. Raises WeightsError when the file ends before it does."""
         import torch
 
-        data = bytearray(self.span * weights.ITEM_BYTES[self.dtype])
+        data = bytearray(self.span * ITEM_BYTES[self.dtype])
         with self.path.open("rb") as stream:
             stream.seek(self.start)
             if stream.readinto(data) < len(data):
@@ -88,7 +88,7 @@ def read(path: Path) -> Archive:
             elif start[:1] == b"\x80":
                 archive = _read_legacy(path, stream)
             elif start[8:] == b"{":
-                _, index = weights.read_index(path)
+                _, index = read_index(path)
                 rows = {key: (row.dtype, row.shape, _contiguous(row.shape), row.start) for key, row in index.items()}
                 archive = Archive({key: Stored(path, *row) for key, row in rows.items()})
             else:
@@ -154,7 +154,7 @@ def _read_legacy(path: Path, stream: BinaryIO) -> Archive:
         for key in keys:
             stream.seek(position)
             count = int.from_bytes(stream.read(8), "little")
-            size = count * weights.ITEM_BYTES[reader.storages[key].dtype]
+            size = count * ITEM_BYTES[reader.storages[key].dtype]
             placed[key] = position + 8, size
             position += 8 + size
         if position > stream.seek(0, io.SEEK_END):
@@ -172,7 +172,7 @@ def _tensors(path: Path, found: Any, place: Any) -> Iterator[tuple[str, Stored]]
         if not isinstance(view, _View) or not isinstance(key, str):
             continue
         start, available = place(view.storage)
-        item = weights.ITEM_BYTES[view.storage.dtype]
+        item = ITEM_BYTES[view.storage.dtype]
         span = _span(view.shape, view.stride)
         sound = min((*view.shape, *view.stride, view.offset, start)) >= 0 and math.prod(view.shape) <= span
         if not sound or (view.offset + span) * item > available or start + available > size:

@@ -20,10 +20,10 @@ from streamt2v.diffusion import blend, guidance
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig, sdedit_grid
 from streamt2v.diffusion.solvers import ddim_step, dpmpp_2m_step, extrapolate
 from streamt2v.errors import ConfigError
-from streamt2v.weights import keymaps as convert
+from streamt2v.weights import published
 
 PUBLISHED = ScheduleConfig()
-REFINER_SCHEDULE = ScheduleConfig.from_dict(convert.REFINER_SCHEDULE)
+REFINER_SCHEDULE = ScheduleConfig.from_dict(published.REFINER_SCHEDULE)
 SCHEDULES = [
     PUBLISHED,
     ScheduleConfig(prediction="v", spacing="trailing", zero_terminal_snr=True, final_alpha_one=True),

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from streamt2v import files, weights
 from streamt2v.errors import BusyError, ConfigError, OutputError, StreamT2VError, WeightsError
-from streamt2v.weights import home, hub
+from streamt2v.weights import convert as converter
+from streamt2v.weights import fetch, header, home, hub
 from tests import checkpoints as published
 from tests.hub_server import COMMIT, Hub, point_library_at, serving
 
@@ -68,7 +69,7 @@ def convert(source: Path, destination: Path, note: hub.Note) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         parts = [path]
         if path.stem == "unet":
-            parts = [path.with_name(f"unet-0000{i}-of-00002.safetensors") for i in (1, 2)] + [weights.shard_index(path)]
+            parts = [path.with_name(f"unet-0000{i}-of-00002.safetensors") for i in (1, 2)] + [header.shard_index(path)]
         for part in parts:
             part.write_bytes(part.name.encode() + source.read_bytes())
         written += parts
@@ -160,7 +161,7 @@ def test_another_copy_can_be_chosen(server: Hub, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError, match="no source 'orignal'") as caught:
         pull(choice="orignal")
     assert "'original'" in caught.value.hint
-    monkeypatch.setattr(hub, "_known", lambda source: (0, "", ""))
+    monkeypatch.setattr(fetch, "_known", lambda source: (0, "", ""))
     pull()
     pull(choice="original")
     assert "streaming_t2v.ckpt" in [name for name, *_ in server.served]
@@ -286,7 +287,7 @@ def test_a_disk_that_fills_up_keeps_the_part(server: Hub) -> None:
             pull()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "goes on where it stopped" in caught.value.hint
+    assert "continues where it stopped" in caught.value.hint
     [part] = leftovers()
     assert part.endswith(".part")
     server.served.clear()
@@ -384,7 +385,7 @@ def test_converted_files_placed_by_hand_are_checked_and_recorded(server: Hub, no
         if path.suffix == ".json":
             path.write_text("{}")
         else:
-            about = weights.metadata_of("AppearanceTokens", {}, None)
+            about = header.metadata_of("AppearanceTokens", {}, None)
             save_file({"weight": torch.zeros(2)}, path, about)
     assert weights.is_absent(family())
     broken = family().path("refine.unet")
@@ -490,7 +491,7 @@ def test_a_snapshot_that_lost_a_file_is_completed_from_the_recorded_commit(pipel
     ("change", "said"),
     [
         ({"refusal": (404, "RepoNotFound")}, "no repository"),
-        ({"cuts": [0] * 1000}, "cannot be fetched|neither here"),
+        ({"cuts": [0] * 1000}, "cannot be fetched|hub cannot be reached"),
         ({"repositories": {"somebody/pipeline": {"weights.bin": b"a pickle"}}}, "no files of the kind"),
     ],
 )
@@ -514,8 +515,6 @@ def test_a_snapshot_in_the_cache_serves_offline(pipeline: Hub, request: pytest.F
 
 
 def test_every_published_file_in_tiny_form_pulls_converts_and_loads(server: Hub, tmp_path: Path) -> None:
-    from streamt2v.weights import convert as checkpoints
-
     layouts = published.tiny_layouts()
     shapes = published.published_shapes(layouts)
     names = {
@@ -530,7 +529,7 @@ def test_every_published_file_in_tiny_form_pulls_converts_and_loads(server: Hub,
             torch.save({"state_dict": state}, path)
         server.repositories[source.repository][source.path] = path.read_bytes()
     server.cuts = [100_000, 5, None, 300_000]
-    hub.pull(family(), partial(checkpoints.convert, layouts=layouts), lambda text: None)
+    hub.pull(family(), partial(converter.convert, layouts=layouts), lambda text: None)
     chosen = family()
     weights.verify(chosen)
     for role in chosen.components:

@@ -1,0 +1,53 @@
+"""CLIP's byte-pair tokenizer, which no published checkpoint carries: built from its list of merges."""
+
+from __future__ import annotations
+
+import lzma
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from streamt2v.weights.catalog import PACKAGE
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+def clip_merges() -> list[str]:
+    """The merges of CLIP's tokenizer, the first one first."""
+    with lzma.open(PACKAGE / "clip" / "merges.txt.xz", "rt", encoding="utf-8") as lines:
+        return lines.read().splitlines()
+
+
+def clip_tokenizer(merges: Sequence[str], length: int = 77, pad_id: int = 0) -> tokenizers.Tokenizer:
+    """Build the tokenizer.
+
+    Args:
+        merges: 48,894 lines "left right", the first merge first.
+        length: tokens of a text; shorter texts are padded, longer ones cut before the end token.
+        pad_id: 0 in the published models, though CLIP itself pads with the end token.
+    """
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [*map(chr, printable), *(chr(256 + index) for index in range(256 - len(printable)))]
+    pairs = [(left, right) for left, right in (merge.split() for merge in merges)]
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, pairs), start, end]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs, unk_token=end, end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    pattern = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}", special_tokens=[(start, vocabulary[start]), (end, vocabulary[end])]
+    )
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length, pad_id=pad_id, pad_token=words[pad_id])
+    return tokenizer
