@@ -1,7 +1,5 @@
 """The catalog, `weights.toml`: model families with the files and roles they have, their sources, and pipelines."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import tomllib

@@ -103,9 +103,6 @@ def convert(
     return written
 
 
-# ------------------------------------------------------------------------------------------------- which file is it
-
-
 def _read(source: Path, layouts: Mapping[str, Layout]) -> dict[str, pickles.Archive]:
     """Find the checkpoints at `source`, by name."""
     if not source.is_dir():
@@ -169,9 +166,6 @@ def _lay_out(output: str, part: Part, tensors: Mapping[str, Stored]) -> _Network
         sources += [(row, targets, reshape)] if targets else []
     metadata = header.metadata_of(part.network, networks.config_of(network), part.schedule)
     return _Network(output, metadata, tuple(sources), shapes)
-
-
-# --------------------------------------------------------------------------------------------------------- writing
 
 
 def _write(path: Path, network: _Network) -> list[Path]:

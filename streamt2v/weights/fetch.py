@@ -1,7 +1,5 @@
 """One published file: found on this machine, or fetched in pieces that resume, checked and recorded."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import time

@@ -5,8 +5,6 @@ A weights file is a safetensors file whose metadata has `format` ("streamt2v/1")
 network is split into several files with an index beside them, as on the model hub.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ Published files of a family are fetched by `fetch`, because downloads into the l
 interruption. Whole pipelines do go to that cache, where other programs share them.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import time
@@ -30,9 +28,6 @@ _PART = re.compile(r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?$")
 def offline() -> bool:
     """Whether no connection may be made."""
     return any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in OFFLINE)
-
-
-# ------------------------------------------------------------------------------------------------------ a family
 
 
 def pull(family: Family, convert: Convert, note: Note, choice: str = "", folder: Path | None = None) -> None:
@@ -123,9 +118,6 @@ def _remember(family: Family, source: str, written: Sequence[Path]) -> None:
         name = path.relative_to(family.root).as_posix()
         parts.setdefault(_PART.sub(".safetensors", name), {})[name] = Recorded.of(path)
     home.remember("files", {name: inventory.made_from(source, found) for name, found in parts.items()})
-
-
-# ------------------------------------------------------------------------------------------------- a pipeline
 
 
 def snapshot(repository: str, revision: str | None, patterns: Sequence[str], note: Note = lambda text: None) -> Path:

@@ -1,7 +1,5 @@
 """Which weights are here, and whether they are what was recorded; the tables behind `weights list`."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -39,9 +37,6 @@ def default_family(root: Path = catalog.PACKAGE) -> str:
     known = catalog.families(root)
     complete = [name for name, family in known.items() if not missing(family)]
     return complete[0] if complete else list(known)[-1]
-
-
-# ------------------------------------------------------------------------------------------------------- checks
 
 
 def require(family: Family) -> None:
@@ -84,9 +79,6 @@ def _refuse(family: Family, problems: list[str]) -> None:
         raise WeightsError(f"the weights of {family.name!r} are not as recorded: {problems[0]}{more}", hint)
 
 
-# ------------------------------------------------------------------------------------------- third-party pipelines
-
-
 def snapshot_of(repository: str) -> tuple[Path | None, dict[Path, Recorded]]:
     """Folder of a fetched repository, and what its files must be; (None, {}) where it was never fetched."""
     rows = home.recorded("snapshots").items()
@@ -115,9 +107,6 @@ def verify_snapshot(name: str) -> int:
         if not path.is_file() or home.sha256_of(path) != part.sha256:
             raise WeightsError(f"{path} is not as recorded", f"remove it, then `streamt2v weights pull {name}`")
     return len(parts)
-
-
-# -------------------------------------------------------------------------------------------------------- tables
 
 
 def describe_families() -> list[dict[str, Any]]:

@@ -97,9 +97,6 @@ STREAM: Mapping[str, KeyMap] = {
 """The networks in `streaming_t2v.ckpt`; `text` fits a CLIP text model without a projection."""
 
 
-# ----------------------------------------------------------------------- refinement stage: MS-Vid2Vid-XL, three files
-
-
 def refiner_unet(attention_levels: Sequence[bool] = (True, True, True, False), layers: int = 2) -> KeyMap:
     """Return the key map of `non_ema_0035000.pth`.
 
@@ -235,9 +232,6 @@ def open_clip_text(num_layers: int = 23) -> KeyMap:
     )
 
 
-# ---------------------------------------------------------------------------------------------- what the files contain
-
-
 @dataclass(frozen=True)
 class Part:
     """One network in a published file: class and config for our weights file, its keys, the schedule of a denoiser."""
@@ -288,20 +282,16 @@ def _vision(rules: tuple[Rule, ...], prefix: str = "") -> dict[str, Part]:
     return {"stream/vision": Part("CLIPVisionModelWithProjection", _VISION_CONFIG, keys)}
 
 
-def vidxtend(parts: Mapping[str, Part]) -> dict[str, Part]:
-    """Return the networks of the streaming stage as VidXTend stores them: two prefixes differ."""
-    prefixes = {"stream/unet": "unet.", "stream/cam": "controlnet."}
-    return {
-        name: replace(part, keys=replace(part.keys, prefix=prefixes.get(name, part.keys.prefix)))
-        for name, part in parts.items()
-    }
-
-
+# VidXTend stores the same networks; two prefixes differ.
+_VIDXTEND = _STREAM_PARTS | {
+    name: replace(_STREAM_PARTS[name], keys=replace(_STREAM_PARTS[name].keys, prefix=prefix))
+    for name, prefix in {"stream/unet": "unet.", "stream/cam": "controlnet."}.items()
+}
 CHECKPOINTS: Mapping[str, Layout] = {
     "streaming_t2v.ckpt": Layout(
         _STREAM_PARTS | _vision(OPEN_CLIP_VISUAL, "image_encoder.model."), "stream/tokenizer",
     ),
-    "vidxtend.safetensors": Layout(vidxtend(_STREAM_PARTS), "stream/tokenizer"),
+    "vidxtend.safetensors": Layout(_VIDXTEND, "stream/tokenizer"),
     "non_ema_0035000.pth": Layout({
         "refine/unet": Part("UNet3D", {"downsample_padding": [2, 1]}, refiner_unet(), REFINER_SCHEDULE),
     }),

@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import struct
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -62,7 +63,7 @@ def test_pickles_of_every_protocol_are_read_as_data(protocol: int) -> None:
         value["texts"] = value["again"] = ("a", "\u00e9" * 300)
     if protocol < 4:
         del value["sets"]
-    assert pickles._PickleReader().run(io.BytesIO(pickle.dumps(value, protocol))) == value
+    assert pickles._Reader(io.BytesIO(pickle.dumps(value, protocol))).next() == value
 
 
 # ------------------------------------------------------------------------------------------------- hostile files
@@ -234,6 +235,63 @@ def test_zip_archives_that_are_no_checkpoint_are_refused(names: dict[str, bytes]
     _zip(tmp_path / "x.pt", names)
     with pytest.raises(WeightsError):
         pickles.read(tmp_path / "x.pt")
+
+
+def _many(count: int, operation: bytes) -> bytes:
+    return b"\x80\x04(" + operation * count + b"1}."
+
+
+PAIRS = b"\x80\x02]q\x00(" + b"K\x01K\x02\x86" * 20_000 + b"e0"
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"\x80\x02}r\xff\xff\xff\xff.", "more operations"),  # a memo of 2**32 places
+        (b"\x80\x02}p999999999999\n.", "more operations"),
+        (_many(3_000_000, b"\x8f"), "more operations"),  # a set for every byte
+        (b"\x80\x02})" + b"\x85" * 200_000 + b"Ns.", "more operations"),  # hashing it would use up the stack
+        (b"\x80\x04\x8e" + struct.pack("<Q", 2**60) + b"x.", "bytes8"),
+        (b"\x80\x05\x96" + struct.pack("<Q", 2**60) + b"x.", "bytearray8"),
+        (b"\x80\x04\x95" + struct.pack("<Q", 2**60) + b"}.", "damaged"),
+        (PAIRS + b"(" + b"ccollections\nOrderedDict\nh\x00\x85R" * 200 + b"1}.", "more entries"),
+        (_view(0, (4,) * 65, (1,) * 65), "no tensor"),
+        (_view(0, (2**63,), (1,)), "no file has"),
+    ],
+)
+def test_pickles_that_ask_for_much_are_refused_at_once(data: bytes, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    _zip(path, {"x/data.pkl": data, "x/data/0": bytes(16)})
+    tracemalloc.start()
+    try:
+        with pytest.raises(WeightsError, match=said):
+            pickles.read(path)
+        assert tracemalloc.get_traced_memory()[1] < 200e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_a_pickle_may_use_is_out_of_its_reach(tmp_path: Path) -> None:
+    """BUILD sets attributes, also of functions and classes: theirs would outlast the file."""
+    defaults = b"N}" + _text("__defaults__") + _text("x") + b"s\x86b0"
+    for named in (b"ccollections\nOrderedDict\n", b"ctorch._utils\n_rebuild_tensor_v2\n", b"cos\nsystem\n"):
+        for state in (defaults, b"}" + _text("append") + _text("x") + b"sb0"):
+            _zip(tmp_path / "x.pt", {"x/data.pkl": b"\x80\x02" + named + state + b"}.", "x/data/0": bytes(16)})
+            with pytest.raises(WeightsError):  # it holds no tensors, or is damaged
+                pickles.read(tmp_path / "x.pt")
+    _zip(tmp_path / "x.pt", {"x/data.pkl": _view(0, (4,), (1,)), "x/data/0": bytes(16)})
+    assert pickles.read(tmp_path / "x.pt").tensors["a"].shape == (4,)
+    assert pickles.Inert().append("x") is None
+    assert pickles._view.__defaults__ is None
+
+
+def test_a_registered_extension_is_not_run_from_the_cache_of_another_pickle(tmp_path: Path, extension: None) -> None:
+    code = b"\x80\x02\x82\xf0."
+    assert pickle.loads(code) is os.system  # from now on the interpreter has it at hand
+    reader = pickles._Reader(io.BytesIO(code))
+    assert reader.next() is pickles.Inert
+    assert reader.refused == {"os.system"}
+    assert pickle.loads(code) is os.system  # nor does ours stay there
 
 
 def test_compressed_and_huge_indices_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
