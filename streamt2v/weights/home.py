@@ -1,6 +1,6 @@
 """The weights home: where fetched and converted files lie, and the record of what each of them must be.
 
-The record, `weights.lock.json`, is written when a file is first fetched or converted; every later look compares.
+The record, `weights.lock.json`, is written when a file is first fetched or converted, and compared ever after.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from streamt2v import files
 from streamt2v.errors import BusyError, WeightsError
 
 SCHEMA = 1
-Section = Literal["sources", "files", "snapshots"]
-ROWS: Mapping[Section, set[str]] = {
-    "sources": {"commit", "bytes", "sha256"}, "files": {"parts"}, "snapshots": {"commit", "folder", "files"}
-}  # fmt: skip
+Section = Literal["sources", "files", "snapshots", "folders"]
+ROWS: Mapping[Section, tuple[str, ...]] = {
+    "sources": ("commit", "bytes", "sha256"),  # published files, by repository and path
+    "files": ("parts",),  # converted files, by name in the home
+    "snapshots": ("commit", "folder", "files"),  # third-party pipelines in the library's cache, by request
+    "folders": ("files",),  # other folders with pipelines, by path
+}
 """What every row of a section of the record says."""
 
 
@@ -43,8 +46,8 @@ def sha256_of(file: Path) -> str:
 class Recorded:
     """What a file must be: its size and SHA-256.
 
-    `stamp` is (modification time in ns, inode) of the file that was hashed: while it is the same, the gigabytes need
-    not be hashed again. Files of the package have none and are always hashed.
+    `stamp` is (modification time in ns, inode) of the file that was hashed: while it stays the same, the gigabytes are
+    not hashed again. Bundled files have none and are always hashed.
     """
 
     bytes: int
@@ -71,12 +74,15 @@ class Recorded:
         """Whether a file is there and as large as recorded."""
         return file.is_file() and file.stat().st_size == self.bytes
 
+    def now(self, file: Path) -> Recorded:
+        """Look at a file again; it is hashed only if its size or stamp has changed."""
+        status = file.stat()
+        same = (status.st_size, (status.st_mtime_ns, status.st_ino)) == (self.bytes, self.stamp)
+        return self if same else Recorded.of(file)
+
     def matches(self, file: Path) -> bool:
         """Whether a file is as recorded."""
-        if not self.has_size(file):
-            return False
-        status = file.stat()
-        return (status.st_mtime_ns, status.st_ino) == self.stamp or sha256_of(file) == self.sha256
+        return self.has_size(file) and self.now(file).sha256 == self.sha256
 
 
 def record_path() -> Path:
@@ -85,7 +91,7 @@ def record_path() -> Path:
 
 
 def recorded(section: Section) -> dict[str, Any]:
-    """What was recorded: for sources by repository and path, for files by name in the home, for snapshots by request.
+    """One section of the record; empty where nothing was recorded.
 
     Raises:
         WeightsError: the record is damaged or of another schema.
@@ -96,8 +102,11 @@ def recorded(section: Section) -> dict[str, Any]:
         if table["schema"] != SCHEMA:
             raise ValueError(f"schema {table['schema']}, this version reads {SCHEMA}")
         rows = dict(table.get(section, {}))
-        if not all(isinstance(row, dict) and ROWS[section].issubset(row) for row in rows.values()):
-            raise ValueError(f"a row of {section} lacks something")
+        for row in rows.values():
+            if absent := [key for key in ROWS[section] if key not in row]:
+                raise ValueError(f"a row of {section} lacks {absent[0]!r}")
+            for part in {**row.get("parts", {}), **row.get("files", {})}.values():
+                Recorded.from_json(part)
         return rows
     except FileNotFoundError:
         return {}

@@ -147,12 +147,11 @@ def snapshot(repository: str, revision: str | None, patterns: Sequence[str], not
         commit = row["commit"] if row is not None else revision
         if not offline():
             commit = _announce(repository, commit, patterns, note)
-        folder = _snapshot(repository, commit, patterns)
-        if row is None:
-            home.remember("snapshots", {request: _taken(folder, patterns)})
-        elif wrong := _differing(row):
-            raise WeightsError(f"{folder / wrong} is not as recorded", "remove it, then run the command again")
-    return folder
+        taken = _taken(_snapshot(repository, commit, patterns), patterns)
+        if row is not None and (wrong := _differing({**row, "folder": taken["folder"]})):
+            raise WeightsError(f"{taken['folder']}/{wrong} is not as recorded", "remove it, then run the command again")
+        home.remember("snapshots", {request: taken})
+    return Path(taken["folder"])
 
 
 def _differing(row: Mapping[str, Any]) -> str:

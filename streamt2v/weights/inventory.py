@@ -1,7 +1,7 @@
 """Which weights are here, and whether they are what was recorded; the tables behind `weights list`."""
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,34 @@ def snapshot_of(repository: str) -> tuple[Path | None, dict[Path, Recorded]]:
         return None, {}
     folder = Path(row["folder"])
     return folder, {folder / name: Recorded.from_json(part) for name, part in row["files"].items()}
+
+
+def contents(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
+    """SHA-256 by name of the files with these endings in the folder of a pipeline and in its subfolders.
+
+    A fetched pipeline is what was recorded: other programs may add to the shared cache. Any other folder is hashed
+    once, then remembered by path.
+
+    Raises:
+        WeightsError: a file cannot be read.
+    """
+    fetched = [row["files"] for row in home.recorded("snapshots").values() if row["folder"] == str(folder)]
+    if fetched:
+        return {name: part["sha256"] for row in fetched for name, part in row.items() if name.endswith(tuple(suffixes))}
+    # Not rglob, which passes over linked folders: a part may lie on another disk.
+    paths = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.suffix in suffixes]
+    found = {path.relative_to(folder).as_posix(): path for path in paths}
+    place = str(folder.absolute())
+    known = home.recorded("folders").get(place, {"files": {}})["files"]
+    before = {name: Recorded.from_json(known[name]) for name in found if name in known}
+    try:
+        now = {name: before[name].now(path) if name in before else Recorded.of(path) for name, path in found.items()}
+    except OSError as error:
+        raise WeightsError(f"{error.filename} cannot be read: {error.strerror}") from error
+    if now != before:
+        with contextlib.suppress(OutputError):
+            home.remember("folders", {place: {"files": {name: part.to_json() for name, part in now.items()}}})
+    return {name: part.sha256 for name, part in now.items()}
 
 
 def folder_of(name: str) -> Path:

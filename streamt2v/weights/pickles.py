@@ -302,6 +302,6 @@ def _check_extent(stream: BinaryIO) -> None:
     tuples = 0
     for count, (operation, argument, _) in enumerate(pickletools.genops(stream)):
         tuples += operation.name.startswith("TUPLE")
-        place = int(argument) if operation.name.endswith("PUT") else 0
+        place = int(argument or 0) if operation.name.endswith("PUT") else 0
         if max(count, place) > MAX_OPERATIONS or tuples > MAX_TUPLES:
             raise ValueError("a pickle of more operations than any checkpoint has")

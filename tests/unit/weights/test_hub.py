@@ -3,6 +3,7 @@
 import json
 import random
 import resource
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -409,7 +410,8 @@ def test_a_damaged_record_is_named(server: Hub) -> None:
         record.write_text(text)
         with pytest.raises(WeightsError):
             family()
-    record.write_text('{"schema": 1, "files": {"streamingt2v/stream/cam.safetensors": {"parts": {"../x": {}}}}}')
+    rows = {"streamingt2v/stream/cam.safetensors": {"parts": {"../x": {"bytes": 1, "sha256": "", "stamp": [1, 1]}}}}
+    record.write_text(json.dumps({"schema": 1, "files": rows}))
     with pytest.raises(WeightsError, match="outside"):
         family()
 
@@ -485,6 +487,30 @@ def test_a_snapshot_that_lost_a_file_is_completed_from_the_recorded_commit(pipel
     assert hub.snapshot("somebody/pipeline", None, PATTERNS) == folder
     assert lost.read_bytes() == content("unet")
     assert not any("revision/main" in request for request in pipeline.asked[len(pipeline.asked) // 2 :])
+
+
+def test_a_snapshot_in_another_cache_is_the_same_one(
+    pipeline: Hub, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache that was emptied or moved: what is fetched again is compared, recorded where it lies, and hashed once."""
+    from huggingface_hub import constants
+
+    first = hub.snapshot("somebody/pipeline", None, PATTERNS)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another"))
+    shutil.rmtree(tmp_path / "cache")
+    second = hub.snapshot("somebody/pipeline", None, PATTERNS)
+    assert second != first
+    request.getfixturevalue("no_sockets")
+    monkeypatch.setattr(home, "sha256_of", lambda path: pytest.fail("hashed again"))
+    assert hub.snapshot("somebody/pipeline", None, PATTERNS) == second
+
+
+def test_a_snapshot_that_was_replaced_under_its_commit_is_refused(pipeline: Hub, tmp_path: Path) -> None:
+    hub.snapshot("somebody/pipeline", None, PATTERNS)
+    shutil.rmtree(tmp_path / "cache")
+    pipeline.repositories["somebody/pipeline"]["unet/model.safetensors"] = content("other")
+    with pytest.raises(WeightsError, match=r"model\.safetensors is not as recorded"):
+        hub.snapshot("somebody/pipeline", None, PATTERNS)
 
 
 @pytest.mark.parametrize(
