@@ -161,7 +161,8 @@ def _run(command: str, source: Path | None, output: Path | None, given: dict[str
     if behaviour["resume"] and output is None:
         raise ConfigError("--resume needs to know which output", "name it with -o")
     found = None if source is None else jobs.inspect_source(source)
-    resolved = options.resolve(resume_from=output if behaviour["resume"] else None, source=found, **given, **more)
+    more |= {"device": behaviour["device"], "resume_from": output if behaviour["resume"] else None, "source": found}
+    resolved = options.resolve(**given, **more)
     output = output or default_output(resolved.prompt, resolved.seed)
     _make(jobs.Job(command, resolved, output, source, **behaviour), json_output, quiet, verbose)
 
@@ -353,7 +354,8 @@ def batch(
         given.pop(name) for name in ("json_output", "quiet", "verbose", "overwrite")
     )
     behaviour = {name: given.pop(name) for name in jobs.BEHAVIOUR if name in given}
-    shared = batches.Shared(out_dir, {**given, "frames": frames, "fps": fps}, behaviour, overwrite)
+    given |= {"frames": frames, "fps": fps, "device": None if ray else behaviour["device"]}  # a cluster has its own
+    shared = batches.Shared(out_dir, given, behaviour, overwrite)
     with _terminable(FETCHING), Progress(quiet=quiet, verbose=verbose) as progress:
         part = batches.shard_of(shard)
         checked = batches.check(rows.read(file), shared, generate, part, _saying(quiet))
@@ -410,7 +412,7 @@ def plan(
 
     [b]streamt2v plan "a cat on the beach" --model streamingt2v --device cuda --memory 12[/b]
     """
-    resolved = options.resolve(prompt=options.read_prompt(prompt), frames=frames, fps=fps, **given)
+    resolved = options.resolve(prompt=options.read_prompt(prompt), frames=frames, fps=fps, device=device, **given)
     jobs.check_wishes(resolved)
     report = planning.plan(resolved, device, memory)
     _emit(json.dumps(dataclasses.asdict(report)) if json_output else plain(report.as_text()))
@@ -436,7 +438,8 @@ def bench(
 
     [b]streamt2v bench --model streamingt2v --quality fast --size 720x720[/b]
     """
-    resolved = options.resolve(prompt="a red ball bouncing over the sea at sunset", frames=frames, **given)
+    prompt = "a red ball bouncing over the sea at sunset"
+    resolved = options.resolve(prompt=prompt, frames=frames, device=device, **given)
     short = dataclasses.replace(resolved, num_frames=planning.short_length(resolved))
     with TemporaryDirectory(prefix="streamt2v-") as folder, _terminable():
         job = jobs.Job("generate", short, Path(folder) / "bench.mp4", device=device, threads=threads, memory=memory)

@@ -10,6 +10,8 @@ from streamt2v.weights import catalog, home
 from streamt2v.weights.catalog import Family, WeightFile
 from streamt2v.weights.home import Recorded
 
+MAX_CPU_VALUES = 500_000_000  # parameters of a family; the published one has 5 billion, the demo 20 million
+
 
 def missing(family: Family) -> list[str]:
     """Cheap check: one sentence for each file of a family that is missing or has another size than recorded."""
@@ -32,11 +34,19 @@ def is_absent(family: Family) -> bool:
     return bool(family.sources) and not any(path.exists() for path in parts)
 
 
-def default_family(root: Path = catalog.PACKAGE) -> str:
-    """Name of the best family whose files are all here: `weights.toml` lists the best first. Else the last one."""
+def fits(family: Family, kind: str) -> bool:
+    """Whether a run takes minutes, not days, on a kind of device ("cpu", "cuda", "mps"): CPUs need small networks."""
+    return kind != "cpu" or sum(file.num_values for file in family.files) <= MAX_CPU_VALUES
+
+
+def default_family(kind: str | None = None, root: Path = catalog.PACKAGE) -> str:
+    """Name of the best family that is here and fits a kind of device; None means whatever the device may be.
+
+    `weights.toml` lists the best first. Where none will do it is the last, whose check then says what is wrong.
+    """
     known = catalog.families(root)
-    complete = [name for name, family in known.items() if not missing(family)]
-    return complete[0] if complete else list(known)[-1]
+    usable = [name for name, family in known.items() if not missing(family) and (kind is None or fits(family, kind))]
+    return usable[0] if usable else list(known)[-1]
 
 
 def require(family: Family) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from streamt2v import jobs, planning, weights
+from streamt2v import jobs, options, planning, weights
 from streamt2v.cli import main
 from streamt2v.config import merge, preset
 from streamt2v.errors import ConfigError, OutputError
 from streamt2v.runs import RunDirectory, directory_for
-from tests.cli.helpers import call, made
+from streamt2v.weights import inventory
+from tests.cli.helpers import PROMPT, call, made
 
 MISTAKES = [
     (["generate", ""], 2, "the prompt is empty"),
@@ -318,3 +319,14 @@ def test_a_closed_pipe_is_quiet() -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode in (0, 141)  # 0 where the pipe took everything before it was closed
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(("device", "model"), [("cpu", "demo"), ("cuda", "streamingt2v"), ("auto", "demo")])
+def test_the_default_model_fits_the_device(
+    device: str, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All weights are here, and this machine has no GPU unless one is named."""
+    monkeypatch.setattr(inventory, "missing", lambda family: [])
+    monkeypatch.setattr(options, "kind_of", {"cpu": "cpu", "cuda": "cuda", "auto": "cpu"}.get)
+    assert call("plan", PROMPT, "--device", device, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["model"] == model
