@@ -1,7 +1,6 @@
 """The catalog, `weights.toml`: model families with the files and roles they have, their sources, and pipelines."""
 
 import dataclasses
-import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -208,29 +207,20 @@ def pipelines(root: Path = PACKAGE) -> dict[str, dict[str, str]]:
 
 
 def record(root: Path = PACKAGE) -> list[str]:
-    """Write size and SHA-256 of the bundled files into `weights.toml`; return the paths whose row changed.
-
-    Everything above the first `[[files]]` row stays as it is, and so do the rows of files that are not here.
-    """
+    """Write size and SHA-256 of the bundled files into `weights.toml`; return the paths whose row changed."""
     manifest = _manifest(root)
     text = manifest.read_text("utf-8")
-    rows = tomllib.loads(text)["files"]
     changed = []
-    for row in rows:
+    for row in tomllib.loads(text)["files"]:
         path = root / _inside(root, row["path"])
         if "bytes" in row and path.is_file():
-            new = {"bytes": path.stat().st_size, "sha256": home.sha256_of(path)}
-            if new != {key: row[key] for key in new}:
+            now = Recorded.of(path)
+            if (now.bytes, now.sha256) != (row["bytes"], row["sha256"]):
                 changed.append(row["path"])
-            row |= new
-    head = text.partition("[[files]]")[0]
-    body = "\n".join("[[files]]\n" + "".join(f"{key} = {_toml(value)}\n" for key, value in row.items()) for row in rows)
+                before, place, after = text.partition(f'[[files]]\npath = "{row["path"]}"\n')
+                after = after.replace(f"bytes = {row['bytes']}\n", f"bytes = {now.bytes}\n", 1)
+                after = after.replace(f'sha256 = "{row["sha256"]}"', f'sha256 = "{now.sha256}"', 1)
+                text = before + place + after
     if changed:
-        files.write_bytes(manifest, (head + body).encode())
+        files.write_bytes(manifest, text.encode())
     return changed
-
-
-def _toml(value: str | int | Mapping[str, str | int]) -> str:
-    if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{key} = {_toml(inner)}" for key, inner in value.items()) + " }"
-    return json.dumps(value, ensure_ascii=False)  # TOML's basic strings and integers are JSON's

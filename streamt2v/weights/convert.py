@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, BinaryIO
 from streamt2v import files
 from streamt2v.errors import InputError, WeightsError
 from streamt2v.weights import header, networks, pickles
+from streamt2v.weights.fetch import Note
 from streamt2v.weights.keymaps import check_prefixes
 from streamt2v.weights.pickles import Stored
 from streamt2v.weights.published import CHECKPOINTS, Layout, Part
-from streamt2v.weights.tokenizer import clip_merges, clip_tokenizer
+from streamt2v.weights.tokenizer import clip_tokenizer
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from streamt2v.weights.keymaps import Reshape
 
     Source = tuple[Stored, tuple[str, ...], Reshape | None]
 
+Tensors = Mapping[str, Stored]
 MAX_SHARD_BYTES = 2 * 2**30
 SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -52,19 +52,14 @@ class _Network:
         return sum(map(self.bytes_of, self.sources))
 
 
-def convert(
-    source: Path, destination: Path, note: Callable[[str], None], layouts: Mapping[str, Layout] = CHECKPOINTS
-) -> list[Path]:
-    """Write the networks of a published checkpoint, and the tokenizer they were trained with, as our own files.
+def convert(source: Path, destination: Path, note: Note, layouts: Mapping[str, Layout] = CHECKPOINTS) -> list[Path]:
+    """Write the networks of a published checkpoint, and their tokenizer, as our own files; return the files written.
 
     Args:
         source: a file; or a folder of checkpoints, or of one subfolder per network (as VidXTend has them).
         destination: folder to write to, for example `stream/unet.safetensors`; networks above 2 GiB are split.
         note: is told one sentence per file.
         layouts: the known checkpoints.
-
-    Returns:
-        The files written.
 
     Raises:
         InputError: there is nothing to read.
@@ -97,7 +92,7 @@ def convert(
     for tokenizer in tokenizers:
         path = destination / f"{tokenizer}.json"
         files.make_directory(path.parent)
-        files.write_bytes(path, clip_tokenizer(clip_merges()).to_str().encode())
+        files.write_bytes(path, clip_tokenizer().to_str().encode())
         note(f"{path}: the tokenizer of CLIP")
         written.append(path)
     return written
@@ -128,9 +123,7 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in kept if path.name not in halves]
 
 
-def _plan(
-    name: str, tensors: Mapping[str, Stored], layouts: Mapping[str, Layout]
-) -> tuple[Layout, dict[str, _Network]]:
+def _plan(name: str, tensors: Tensors, layouts: Mapping[str, Layout]) -> tuple[Layout, dict[str, _Network]]:
     """Recognise a checkpoint and lay out every network in it. Raises WeightsError naming the first wrong key."""
     layout = max(layouts.values(), key=lambda layout: _fit(layout, tensors))
     if not _fit(layout, tensors):
@@ -150,7 +143,7 @@ def _fit(layout: Layout, tensors: Iterable[str]) -> int:
     return sum(key.startswith(ignored) or any(keys.rename(key) is not None for keys in known) for key in tensors)
 
 
-def _lay_out(output: str, part: Part, tensors: Mapping[str, Stored]) -> _Network:
+def _lay_out(output: str, part: Part, tensors: Tensors) -> _Network:
     """Check the keys and shapes of one network against the network itself."""
     import torch
 
@@ -218,13 +211,7 @@ def _write_tensors(stream: BinaryIO, network: _Network, group: list[Source]) -> 
     for stored, targets, reshape in group:
         tensor = stored.read()
         for target, value in zip(targets, [tensor] if reshape is None else reshape(tensor), strict=True):
-            stream.write(_half(target, value))
-
-
-def _half(target: str, value: Tensor) -> memoryview:
-    import torch
-
-    half = value.to(torch.float16).contiguous()
-    if not torch.isfinite(half).all():
-        raise WeightsError(f"{target} has values that are not finite in 16 bit")
-    return half.reshape(-1).view(torch.uint8).numpy().data
+            half = value.half().contiguous()
+            if not half.isfinite().all():
+                raise WeightsError(f"{target} has values that are not finite in 16 bit")
+            stream.write(half.numpy().data)

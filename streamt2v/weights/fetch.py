@@ -13,8 +13,7 @@ from streamt2v.errors import OutputError, StreamT2VError, WeightsError
 from streamt2v.weights import home
 from streamt2v.weights.catalog import Source
 
-Note = Callable[[str], None]
-"""Is told one sentence per step."""
+Note = Callable[[str], None]  # is told one sentence per step
 
 ATTEMPTS = 3  # connections in a row that bring nothing; the library retries several times within each
 PAUSE_SECONDS = 1.0
@@ -79,11 +78,11 @@ def ask(source: Source) -> Offer:
     Raises:
         WeightsError: the hub cannot be reached, has no such file, or offers another one than recorded.
     """
-    from huggingface_hub import get_hf_file_metadata
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     size, sha256, commit = _known(source)
     with hub_errors(source.name):
-        found = get_hf_file_metadata(_url(source, commit or "main"))
+        found = get_hf_file_metadata(hf_hub_url(source.repository, source.path, revision=commit or "main"))
     if not found.size or not found.commit_hash:
         raise WeightsError(f"the hub does not say how large {source.name} is", "try again later")
     if size and found.size != size:
@@ -141,21 +140,16 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _url(source: Source, revision: str) -> str:
-    from huggingface_hub import hf_hub_url
-
-    return hf_hub_url(source.repository, source.path, revision=revision)
-
-
 def _download(source: Source, offer: Offer, note: Note) -> None:
     """Let the partial file grow to its full size, over as many connections as that takes."""
+    from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
-    url = _url(source, offer.commit)  # redirected anew each time: the signed addresses behind it expire
-    tries = 0
-    while (have := _size(offer.part)) < offer.bytes:
-        headers, size, name = build_hf_headers(), offer.bytes, source.path
+    # Redirected anew each time: the signed addresses behind it expire.
+    url = hf_hub_url(source.repository, source.path, revision=offer.commit)
+    headers, size, name, tries = build_hf_headers(), offer.bytes, source.path, 0
+    while (have := _size(offer.part)) < size:
         try:
             with hub_errors(source.name), disk_errors(offer.part), offer.part.open("ab") as file:
                 http_get(url, file, resume_size=have, headers=headers, expected_size=size, displayed_filename=name)

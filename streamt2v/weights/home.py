@@ -3,8 +3,6 @@
 The record, `weights.lock.json`, is written when a file is first fetched or converted, and compared ever after.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -12,20 +10,19 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from streamt2v import files
 from streamt2v.errors import BusyError, WeightsError
 
 SCHEMA = 1
 Section = Literal["sources", "files", "snapshots", "folders"]
-ROWS: Mapping[Section, tuple[str, ...]] = {
+ROWS: Mapping[Section, tuple[str, ...]] = {  # what every row of a section says
     "sources": ("commit", "bytes", "sha256"),  # published files, by repository and path
     "files": ("parts",),  # converted files, by name in the home
     "snapshots": ("commit", "folder", "files"),  # third-party pipelines in the library's cache, by request
     "folders": ("files",),  # other folders with pipelines, by path
 }
-"""What every row of a section of the record says."""
 
 
 def path() -> Path:
@@ -55,13 +52,13 @@ class Recorded:
     stamp: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, file: Path) -> Recorded:
+    def of(cls, file: Path) -> Self:
         """Look at a file."""
         status = file.stat()
         return cls(status.st_size, sha256_of(file), (status.st_mtime_ns, status.st_ino))
 
     @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> Recorded:
+    def from_json(cls, row: Mapping[str, Any]) -> Self:
         """Read what `to_json` made. Raises KeyError, TypeError or ValueError for anything else."""
         modified, inode = map(int, row["stamp"])
         return cls(int(row["bytes"]), str(row["sha256"]), (modified, inode))
@@ -74,11 +71,11 @@ class Recorded:
         """Whether a file is there and as large as recorded."""
         return file.is_file() and file.stat().st_size == self.bytes
 
-    def now(self, file: Path) -> Recorded:
+    def now(self, file: Path) -> Self:
         """Look at a file again; it is hashed only if its size or stamp has changed."""
         status = file.stat()
         same = (status.st_size, (status.st_mtime_ns, status.st_ino)) == (self.bytes, self.stamp)
-        return self if same else Recorded.of(file)
+        return self if same else self.of(file)
 
     def matches(self, file: Path) -> bool:
         """Whether a file is as recorded."""

@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,18 +21,17 @@ from streamt2v.weights.catalog import Family
 if TYPE_CHECKING:
     import torch
 
-_CLIP = "transformers.models.clip"
-_CLIP_TEXT = (f"{_CLIP}.configuration_clip", "CLIPTextConfig")
-_CLIP_VISION = (f"{_CLIP}.configuration_clip", "CLIPVisionConfig")
-# class name -> (module, module and name of its config class); None where the config is the keyword arguments
-NETWORKS: Mapping[str, tuple[str, tuple[str, str] | None]] = {
-    "UNet3D": ("streamt2v.models.unet3d", ("streamt2v.models.unet3d", "UNet3DConfig")),
-    "ConditionalAttention": ("streamt2v.models.cam", ("streamt2v.models.cam", "CamConfig")),
-    "AppearanceTokens": ("streamt2v.models.apm", None),
-    "AutoencoderKL": ("diffusers.models.autoencoders.autoencoder_kl", None),
-    "CLIPTextModel": (f"{_CLIP}.modeling_clip", _CLIP_TEXT),
-    "CLIPTextModelWithProjection": (f"{_CLIP}.modeling_clip", _CLIP_TEXT),
-    "CLIPVisionModelWithProjection": (f"{_CLIP}.modeling_clip", _CLIP_VISION),
+Shapes = Mapping[str, tuple[int, ...]]
+_CLIP = "transformers.models.clip.modeling_clip"
+# class name -> (its module, its config class there); "" where the config is the keyword arguments
+NETWORKS: Mapping[str, tuple[str, str]] = {
+    "UNet3D": ("streamt2v.models.unet3d", "UNet3DConfig"),
+    "ConditionalAttention": ("streamt2v.models.cam", "CamConfig"),
+    "AppearanceTokens": ("streamt2v.models.apm", ""),
+    "AutoencoderKL": ("diffusers.models.autoencoders.autoencoder_kl", ""),
+    "CLIPTextModel": (_CLIP, "CLIPTextConfig"),
+    "CLIPTextModelWithProjection": (_CLIP, "CLIPTextConfig"),
+    "CLIPVisionModelWithProjection": (_CLIP, "CLIPVisionConfig"),
 }
 
 
@@ -88,7 +86,7 @@ def save_module(path: Path, module: torch.nn.Module, schedule: Mapping[str, Any]
             raise OutputError(f"cannot write {path}: {error}", "free some space") from error
 
 
-def _network(name: str, path: Path) -> tuple[str, tuple[str, str] | None]:
+def _network(name: str, path: Path) -> tuple[str, str]:
     if name not in NETWORKS:
         raise WeightsError(f"{path} holds a network of unknown class {name!r}", f"known: {', '.join(NETWORKS)}")
     return NETWORKS[name]
@@ -121,9 +119,7 @@ def build(path: Path, name: str, config: Mapping[str, Any]) -> torch.nn.Module:
     random = (torch.Tensor.normal_, torch.Tensor.uniform_)
 
     class ParametersOnMeta(TorchFunctionMode):
-        def __torch_function__(
-            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-        ) -> Any:
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             named = dict(kwargs or {})
             if func in random or getattr(func, "__module__", "") == "torch.nn.init":
                 filled = args[0] if args else named["tensor"]
@@ -134,18 +130,15 @@ def build(path: Path, name: str, config: Mapping[str, Any]) -> torch.nn.Module:
             return func(*args, **named)
 
     module_name, config_class = _network(name, path)
-    package = module_name.split(".")[0]
-    if package != "streamt2v":
+    if (package := module_name.partition(".")[0]) != "streamt2v":
         quiet(package)
-    network = getattr(importlib.import_module(module_name), name)
+    module: Any = importlib.import_module(module_name)
+    network: Callable[..., torch.nn.Module] = getattr(module, name)
+    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
     try:
-        if config_class is None:
-            arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
-            with ParametersOnMeta():
-                return typing.cast("torch.nn.Module", network(**arguments))
-        built = getattr(importlib.import_module(config_class[0]), config_class[1]).from_dict(dict(config))
+        built = getattr(module, config_class).from_dict(dict(config)) if config_class else None
         with ParametersOnMeta():
-            return typing.cast("torch.nn.Module", network(built))
+            return network(**arguments) if built is None else network(built)
     except (TypeError, ValueError, KeyError, ConfigError) as error:
         raise WeightsError(f"{path} does not describe a {name}: {error}") from error
 
@@ -200,14 +193,12 @@ def furnish(
     return module.to(device).requires_grad_(False).eval()
 
 
-def shapes(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+def shapes(network: torch.nn.Module) -> Shapes:
     """Shapes of all tensors of a network by name."""
     return {key: tuple(value.shape) for key, value in network.state_dict().items()}
 
 
-def _check_keys(
-    path: Path, name: str, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
-) -> None:
+def _check_keys(path: Path, name: str, wanted: Shapes, found: Shapes) -> None:
     hint = "it belongs to another version or is damaged: run `streamt2v weights verify`"
     for key, shape in wanted.items():
         if key not in found:

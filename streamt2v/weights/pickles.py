@@ -40,7 +40,7 @@ TORCH_TYPES = {
 }  # fmt: skip
 _DAMAGE = (
     ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, ArithmeticError, struct.error,
-    pickle.UnpicklingError,
+    pickle.UnpicklingError, zipfile.BadZipFile,
 )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def read(path: Path) -> Archive:
         with path.open("rb") as stream:
             start = stream.read(9)
             if start[:4] == b"PK\x03\x04":
-                archive = _read_zip(path)
+                archive = _read_zip(path, stream)
             elif start[:1] == b"\x80":
                 archive = _read_legacy(path, stream)
             elif start[8:] == b"{":
@@ -103,6 +103,8 @@ def read(path: Path) -> Archive:
                 raise WeightsError(f"{path} is neither a safetensors file nor a torch checkpoint, or is cut short")
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    except _DAMAGE as error:
+        raise WeightsError(f"{path} is cut short or damaged: {error}", "fetch it again") from error
     if not archive.tensors:
         raise WeightsError(f"{path} holds no tensors")
     return archive
@@ -112,31 +114,26 @@ def _contiguous(path: Path, dtype: str, shape: tuple[int, ...], start: int) -> S
     return Stored(path, dtype, shape, tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape))), start)
 
 
-def _read_zip(path: Path) -> Archive:
+def _read_zip(path: Path, stream: BinaryIO) -> Archive:
     """Read the current format: a zip archive of one pickle and one file per storage, none of them compressed."""
-    try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as stream:
-            entries = {info.filename: info for info in archive.infolist() if info.compress_type == zipfile.ZIP_STORED}
-            names = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
-            if len(names) != 1 or entries[names[0]].file_size > MAX_PICKLE_BYTES:
-                raise WeightsError(f"{path} is a zip archive, but no checkpoint of torch")
-            root = names[0].removesuffix("data.pkl")
-            if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
-                raise WeightsError(f"{path} was written on a big-endian machine")
-            reader = _Reader(io.BytesIO(archive.read(names[0])))
-            found = reader.next()
+    with zipfile.ZipFile(path) as archive:
+        entries = {info.filename: info for info in archive.infolist() if info.compress_type == zipfile.ZIP_STORED}
+        names = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(names) != 1 or entries[names[0]].file_size > MAX_PICKLE_BYTES:
+            raise WeightsError(f"{path} is a zip archive, but not a torch checkpoint")
+        root = names[0].removesuffix("data.pkl")
+        if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
+            raise WeightsError(f"{path} was written on a big-endian machine")
+        reader = _Reader(io.BytesIO(archive.read(names[0])))
 
-            def place(storage: _Storage) -> tuple[int, int]:
-                """First byte and size of a storage, whose content follows a header of variable length."""
-                entry = entries[f"{root}data/{storage.key}"]
-                stream.seek(entry.header_offset)
-                header = stream.read(30)
-                names_length, extra_length = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
-                return entry.header_offset + 30 + names_length + extra_length, entry.file_size
+    def place(storage: _Storage) -> tuple[int, int]:
+        """First byte and size of a storage, whose content follows a header of variable length."""
+        entry = entries[f"{root}data/{storage.key}"]
+        stream.seek(entry.header_offset + 26)
+        lengths = stream.read(2), stream.read(2)
+        return entry.header_offset + 30 + sum(int.from_bytes(length, "little") for length in lengths), entry.file_size
 
-            return Archive(dict(_tensors(path, found, place)), tuple(sorted(reader.refused)))
-    except (zipfile.BadZipFile, *_DAMAGE) as error:
-        raise WeightsError(f"{path} is cut short or damaged: {error}", "fetch it again") from error
+    return Archive(dict(_tensors(path, reader.next(), place)), tuple(sorted(reader.refused)))
 
 
 def _read_legacy(path: Path, stream: BinaryIO) -> Archive:
@@ -144,25 +141,22 @@ def _read_legacy(path: Path, stream: BinaryIO) -> Archive:
     stream.seek(0)
     head = io.BytesIO(stream.read(MAX_PICKLE_BYTES))
     reader = _Reader(head)
-    try:
-        if reader.next() != LEGACY_MAGIC:
-            raise WeightsError(f"{path} is a pickle, but no checkpoint of torch")
-        reader.next()
-        if reader.next().get("little_endian") is not True:
-            raise WeightsError(f"{path} was written on a big-endian machine")
-        found, keys = reader.next(), reader.next()
-        placed, position = {}, head.tell()
-        for key in keys:
-            stream.seek(position)
-            count = int.from_bytes(stream.read(8), "little")
-            size = count * ITEM_BYTES[reader.storages[key].dtype]
-            placed[key] = position + 8, size
-            position += 8 + size
-        if position > stream.seek(0, io.SEEK_END):
-            raise WeightsError(f"{path} is cut short", "fetch it again")
-        return Archive(dict(_tensors(path, found, lambda storage: placed[storage.key])), tuple(sorted(reader.refused)))
-    except _DAMAGE as error:
-        raise WeightsError(f"{path} is cut short or damaged: {error}", "fetch it again") from error
+    if reader.next() != LEGACY_MAGIC:
+        raise WeightsError(f"{path} is a pickle, but not a torch checkpoint")
+    reader.next()
+    if reader.next().get("little_endian") is not True:
+        raise WeightsError(f"{path} was written on a big-endian machine")
+    found, keys = reader.next(), reader.next()
+    placed, position = {}, head.tell()
+    for key in keys:
+        stream.seek(position)
+        count = int.from_bytes(stream.read(8), "little")
+        size = count * ITEM_BYTES[reader.storages[key].dtype]
+        placed[key] = position + 8, size
+        position += 8 + size
+    if position > stream.seek(0, io.SEEK_END):
+        raise WeightsError(f"{path} is cut short", "fetch it again")
+    return Archive(dict(_tensors(path, found, lambda storage: placed[storage.key])), tuple(sorted(reader.refused)))
 
 
 def _tensors(path: Path, found: Any, place: Any) -> Iterator[tuple[str, Stored]]:
@@ -189,16 +183,13 @@ class Inert(dict[Any, Any]):
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
-    def __call__(self, *_: Any) -> Inert:
+    def _ignore(self, *_: Any) -> Inert:
         return self
 
-    def _ignore(self, *_: Any) -> None:
-        pass
-
-    __setstate__ = append = extend = add = _ignore
+    __call__ = __setstate__ = append = extend = add = _ignore
 
 
-class _Call:
+class _Call(Inert):
     """A function that a pickle may call; its own attributes, such as defaults, are out of the pickle's reach."""
 
     __slots__ = ("function",)
@@ -208,9 +199,6 @@ class _Call:
 
     def __call__(self, *arguments: Any) -> Any:
         return self.function(*arguments)
-
-    def __setstate__(self, _: Any) -> None:
-        pass
 
 
 class _Storage(NamedTuple):

@@ -28,8 +28,6 @@ def _squeezed(tensor: Tensor) -> Sequence[Tensor]:
     return [tensor.flatten(1)]
 
 
-# ------------------------------------------------------------------------------- streaming stage: streaming_t2v.ckpt
-
 _UNET = r"(?:conv_in|conv_norm_out|conv_out|time_embedding|transformer_in|down_blocks|mid_block|up_blocks)\."
 _APM = r"(.+\.attentions\.\d+\.transformer_blocks\.0\.attn2)\."
 _VAE = r"(?:encoder|decoder|quant_conv|post_quant_conv)\."
@@ -70,6 +68,10 @@ LIBRARY_VISUAL: tuple[Rule, ...] = (
 """The same tower, alone or with the rest of CLIP, as the transformers library names it."""
 
 # fmt: off
+_RESNET_LAYERS = {
+    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
+    "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
+}
 STREAM: Mapping[str, KeyMap] = {
     "unet": KeyMap("base_model.", (
         rename(r"cross_attention_merger_down_blocks\.(\d+)\.temporal_transformer\.(.+)", r"cam_mergers.down.\1.\2"),
@@ -140,16 +142,6 @@ def _layer(source: str, target: str, layer: int, attends: bool) -> list[Rule]:
         rules += _spatial_transformer(f"{source}.1", f"{target}.attentions.{layer}")
         rules += _temporal_transformer(f"{source}.2", f"{target}.temp_attentions.{layer}")
     return rules
-
-
-_RESNET_LAYERS = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-}
 
 
 def _resnet(source: str, target: str, layer: int) -> list[Rule]:

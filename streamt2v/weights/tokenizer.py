@@ -1,9 +1,6 @@
 """CLIP's byte-pair tokenizer, which no published checkpoint carries: built from its list of merges."""
 
-from __future__ import annotations
-
 import lzma
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from streamt2v.weights.catalog import PACKAGE
@@ -12,25 +9,17 @@ if TYPE_CHECKING:
     import tokenizers
 
 
-def clip_merges() -> list[str]:
-    """The merges of CLIP's tokenizer, the first one first."""
-    with lzma.open(PACKAGE / "clip" / "merges.txt.xz", "rt", encoding="utf-8") as lines:
-        return lines.read().splitlines()
+def clip_tokenizer(length: int = 77, pad_id: int = 0) -> "tokenizers.Tokenizer":
+    """Build the tokenizer: texts are padded with `pad_id` to `length` tokens, or cut to it before the end token.
 
-
-def clip_tokenizer(merges: Sequence[str], length: int = 77, pad_id: int = 0) -> tokenizers.Tokenizer:
-    """Build the tokenizer.
-
-    Args:
-        merges: 48,894 lines "left right", the first merge first.
-        length: tokens of a text; shorter texts are padded, longer ones cut before the end token.
-        pad_id: 0 in the published models, though CLIP itself pads with the end token.
+    The published models pad with 0, though CLIP itself pads with the end token.
     """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [*map(chr, printable), *(chr(256 + index) for index in range(256 - len(printable)))]
-    pairs = [(left, right) for left, right in (merge.split() for merge in merges)]
+    with lzma.open(PACKAGE / "clip" / "merges.txt.xz", "rt", encoding="utf-8") as merges:  # 48,894, the first one first
+        pairs = [(left, right) for left, right in map(str.split, merges)]
     start, end = "<|startoftext|>", "<|endoftext|>"
     words = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, pairs), start, end]
     vocabulary = {word: index for index, word in enumerate(words)}

@@ -27,7 +27,7 @@ from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
 from streamt2v.stages.refine import Denoiser, Refiner
 from streamt2v.weights import published
 from streamt2v.weights.keymaps import KeyMap
-from streamt2v.weights.tokenizer import clip_merges, clip_tokenizer
+from streamt2v.weights.tokenizer import clip_tokenizer
 from tests.parity import official
 from tests.parity.report import COMPONENT, TABLE, WHOLE_RUN, Report
 
@@ -385,7 +385,7 @@ def text(report: Report, file: str, facts: Facts, tensors: Tensors, _: Setting) 
         )
     )
     fill(encoder, published.open_clip_text(kept), weights)
-    tokenizer = clip_tokenizer(clip_merges())
+    tokenizer = clip_tokenizer()
     tokens = [tokenizer.encode(clean_prompt(prompt)).ids for prompt in facts["prompts"]]
     report.same(file, "tokens", tokens, tensors["tokens"].tolist())
     report.same(file, "tokens in both files", tensors["tokens"].tolist(), facts["tokens"])
