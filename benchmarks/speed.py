@@ -293,13 +293,23 @@ class Networks:
         )  # fmt: skip
 
 
-def measure_parts(networks: Networks, tools: Instruments, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What each part takes, by name; all networks stay loaded."""
+def tell_part(name: str, row: Mapping[str, Any]) -> None:
+    """Print what a part takes."""
+    print(f"{name}: {row['seconds']:.4f} s", flush=True)
+
+
+def measure_parts(
+    networks: Networks,
+    tools: Instruments,
+    given: Mapping[str, Any],
+    tell: Callable[[str, dict[str, Any]], None] = tell_part,
+) -> dict[str, dict[str, Any]]:
+    """What each part takes, by name, told one by one; all networks stay loaded."""
     found: dict[str, dict[str, Any]] = {}
 
     def measured(what: str, size: tuple[int, int], work: Work, **more: Any) -> None:
         found[what] = {"height": size[0], "width": size[1], **more, **tools.measure(work)}
-        print(f"{what}: {found[what]['seconds']:.4f} s", flush=True)
+        tell(what, found[what])
 
     base, own = networks.config.stream.size, networks.config.stream
     _, second = streaming_plan(length(2, own.chunk, own.overlap), own.chunk, own.overlap)
@@ -511,14 +521,21 @@ def measure_profile(networks: Networks, tools: Instruments) -> dict[str, dict[st
     return {name: tools.profile(work) for name, work in works.items()}
 
 
-def measure_gains(tools: Instruments, gains: Iterator[tuple[str, Work, Work]]) -> dict[str, dict[str, Any]]:
+def tell_gain(name: str, row: Mapping[str, Any]) -> None:
+    """Print what a gain brings."""
+    print(f"{name}: {row['without']:.4f} -> {row['with']:.4f} s", flush=True)
+
+
+def measure_gains(
+    tools: Instruments, gains: Iterator[tuple[str, Work, Work]], tell: Callable[[str, dict[str, Any]], None] = tell_gain
+) -> dict[str, dict[str, Any]]:
     """Seconds without and with each gain, and the largest difference of the results over their largest value."""
     found: dict[str, dict[str, Any]] = {}
     for name, without, with_it in gains:
         change = difference(without(), with_it())
         before, after = tools.seconds(without, with_it)
         found[name] = {"without": before, "with": after, "repeats": tools.repeats, "difference": change}
-        print(f"{name}: {before:.4f} -> {after:.4f} s", flush=True)
+        tell(name, found[name])
     return found
 
 
@@ -555,7 +572,9 @@ def threads(device: devices.Device) -> int | None:
     return 1 if device.kind == "cpu" else None
 
 
-def measure_tiers(asked: RunConfig, tools: Instruments, tiers: Sequence[float]) -> list[dict[str, Any]]:
+def measure_tiers(
+    asked: RunConfig, tools: Instruments, tiers: Sequence[float], tell: Callable[[dict[str, Any]], None] = print
+) -> list[dict[str, Any]]:
     """Run two chunks of every stage within each of `tiers` GB, which a GPU then holds the process to."""
     one_step = {f"{stage}.num_inference_steps": 1 for stage in ("initialize", "stream", "refine")}
     frames = asked.refine.chunk + 1
@@ -570,18 +589,13 @@ def measure_tiers(asked: RunConfig, tools: Instruments, tiers: Sequence[float]) 
             "stated_bytes": memory.needed(stages, policy),
         }
         tools.forget_peak()
-        if tools.device.kind == "cuda":
-            there = torch.cuda.get_device_properties(tools.device.name).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / there), tools.device.name)
         try:
             _, warnings = whole_run(asked, tools.device, gigabytes)
             row |= {"peak_bytes": tools.peak(), "warnings": warnings}
         except MemoryLimitError as error:
             row |= {"peak_bytes": None, "warnings": [error.message]}
         found.append(row)
-        print(row, flush=True)
-    if tools.device.kind == "cuda":
-        torch.cuda.set_per_process_memory_fraction(1.0, tools.device.name)
+        tell(row)
     return found
 
 
@@ -598,7 +612,40 @@ def table(results: Path) -> str:
     ]
     for path in sorted(results.glob("*-speed-*.json")):
         lines += section(json.loads(path.read_text("utf-8")))
+    for path in sorted(results.glob("*-gpu*.jsonl")):
+        lines += gpu_section([json.loads(line) for line in path.read_text("utf-8").splitlines()])
+    if not list(results.glob("*-gpu*.jsonl")):
+        lines += [
+            "## On a GPU",
+            "",
+            "Not run on CUDA yet: `python benchmarks/gpu.py` makes the rows of this table.",
+            "",
+        ]
     return "\n".join(lines)
+
+
+def gpu_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The lines of one card, from the rows that `gpu.py` left."""
+    machine = next((row for row in rows if row["name"] == "machine"), {"card": "an unknown card", "date": "?"})
+    packages = ", ".join(f"{name} {found}" for name, found in machine.get("packages", {}).items())
+    lines = [
+        f"## {machine['card']}, {machine['date']}", "",
+        f"Rows of `python benchmarks/gpu.py{' --small' * bool(machine.get('small'))}`; {packages}.", "",
+        "| step | what | way | ms | rate | more |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    known = {"step", "name", "way", "ms", "tflop", "gb"}
+    for row in rows:
+        if row["name"] == "machine":
+            continue
+        seconds, rate = row.get("ms", 0) / 1000, ""
+        if seconds and row.get("tflop"):
+            rate = f"{row['tflop'] / seconds:.3g} TFLOP/s"
+        elif seconds and row.get("gb"):
+            rate = f"{row['gb'] / seconds:.3g} GB/s"
+        more = "; ".join(f"{key} {value}" for key, value in row.items() if key not in known).replace("|", "/")
+        shown = [row["step"], row["name"], row.get("way", ""), f"{row['ms']:.4g}" if "ms" in row else "", rate, more]
+        lines.append("| " + " | ".join(" ".join(str(cell).split()) for cell in shown) + " |")
+    return [*lines, ""]
 
 
 def section(result: Mapping[str, Any]) -> list[str]:

@@ -116,13 +116,18 @@ def check(
     """
     files.make_directory(shared.out_dir)
     fields = {name: field for name, field in options.fields_of(command).items() if name not in OF_THE_BATCH}
+    pictures = {files.identity(Path(str(row.fields["image"]))) for row in rows if "image" in row.fields} - {None}
     tasks, refusals, seen = list[Task](), list[Refusal](), dict[tuple[str, str], int]()
     for index, (row, name) in enumerate(zip(rows, _names(rows), strict=True)):
         mine = index % shard[1] == shard[0]
         try:
             output = _output(row, name, shared.out_dir, seen)
             if mine:
-                tasks.append(_task(row, name, output, shared, fields, note))
+                task = _task(row, name, output, shared, fields, note)
+                for target in filter(None, (output, task.job.preview)):
+                    if files.identity(target) in pictures:
+                        raise OutputError(f"{target} is the picture that a row starts from", "choose another name")
+                tasks.append(task)
         except (StreamT2VError, OSError) as error:
             if mine:
                 refusals.append(Refusal(name, row.line, explained(error)))
@@ -401,7 +406,7 @@ def _placed(task: Task, has_gpu: bool) -> tuple[Task, dict[str, float]]:
         raise ConfigError(f"the device of {task.id} is {kind}, Ray {found}", "use --device auto, cuda or cpu")
     if kind != "cuda":
         return task, {"num_cpus": job.threads or devices.default_threads()}
-    seen, free = devices.glance()  # the GPU of this machine stands for all
+    seen, free, _ = devices.glance()  # the GPU of this machine stands for all
     stages = planning.stages(job.config)
     wanted = job.memory * 1e9 if job.memory else memory.needed(stages, memory.choose(free, stages, "cuda"))
     if seen != "cuda" or free < 2 * wanted or named(job.config) != OWN:

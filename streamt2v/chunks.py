@@ -7,6 +7,7 @@ the last chunk shifts back (overlapping more) instead of frames being cut off or
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from streamt2v.errors import ConfigError
 
@@ -82,6 +83,12 @@ def refinement_plan(num_frames: int, size: int, overlap: int) -> tuple[Chunk, ..
         start = min(previous.start + size - overlap, num_frames - size)
         chunks.append(Chunk(len(chunks), start, start + size, previous.stop))
     return tuple(chunks)
+
+
+def middles(plan: Sequence[Chunk]) -> tuple[range, ...]:
+    """Return the frames that each chunk keeps where chunks that overlap share them in halves: every frame once."""
+    cuts = [0, *((left.stop + right.start + 1) // 2 for left, right in pairwise(plan)), plan[-1].stop]
+    return tuple(map(range, cuts, cuts[1:]))
 
 
 def length(num_chunks: int, size: int, overlap: int) -> int:

@@ -36,6 +36,7 @@ from streamt2v.errors import (
     OutputError,
     StreamT2VError,
     Terminated,
+    VideoError,
     WeightsError,
     explained,
     stopped_by,
@@ -115,7 +116,7 @@ def refine(
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="What it shows. Default: the video's own prompts.")
     ] = None,
-    fps: Annotated[float | None, typer.Option("--fps", help="Frames per second. Default: the source's.")] = None,
+    fps: options.SourceFps = None,
     guidance: Annotated[
         float | None, typer.Option("--guidance", help="Guidance; 1 is off.", rich_help_panel=options.ADVANCED)
     ] = None,
@@ -123,9 +124,9 @@ def refine(
 ) -> None:
     """Refine a video of any length: same frames, same sound, more detail.
 
-    [b]streamt2v refine ball.mp4 -o ball_hd.mp4 --size 1280x720[/b]
+    [b]streamt2v refine holiday.mp4 -o holiday_hd.mp4 --size 1920x1080[/b]
 
-    [b]streamt2v refine ball.mp4 --prompt "a red ball over the sea" --refine-steps 8 -o better.mp4[/b]
+    [b]streamt2v refine ball.mp4 --strength creative -o other.mp4[/b]
     """
     output = output or source.parent / f"{source.stem}_refined.mp4"
     _run("refine", source, output, given, prompt=prompt, fps=fps, refine_guidance=guidance)
@@ -140,7 +141,7 @@ def extend(
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="What it shows. Default: the video's last prompt.")
     ] = None,
-    fps: Annotated[float | None, typer.Option("--fps", help="Frames per second. Default: the source's.")] = None,
+    fps: options.SourceFps = None,
     **given: Any,
 ) -> None:
     """Continue a video: its own frames, then new ones that follow from its last 16.
@@ -157,10 +158,13 @@ def _run(command: str, source: Path | None, output: Path | None, given: dict[str
     """Carry out a command that makes a video; `given` are the options of the shared groups."""
     json_output, quiet, verbose = (given.pop(name) for name in ("json_output", "quiet", "verbose"))
     behaviour = {name: given.pop(name) for name in jobs.BEHAVIOUR if name in given}
+    behaviour["inputs"] = tuple(filter(None, (given.get("config_file"), given.get("timeline"))))
     behaviour["resume"] |= behaviour["resume_anyway"]
     if behaviour["resume"] and output is None:
         raise ConfigError("--resume needs to know which output", "name it with -o")
     found = None if source is None else jobs.inspect_source(source)
+    if command == "refine" and found is not None and not found.own:
+        given["strength"] = given["strength"] or "faithful"
     more |= {"device": behaviour["device"], "resume_from": output if behaviour["resume"] else None, "source": found}
     resolved = options.resolve(**given, **more)
     output = output or default_output(resolved.prompt, resolved.seed)
@@ -195,6 +199,9 @@ def _emit_result(result: jobs.Result, json_output: bool) -> None:
 @app.command()
 def resume(
     run: Annotated[Path, typer.Argument(help="The output, or its run directory OUT.streamt2v.", show_default=False)],
+    device: Annotated[
+        str | None, typer.Option("--device", help="Another device of the same kind and name. Default: where it began.")
+    ] = None,
     json_output: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -212,7 +219,8 @@ def resume(
         _saying(quiet)(f"{output} is finished")
         _emit_result(result, json_output)
     else:
-        _make(jobs.resumed(output), json_output, quiet, verbose)
+        job = jobs.resumed(output)
+        _make(dataclasses.replace(job, device=device or job.device), json_output, quiet, verbose)
 
 
 @app.command()
@@ -265,7 +273,7 @@ def rerun(
     for key, value in config.to_flat(settings).items():
         if value != usual.get(key):
             tell(f"  {key} = {value}")
-    result = _made(jobs.Job(command, settings, output, source, like=like, **given), quiet, verbose)
+    result = _made(jobs.Job(command, settings, output, source, like=like, inputs=(video,), **given), quiet, verbose)
     if differences := jobs.compare(video, output):
         raise DifferenceError(f"the frames of {output} differ from those of {video}: {'; '.join(differences)}")
     tell(f"the frames are those of {video}")
@@ -354,6 +362,7 @@ def batch(
         given.pop(name) for name in ("json_output", "quiet", "verbose", "overwrite")
     )
     behaviour = {name: given.pop(name) for name in jobs.BEHAVIOUR if name in given}
+    behaviour["inputs"] = tuple(filter(None, (Path(file), given.get("config_file"), given.get("timeline"))))
     given |= {"frames": frames, "fps": fps, "device": None if ray else behaviour["device"]}  # a cluster has its own
     shared = batches.Shared(out_dir, given, behaviour, overwrite)
     with _terminable(FETCHING), Progress(quiet=quiet, verbose=verbose) as progress:
@@ -402,6 +411,7 @@ def plan(
     frames: options.Frames = None,
     fps: options.Fps = None,
     device: options.DeviceOption = "auto",
+    threads: options.Threads = None,
     memory: options.Memory = None,
     json_output: options.Json = False,
     **given: Any,
@@ -414,7 +424,7 @@ def plan(
     """
     resolved = options.resolve(prompt=options.read_prompt(prompt), frames=frames, fps=fps, device=device, **given)
     jobs.check_wishes(resolved)
-    report = planning.plan(resolved, device, memory)
+    report = planning.plan(resolved, device, memory, threads)
     _emit(json.dumps(dataclasses.asdict(report)) if json_output else plain(report.as_text()))
 
 
@@ -448,7 +458,7 @@ def bench(
             from streamt2v import pipeline
 
             pipeline.run(job, progress)
-    report = planning.plan(resolved, device, memory)
+    report = planning.plan(resolved, device, memory, threads)
     _emit(json.dumps(dataclasses.asdict(report)) if json_output else report.as_text())
 
 
@@ -524,10 +534,15 @@ def evaluate(
         prompt, against, None if seams is None else evaluation.parse_seams(seams), window, flow_size, clip,
         clip_every, device,
     )  # fmt: skip
-    for target in filter(None, (report_file, csv_file, frames_csv)):
-        jobs.check_target(target, overwrite)
+    targets = [target for target in (report_file, csv_file, frames_csv) if target is not None]
+    for number, target in enumerate(targets):
+        jobs.check_target(target, overwrite, *videos, against, *targets[:number])
     with _terminable("stopped; nothing was written"), Progress(quiet=quiet) as progress:
-        results = evaluation.evaluate(videos, settings, progress, _saying(quiet))
+        results, failures = evaluation.evaluate(videos, settings, progress, _saying(quiet))
+    for failure in failures[not results :]:
+        _complain(f"error: {failure.message}", failure.hint)
+    if not results:
+        raise failures[0]
     pages = {
         report_file: report.as_html(results, settings),
         csv_file: report.videos_csv(results),
@@ -540,6 +555,8 @@ def evaluate(
         _emit(json.dumps(report.as_json(results, settings), ensure_ascii=False, allow_nan=False))
     else:
         _emit(plain(report.as_text(results)))
+    if failures:
+        raise VideoError(f"{len(failures)} of {len(videos)} videos could not be measured", "the others are above")
 
 
 @app.command()
@@ -564,8 +581,8 @@ def preview(
     """
     named = runs.output_of(source)
     targets = output or [named.parent / f"{named.stem}_preview{kind}" for kind in (".png", ".webp")]
-    for target in targets:
-        jobs.check_target(target, overwrite)
+    for number, target in enumerate(targets):
+        jobs.check_target(target, overwrite, named, *targets[:number])
     from streamt2v import preview
 
     for target in targets:
@@ -592,7 +609,7 @@ def report(
     """
     named = runs.output_of(video)
     target = output or named.parent / f"{named.stem}.html"
-    jobs.check_target(target, overwrite)
+    jobs.check_target(target, overwrite, named)
     from streamt2v import report
 
     files.write_bytes(target, report.as_html(jobs.look(video)).encode(errors="replace"))

@@ -12,11 +12,13 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args, get_type_hints
 
 from streamt2v.chunks import check_chunking, seams, snap, streaming_plan
+from streamt2v.clock import exact_rate
 from streamt2v.errors import ConfigError
 
 Fit = Literal["contain", "cover", "pad"]
@@ -25,6 +27,7 @@ Variant = Literal["published", "corrected"]
 Order = Literal["diagonal", "sweep"]
 Solver = Literal["ddim", "dpmpp"]
 Quality = Literal["reference", "balanced", "fast"]
+Strength = Literal["faithful", "balanced", "creative"]
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -129,6 +132,11 @@ class OutputConfig:
     fit: Fit = _value("contain", "contain keeps the aspect ratio, cover crops, pad adds borders")
     fps: float = _value(8.0, "frames per second", 0.01, 1000)
     crf: int = _value(18, "H.264 quality: lower is better and larger", 0, 51)
+
+    @property
+    def rate(self) -> Fraction:
+        """Exact frames per second: the fraction that `fps` is the float of."""
+        return exact_rate(self.fps)
 
 
 @dataclass(frozen=True)
@@ -281,8 +289,8 @@ def _parse(key: str, kind: Any, text: str) -> Any:
     if kind not in (int, float):
         return text
     try:
-        return kind(text)
-    except ValueError:
+        return float(Fraction(text)) if kind is float and "/" in text else kind(text)  # such as 30000/1001
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise ConfigError(f"{key} is {text!r}, it must be of type {kind.__name__}") from None
 
 
@@ -358,22 +366,23 @@ def _read_preset(name: str) -> dict[str, Any]:
     return read_toml(PRESETS / f"{name}.toml")
 
 
-def preset(name: str, quality: str | None = None) -> dict[str, Any]:
-    """Return {dotted key: value} of a shipped preset, with one of its `quality` tables on top.
+def preset(name: str, quality: str | None = None, strength: str | None = None) -> dict[str, Any]:
+    """Return {dotted key: value} of a shipped preset, with one of its `quality` and of its `strength` tables on top.
 
     Raises:
-        ConfigError: no such preset, or the preset has no such quality.
+        ConfigError: no such preset, or the preset has no such quality or strength.
     """
     if name not in (known := presets()):
         raise ConfigError(f"unknown preset {name!r}", nearest(name, known))
     table = _read_preset(name)
-    qualities = cast("dict[str, dict[str, Any]]", table.get("quality", {}))
-    table = {key: value for key, value in table.items() if key != "quality"}
-    if quality is None:
-        return flatten(table)
-    if quality not in qualities:
-        raise ConfigError(f"unknown quality {quality!r} of preset {name}", nearest(quality, sorted(qualities)))
-    return {**flatten(table), **flatten(qualities[quality])}
+    asked = {"quality": quality, "strength": strength}
+    found = flatten({key: value for key, value in table.items() if key not in asked})
+    for what, choice in asked.items():
+        choices = cast("dict[str, dict[str, Any]]", table.get(what, {}))
+        if choice is not None and choice not in choices:
+            raise ConfigError(f"unknown {what} {choice!r} of preset {name}", nearest(choice, sorted(choices)))
+        found |= flatten(choices.get(choice or "", {}))
+    return found
 
 
 def to_flat(config: RunConfig) -> dict[str, Any]:

@@ -5,24 +5,32 @@ Torch is imported when a device is resolved, not with this module.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
+import platform
+import re
 import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
-from streamt2v.errors import ConfigError, stopped_by
+from streamt2v.errors import ConfigError, StreamT2VError, stopped_by
+from streamt2v.memory import OWN_BYTES
 
 if TYPE_CHECKING:
     import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 BACKEND = "inductor"  # of torch.compile
+# CUDA, HIP, MPS and Triton say the first, cuBLAS and cuDNN the second, the allocator of a CPU the third.
+_OUT_OF_MEMORY = re.compile(r"out of memory|_STATUS_ALLOC_FAILED|allocate memory", re.IGNORECASE)
 log = logging.getLogger(__name__)
 
 
@@ -38,8 +46,19 @@ class Device:
         return self.name.partition(":")[0]
 
 
+class Glance(NamedTuple):
+    """What can be known of a device without torch: its kind, its free bytes, and the name of a GPU."""
+
+    kind: str
+    free: int
+    card: str = ""
+
+
 def resolve(name: str = "auto") -> Device:
-    """Find a device by name.
+    """Find a device by name; a CUDA device becomes the one that this process works on.
+
+    CUDA devices are counted in the order of their slots, as nvidia-smi does, unless CUDA_DEVICE_ORDER says otherwise;
+    and only those that CUDA_VISIBLE_DEVICES leaves.
 
     Args:
         name: "auto" (the first CUDA device, else MPS, else the CPU), "cpu", "cuda", "cuda:N" or "mps".
@@ -48,6 +67,7 @@ def resolve(name: str = "auto") -> Device:
         ConfigError: the name means nothing, or this machine has no such device.
     """
     kind, index = parse(name)
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     import torch
 
     has_mps = torch.backends.mps.is_available()
@@ -61,7 +81,11 @@ def resolve(name: str = "auto") -> Device:
             why = "" if torch.version.cuda or torch.version.hip else "; the installed torch is a CPU build"
             found = f"{count} CUDA device{'s' if count != 1 else ''}"
             raise ConfigError(f"{name!r} is not there: torch finds {found}{why}", "use --device cpu, or auto")
-    return Device(f"cuda:{int(index or 0)}" if kind == "cuda" else kind)
+    if kind != "cuda":
+        return Device(kind)
+    # Else memory would be pinned, and events recorded, by the first device.
+    torch.cuda.set_device(int(index or 0))
+    return Device(f"cuda:{int(index or 0)}")
 
 
 def parse(name: str) -> tuple[str, str]:
@@ -70,6 +94,25 @@ def parse(name: str) -> tuple[str, str]:
     if kind not in ("auto", "cpu", "cuda", "mps") or (":" in name and not (kind == "cuda" and index.isdecimal())):
         raise ConfigError(f"{name!r} is no device", "devices are auto, cpu, cuda, cuda:0, cuda:1, ... and mps")
     return kind, index
+
+
+def card(device: Device) -> str:
+    """Name of a GPU; "" for other devices. Two of one name compute the same bits."""
+    if device.kind != "cuda":
+        return ""
+    import torch
+
+    return str(torch.cuda.get_device_properties(device.name).name)
+
+
+def caution(kind: str) -> str:
+    """What a user should know before a run on a kind of device; "" where there is nothing to say."""
+    if kind != "mps":
+        return ""
+    return (
+        "streamt2v was never tried on MPS: its attention keeps all pairs of positions there, so large frames take far "
+        "more memory than is stated; --device cpu is tested"
+    )
 
 
 def describe(device: Device) -> str:
@@ -114,6 +157,33 @@ def set_threads(threads: int | None = None) -> int:
     return threads
 
 
+def repeat_exactly(device: Device) -> None:
+    """Let a CUDA device answer the same question by the same kernels, so that a run repeats to the bit.
+
+    cuDNN then leaves out what adds up in no fixed order, and tries no kernels against each other; cuBLAS gets its
+    memory beforehand, 32 MiB. What that costs in time, `benchmarks/gpu.py` measures (not run on CUDA yet). Where hardly
+    any memory is free, cuDNN may still have to take another kernel: then bits can differ.
+    """
+    if device.kind == "cuda":
+        import torch
+
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+
+
+def limit_memory(device: Device, limit: int | None) -> None:
+    """Hold this process to so many bytes of a CUDA device, its context included; None: to no less than there are.
+
+    What asks for more fails as if there were no more. Other devices are not held to anything.
+    """
+    if device.kind == "cuda":
+        import torch
+
+        there = torch.cuda.get_device_properties(device.name).total_memory
+        wanted = there if limit is None else max(limit - OWN_BYTES, limit // 2)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, wanted / there), device.name)
+
+
 def keep_freed_memory() -> bool:
     """Let the C library keep freed blocks for the next tensor; returns whether it can (glibc only).
 
@@ -141,6 +211,15 @@ def arrange(network: torch.nn.Module, device: Device) -> None:
         for parameter in network.parameters():
             if parameter.ndim in formats:
                 parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
+
+
+def has_bfloat16(device: Device) -> bool:
+    """Tell whether a device multiplies bfloat16 faster than float32: GPUs, and CPUs with instructions for it."""
+    import torch
+
+    # Before torch 2.7 it could not be asked.
+    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return device.kind == "cuda" or (device.kind == "cpu" and bool(asked()))
 
 
 def keep_compiled(folder: Path) -> None:
@@ -196,41 +275,121 @@ def wait(device: Device) -> None:
         torch.cuda.synchronize(device.name)
 
 
-def release_memory(device: Device) -> None:
-    """Give freed blocks of a CUDA device back, before another model wants them in other sizes."""
+class Stopwatch:
+    """Adds up the seconds of some work; on a CUDA device by the device's own clock, so that nobody waits for it."""
+
+    def __init__(self, device: Device) -> None:
+        self.device, self._seconds = device, 0.0
+        self._pending: deque[tuple[Any, Any]] = deque()  # events: when some work began, and when it ended
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Count what is done inside the block; what was queued before it does not belong to it."""
+        if self.device.kind != "cuda":
+            began = time.monotonic()
+            yield
+            self._seconds += time.monotonic() - began
+            return
+        import torch
+
+        cuda: Any = torch.cuda
+        start, end = (cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        yield
+        end.record()
+        self._pending.append((start, end))
+        self._collect()
+
+    def _collect(self) -> None:
+        while self._pending and self._pending[0][1].query():
+            start, end = self._pending.popleft()
+            self._seconds += start.elapsed_time(end) / 1000
+
+    @property
+    def seconds(self) -> float:
+        """What was counted so far; waits for the device."""
+        wait(self.device)
+        self._collect()
+        return self._seconds
+
+
+def send(values: torch.Tensor, device: str | torch.device) -> torch.Tensor:
+    """Return a tensor of the host on a device; a CUDA device may still be busy then, and nobody waits for it.
+
+    Only out of pinned memory can a copy be left to the device, so the values go there first.
+    """
+    if not str(device).startswith("cuda"):
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def release_memory(device: Device, *, graphs: bool = False) -> None:
+    """Give freed blocks of a CUDA device back, before another model wants them in other sizes.
+
+    Args:
+        device: where.
+        graphs: also those that recorded graphs keep; what is called again after that is compiled anew.
+    """
     if device.kind == "cuda":
         import torch
 
-        if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # recorded graphs keep theirs
+        if graphs and "torch._inductor.cudagraph_trees" in sys.modules:
+            torch.compiler.reset()
         torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that the device or the host had too little memory."""
+    """Tell whether an error means that the device or the host had too little memory.
+
+    Only the allocators of torch have a class of their own for that: of libraries, of pinned memory and of graphs there
+    is the message alone.
+    """
     import torch
 
-    # The CPU's allocator has no class of its own.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return not isinstance(error, StreamT2VError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
-def glance(name: str = "auto") -> tuple[str, int]:
-    """Kind and free bytes of the device that `resolve` would most likely find, without importing torch.
+def glance(name: str = "auto") -> Glance:
+    """Look at the device that `resolve` would most likely find, without importing torch where that can be helped.
 
     Raises:
-        ConfigError: the name means nothing.
+        ConfigError: the name means nothing, or this machine has no such device.
     """
     from importlib.metadata import version  # not at import: it takes 15 ms of every command
 
-    kind, _ = parse(name)
-    if kind in ("auto", "cuda") and (kind == "cuda" or "+cpu" not in version("torch")):
-        ask = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-        try:
-            said = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout.split()
-            return "cuda", int(said[0]) * 2**20
-        except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-            pass
-    return "cpu" if kind == "auto" else kind, free_memory()
+    kind, index = parse(name)
+    if kind == "cuda" or (kind == "auto" and "+cpu" not in version("torch")):
+        cards = _cards()
+        if int(index or 0) < len(cards):
+            return cards[int(index or 0)]
+    if kind in ("cuda", "mps"):  # torch knows of devices that nvidia-smi does not, and says what it lacks
+        device = resolve(name)
+        return Glance(kind, free_memory(device), card(device))
+    apple = kind == "auto" and (sys.platform, platform.machine()) == ("darwin", "arm64")
+    return Glance("mps" if apple else "cpu", free_memory())
+
+
+def _cards() -> list[Glance]:
+    """The GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES leaves, in the order of the latter."""
+    ask = ["nvidia-smi", "--query-gpu=index,uuid,memory.free,name", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout
+        rows = [[cell.strip() for cell in line.split(",", 3)] for line in said.splitlines() if line.strip()]
+        found = {(index, uuid): Glance("cuda", int(free) * 2**20, name) for index, uuid, free, name in rows}
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return list(found.values())
+    seen = list[Glance]()
+    for asked in map(str.strip, named.split(",")):
+        meant = [key for key in found if asked == key[0] or (asked.startswith("GPU-") and key[1].startswith(asked))]
+        if not meant:
+            break  # CUDA sees nothing of what comes behind a name that means nothing
+        seen.append(found[meant[0]])
+    return seen
 
 
 def offload(network: torch.nn.Module, device: Device) -> None:
@@ -250,7 +409,7 @@ def offload(network: torch.nn.Module, device: Device) -> None:
 
     def give_back(layer: torch.nn.Module, *_: Any) -> None:
         for parameter in layer.parameters(recurse=False):
-            parameter.data = host.pop(parameter)
+            parameter.data = host.pop(parameter, parameter.data)  # not fetched where memory ended before
 
     for buffer in network.buffers():
         buffer.data = moved(buffer.data)

@@ -69,7 +69,9 @@ def _torch(name: str) -> Check:
     import torch
 
     device = devices.resolve(name)
-    return Check("torch", True, f"{torch.__version__}: {devices.describe(device)}")
+    caution = devices.caution(device.kind)
+    found = f"{torch.__version__}: {devices.describe(device)}{caution and f'; {caution}'}"
+    return Check("torch", True, found)
 
 
 def _libraries() -> Check:
@@ -90,7 +92,11 @@ def _memory(name: str) -> Check:
 
 
 def _ffmpeg() -> Check:
-    import imageio_ffmpeg  # type: ignore[import-untyped]
+    try:
+        import imageio_ffmpeg  # type: ignore[import-untyped]
+    except ImportError:
+        found = "no imageio-ffmpeg: PyAV writes videos, and their sound is not copied"
+        return Check("ffmpeg", True, found, "install imageio-ffmpeg")
 
     binary = imageio_ffmpeg.get_ffmpeg_exe()
     said = subprocess.run(

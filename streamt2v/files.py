@@ -37,6 +37,24 @@ def stamp(path: Path) -> tuple[int, int, int] | None:
     return None
 
 
+def identity(path: Path) -> tuple[int, int] | None:
+    """Return what all names of one file share, links included; None where there is none."""
+    with contextlib.suppress(OSError):
+        status = path.stat()
+        return status.st_dev, status.st_ino
+    return None
+
+
+def is_same(path: Path, other: Path) -> bool:
+    """Tell whether two names mean one file: as they are written, by links, or as one file with two names."""
+    found = identity(path)
+    if found is not None and found == identity(other):
+        return True
+    with contextlib.suppress(OSError):
+        return path.resolve() == other.resolve()
+    return False
+
+
 def free_bytes(path: Path) -> int:
     """Return the free bytes of the file system that holds a path, or would hold it (0 if that cannot be told)."""
     for parent in (path, *path.absolute().parents):

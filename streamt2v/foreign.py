@@ -14,7 +14,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from fractions import Fraction
 from functools import lru_cache
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from streamt2v import files, video
+from streamt2v.clock import Clock
 from streamt2v.errors import VideoError
 
 if TYPE_CHECKING:
@@ -48,15 +49,34 @@ def probe(path: Path) -> video.VideoInfo:
 def _probe(path: Path, _stamp: tuple[int, int, int] | None) -> video.VideoInfo:
     with closing(_answers("probe", path)) as answers:
         (facts, _), *_ = answers
-    return video.VideoInfo(**{**facts, "fps": Fraction(facts["fps"])})
+    tracks = tuple(video.Track(**track) for track in facts["tracks"])
+    return video.VideoInfo(**{**facts, "clock": _clock(facts["clock"]), "tracks": tracks})
 
 
-def read_frames(path: Path, batch: int = 8) -> Iterator[Frames]:
-    """Decode a video as `video.read_frames` does."""
-    with closing(_answers("read", path)) as answers:
-        images = (np.frombuffer(data, np.uint8).reshape(facts["shape"]) for facts, data in answers)
+def _clock(facts: dict[str, Any]) -> Clock:
+    return Clock(**{**facts, "start": Fraction(facts["start"]), "rate": Fraction(facts["rate"])})
+
+
+def read_frames(path: Path, batch: int = 8, note: Callable[[str], None] | None = None) -> Iterator[Frames]:
+    """Decode a video as `video.read_frames` does, by its own clock: exactly the frames that `probe` tells of.
+
+    Args:
+        path: the video.
+        batch: frames of an array.
+        note: told what is damaged, and which frame is shown instead; None refuses that.
+    """
+    clock = json.dumps(dataclasses.asdict(probe(path).clock), default=str)
+    with closing(_answers("read", path, clock, "bridge" if note else "refuse")) as answers:
+        images = (image for facts, data in answers for image in _images(facts, data, note))
         while group := list(islice(images, batch)):
             yield np.stack(group)
+
+
+def _images(facts: dict[str, Any], data: bytes, note: Callable[[str], None] | None) -> Iterator[Frames]:
+    """Return the frames of one answer: one picture, as often as it is shown; what is only said is passed on."""
+    if note is not None and "note" in facts:
+        note(facts["note"])
+    return iter([np.frombuffer(data, np.uint8).reshape(facts["shape"])] * facts["count"] if "shape" in facts else [])
 
 
 def digest(path: Path) -> tuple[int, str]:
@@ -68,9 +88,9 @@ def digest(path: Path) -> tuple[int, str]:
     return count, sha256.hexdigest()
 
 
-def _answers(what: str, path: Path) -> Generator[tuple[dict[str, Any], bytes]]:
+def _answers(what: str, path: Path, *more: str) -> Generator[tuple[dict[str, Any], bytes]]:
     """Let the process do something with a video: (facts, bytes) again and again. Its errors are raised here."""
-    command = [sys.executable, "-P", "-m", __name__, what, str(path)]
+    command = [sys.executable, "-P", "-m", __name__, what, str(path), *more]
     # It imports what this process did, wherever it was started: -P leaves out the current folder.
     found = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
     surroundings = {**os.environ, "PYTHONPATH": found, "OPENBLAS_NUM_THREADS": "1"}
@@ -96,7 +116,7 @@ def _answers(what: str, path: Path) -> Generator[tuple[dict[str, Any], bytes]]:
 # -- in the process itself --------------------------------------------------------------------------------------------
 
 
-def _main(what: str, path: Path) -> None:
+def _main(what: str, path: Path, clock: str = "", damage: str = "") -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; who asked decides what follows
     try:
         _limit_memory(_MEMORY)
@@ -105,10 +125,11 @@ def _main(what: str, path: Path) -> None:
         if what == "probe":
             _check_length(path)
             info = video.probe(path)
-            _answer({**dataclasses.asdict(info), "fps": str(info.fps)})
+            _answer(dataclasses.asdict(info))
         else:
-            for frames in video.read_frames(path, 1):
-                _answer({"shape": frames.shape[1:]}, frames.tobytes())
+            note = (lambda text: _answer({"note": text})) if damage == "bridge" else None
+            for frame, count in video.read_pictures(path, _clock(json.loads(clock)) if clock else None, note):
+                _answer({"shape": frame.shape, "count": count}, frame.tobytes())
     except VideoError as error:
         _answer({"error": (error.message, error.hint)})
     except BrokenPipeError:
@@ -118,7 +139,7 @@ def _main(what: str, path: Path) -> None:
 
 
 def _answer(facts: dict[str, Any], data: bytes = b"") -> None:
-    sys.stdout.buffer.write(json.dumps({**facts, "bytes": len(data)}).encode() + b"\n" + data)
+    sys.stdout.buffer.write(json.dumps({**facts, "bytes": len(data)}, default=str).encode() + b"\n" + data)
     sys.stdout.buffer.flush()
 
 
@@ -142,4 +163,4 @@ def _check_length(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], Path(sys.argv[2]))
+    _main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from streamt2v.devices import send
 from streamt2v.errors import ConfigError, NumericsError
 
 Frames: TypeAlias = npt.NDArray[np.uint8]
@@ -28,19 +29,25 @@ def to_float(frames: Frames, device: torch.device | str = "cpu") -> Tensor:
 
     The bytes are moved to `device` before they are widened: a quarter of the traffic.
     """
-    tensor = torch.from_numpy(np.array(frames)).to(device).permute(0, 3, 1, 2)
+    tensor = send(torch.from_numpy(np.array(frames)), device).permute(0, 3, 1, 2)
     return tensor.float().div_(127.5).sub_(1.0).contiguous()
 
 
+def extremes(values: Tensor) -> tuple[float, float]:
+    """Return the smallest and the largest value, both NaN where a value is; one wait for the device brings both."""
+    low, high = torch.stack(values.aminmax()).tolist()
+    return low, high
+
+
 def is_finite(values: Tensor) -> bool:
-    """Tell whether no value is NaN or infinite: by one sum, and one by one only where that overflows."""
-    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
+    """Tell whether no value is NaN or infinite."""
+    return all(map(math.isfinite, extremes(values)))
 
 
-def is_empty(values: Tensor) -> bool:
-    """Tell whether all values are exactly the same: no network makes that of a picture, however dark it is."""
-    low, high = values.aminmax()
-    return bool(low == high) and values.numel() > 1
+def is_picture(values: Tensor) -> bool:
+    """Tell whether values are finite and not all the same: no network makes that of a picture, however dark it is."""
+    low, high = extremes(values)
+    return math.isfinite(low) and math.isfinite(high) and (low != high or values.numel() == 1)
 
 
 def is_black(frames: Frames) -> bool:
@@ -55,11 +62,12 @@ def to_u8(frames: Tensor) -> Frames:
         NumericsError: a value is NaN or infinite (the cast would silently make it black or white).
     """
     wide = frames.detach().to(torch.float32)
-    if not is_finite(wide):
+    levels = wide.add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    # In one copy: a device is waited for once, whether all is well and what there is to see.
+    packed: Frames = torch.cat([levels.flatten(), torch.isfinite(wide.sum()).to(torch.uint8).view(1)]).cpu().numpy()
+    if not packed[-1] and not is_finite(wide):  # a sum may overflow
         raise NumericsError("the frames hold NaN or Inf")
-    levels = wide.add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
-    array: Frames = levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    return array
+    return packed[:-1].reshape(levels.shape)
 
 
 def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamt2v import devices, files, initializers, runs, weights
+from streamt2v.clock import Clock, exact_rate
 from streamt2v.config import Prompt, RunConfig, merge, to_flat
 from streamt2v.errors import ConfigError, InputError, OutputError, ResumeError, StreamT2VError, VideoError
 from streamt2v.weights import hub, vocabulary
 from streamt2v.weights.home import sha256_of
 
 if TYPE_CHECKING:
+    from streamt2v.sound import Carried
     from streamt2v.video import VideoInfo
 
 # What fixes the number and the sizes of frames and states: no run goes on after a change there.
@@ -42,6 +45,8 @@ class Job:
     overwrite: bool = False
     keep_run: bool = False
     preview: Path | None = None
+    inputs: tuple[Path, ...] = ()
+    """What the command reads besides source and picture: it must not be written over."""
     memory: float | None = None
     """Gigabytes that the run may take; None means what is free."""
     like: Mapping[str, Any] | None = None
@@ -74,11 +79,24 @@ class Job:
             },
         }
 
+    def carried(self) -> Carried:
+        """Return how the result carries what the source has besides its pictures; there must be one."""
+        assert self.source is not None
+        from streamt2v import sound
+
+        return sound.carry(self.source, self.config.num_frames / self.config.output.rate)
+
     def local(self) -> dict[str, Any]:
-        """Return what `resumed` needs besides the recipe; it stays on this machine."""
+        """Return what `resumed` needs besides the recipe; it stays on this machine.
+
+        Paths are kept as they are and as seen from the output, as folders are moved with all that is in them.
+        """
         paths = {"source": self.source, "image": self.config.image or None, "preview": self.preview}
-        absolute = {name: path and str(Path(path).absolute()) for name, path in paths.items()}
-        return {**absolute, "keep_run": self.keep_run}
+        given = {name: Path(path).absolute() for name, path in paths.items() if path}
+        folder = self.output.absolute().parent
+        seen = {name: os.path.relpath(path, folder) for name, path in given.items() if path.anchor == folder.anchor}
+        absolute = {name: str(given[name]) if name in given else None for name in paths}
+        return {**absolute, "from_output": seen, "keep_run": self.keep_run}
 
     def may_change(self, key: str) -> bool:
         """Tell whether the run may be continued although its recipe changed at a dotted key."""
@@ -121,9 +139,13 @@ class Source:
     width: int
     height: int
     fps: float
+    clock: Clock
+    damaged: int
     has_audio: bool
     prompts: dict[int, str]
     """What it shows from which frame on, as far as it says so."""
+    own: bool = False
+    """Whether streamt2v made it."""
 
 
 MAX_DEPTH = 6  # of a recipe
@@ -148,9 +170,12 @@ def inspect_source(path: Path) -> Source:
     from streamt2v import foreign
 
     found = foreign.probe(path)
-    timeline = recorded_timeline(recipe_of(found.comment), found.frames)
-    prompts = {prompt.frame: prompt.text for prompt in timeline}
-    return Source(found.frames, found.width, found.height, float(found.fps), found.has_audio, prompts)
+    recipe = recipe_of(found.comment)
+    prompts = {prompt.frame: prompt.text for prompt in recorded_timeline(recipe, found.frames)}
+    return Source(
+        found.frames, found.width, found.height, float(exact_rate(found.fps)), found.clock, found.damaged,
+        found.has_audio, prompts, bool(recipe),
+    )  # fmt: skip
 
 
 def recipe_of(comment: str) -> dict[str, Any]:
@@ -203,15 +228,43 @@ def resumed(path: Path) -> Job:
     output = runs.output_of(path)
     recipe, _, local = runs.recorded(runs.directory_for(output))
     try:
-        settings = merge(recipe["config"], {"image": local["image"] or ""})
-        source, preview = (Path(local[name]) if local[name] else None for name in ("source", "preview"))
+        source, image = (_found_again(name, output, recipe, local) for name in ("source", "image"))
+        settings = merge(recipe["config"], {"image": "" if image is None else str(image)})
+        preview = _moved("preview", output, local)
         return Job(
-            recipe["command"], settings, output, source, recipe["device"], resume=True, keep_run=local["keep_run"],
-            preview=preview,
+            recipe["command"], settings, output, source, local.get("device", recipe["device"]), resume=True,
+            keep_run=local["keep_run"], preview=preview,
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError) as error:
         hint = "continue it by the command that began it, with --resume"
         raise ResumeError(f"{runs.directory_for(output)} does not say how it was begun", hint) from error
+
+
+def _moved(name: str, output: Path, local: Mapping[str, Any]) -> Path | None:
+    """Return a recorded path where its folder is now: as seen from the output where that moved, else as it was."""
+    if not local[name]:
+        return None
+    seen = local.get("from_output", {}).get(name)
+    was = Path(local[name])
+    return was if not seen or was.parent.is_dir() else output.parent / str(seen)
+
+
+def _found_again(name: str, output: Path, recipe: Mapping[str, Any], local: Mapping[str, Any]) -> Path | None:
+    """Return the file that a run began with: where it was, beside the output as it was, or simply beside it.
+
+    Raises:
+        ResumeError: it is at none of these places, or has other contents.
+    """
+    if not local[name]:
+        return None
+    was, seen = Path(local[name]), local.get("from_output", {}).get(name)
+    places: list[Path] = [was, *([output.parent / str(seen)] if seen else []), output.parent / was.name]
+    there = [place for place in places if place.is_file()]
+    for place in there:
+        if recipe[name] is None or _sha256(place, files.stamp(place)) == recipe[name]["sha256"]:
+            return place
+    found = f"{there[0]} has other contents than the run began with" if there else f"{was} does not exist"
+    raise ResumeError(found, f"put {was.name} into {output.absolute().parent}, and the same command goes on")
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -226,9 +279,10 @@ def verify(path: Path) -> dict[str, Any]:
     found = foreign.probe(path)
     settings = recipe_of(found.comment).get("config", {})
     frames, digest = foreign.digest(path)
-    made, asked = (frames, float(found.fps)), (settings.get("num_frames"), settings.get("output.fps"))
+    made, fps = (frames, found.fps), settings.get("output.fps")
+    asked = settings.get("num_frames"), exact_rate(fps) if isinstance(fps, int | float) else fps
     if settings and made != asked:
-        raise VideoError(f"{path} holds (frames, fps) {made} instead of {asked}")
+        raise VideoError("{} holds {} frames at {} fps instead of {} at {}".format(path, *made, *asked))
     return {"video": str(path), "frames": frames, "seconds": float(frames / found.fps), "digest": digest}
 
 
@@ -387,12 +441,15 @@ def check(job: Job, note: hub.Note = lambda text: None) -> list[str]:
     Raises:
         ConfigError, InputError, OutputError, WeightsError: what would make the run fail later.
     """
+    from streamt2v import video
+
     _check_text(str(job.output))
     check_wishes(job.config, prompt_needed=job.command != "refine")
     devices.parse(job.device)
     if job.command == "refine":
         _check_refined(job)
     _check_output(job)
+    video.check_ffmpeg(pictures_only=True)  # what else is carried is checked when it is looked at
     needed = int(1.2 * _disk_bytes(job.config)) - (runs.size(job.run_path) if job.resume else 0)
     files.require_space(job.output, needed, "this run")
     family, notices = weights.family(job.config.model), list[str]()
@@ -495,7 +552,12 @@ def _source_notices(job: Job) -> list[str]:
     if job.source is None:
         return []
     found, output, stream = inspect_source(job.source), job.config.output, job.config.stream
-    notices = []
+    notices = list(job.carried().notices)
+    if not found.clock.steady:
+        uneven = f"the {found.clock.pictures} pictures of {job.source} come at uneven times"
+        notices.append(f"{uneven}: {found.frames} frames at {found.fps:g} fps show each when it is due")
+    if found.damaged:
+        notices.append(f"{found.damaged} parts of {job.source} cannot be decoded; the pictures before them stay on")
     if job.command == "extend" and abs(found.width / found.height * stream.height / stream.width - 1) > 0.02:
         shapes = f"{found.width}x{found.height}, model {job.config.model} makes {stream.width}x{stream.height}"
         notices.append(f"{job.source} is {shapes}: what does not fit into that shape is cut off")
@@ -507,8 +569,15 @@ def _source_notices(job: Job) -> list[str]:
     return notices
 
 
-def check_target(path: Path, overwrite: bool) -> None:
-    """Refuse a name that a file cannot be written to. Raises OutputError."""
+def check_target(path: Path, overwrite: bool, *inputs: Path | str | None) -> None:
+    """Refuse a name that a file cannot be written to, or that is one of the files that are read, links included.
+
+    Raises:
+        OutputError: with the reason.
+    """
+    for given in inputs:
+        if given and files.is_same(path, Path(given)):
+            raise OutputError(f"{path} is read by this command: it is not written over", "choose another name")
     if path.is_dir():
         raise OutputError(f"{path} is a folder", "give the name of a file")
     if path.exists() and not overwrite:
@@ -519,15 +588,13 @@ def check_target(path: Path, overwrite: bool) -> None:
 def _check_output(job: Job) -> None:
     if job.output.suffix.lower() != ".mp4":
         raise ConfigError(f"the output {job.output} must end in .mp4")
-    if job.source is not None and job.output.resolve() == job.source.resolve():
-        raise ConfigError(f"the output {job.output} is the input", "choose another name with -o")
-    check_target(job.output, job.overwrite or job.resume)
+    inputs = (job.source, job.config.image, *job.inputs)
+    check_target(job.output, job.overwrite or job.resume, *inputs)
     if job.preview is not None:
         if job.preview.suffix.lower() != ".png":
             raise ConfigError(f"the preview {job.preview} must end in .png")
-        if job.preview.is_dir():
-            raise OutputError(f"{job.preview} is a folder", "give a file name with --preview")
-        runs.check_writable(job.preview.parent)
+        begun = job.resume and (runs.exists(job.run_path) or job.output.exists())  # it is that of the run
+        check_target(job.preview, job.overwrite or begun, *inputs, job.output)
     if runs.exists(job.run_path) and not (job.resume or job.overwrite):
         runs.RunDirectory(job.run_path).close()  # refuses one that is being worked on
         raise OutputError(

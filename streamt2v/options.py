@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 import typer
 
 from streamt2v import config, devices, jobs, weights
-from streamt2v.config import Fit, Quality, RunConfig
+from streamt2v.config import Fit, Quality, RunConfig, Strength
 from streamt2v.errors import ConfigError, FieldError
 from streamt2v.initializers import OWN, named
 
@@ -42,6 +42,14 @@ def _completing(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]
     return lambda incomplete: [name for name in names() if name.startswith(incomplete)]
 
 
+def parse_rate(text: str | float) -> float:
+    """Turn ``24``, ``29.97`` or ``30000/1001`` into a rate. Raises typer.BadParameter: none of these."""
+    try:
+        return float(config.parse_value("output.fps", str(text)))
+    except ConfigError:
+        raise typer.BadParameter(f"{text!r} is no rate; write it like 24, 29.97 or 30000/1001") from None
+
+
 names_of_weights = _completing(lambda: [*weights.families(), *weights.pipelines()])
 _INITIALIZERS = _completing(lambda: [OWN, *weights.pipelines()])
 WeightsName = Annotated[
@@ -61,7 +69,14 @@ Model = Annotated[
     ),
 ]  # fmt: skip
 Seed = Annotated[int | None, _main("--seed", "Seed of every random draw. Default: random, printed, stored.")]
-Fps = Annotated[float | None, _main("--fps", "Frames per second. Default: the model's, 8 for demo.")]
+Fps = Annotated[
+    float | None,
+    _main("--fps", "Frames per second, such as 24 or 30000/1001. Default: the model's, 8 for demo.", parser=parse_rate),
+]
+SourceFps = Annotated[
+    float | None,
+    _main("--fps", "Frames per second, such as 24 or 30000/1001. Default: the source's.", parser=parse_rate),
+]
 Size = Annotated[
     str | None, _main("--size", "Box WxH that the video fits into. Default: the model's, 256x144 for demo.")
 ]
@@ -106,6 +121,15 @@ QualityOption = Annotated[
         autocompletion=_completing(lambda: get_args(Quality)),
     ),
 ]
+StrengthOption = Annotated[
+    str | None,
+    _steering(
+        "--strength",
+        "How far the refiner may go from what it is given: faithful, balanced or creative. Default: faithful for a "
+        "video that streamt2v did not make, else as the preset says.",
+        autocompletion=_completing(lambda: get_args(Strength)),
+    ),
+]
 Steps = Annotated[int | None, _advanced("--steps", "Denoising steps of stages 1 and 2.")]
 Guidance = Annotated[float | None, _advanced("--guidance", "Guidance of stages 1 and 2; 1 is off.")]
 RefineSteps = Annotated[int | None, _advanced("--refine-steps", "Steps of the refiner.")]
@@ -139,6 +163,7 @@ def making(
     fit: FitOption = None,
     negative: Negative = None,
     quality: QualityOption = None,
+    strength: StrengthOption = None,
     refine_steps: RefineSteps = None,
     chunk: Chunk = None,
     overlap: Overlap = None,
@@ -361,8 +386,9 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
 
 @cache
 def kind_of(device: str) -> str:
-    """The kind of a device that is named or found; asked once, as a batch has many rows."""
-    return devices.glance(device)[0]
+    """The kind of a device, by its name or by what is here; asked once, as a batch has many rows."""
+    kind, _ = devices.parse(device)
+    return devices.glance().kind if kind == "auto" else kind
 
 
 def resolve(
@@ -372,6 +398,7 @@ def resolve(
     config_file: Path | None,
     settings: list[str] | None,
     size: str | None,
+    strength: str | None = None,
     resume_from: Path | None = None,
     source: jobs.Source | None = None,
     no_refine: bool = False,
@@ -385,7 +412,8 @@ def resolve(
     """Merge options, files and presets in the order of precedence into one checked config.
 
     Args:
-        model, preset, quality, config_file, settings, size: the options of these names, None where not given.
+        model, preset, quality, config_file, settings, size, strength: the options of these names, None where not
+            given.
         resume_from: an output whose run gives the seed when no other was asked for.
         source: the video to refine or extend; its rate and prompt stand below the files and flags, its
             length above the files.
@@ -420,9 +448,10 @@ def resolve(
     if asked.get("refine.enabled") is False and not {"output.width", "output.height"} & set(asked):
         # Unrefined frames keep their own size unless one is asked for.
         given["output.width"] = given["output.height"] = 0
-    layers = [config.preset(weights.family(str(chosen)).preset, None if preset else quality)]
+    tables = (quality, strength)
+    layers = [config.preset(weights.family(str(chosen)).preset, *((None, None) if preset else tables))]
     if preset:
-        layers.append(config.preset(preset, quality))
+        layers.append(config.preset(preset, *tables))
     if named(config.merge(*layers, from_file, given)) != OWN:
         # Steps and guidance of a preset are made for the family's own networks.
         keys = ("num_inference_steps", "guidance_scale", "image_guidance_scale")

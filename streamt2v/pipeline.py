@@ -10,9 +10,7 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from fractions import Fraction
 from functools import cached_property, lru_cache, partial
 from importlib.metadata import version
 from itertools import chain, groupby, islice
@@ -45,9 +43,9 @@ from streamt2v.errors import Interrupted, MemoryLimitError, NumericsError, Resum
 from streamt2v.frames import Frames
 from streamt2v.jobs import Job, Result, check
 from streamt2v.memory import MemoryPolicy
+from streamt2v.models import refiner
 from streamt2v.models.encoders import decode_latents, encode_frames, encode_text, latent_factor, latent_size
 from streamt2v.models.layers import slice_feed_forwards
-from streamt2v.models.refiner import legal_canvas
 from streamt2v.models.text import clean_prompt
 from streamt2v.models.unet3d import Conditioning, TextContext
 from streamt2v.progress import Report
@@ -100,16 +98,19 @@ def run(job: Job, report: Report, loaded: Loaded | None = None) -> Result:
     # Sums split over other numbers of threads round differently: a run keeps the number it began with.
     threads = devices.set_threads(earlier.get("threads") if job.threads is None else job.threads)
     devices.keep_freed_memory()
+    devices.repeat_exactly(device)
+    devices.limit_memory(device, None if job.memory is None else int(job.memory * 1e9))
     libraries = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     policy = _policy(job, device, loaded, earlier, report)
     cold = not loaded.fitting(job.config.model, device, policy, job.config.compile)
     recipe = {
-        **job.recipe(), "version": __version__, "device": device.name, "threads": threads, "libraries": libraries,
-        "memory": asdict(policy),
+        **job.recipe(), "version": __version__, "device": device.kind, "threads": threads, "libraries": libraries,
+        "memory": asdict(policy), **({"card": name} if (name := devices.card(device)) else {}),
     }  # fmt: skip
     with runs.RunDirectory.open(
-        job.run_path, recipe, resume=job.resume, overwrite=job.overwrite, local=job.local(), may_change=job.may_change
-    ) as directory:
+        job.run_path, recipe, resume=job.resume, overwrite=job.overwrite,
+        local={**job.local(), "device": device.name}, may_change=job.may_change,
+    ) as directory:  # fmt: skip
         try:
             jobs.check_target(job.output, job.overwrite or job.resume)  # another run may just have made it
             if job.resume and not (job.overwrite or directory.resumed) and job.output.exists():
@@ -153,7 +154,7 @@ def _make(
         loaded.networks.clear()
         del maker  # only now, without the error and its frames, its tensors can be freed
         gc.collect()
-        devices.release_memory(device)
+        devices.release_memory(device, graphs=True)
         if lower is not None:
             report.note(f"out of memory; going on with {lower.describe()}", warning=True)
             policy = lower
@@ -187,6 +188,8 @@ def _policy(
     known = _stages(job)
     policy = memory.choose(free, known, device.kind)
     need = memory.needed(known, policy)
+    if caution := devices.caution(device.kind):
+        report.note(caution, warning=True)
     report.note(f"memory: {policy.describe()}: up to {need / 1e9:.1f} of {free / 1e9:.1f} GB", warning=need > free)
     return policy
 
@@ -269,7 +272,8 @@ class _Maker:
         self.refine_plan = refinement_plan(self.num_frames, self.config.refine.chunk, self.config.refine.overlap)
         self.timeline = job.timeline()
         # Loading and the first chunk; later chunks; what the refiner's pixels take: its VAE, writing, the final file.
-        self.fixed_seconds = self.stream_seconds = self.frame_seconds = 0.0
+        self.fixed_seconds = self.stream_seconds = 0.0
+        self.frame_time = devices.Stopwatch(device)
         self.writer: video.SegmentWriter | None = None
         # Before any frame is read: the store drops what no state accounts for.
         self.stream_state = directory.resume_point("stream")
@@ -281,9 +285,9 @@ class _Maker:
         geometry = self._geometry()
         state = self.directory.load_state("output")
         mark = None if state is None else video.SegmentMark(**state.meta["mark"])
-        fps = Fraction(self.config.output.fps).limit_denominator(1001)
         begin = partial(
-            video.SegmentWriter, self.directory.partial_path, geometry.fit.height, geometry.fit.width, fps,
+            video.SegmentWriter, self.directory.partial_path, geometry.fit.height, geometry.fit.width,
+            self.config.output.rate,
             crf=self.config.output.crf,
         )  # fmt: skip
         try:
@@ -299,11 +303,14 @@ class _Maker:
                 shown += len(part)
         for group, tensors in self._groups(geometry, state):
             start = self.writer.mark.frames
-            with self._timing_frames():
+            with self.frame_time.running():
                 mark = self.writer.append(group)
             self.directory.save_state("output", tensors, {"mark": asdict(mark)})
             self._look_at(group, f"frames {start} to {mark.frames - 1}")
             sheet.add(start, group)
+        if self.writer.mark.frames != self.config.num_frames:
+            made = f"{self.writer.mark.frames} of {self.config.num_frames} frames"
+            raise VideoError(f"the video ended early, after {made}")
         return geometry.fit.width, geometry.fit.height
 
     def _look_at(self, group: Frames, what: str) -> None:
@@ -331,12 +338,16 @@ class _Maker:
                 yield group[extra:], tensors
             extra = max(0, extra - len(group))
 
+    def _source_frames(self, start: int) -> Iterator[Frames]:
+        """Yield the frames of the source from one on, at their times; what is damaged is bridged, and said."""
+        assert self.job.source is not None
+        return frames.skip(foreign.read_frames(self.job.source, note=partial(self.report.note, warning=True)), start)
+
     def _kept_frames(self, geometry: Geometry, start: int) -> Iterator[Frames]:
         """Yield the frames of a continued video from `start` on, cropped to the base shape and scaled to the output."""
         if start >= self.num_kept:
             return
-        assert self.job.source is not None
-        for group in frames.skip(foreign.read_frames(self.job.source), start):
+        for group in self._source_frames(start):
             images = frames.to_float(group)
             content = frames.fit_into((images.shape[-2], images.shape[-1]), geometry.content, "cover")
             yield geometry.output(frames.apply_fit(images, content))
@@ -347,8 +358,9 @@ class _Maker:
         self.directory.require_room(self.writer.mark.size)
         changes = [{**change, "changed": sorted(change["changed"])} for change in self.directory.changes]
         recipe = {"streamt2v": __version__, **self.directory.recipe, **({"changes": changes} if changes else {})}
-        with self._timing_frames():
-            self.writer.finish(self.job.output, json.dumps(recipe), self.job.source)
+        with self.frame_time.running():
+            extras = self.job.carried().extras if self.job.source else video.Extras()
+            self.writer.finish(self.job.output, json.dumps(recipe), extras)
 
     def remember(self, seconds: float) -> None:
         """Keep this run's speed for `plan`; short runs say too little."""
@@ -357,7 +369,7 @@ class _Maker:
         if unlike or not later_chunks or len(self.refine_plan) < 2:
             return
         rest = seconds - self.fixed_seconds - self.stream_seconds
-        frame_seconds = self.frame_seconds if self.config.refine.enabled else rest
+        frame_seconds = self.frame_time.seconds if self.config.refine.enabled else rest
         measured = {
             "fixed_seconds": self.fixed_seconds,
             "stream_seconds_per_chunk": self.stream_seconds / later_chunks,
@@ -365,16 +377,8 @@ class _Maker:
             "seconds_per_frame": frame_seconds / self.config.num_frames,
             "peak_memory_bytes": devices.peak_memory(self.device),
         }
-        planning.remember(self.config, self.device.kind, self.policy, measured)
-
-    @contextmanager
-    def _timing_frames(self) -> Iterator[None]:
-        """Count the time of work that grows with frames, not with chunks."""
-        devices.wait(self.device)  # what is still queued belongs to the chunk
-        began = time.monotonic()
-        yield
-        devices.wait(self.device)
-        self.frame_seconds += time.monotonic() - began
+        seen = devices.Glance(self.device.kind, 0, devices.card(self.device))
+        planning.remember(self.config, seen, torch.get_num_threads(), self.policy, measured)
 
     def _prompt_of(self, chunk: Chunk) -> str:
         """Return what a chunk of either plan follows: the prompt of its first new frame."""
@@ -409,18 +413,20 @@ class _Maker:
             self._finish_base()
         base = self._base_frames(0 if state is None else state.encoded)
         first = list(islice(base, 1))  # before the refiner's networks take memory: a model of others may need it all
-        texts = self._texts("refine")
+        texts = self._texts("refine") if self.family.has("refine.text") else {}
         vae, unet = self._load("refine.vae"), self._load("refine.unet")
 
         @lru_cache(maxsize=settings.num_inference_steps + 2)  # those of the chunks in flight, at any length
         def prepared(prompt: str) -> Conditioning:
-            return unet.prepare(texts[prompt])  # type: ignore[no-any-return]
+            return refiner.prepare(unet, texts.get(prompt), scale)
 
         denoiser = Denoiser(
             self._compiled(unet.run), schedule, lambda chunk: prepared(self._prompt_of(chunk)),
             self.policy.batched_guidance, "cpu" if self.policy.encoders_on_host else None,
+            refiner.sees_source(unet.config),
         )  # fmt: skip
-        geometry = Geometry(geometry.fit, legal_canvas(*geometry.content, unet.config, latent_factor(vae)))
+        geometry = Geometry(geometry.fit, refiner.legal_canvas(*geometry.content, unet.config, latent_factor(vae)))
+        scale = max(1.0, geometry.fit.content_height / self._base_size()[0])
         source = frames.singly(chain(first, base))
 
         def encode(start: int, stop: int) -> Tensor:
@@ -432,20 +438,20 @@ class _Maker:
             image = geometry.into_canvas(frames.to_float(taken, device))
             noise = None
             if settings.posterior == "published":
-                shape = (unet.config.in_channels, *latent_size(vae, *geometry.canvas))
+                shape = (unet.config.out_channels, *latent_size(vae, *geometry.canvas))
                 noise = self.draws.normal("refine.posterior", (frame,), shape).unsqueeze(0)
-            with self._timing_frames():
+            with self.frame_time.running():
                 return encode_frames(vae, image, noise)
 
-        refiner = Refiner(denoiser, self.refine_plan, settings, self.draws, encode, state)
+        stage = Refiner(denoiser, self.refine_plan, settings, self.draws, encode, state)
         assert self.writer is not None
         self.report.start(REFINE, self.num_frames, max(0, self.writer.mark.frames - self.base_offset))
-        for latents in refiner.run():
+        for latents in stage.run():
             # One frame at a time: decoded floats of a whole group would be the largest thing in memory.
             decoded = (decode_latents(vae, latent.unsqueeze(0)) for latent in latents)
-            with self._timing_frames():
+            with self.frame_time.running():
                 shown = [geometry.output(frames.unletterbox(frame, geometry.content)) for frame in decoded]
-            yield np.concatenate(shown), refiner.state.tensors()
+            yield np.concatenate(shown), stage.state.tensors()
             done = self.writer.mark.frames - self.base_offset
             self.report.advance(REFINE, done, max(covering(self.refine_plan, done - 1)) + 1, len(self.refine_plan))
 
@@ -456,14 +462,14 @@ class _Maker:
                 pass
         self.networks.clear()
         vars(self).pop("_stream_parts", None)
-        devices.release_memory(self.device)
+        devices.release_memory(self.device, graphs=True)
 
     # -- stages 1 and 2
 
     def _base_frames(self, start: int) -> Iterator[Frames]:
         """Yield base frames from `start` on: what is stored, then what the first two stages make; or the source's."""
         if self.job.source is not None and self.job.command == "refine":
-            yield from frames.skip(foreign.read_frames(self.job.source), start)
+            yield from self._source_frames(start)
             return
         stored = self.directory.num_base_frames
         yield from self.directory.base_frames(start)
@@ -515,7 +521,7 @@ class _Maker:
     def _given_first_chunk(self) -> Tensor | None:
         """Take the first chunk [F, 3, H, W] from the source or a model of others; None: the family makes its own."""
         if self.job.source is not None:
-            made = np.concatenate(list(frames.skip(foreign.read_frames(self.job.source), self.base_offset)))
+            made = np.concatenate(list(self._source_frames(self.base_offset)))
             first = frames.to_float(made, self.device.name)
         elif (chosen := initializers.choose(self.config)) is not None:
             self.report.note(f"the first frames come from {chosen.name}")
@@ -618,6 +624,8 @@ class _Maker:
             network = weights.load(self.family, role, place, getattr(torch, policy.precision))
             if isinstance(network, torch.nn.Module):
                 slice_feed_forwards(network, policy.feed_forward_rows)
+                if getattr(network, "narrow", False) and devices.has_bfloat16(self.device):
+                    network.to(torch.bfloat16)
                 devices.arrange(network, self.device)
                 if role.endswith(".vae"):
                     for half in (network.get_submodule("encoder"), network.get_submodule("decoder")):

@@ -9,7 +9,7 @@ from typing import Any
 from streamt2v import devices, files, initializers, memory, weights
 from streamt2v.chunks import Chunk, count, length, refinement_plan, streaming_plan
 from streamt2v.config import Prompt, RunConfig
-from streamt2v.errors import OutputError
+from streamt2v.errors import ConfigError, OutputError
 from streamt2v.weights import home
 
 MEASURED = (
@@ -65,6 +65,8 @@ class Plan:
             f"         up to {self.needed_bytes / 1e9:.1f} of {self.free_bytes / 1e9:.1f} GB ({self.device}), "
             f"for any length{short}"
         )
+        if caution := devices.caution(self.device):
+            lines.append(f"         {caution}")
         if self.measured is None:
             lines.append("time     unknown until the first run on this machine; `streamt2v bench` measures it")
         else:
@@ -101,11 +103,11 @@ def _stage(
     family: weights.Family, name: str, parts: list[str], frames: int, size: tuple[int, int], guided: bool, cam: bool,
     kept: int,
 ) -> memory.Stage:  # fmt: skip
-    def config(role: str) -> dict[str, Any]:
+    def config(role: str) -> tuple[str, dict[str, Any]]:
         here = all((family.root / part).is_file() for part in family.file(role).parts or ["-"])
-        return weights.read_header(family.path(role))[1] if here else {}
+        return weights.read_header(family.path(role))[:2] if here else ("", {})
 
-    unet, vae = config(f"{name}.unet"), config(f"{name}.vae")
+    (kind, unet), (_, vae) = config(f"{name}.unet"), config(f"{name}.vae")
     widths, finest = unet.get("block_out_channels", [320]), vae.get("block_out_channels", [128] * 4)
     # To multiples of 8 latent cells, which is as far as a canvas may have to grow.
     side = 8 * 2 ** (len(finest) - 1)
@@ -114,6 +116,13 @@ def _stage(
         sum(family.file(f"{name}.{part}").num_values for part in group if family.has(f"{name}.{part}"))
         for group in (["unet", *parts], ["text", "image"])
     )
+    if kind == "Restorer":
+        return memory.Stage(
+            values=values, encoder_values=encoders, cells=frames * rows * columns, width=0, inner=0, guided=guided,
+            cam=False, frame_values=rows * columns * side**2 // 64 * finest[0], kept=kept, waits=True,
+            # Features of a quarter of the size of the latents.
+            kept_width=widths[1] // 16, restoring=unet["out_channels"],
+        )  # fmt: skip
     return memory.Stage(
         values=values, encoder_values=encoders, cells=frames * rows * columns, width=widths[0],
         inner=max(widths[0], unet.get("transformer_in_heads", 8) * unet.get("attention_head_dim", 64)), guided=guided,
@@ -124,18 +133,27 @@ def _stage(
     )  # fmt: skip
 
 
-def plan(config: RunConfig, device: str = "auto", gigabytes: float | None = None) -> Plan:
-    """Plan a run on a device, within `gigabytes` of memory; None means what is free.
+def plan(
+    config: RunConfig, device: str = "auto", gigabytes: float | None = None, threads: int | None = None
+) -> Plan:  # fmt: skip
+    """Plan a run on a device.
+
+    Args:
+        config: the run.
+        device: as in `devices.resolve`.
+        gigabytes: memory that it may take, also of a device that is not here; None means what is free.
+        threads: of the run; None means as many as usual.
 
     Raises:
-        ConfigError: the numbers of frames do not fit together.
+        ConfigError: the numbers of frames do not fit together, or no such device is here and no memory is given.
     """
     stream, refine, output = config.stream, config.refine, config.output
     family, known = weights.family(config.model), stages(config)
-    kind, free = devices.glance(device)
-    free = free if gigabytes is None else int(gigabytes * 1e9)
+    seen = _look(device, gigabytes)
+    kind, free = seen.kind, seen.free if gigabytes is None else int(gigabytes * 1e9)
     policy = memory.choose(free, known, kind)
-    measured = _timings().get(_key(config, kind, policy))
+    threads = devices.default_threads() if threads is None else threads
+    measured = _timings().get(_key(config, seen, threads, policy))
     streaming = streaming_plan(config.num_frames, stream.chunk, stream.overlap)
     refinement = refinement_plan(config.num_frames, refine.chunk, refine.overlap) if refine.enabled else ()
     seconds = None
@@ -152,15 +170,28 @@ def plan(config: RunConfig, device: str = "auto", gigabytes: float | None = None
     )  # fmt: skip
 
 
+def _look(device: str, gigabytes: float | None) -> devices.Glance:
+    """Look at a device; one that is not here can be planned for where its memory is given."""
+    try:
+        return devices.glance(device)
+    except ConfigError as error:
+        kind, _ = devices.parse(device)
+        if gigabytes is None:
+            raise ConfigError(error.message, f"{error.hint}; or say with --memory what it has") from None
+        return devices.Glance(kind, 0)
+
+
 def _timings_path() -> Path:
     return home.path() / "timings.json"
 
 
-def _key(config: RunConfig, kind: str, policy: memory.MemoryPolicy) -> str:
-    """Return what the time of a chunk depends on: of the memory policy only what makes it many times slower."""
+def _key(config: RunConfig, seen: devices.Glance, threads: int, policy: memory.MemoryPolicy) -> str:
+    """Return what the times depend on: of the memory policy only what makes them many times longer."""
     stream, refine, output = config.stream, config.refine, config.output
     parts = [
-        kind, policy.offload, config.compile, config.model, initializers.named(config), config.initialize.text_to_image,
+        seen.kind, seen.card, threads, policy.offload, config.compile, config.model,
+        initializers.named(config), config.initialize.text_to_image, config.initialize.num_inference_steps,
+        (config.initialize.image_guidance_scale if config.image else config.initialize.guidance_scale) != 1,
         stream.chunk, stream.overlap, stream.height, stream.width,
         stream.num_inference_steps, stream.guidance_scale > 1, stream.guidance_stop, stream.cam, stream.apm,
         stream.reuse_interval, stream.replacement,
@@ -187,8 +218,10 @@ def short_length(config: RunConfig) -> int:
     return max(length(3, stream.chunk, stream.overlap), length(2, refine.chunk, refine.overlap))
 
 
-def remember(config: RunConfig, kind: str, policy: memory.MemoryPolicy, measured: dict[str, float]) -> None:
+def remember(
+    config: RunConfig, seen: devices.Glance, threads: int, policy: memory.MemoryPolicy, measured: dict[str, float]
+) -> None:
     """Store what a finished run measured, for later plans; a cache that cannot be written is not an error."""
     with contextlib.suppress(OutputError):
         files.make_directory(home.path())
-        files.write_json(_timings_path(), _timings() | {_key(config, kind, policy): measured})
+        files.write_json(_timings_path(), _timings() | {_key(config, seen, threads, policy): measured})

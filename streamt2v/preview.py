@@ -1,5 +1,6 @@
 """Small pictures of a video: a contact sheet, or a preview that moves."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from streamt2v.chunks import evenly
 from streamt2v.errors import ConfigError
 from streamt2v.frames import Frames
 
+log = logging.getLogger(__name__)
 SHEET_FRAMES, ANIMATED_FRAMES, WIDTH = 24, 96, 320
 ANIMATIONS = {".webp": "WEBP", ".gif": "GIF"}
 
@@ -33,8 +35,8 @@ def pick(source: Iterable[Frames], num_frames: int, count: int, start: int = 0) 
 
 def thumbnails(path: Path, count: int = SHEET_FRAMES, width: int = WIDTH) -> Frames:
     """Return up to `count` frames of a video, evenly spaced and small: [F,h,w,3]. Raises VideoError."""
-    num_frames = foreign.probe(path).frames
-    return np.concatenate([shrink(part, width) for part in pick(foreign.read_frames(path), num_frames, count)])
+    num_frames, source = foreign.probe(path).frames, foreign.read_frames(path, note=log.warning)
+    return np.concatenate([shrink(part, width) for part in pick(source, num_frames, count)])
 
 
 def check(target: Path) -> None:
@@ -53,5 +55,5 @@ def write(path: Path, target: Path, width: int = WIDTH) -> None:
     if target.suffix.lower() == ".png":
         video.write_image(target, frames.contact_sheet(thumbnails(path, SHEET_FRAMES, width)))
     else:
-        moving, fps = thumbnails(path, ANIMATED_FRAMES, width), float(foreign.probe(path).fps)
+        moving, fps = thumbnails(path, ANIMATED_FRAMES, width), foreign.probe(path).fps
         files.write_bytes(target, video.encode_animation(moving, fps, ANIMATIONS[target.suffix.lower()]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -36,8 +37,7 @@ def read(place: str) -> list[Row]:
         data = sys.stdin.buffer.read() if place == "-" else Path(place).read_bytes()
     except OSError as error:
         raise InputError(f"cannot read the jobs in {place}: {error.strerror or error}") from error
-    # Bytes that are no text are kept as they are, for the check of the row that holds them.
-    text = data.decode("utf-8-sig", errors="surrogateescape")
+    text = _text(data)
     kind = Path(place).suffix.lower() if place != "-" else ".jsonl" if text.lstrip().startswith("{") else ".txt"
     if kind not in _READERS:
         raise ConfigError(f"{place} is no file of jobs", f"known: {', '.join(_READERS)}, or - for standard input")
@@ -51,6 +51,24 @@ def read(place: str) -> list[Row]:
             "write a prompt a line, or rows as `streamt2v batch --help` shows",
         )
     return rows
+
+
+_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16"}
+_MARKS |= {codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}
+
+
+def _text(data: bytes) -> str:
+    """Decode by the mark that programs put first; without one, as UTF-16 where every other byte is 0, else as UTF-8.
+
+    Bytes that are no text are kept as they are, for the check of the row that holds them.
+    """
+    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8")
+    if encoding == "utf-8" and len(data) >= 8:
+        even, odd = data[:64:2].count(0), data[1:64:2].count(0)
+        encoding = "utf-16-le" if odd > 24 * min(64, len(data)) // 64 else encoding
+        encoding = "utf-16-be" if even > 24 * min(64, len(data)) // 64 else encoding
+    errors = "surrogateescape" if encoding.startswith("utf-8") else "replace"
+    return data.decode(encoding, errors=errors)
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
@@ -76,16 +94,42 @@ def _fields(table: Any) -> dict[str, Any]:
 
 
 def _read_csv(text: str) -> Iterator[Row]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header = [name.strip() for name in next(reader, [])]
-    if len(set(header)) < len(header):
-        raise ValueError("two columns have the same name")
-    begin = reader.line_num + 1
-    for cells in reader:
-        surplus = f"{len(cells)} cells, the header names {len(header)}" if len(cells) > len(header) else ""
-        if any(cells):
-            yield Row(begin, {name: cell for name, cell in zip(header, cells, strict=False) if cell.strip()}, surplus)
-        begin = reader.line_num + 1  # of the file: a quoted cell may hold several lines
+    """Read the tables of spreadsheets; rows and columns without anything are passed over."""
+    first, separator, _ = text.partition("\n")
+    declared = re.fullmatch(r"sep=(.)\s*", first, re.IGNORECASE)  # the line that one program writes for itself
+    skipped = len(first + separator) if declared else 0
+    delimiter = declared[1] if declared else _delimiter(text)
+    reader = csv.reader(io.StringIO(text[skipped:], newline=""), strict=True, delimiter=delimiter)
+    before = 1 if declared else 0  # lines that the reader does not see
+    header: list[str] = []
+    begin = 1
+    for row in reader:
+        cells = [cell.strip() for cell in row]
+        line, begin = before + begin, reader.line_num + 1  # of the file: a quoted cell may hold several lines
+        if not any(cells):
+            continue
+        if not header:
+            header = cells
+            names = [name for name in header if name]
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise ValueError(f"two columns of line {line} have the same name, {twice!r}")
+            continue
+        header += [""] * (len(cells) - len(header))
+        fields = {name: cell for name, cell in zip(header, cells, strict=False) if cell}
+        nameless = [
+            number for number, (name, cell) in enumerate(zip(header, cells, strict=False), 1) if cell and not name
+        ]
+        lost = (
+            f"cell {nameless[0]} stands in a column without a name: {cells[nameless[0] - 1][:40]!r}" if nameless else ""
+        )
+        yield Row(line, {name: cell for name, cell in fields.items() if name}, lost)
+
+
+def _delimiter(text: str) -> str:
+    """Return what separates the names of the header: a comma, unless it has none and has semicolons or tabs."""
+    first = next((line for line in text.splitlines() if line.strip(" ,;\t")), "")
+    bare = re.sub(r'"[^"]*"', "", first)
+    return next((mark for mark in ",;\t" if mark in bare), ",")
 
 
 def _read_toml(text: str) -> Iterator[Row]:

@@ -13,18 +13,21 @@ whole again after being cut back to the end of a segment.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import logging
 import subprocess
 import time
 import warnings
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import av
 import av.error
@@ -32,10 +35,12 @@ import numpy as np
 from av.container import InputContainer
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
-from streamt2v import files
+from streamt2v import colour, containers, files, pictures, shape
+from streamt2v.clock import MAX_RATE, Clock, Straightened, exact_rate, measure, placed
 from streamt2v.errors import ConfigError, InputError, OutputError, ResumeError, VideoError
 
 if TYPE_CHECKING:
+    from av.packet import Packet
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
@@ -44,11 +49,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Refuses scripts and playlists (concat, hls, ...) that would open other files, whatever the file is called.
-_DEMUXERS = "mov,matroska,webm,avi,mpegts,mpeg,flv,ogg,gif,yuv4mpegpipe"
-_INPUT_OPTIONS = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}
+_INPUT_OPTIONS = {"format_whitelist": containers.DEMUXERS, "protocol_whitelist": "file"}
 _MAX_PIXELS = 8192 * 4320
 _MAX_COMMENT = 64 * 1024
-_MP4_AUDIO = {"aac", "mp3", "ac3", "eac3", "alac", "opus", "flac"}
 # Plain swscale drops fractions and repeats chroma samples: a smooth picture came back at 37 dB and 1.2 levels darker,
 # with these flags at 51 dB and unchanged in the mean. A video that is extended again and again would show it.
 _EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
@@ -60,15 +63,57 @@ _SEAL_BYTES = len(_SEAL) + 32
 
 
 @dataclass(frozen=True)
-class VideoInfo:
-    """What a video holds: exact frame count, size in pixels after rotation, rate, comment tag."""
+class Track:
+    """What a file holds beside its pictures: one stream, and when it begins, seconds on the clock of the file."""
 
-    frames: int
+    kind: str
+    index: int
+    codec: str
+    begin: float
+    channels: int
+    language: str
+    title: str
+    default: bool
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a finished video gets besides its pictures: arguments of ffmpeg for one more input, and for the output."""
+
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    sounds: int = 0
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video holds: frames on a steady clock, size in square pixels as it is shown, sound, comment tag.
+
+    `damaged` counts what could not be decoded, as far as the video was decoded to be measured.
+    """
+
     width: int
     height: int
-    fps: Fraction
-    has_audio: bool
+    clock: Clock
+    tracks: tuple[Track, ...]
     comment: str
+    chapters: int = 0
+    damaged: int = 0
+
+    @property
+    def frames(self) -> int:
+        """Number of frames that `read_frames` gives."""
+        return self.clock.frames
+
+    @property
+    def fps(self) -> Fraction:
+        """Exact frame rate."""
+        return self.clock.rate
+
+    @property
+    def has_audio(self) -> bool:
+        """Whether there is sound."""
+        return any(track.kind == "audio" for track in self.tracks)
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -92,7 +137,7 @@ def _opened(path: Path) -> Iterator[InputContainer]:
     # What hostile files were seen to raise from the library, besides its own errors.
     except (av.error.FFmpegError, OSError, ValueError, IndexError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise VideoError(f"{path} cannot be read as a video: {reason}", "is it a whole mp4, mkv or webm?") from error
+        raise VideoError(f"{path} cannot be read as a video: {reason}", containers.hint(path)) from error
 
 
 def _video_stream(container: InputContainer, path: Path) -> VideoStream:
@@ -130,72 +175,210 @@ def is_longer(path: Path, count: int) -> bool:
 
 
 def probe(path: Path) -> VideoInfo:
-    """Measure a video: the frames are counted, not taken from the header.
+    """Measure a video: its frames are counted by the times of its pictures, not taken from the header.
 
-    MP4 has one packet a frame, so its packets are counted; other containers are decoded. A file that ends before what
-    its header announces is refused as truncated (Matroska would otherwise just be shorter).
+    MP4 tells these without decoding; other containers are decoded. A file that ends before what its header announces is
+    refused as truncated (Matroska would otherwise just be shorter).
 
     Raises:
         VideoError: the file is missing, empty, a directory, no video, damaged or truncated.
     """
-    first = next(_decoded(path), None)
-    if first is None:
-        raise VideoError(f"{path} holds no video frame that can be decoded")
     with _opened(path) as container:
         stream = _video_stream(container, path)
-        count_packets = "mp4" in container.format.name
-        packets = frames = 0
-        end = 0.0
-        for packet in container.demux():
-            if packet.is_corrupt:
-                raise VideoError(f"{path} is damaged or truncated after {frames} frames")
-            if packet.pts is not None and packet.time_base is not None:
-                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-            if packet.stream.index == stream.index:
-                packets += packet.size > 0
-                shown = packet.size > 0 and not packet.is_discard
-                frames += shown if count_packets else len(stream.decode(packet))
-        fps = stream.average_rate or stream.guessed_rate
-        if not fps:
+        time, first = next(_pictures(container, stream), (None, None))
+        if first is None or time is None:
+            raise VideoError(f"{path} holds no video frame that can be decoded")
+        shown = _to_rgb(first, _Reading(stream, first, path))
+    with _opened(path) as container:
+        stream = _video_stream(container, path)
+        announced = [rate for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate) if rate]
+        scan = _Scan(container, stream, path)
+        times = scan.of_packets(time) if _tells_times(container) else scan.of_pictures()
+        if not announced and len(times) < 2:
             raise VideoError(f"{path} has no frame rate")
-        # Two frames of slack: containers differ in whether the last frame has a duration.
-        declared = (container.duration or 0) / av.time_base
-        if packets < stream.frames or (not count_packets and end < declared - 0.05 - float(2 / fps)):
-            raise VideoError(f"{path} is truncated: it announces {declared:.1f} s and ends at {end:.1f} s")
-        turned = bool(first.rotation % 180)
+        time_base = stream.time_base or Fraction(1, 90_000)
+        clock = measure(times, time_base, announced, scan.hold)
+        scan.check_length(float(2 / clock.rate))
         return VideoInfo(
-            frames=frames,
-            width=first.height if turned else first.width,
-            height=first.width if turned else first.height,
-            fps=fps,
-            has_audio=bool(container.streams.audio),
+            width=shown.shape[1],
+            height=shown.shape[0],
+            clock=dataclasses.replace(clock, joined=scan.joined),
+            tracks=tuple(_track(other) for other in container.streams if other.type != "video"),
+            chapters=len(container.chapters()),
             comment=next((text for key, text in container.metadata.items() if key.lower() == "comment"), ""),
+            damaged=scan.damaged,
         )
 
 
-def read_frames(path: Path, batch: int = 8) -> Iterator[Frames]:
+def _track(stream: Any) -> Track:
+    context, meta = stream.codec_context, {key.lower(): text for key, text in stream.metadata.items()}
+    return Track(
+        kind=stream.type,
+        index=stream.index,
+        codec="" if context is None else context.codec.canonical_name,
+        begin=float((stream.start_time or 0) * (stream.time_base or 0)),
+        channels=getattr(context, "channels", 0) or 0,
+        language=meta.get("language", "und"),
+        title=meta.get("title", "").replace("\0", ""),
+        default=bool(stream.disposition & stream.disposition.default),
+    )
+
+
+def _tells_times(container: InputContainer) -> bool:
+    """Tell whether the container has one packet a picture, with the time at which it is shown."""
+    return "mp4" in container.format.name
+
+
+class _Scan:
+    """One pass over a file: when its pictures are shown, where it ends, and what cannot be decoded."""
+
+    def __init__(self, container: InputContainer, stream: VideoStream, path: Path) -> None:
+        self.container, self.stream, self.path = container, stream, path
+        self.packets = self.damaged = self.hold = 0
+        self.end = 0.0
+        self.joined = False
+
+    def _packets(self) -> Iterator[Packet[Any]]:
+        cut_is_damage = not self.container.format.name.startswith("mpeg")  # a broadcast goes on after a gap
+        for packet in self.container.demux():
+            if packet.is_corrupt and cut_is_damage:
+                raise VideoError(f"{self.path} is damaged or truncated after {self.packets} frames")
+            if packet.pts is not None and packet.time_base is not None:
+                self.end = max(self.end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            if packet.stream.index == self.stream.index:
+                self.packets += packet.size > 0
+                yield packet
+
+    def of_packets(self, first: int) -> array[int]:
+        """Return the times of the packets, from that of the first picture that could be decoded on."""
+        times, last = array("q"), first
+        for packet in self._packets():
+            time = packet.pts if packet.pts is not None else packet.dts
+            if packet.size and not packet.is_discard and time is not None and time >= first:
+                times.append(time)
+                if time >= last:
+                    last, self.hold = time, packet.duration or 0
+        return times or array("q", [first])
+
+    def of_pictures(self) -> array[int]:
+        """Return the times of the pictures that can be decoded."""
+        times, straight = array("q"), _straightened(self.container, self.stream)
+        for packet in self._packets():
+            for frame in _decode(self.stream, packet, self._count):
+                times.append(straight.add(_time_of(self.container, frame)))
+                self.hold = frame.duration or 0
+        self.joined = straight.joined
+        return times
+
+    def _count(self, _: str) -> None:
+        self.damaged += 1
+
+    def check_length(self, slack: float) -> None:
+        """Refuse a file that is shorter than it announces; containers differ in whether the last frame has a duration.
+
+        Raises:
+            VideoError: with both lengths.
+        """
+        name, declared = self.container.format.name, (self.container.duration or 0) / av.time_base
+        if name == "avi":  # which counts what it leaves out, and announces what was planned
+            cut = containers.is_cut_avi(self.path)
+        elif _tells_times(self.container) and self.packets >= self.stream.frames:
+            cut = False
+        else:
+            cut = self.end < declared - 0.05 - slack
+        if cut:
+            raise VideoError(f"{self.path} is truncated: it announces {declared:.1f} s and ends at {self.end:.1f} s")
+
+
+def _straightened(container: InputContainer, stream: VideoStream) -> Straightened:
+    base = stream.time_base or Fraction(1, 90_000)
+    rate = stream.guessed_rate or stream.average_rate or Fraction(25)
+    joins = container.format.name in ("mpegts", "mpeg")
+    return Straightened(round(1 / (rate * base)), round(10 / base) if joins else None)
+
+
+def _time_of(container: InputContainer, frame: VideoFrame) -> int | None:
+    """Return the time of a decoded picture, ticks. AVI stores none: its pictures come one after the other."""
+    return frame.dts if container.format.name == "avi" else frame.pts
+
+
+def _decode(stream: VideoStream, packet: Packet[Any], broken: Callable[[str], None]) -> list[VideoFrame]:
+    """Decode one packet; where it cannot be, say so and go on with the next one."""
+    # Decoders in several threads tell an error some packets later: what holds no picture must not come to them.
+    if 0 < packet.size < 1000 and containers.says_only(stream.codec_context.codec.canonical_name, bytes(packet)):
+        return []
+    try:
+        return stream.decode(packet)
+    except av.error.InvalidDataError as error:
+        broken(error.strerror or "invalid data")
+        return []
+
+
+def _pictures(
+    container: InputContainer, stream: VideoStream, broken: Callable[[str], None] = lambda reason: None
+) -> Iterator[tuple[int, VideoFrame]]:
+    """Yield (time in ticks, picture) of a video; `broken` is told why what cannot be decoded is passed over."""
+    straight = _straightened(container, stream)
+    for packet in container.demux(stream):
+        for frame in _decode(stream, packet, broken):
+            yield straight.add(_time_of(container, frame)), frame
+
+
+def read_frames(
+    path: Path, batch: int = 8, clock: Clock | None = None, note: Callable[[str], None] | None = None
+) -> Iterator[Frames]:
     """Decode a video as a stream of uint8 arrays [<=batch,H,W,3] with flat memory.
 
-    The rotation tag is applied. Colours are converted by the matrix and range that the file is tagged with; an untagged
-    file is taken as BT.709 from 720 rows on and as BT.601 below, in limited range. Frames come in presentation
-    order, each once: a variable rate duplicates and drops nothing.
+    Pictures are turned, mirrored and stretched as they are to be shown. Colours are converted by the matrix and range
+    that the file is tagged with; an untagged file is taken as BT.709 from 720 rows on and as BT.601 below, in limited
+    range. High dynamic range and wide primaries become those of BT.709, see `colour`.
+
+    Args:
+        path: the video.
+        batch: frames of an array.
+        clock: gives exactly its frames, each at its time; None gives every picture once, in order.
+        note: told what cannot be decoded, with the frames that show the picture before instead; None refuses that.
 
     Raises:
-        VideoError: see `probe`; also a frame size that changes midway.
+        VideoError: see `probe`.
     """
     pending: list[Frames] = []
-    shape = None
-    for frame in _decoded(path):
-        rgb = _to_rgb(frame)
-        shape = shape or rgb.shape
-        if rgb.shape != shape:
-            raise VideoError(f"{path} changes its frame size to {rgb.shape[1]}x{rgb.shape[0]} midway")
-        pending.append(rgb)
-        if len(pending) == batch:
-            yield np.stack(pending)
-            pending.clear()
+    for frame, count in read_pictures(path, clock, note):
+        for _ in range(count):
+            pending.append(frame)
+            if len(pending) == batch:
+                yield np.stack(pending)
+                pending.clear()
     if pending:
         yield np.stack(pending)
+
+
+def read_pictures(
+    path: Path, clock: Clock | None = None, note: Callable[[str], None] | None = None
+) -> Iterator[tuple[Frames, int]]:
+    """Yield (frame [H,W,3], how many frames show it) as `read_frames` does, each picture once."""
+    broken: list[str] = []
+    with _opened(path) as container:
+        stream = _video_stream(container, path)
+        base = stream.time_base or Fraction(1, 90_000)
+        timed = ((time * base, frame) for time, frame in _pictures(container, stream, broken.append))
+        plan = ((frame, place, 1) for place, (_, frame) in enumerate(timed)) if clock is None else placed(timed, clock)
+        reading: _Reading | None = None
+        for frame, first, shown in plan:
+            reading = reading or _Reading(stream, frame, path, note)
+            lost = f"frames {first + 1} to {first + shown - 1}" if shown > 2 else f"frame {first + 1}"
+            if broken and (shown > 1 or clock is None):  # the decoder may have told it some frames before
+                if note is None:
+                    raise VideoError(f"{path} is damaged: {lost} cannot be decoded ({broken[0].lower()})")
+                note(f"{path} is damaged: {lost} cannot be decoded, frame {first} is shown instead")
+                broken.clear()
+            elif shown > 1 and note is not None and clock is not None and clock.steady:
+                note(f"{path} has no picture for {lost}: frame {first} is shown instead")
+            yield _to_rgb(frame, reading), shown
+        if broken and note is None:
+            raise VideoError(f"{path} is damaged: not all of it can be decoded ({broken[0].lower()})")
+        if reading is None:
+            raise VideoError(f"{path} holds no video frame that can be decoded")
 
 
 def check_seal(path: Path) -> None:
@@ -230,28 +413,79 @@ def _hashed(path: Path, size: int) -> hashlib._Hash:
     return sha256
 
 
-def _decoded(path: Path) -> Iterator[VideoFrame]:
-    with _opened(path) as container:
-        yield from container.decode(_video_stream(container, path))
+class _Reading:
+    """What holds for all pictures of a video: how its first one is turned, and at what size it is shown."""
+
+    def __init__(
+        self, stream: VideoStream, first: VideoFrame, path: Path, note: Callable[[str], None] | None = None
+    ) -> None:
+        data: Any = first.side_data  # a mapping to its types, a sequence to who iterates
+        matrix = next((bytes(one) for one in data if one.type.name == "DISPLAYMATRIX"), b"")
+        self.turns, self.mirrored = shape.orientation(matrix) if matrix else (0, False)
+        self.coded = first.height, first.width
+        self.size = shape.squared(first.height, first.width, stream.sample_aspect_ratio or None)
+        if self.size[0] * self.size[1] > _MAX_PIXELS:
+            self.size = self.coded
+        self.path, self.note = path, note
+
+    def check(self, frame: VideoFrame) -> None:
+        """Say, once, that pictures of another size are scaled to that of the first."""
+        if (frame.height, frame.width) != self.coded:
+            if self.note is None:
+                raise VideoError(f"{self.path} changes its frame size to {frame.width}x{frame.height} midway")
+            height, width = self.size
+            self.note(f"{self.path} changes its frame size to {frame.width}x{frame.height}; scaled to {width}x{height}")
+            self.coded = frame.height, frame.width
 
 
-def _to_rgb(frame: VideoFrame) -> Frames:
-    """Convert one decoded frame to upright uint8 RGB [H,W,3]."""
+def _to_rgb(frame: VideoFrame, reading: _Reading) -> Frames:
+    """Convert one decoded frame to upright uint8 RGB [H,W,3] of BT.709."""
+    reading.check(frame)
     matrix: int = frame.colorspace
-    if matrix in (0, 2):  # RGB or untagged
-        matrix = Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
+    transfer = int(frame.color_trc)
+    primaries = colour.primaries_of(int(frame.color_primaries), matrix)
+    plain = colour.is_plain(primaries, transfer, matrix)
     full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
-    rgb = frame.reformat(
-        format="rgb24",
-        src_colorspace=matrix,
-        src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
-        interpolation=_EXACT,
-    ).to_ndarray()
-    return np.ascontiguousarray(np.rot90(rgb, frame.rotation // 90))
+    odd = frame.format.is_planar and not frame.format.is_rgb and len(frame.format.components) >= 3
+    if matrix in colour.ODD and odd:
+        coded = colour.from_matrix(_luma_chroma(frame, reading.size, full), matrix, primaries, transfer)
+        deep = np.asarray(np.clip(coded, 0, 1) * 65535 + 0.5, np.uint16)
+        rgb = colour.convert(deep, primaries, transfer) if not plain else np.asarray(deep // 257, np.uint8)
+    else:
+        if matrix not in (0, 2, *colour.DIRECT):
+            raise VideoError(
+                f"{reading.path} has colours of matrix {matrix}, which cannot be converted",
+                f"convert it with: ffmpeg -i {reading.path.name} -vf zscale=matrix=709 -c:a copy converted.mp4",
+            )
+        if matrix in (0, 2):  # RGB or untagged
+            matrix = Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
+        scaled: Any = frame.reformat(
+            width=reading.size[1],
+            height=reading.size[0],
+            format="rgb24" if plain else "rgb48le",
+            src_colorspace=matrix,
+            src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
+            interpolation=_EXACT,
+        ).to_ndarray()
+        rgb = scaled if plain else colour.convert(scaled, primaries, transfer)
+    return shape.upright(rgb, reading.turns, reading.mirrored)
+
+
+def _luma_chroma(frame: VideoFrame, size: tuple[int, int], full: bool) -> colour.Values:
+    """Return Y'CbCr [H,W,3] of a frame: 0..1 and -0.5..0.5."""
+    kept, same = ColorRange.JPEG if full else ColorRange.MPEG, Colorspace.ITU709  # which then changes nothing
+    wide = frame.reformat(
+        width=size[1], height=size[0], format="yuv444p16le", src_color_range=kept, dst_color_range=kept,
+        src_colorspace=same, dst_colorspace=same, interpolation=_EXACT,
+    ).to_ndarray()  # fmt: skip
+    planes = wide.astype(np.float64)
+    if full:
+        return (planes - (0, 32768, 32768)) / 65535
+    return (planes - (16 * 256, 32768, 32768)) / (219 * 256, 224 * 256, 224 * 256)
 
 
 def read_image(path: Path) -> Frames:
-    """Read a picture as uint8 RGB [H,W,3], upright by its orientation tag, transparency laid over white.
+    """Read a picture as uint8 RGB [H,W,3]: upright by its orientation tag, in sRGB, transparency laid over white.
 
     Raises:
         InputError: the file is missing or no readable PNG, JPEG, WebP, BMP or TIFF.
@@ -265,15 +499,20 @@ def read_image(path: Path) -> Frames:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=_IMAGE_FORMATS) as file:  # which reads the header only
                 if file.width * file.height > _MAX_PIXELS:
-                    raise InputError(f"{path} has {file.width}x{file.height} pixels", "up to 8192x4320 is read")
+                    raise InputError(f"it has {file.width}x{file.height} pixels", "up to 8192x4320 is read")
                 image: Image.Image = ImageOps.exif_transpose(file)
-                if image.mode.startswith("I"):  # 16-bit grey would be clipped, not scaled
-                    return np.repeat((np.asarray(image, np.int64) // 257).astype(np.uint8)[..., None], 3, axis=2)
+                if image.mode.startswith(("I", "F")):  # which would be clipped, not scaled
+                    deep = image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PNG")
+                    grey = pictures.to_levels(np.asarray(image), 65535 if deep else None)
+                    return np.repeat(grey[..., None], 3, axis=2)
+                image = pictures.to_srgb(image)
                 if image.has_transparency_data:
                     layer = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
                 return np.array(image.convert("RGB"))
     # What damaged pictures were seen to raise.
+    except InputError as error:
+        raise InputError(f"{path}: {error.message}", error.hint) from error
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Warning, Image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be read as a picture: {error}", "use PNG, JPEG, WebP, BMP or TIFF") from error
 
@@ -373,7 +612,7 @@ class SegmentWriter:
     ) -> None:
         if height < 2 or width < 2 or height % 2 or width % 2:
             raise ConfigError(f"video of {width}x{height} pixels: both sizes must be even and at least 2")
-        if not 0 < fps <= 1000 or max(fps.numerator, fps.denominator) > 2**24:
+        if not 0 < fps <= MAX_RATE or fps != exact_rate(fps):
             raise ConfigError(f"a frame rate of {fps} cannot be written", "use a rate such as 8, 24 or 30000/1001")
         self.path, self.height, self.width, self.fps = path, height, width, fps
         # x264's macroblock tree is not deterministic, even with one thread: of 24,000 encodings of one 5-frame segment
@@ -450,7 +689,7 @@ class SegmentWriter:
             container.mux(stream.encode(None))
         return buffer.getvalue()
 
-    def finish(self, out_path: Path, comment: str = "", audio_from: Path | None = None) -> VideoInfo:
+    def finish(self, out_path: Path, comment: str = "", extras: Extras = Extras()) -> VideoInfo:
         """Copy the segments into the final file, check it by reading it again, and only then give it its name.
 
         Behind its end stands a seal, see `check_seal`.
@@ -458,8 +697,7 @@ class SegmentWriter:
         Args:
             out_path: the mp4; an existing file is replaced.
             comment: text for the comment tag, at most 64 KiB of UTF-8.
-            audio_from: a video whose first audio track is copied (re-encoded as AAC where MP4 cannot hold it) and cut
-                to the length of the video.
+            extras: what it gets besides its pictures, see `sound.carry`.
 
         Raises:
             ConfigError: nothing was appended, or a comment that is too long.
@@ -474,25 +712,26 @@ class SegmentWriter:
         # An interruption may have come between bytes and mark.
         files.append_bytes(self.path, b"", self.mark.size)
         arguments = ["-i", _url(self.path)]
-        mapping = ["-map", "0:v:0", "-c:v", "copy", "-map_metadata", "-1", "-metadata", f"comment={comment}"]
-        codec = _audio_codec(audio_from) if audio_from else None
-        if audio_from and codec:
-            guards = [part for key, value in _INPUT_OPTIONS.items() for part in (f"-{key}", value)]
-            length = float(self.mark.frames / self.fps)
-            arguments += [*guards, "-t", f"{length:.6f}", "-i", _url(audio_from)]
-            mapping += ["-map", "1:a:0", "-c:a"]
-            mapping += ["copy"] if codec in _MP4_AUDIO else ["aac", "-b:a", "192k"]
-        mapping += ["-movflags", "+faststart"]
+        mapping = ["-map", "0:v:0", "-c:v", "copy", "-map_metadata:g", "-1", "-map_metadata:s", "-1"]
+        mapping += ["-metadata", f"comment={comment}"]
+        arguments += extras.inputs
+        mapping += [*extras.outputs, "-movflags", "+faststart"]
         with files.replacing(out_path) as temporary:
-            _run_ffmpeg([*arguments, *mapping, "-fflags", "+bitexact", "-f", "mp4"], temporary, out_path)
+            if not extras.inputs and find_spec("imageio_ffmpeg") is None:
+                _copy_pictures(self.path, temporary, out_path, comment)
+            elif said := run_ffmpeg(
+                [*arguments, *mapping, "-fflags", "+bitexact", "-f", "mp4"], temporary, out_path
+            ):  # fmt: skip
+                log.warning("ffmpeg on %s: %s", out_path, said)
             try:
                 info = probe(temporary)
             except VideoError as error:
                 raise OutputError(f"{out_path} could not be written whole: {error.message}") from error
-            found = (info.frames, info.width, info.height, info.fps, info.has_audio)
-            wanted = (self.mark.frames, self.width, self.height, self.fps, bool(codec))
+            sounds = sum(track.kind == "audio" for track in info.tracks)
+            found = (info.frames, info.width, info.height, info.fps, sounds)
+            wanted = (self.mark.frames, self.width, self.height, self.fps, extras.sounds)
             if found != wanted:
-                raise OutputError(f"{out_path} holds (frames, width, height, fps, audio) {found} instead of {wanted}")
+                raise OutputError(f"{out_path} holds (frames, width, height, fps, sounds) {found} instead of {wanted}")
             size = temporary.stat().st_size
             files.append_bytes(temporary, _SEAL + _hashed(temporary, size).digest(), size)
         return info
@@ -511,22 +750,45 @@ def _url(path: Path) -> str:
     return f"file:{path.absolute()}"
 
 
-def _audio_codec(path: Path) -> str | None:
+def input_options(path: Path) -> list[str]:
+    """Return the arguments by which ffmpeg reads a file, and nothing else that it may name."""
+    return [part for key, value in _INPUT_OPTIONS.items() for part in (f"-{key}", value)] + ["-i", _url(path)]
+
+
+def holds_packets(path: Path) -> bool:
+    """Tell whether something is in the first stream of a file. Raises VideoError: it cannot be read."""
     with _opened(path) as container:
-        contexts = [stream.codec_context for stream in container.streams.audio if stream.codec_context is not None]
-        return contexts[0].codec.canonical_name if contexts else None
+        return any(packet.size for packet in container.demux(0))
 
 
-def _run_ffmpeg(arguments: list[str], path: Path, out_path: Path) -> None:
-    """Let the ffmpeg binary write `path`, which will be `out_path`; failures, hangs and its lack are OutputErrors."""
-    import imageio_ffmpeg  # type: ignore[import-untyped]
+def check_ffmpeg(pictures_only: bool = False) -> None:
+    """Raise OutputError unless there is an ffmpeg that can be started; pictures alone PyAV writes where none is."""
+    if pictures_only and find_spec("imageio_ffmpeg") is None:
+        return
+    process = _started(["-version"])
+    with process:
+        process.communicate()
 
+
+def _started(arguments: list[str]) -> subprocess.Popen[bytes]:
     try:
-        binary: str = imageio_ffmpeg.get_ffmpeg_exe()
-        command = [binary, "-nostdin", "-v", "error", "-y", *arguments, _url(path)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        import imageio_ffmpeg  # type: ignore[import-untyped]
+
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), *arguments]
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    except ImportError as error:
+        raise OutputError(f"sound is copied by imageio-ffmpeg, which is not here: {error}", "install it") from error
     except (RuntimeError, OSError) as error:
         raise OutputError(f"the ffmpeg binary cannot be started: {error}", "streamt2v doctor says more") from error
+
+
+def run_ffmpeg(arguments: list[str], path: Path, out_path: Path) -> str:
+    """Let the ffmpeg binary write `path`, which will be `out_path`, and return what it complains of.
+
+    Raises:
+        OutputError: it is not there, fails or hangs.
+    """
+    process = _started(["-nostdin", "-v", "error", "-y", *arguments, _url(path)])
     with process:
         try:
             said = _last_words(process, path).decode(errors="replace").strip()
@@ -539,8 +801,27 @@ def _run_ffmpeg(arguments: list[str], path: Path, out_path: Path) -> None:
         raise files.explain(out_path, OSError(28, "No space left on device"))
     if process.returncode:
         raise OutputError(f"ffmpeg failed on {out_path} with code {process.returncode}: {said[-500:]}")
-    if said:
-        log.warning("ffmpeg on %s: %s", out_path, said[-500:])
+    return said[-500:]
+
+
+def _copy_pictures(source: Path, path: Path, out_path: Path, comment: str) -> None:
+    """Write `path`, which will be `out_path`, as the ffmpeg binary does of a video without sound, where it is not here.
+
+    A machine may have PyAV and not the binary, which is twice as large.
+    """
+    options = {"movflags": "+faststart", "fflags": "+bitexact"}
+    try:
+        with av.open(_url(source)) as given, av.open(_url(path), "w", format="mp4", options=options) as made:
+            made.metadata["comment"] = comment
+            stream = made.add_stream_from_template(given.streams.video[0])
+            for packet in given.demux(given.streams.video[0]):
+                if packet.size:  # the last one only says that nothing follows
+                    packet.stream = stream
+                    made.mux(packet)
+    except OSError as error:
+        raise files.explain(out_path, error) from error
+    except av.error.FFmpegError as error:
+        raise OutputError(f"{out_path} could not be written: {error}") from error
 
 
 def _last_words(process: subprocess.Popen[bytes], path: Path) -> bytes:
@@ -575,15 +856,40 @@ def encode_image(image: Frames, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def encode_animation(images: Frames, fps: float, kind: str) -> bytes:
+def animation_times(count: int, fps: Fraction, tick: int, least: int) -> list[tuple[int, int]]:
+    """Return (frame, milliseconds) of an animation that takes as long as its frames do.
+
+    Its delays are whole ticks, whose rounding never adds up; where frames come faster than viewers show them, some are
+    left out.
+
+    Args:
+        count: frames, at least 1.
+        fps: their rate.
+        tick: unit of a delay, ms: 10 in GIF, 1 in WebP.
+        least: shortest delay that viewers keep, ms: below 20 they play a GIF at 10 frames a second.
+    """
+    times: list[tuple[int, int]] = []
+    begun, end = 0, round(1000 * count / fps / tick) * tick
+    for frame in range(count):
+        until = min(end, round(1000 * (frame + 1) / fps / tick) * tick)
+        if until - begun >= least:
+            times.append((frame, until - begun))
+            begun = until
+    if not times:
+        return [(0, max(end, least))]
+    frame, shown = times[-1]
+    return [*times[:-1], (frame, shown + end - begun)]
+
+
+def encode_animation(images: Frames, fps: Fraction, kind: str) -> bytes:
     """Return uint8 frames [F,H,W,3] as the bytes of a WEBP or GIF file that plays for ever at a rate."""
     from PIL import Image
 
-    pictures = [Image.fromarray(np.ascontiguousarray(image)) for image in images]
+    times = animation_times(len(images), fps, 10 if kind == "GIF" else 1, 20 if kind == "GIF" else 5)
+    pictures = [Image.fromarray(np.ascontiguousarray(images[frame])) for frame, _ in times]
     if kind == "GIF":  # Pillow's own choice of colours takes 20 s for 48 frames of 256x144, this 0.3 s
         pictures = [picture.quantize(method=Image.Quantize.FASTOCTREE) for picture in pictures]
     buffer = io.BytesIO()
-    pictures[0].save(
-        buffer, kind, save_all=True, append_images=pictures[1:], duration=max(1, round(1000 / fps)), loop=0
-    )
+    delays = [shown for _, shown in times]
+    pictures[0].save(buffer, kind, save_all=True, append_images=pictures[1:], duration=delays, loop=0)
     return buffer.getvalue()

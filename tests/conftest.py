@@ -23,6 +23,7 @@ def golden_folder(name: str) -> Path | None:
     return found[0] if found else None
 
 
+@pytest.hookimpl(optionalhook=True)  # where there is no xdist, nobody asks
 def pytest_xdist_auto_num_workers() -> int:
     """One more than there are cores: tests wait a third of their time for disks and for processes to start or end."""
     return (os.cpu_count() or 1) + 1

@@ -23,6 +23,10 @@ class Draws(Protocol):
         """Return unit normals of `shape`, float32 on the CPU."""
         ...
 
+    def uniform(self, purpose: str, address: Address, shape: Sequence[int]) -> Tensor:
+        """Return uniform numbers from [0, 1) of `shape`, float32 on the CPU."""
+        ...
+
     def integer(self, purpose: str, address: Address, low: int, high: int) -> int:
         """Return a uniform integer from the closed range [low, high]."""
         ...
@@ -44,6 +48,10 @@ class SeededDraws:
     def normal(self, purpose: str, address: Address, shape: Sequence[int]) -> Tensor:
         """Return unit normals of `shape`, float32 on the CPU."""
         return torch.randn(tuple(shape), generator=self.generator(purpose, address))
+
+    def uniform(self, purpose: str, address: Address, shape: Sequence[int]) -> Tensor:
+        """Return uniform numbers from [0, 1) of `shape`, float32 on the CPU."""
+        return torch.rand(tuple(shape), generator=self.generator(purpose, address))
 
     def integer(self, purpose: str, address: Address, low: int, high: int) -> int:
         """Return a uniform integer from the closed range [low, high]."""

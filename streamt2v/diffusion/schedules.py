@@ -1,11 +1,13 @@
 """Noise schedules: how much signal and noise a latent holds at each training timestep, and which timesteps to visit.
 
 A noisy latent is x_t = alpha_t x_0 + sigma_t n with alpha^2 + sigma^2 = 1; alpha_bar = alpha^2. In variance-exploding
-coordinates x_t / alpha_t = x_0 + rho_t n, rho = sigma / alpha.
+coordinates x_t / alpha_t = x_0 + rho_t n, rho = sigma / alpha. Networks of the EDM kind know no timesteps: they are
+told rho itself, which their own papers call sigma.
 """
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +15,11 @@ from torch import Tensor
 from streamt2v.config import Table
 from streamt2v.errors import ConfigError
 
-KINDS = ("scaled_linear", "linear", "cosine_logsnr")
+KINDS = ("scaled_linear", "linear", "squared_cosine", "cosine_logsnr")
 PREDICTIONS = ("epsilon", "v", "sample")
 SPACINGS = ("leading", "trailing")
+ALIGNED_STEPS = (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002)
+"""Noise levels rho of ten steps, optimised for Stable Video Diffusion (arXiv 2404.14507)."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class ScheduleConfig(Table):
     """What defines a noise schedule; the defaults are those of the published streaming stage."""
 
     kind: str = "scaled_linear"
-    """scaled_linear (linear in sqrt(beta)), linear, or cosine_logsnr (the published refiner)."""
+    """scaled_linear (linear in sqrt(beta)), linear, squared_cosine (arXiv 2102.09672) or cosine_logsnr (the published
+    refiner)."""
     beta_start: float = 0.00085
     beta_end: float = 0.012
     num_train_timesteps: int = 1000
@@ -63,6 +68,7 @@ class NoiseSchedule:
             self.alpha_bars = _alpha_bars_from_betas(config)
             self.alphas = self.alpha_bars.sqrt()
             self.sigmas = (1 - self.alpha_bars).sqrt()
+        self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def timesteps(self, num_steps: int) -> Tensor:
         """Return the training timesteps a sampler visits, int64 [N] in descending order.
@@ -108,12 +114,20 @@ class NoiseSchedule:
             return (noisy - sigma * output) / alpha, output
         return output, (noisy - alpha * output) / sigma
 
+    def to_x0(self, output: Tensor, noisy: Tensor, timestep: Tensor | int) -> Tensor:
+        """Turn a network output at x_t into its estimate of the clean latent alone."""
+        return output if self.config.prediction == "sample" else self.to_x0_eps(output, noisy, timestep)[0]
+
     def _at(self, timestep: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Look up alpha and sigma, shaped to multiply with `like` [B, ...] in float32 or wider."""
-        index = torch.as_tensor(timestep, device=like.device)
+        if not isinstance(timestep, Tensor):
+            return self.alphas[timestep], self.sigmas[timestep]  # numbers of the host: no device is waited for
+        if like.device not in self._copies:
+            self._copies[like.device] = self.alphas.to(like.device), self.sigmas.to(like.device)
+        alphas, sigmas = self._copies[like.device]
+        index = timestep.to(like.device)
         shape = (-1, *[1] * (like.ndim - 1)) if index.ndim else ()
-        alpha, sigma = self.alphas.to(like.device)[index], self.sigmas.to(like.device)[index]
-        return alpha.reshape(shape), sigma.reshape(shape)
+        return alphas[index].reshape(shape), sigmas[index].reshape(shape)
 
 
 def sdedit_grid(schedule: NoiseSchedule, start_timestep_count: int, num_steps: int) -> tuple[Tensor, Tensor]:
@@ -144,10 +158,55 @@ def sdedit_grid(schedule: NoiseSchedule, start_timestep_count: int, num_steps: i
     return torch.tensor([round(time) for time in times]), rho
 
 
+def align_your_steps(num_steps: int) -> Tensor:
+    """Return noise levels rho, float64 [N+1]: from 700 down to 0.002, then 0.
+
+    Args:
+        num_steps: N >= 1; other numbers than ten interpolate ln rho linearly.
+
+    Source: arXiv 2404.14507 (Align Your Steps).
+    """
+    if num_steps < 1:
+        raise ConfigError(f"the number of steps must be at least 1, not {num_steps}")
+    table = torch.tensor(ALIGNED_STEPS, dtype=torch.float64).log()
+    places = torch.linspace(0, len(table) - 1, num_steps, dtype=torch.float64)
+    below = places.long().clamp(max=len(table) - 2)
+    rho = torch.lerp(table[below], table[below + 1], places - below).exp()
+    return torch.cat([rho, torch.zeros(1, dtype=torch.float64)])
+
+
+class Preconditioning(NamedTuple):
+    """How a network of the EDM kind is asked at a noise level: D(x) = c_skip x + c_out network(c_in x, c_noise)."""
+
+    c_in: float
+    c_skip: float
+    c_out: float
+    c_noise: float
+
+    def clean(self, output: Tensor, noisy: Tensor) -> Tensor:
+        """Turn the network's output at x = x_0 + rho n into its estimate of x_0."""
+        return self.c_skip * noisy + self.c_out * output
+
+
+def precondition(rho: float) -> Preconditioning:
+    """Return the factors for a network that predicts v, at x = x_0 + rho n with data of unit deviation; rho > 0.
+
+    c_in = (rho^2 + 1)^-1/2, c_skip = 1 / (rho^2 + 1), c_out = -rho (rho^2 + 1)^-1/2, c_noise = ln(rho) / 4.
+
+    Source: arXiv 2206.00364 section 5 in the form of arXiv 2311.15127 appendix D.
+    """
+    c_in = (rho**2 + 1) ** -0.5
+    return Preconditioning(c_in, c_in**2, -rho * c_in, 0.25 * math.log(rho))
+
+
 def _alpha_bars_from_betas(config: ScheduleConfig) -> Tensor:
     """Multiply up alpha_bar = prod(1 - beta); with zero terminal SNR, shift and scale its root (arXiv 2305.08891)."""
     steps = config.num_train_timesteps
-    if config.kind == "scaled_linear":
+    if config.kind == "squared_cosine":
+        grid = torch.arange(steps + 1, dtype=torch.float64) / steps
+        curve = torch.cos((grid + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = (1 - curve[1:] / curve[:-1]).clamp(max=0.999).float()
+    elif config.kind == "scaled_linear":
         betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, steps, dtype=torch.float32) ** 2
     else:
         betas = torch.linspace(config.beta_start, config.beta_end, steps, dtype=torch.float32)

@@ -38,6 +38,19 @@ def ddim_step(
     return moved + sigma * noise
 
 
+def euler_step(x: Tensor, clean: Tensor, rho: float, rho_next: float) -> Tensor:
+    """Take one Euler step of the probability flow, x' = x + (rho' - rho) (x - D) / rho, where x = x_0 + rho n.
+
+    Args:
+        x: latents at rho.
+        clean: D, estimate of x_0.
+        rho, rho_next: noise levels, the second smaller; at 0 the result is D.
+
+    Source: arXiv 2206.00364 algorithm 1 without its correction.
+    """
+    return x + (rho_next - rho) / rho * (x - clean)
+
+
 def extrapolate(clean: Tensor, previous: Tensor | None, rho: Tensor, step: int) -> Tensor:
     """Return D_k + h_k / (2 h_{k-1}) (D_k - D_{k-1}), the estimate in the middle of a step.
 

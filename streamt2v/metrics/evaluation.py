@@ -17,7 +17,7 @@ from scenedetect.scene_manager import compute_downscale_factor
 
 from streamt2v import chunks, devices, foreign, jobs
 from streamt2v.config import Prompt
-from streamt2v.errors import ConfigError, InputError
+from streamt2v.errors import ConfigError, InputError, VideoError
 from streamt2v.frames import Frames
 from streamt2v.metrics import clip as clips
 from streamt2v.metrics import motion, scores
@@ -26,6 +26,7 @@ from streamt2v.progress import Report
 from streamt2v.weights import hub
 
 GROUP = 8  # frames read at once
+MOST_SEAMS = 1_000_000
 THUMBNAILS, THUMBNAIL_WIDTH = 24, 240
 
 # name of a score -> what it says
@@ -128,7 +129,9 @@ def parse_seams(text: str) -> tuple[int, ...]:
     try:
         for item in text.split(","):
             numbers = [int(number) for number in item.split(":")]
-            found += numbers if len(numbers) == 1 else range(*numbers)
+            several = range(*numbers) if len(numbers) > 1 else numbers
+            # More than any video has: that is found out by its ends.
+            found += several if len(several) <= MOST_SEAMS else (several[0], several[-1])
     except (ValueError, TypeError):
         hint = "give frame numbers such as 16,24,32, or first:end:step such as 16:1200:8"
         raise ConfigError(f"--seams is {text!r}", hint) from None
@@ -182,7 +185,9 @@ def inspect(path: Path, settings: Settings) -> Subject:
     )  # fmt: skip
 
 
-def evaluate(paths: Sequence[Path], settings: Settings, report: Report, note: hub.Note) -> list[Measured]:
+def evaluate(
+    paths: Sequence[Path], settings: Settings, report: Report, note: hub.Note
+) -> tuple[list[Measured], list[VideoError]]:
     """Measure videos one after the other; all of them are looked at before the first is measured.
 
     Args:
@@ -191,19 +196,26 @@ def evaluate(paths: Sequence[Path], settings: Settings, report: Report, note: hu
         report: is told how far it is.
         note: is told the size of a CLIP that must be fetched.
 
+    Returns:
+        What was measured, and why the others could not be. A damaged video is not measured: a frame that is shown
+        twice would change its scores.
+
     Raises:
         VideoError, InputError, ConfigError, WeightsError: see `inspect` and `clip.load`.
     """
     subjects = [inspect(path, settings) for path in paths]
     device = devices.resolve(settings.device).name
     clip = None if settings.clip == "none" else clips.load(settings.clip, device, note)
-    results = []
+    results, failures = list[Measured](), list[VideoError]()
     for path, subject in zip(paths, subjects, strict=True):
         report.start(subject.video, subject.frames)
         other = None if settings.against is None else foreign.read_frames(settings.against, GROUP)
         stream = _told(foreign.read_frames(path, GROUP), subject, report)
-        results.append(measure(stream, subject, settings, clip, other))
-    return results
+        try:
+            results.append(measure(stream, subject, settings, clip, other))
+        except VideoError as error:
+            failures.append(error)
+    return results, failures
 
 
 def _told(stream: Iterator[Frames], subject: Subject, report: Report) -> Iterator[Frames]:

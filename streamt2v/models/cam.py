@@ -30,6 +30,8 @@ class CamConfig(Table):
     cond_embed_channels: tuple[int, ...] = (32, 96, 256, 512)
     """Widths of the pixel stack; each after the first halves the frame, so their number fixes the latent factor."""
     num_cond_frames: int = 8
+    pixel_norms: bool = False
+    """Whether the pixel stack normalises its features: over the channels of each pixel, before the SiLU."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -38,12 +40,14 @@ class CamConfig(Table):
 
 
 class PixelStack(nn.Module):
-    """Frames to features of latent size: 3x3 convolutions with SiLU between them and no normalisation."""
+    """Frames to features of latent size: 3x3 convolutions with SiLU between them; all but the ends may have a norm."""
 
-    def __init__(self, widths: tuple[int, ...], out_channels: int) -> None:
+    def __init__(self, widths: tuple[int, ...], out_channels: int, normed: bool = False) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.blocks = nn.ModuleList()
+        channels = [width for pair in pairwise(widths) for width in pair]
+        self.norms = nn.ModuleList(nn.LayerNorm(width) if normed else nn.Identity() for width in channels)
         for narrow, wide in pairwise(widths):
             self.blocks.append(nn.Conv2d(narrow, narrow, 3, padding=1))
             self.blocks.append(nn.Conv2d(narrow, wide, 3, padding=1, stride=2))
@@ -54,8 +58,8 @@ class PixelStack(nn.Module):
     def forward(self, frames: Tensor) -> Tensor:
         """Map frames [N, 3, H, W] to [N, C, H/8, W/8] (8 for four widths)."""
         x = F.silu(self.conv_in(frames))
-        for conv in self.blocks:
-            x = F.silu(conv(x))
+        for conv, norm in zip(self.blocks, self.norms, strict=True):
+            x = F.silu(norm(conv(x).movedim(1, -1)).movedim(-1, 1))
         return self.conv_out(x)
 
 
@@ -65,7 +69,9 @@ class ConditionalAttention(UNetEncoder):
     def __init__(self, config: CamConfig) -> None:
         super().__init__(config.unet)
         self.config = config
-        self.cond_embedding = PixelStack(config.cond_embed_channels, config.unet.block_out_channels[0])
+        self.cond_embedding = PixelStack(
+            config.cond_embed_channels, config.unet.block_out_channels[0], config.pixel_norms
+        )
 
     def embed_frames(self, frames: Tensor) -> Tensor:
         """Embed conditioning frames [B, Fc, 3, H, W] in [-1, 1] as [B, C0, Fc, h, w], once per chunk."""

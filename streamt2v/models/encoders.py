@@ -6,15 +6,16 @@ Shapes: B batch, F frames, C latent channels, S tokens, D features; H, W pixels,
 # mypy: disable-error-code="no-any-return, no-untyped-call"
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from streamt2v.chunks import Chunk, middles
 from streamt2v.errors import ConfigError, NumericsError
-from streamt2v.frames import is_black, is_empty, is_finite, to_u8
+from streamt2v.frames import is_black, is_finite, is_picture, to_u8
 from streamt2v.models.unet3d import TextContext
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def latent_size(vae: Any, height: int, width: int) -> tuple[int, int]:
 
 
 def encode_frames(vae: Any, frames: Tensor, noise: Tensor | None = None) -> Tensor:
-    """Encode frames [F, 3, H, W] in [-1, 1] one by one to scaled latents [F, C, h, w].
+    """Encode frames [F, 3, H, W] in [-1, 1] one by one to scaled latents [F, C, h, w], float32 or as the VAE asks for.
 
     Args:
         vae: a library autoencoder with a `scaling_factor` in its config.
@@ -103,7 +104,7 @@ def encode_frames(vae: Any, frames: Tensor, noise: Tensor | None = None) -> Tens
             latent = posterior.mean
             if noise is not None:
                 latent = latent + posterior.std * noise[index : index + 1].to(latent)
-            latents.append(latent.float() * vae.config.scaling_factor)
+            latents.append((latent.float() * vae.config.scaling_factor).to(getattr(vae, "latent_dtype", torch.float32)))
         return torch.cat(latents)
 
     return _checked(vae, frames, encode)
@@ -115,13 +116,42 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     Raises:
         NumericsError: NaN or Inf in the latents or, in 32 bit too, in the frames.
     """
+    return _decoded(vae, latents, lambda scaled: (vae.decode(latent).sample for latent in scaled.split(1)))
 
-    def decode() -> Tensor:
+
+def decode_clip(vae: Any, latents: Tensor, groups: Sequence[Chunk], first: int = 0) -> Tensor:
+    """Decode scaled latents [F, C, h, w] in groups by a temporal decoder: frames `first`.. [F - first, 3, H, W].
+
+    A frame looks different beside other frames, and alone it has none: groups that overlap give every frame its
+    neighbours, and each frame is taken from the group in which it lies further from the end.
+
+    Args:
+        vae: a library autoencoder with a temporal decoder.
+        latents: of one clip.
+        groups: which frames are decoded at once, a plan over F frames.
+        first: frames before it are not wanted; groups with no others are left out.
+
+    Raises:
+        NumericsError: as `decode_latents`.
+    """
+    kept = [(group, range(max(own.start, first), own.stop)) for group, own in zip(groups, middles(groups), strict=True)]
+
+    def decode(scaled: Tensor) -> Iterator[Tensor]:
+        for group, own in kept:
+            if own:
+                clip = vae.decode(scaled[group.start : group.stop], num_frames=group.size).sample
+                yield clip[own.start - group.start : own.stop - group.start]
+
+    return _decoded(vae, latents, decode)
+
+
+def _decoded(vae: Any, latents: Tensor, decode: Callable[[Tensor], Iterable[Tensor]]) -> Tensor:
+    def run() -> Tensor:
         scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
-        return torch.cat([vae.decode(latent).sample.float() for latent in scaled.split(1)])
+        return torch.cat([frames.float() for frames in decode(scaled)])
 
     # Not clamped before it was looked at: that makes white of Inf.
-    return _checked(vae, latents, decode, lambda frames: is_black(to_u8(frames))).clamp_(-1, 1)
+    return _checked(vae, latents, run, lambda frames: is_black(to_u8(frames))).clamp_(-1, 1)
 
 
 def _checked(
@@ -131,11 +161,12 @@ def _checked(
 
     What is computed again depends on what is given alone, so that a resumed run does the same.
     """
-    if not is_finite(given):
-        raise NumericsError("a network produced NaN or Inf")
     result = compute()
-    if is_finite(result) and not is_empty(result):
+    # A codec that loses nothing returns a picture of one colour as it is.
+    if is_finite(result) if getattr(vae, "lossless", False) else is_picture(result):
         return result
+    if not is_finite(given):  # asked only now: what is not, never becomes a picture
+        raise NumericsError("a network produced NaN or Inf")
     narrow = vae.dtype
     if narrow.itemsize == 2:
         log.warning("the VAE fails in 16 bit; these frames are computed in 32")
@@ -144,6 +175,6 @@ def _checked(
             result = compute()
         finally:
             torch.nn.Module.to(vae, narrow)  # the library's own warns of what was just undone
-        if is_finite(result) and not is_empty(result) and not is_bad(result):
+        if is_picture(result) and not is_bad(result):
             return result
     raise NumericsError("the VAE produced NaN, Inf, a single value or nothing but black")

@@ -67,6 +67,10 @@ class Attention(nn.Module):
 
         B divides N: each context row serves N/B consecutive rows of x, e.g. all frames of a clip.
         """
+        if context is not None and context.keys.shape[2] == 1:
+            # Softmax over one key is 1, whatever the query: its value is the answer at every position.
+            answer = self.to_out[0](context.values.flatten(1))  # [B, D]
+            return answer.repeat_interleave(len(x) // len(answer), dim=0)[:, None].expand_as(x)
         context = self.keys_values(x) if context is None else context
         rows = context.keys.shape[0]
         query = self._split_heads(self.to_q(x).reshape(rows, -1, self.heads * self.head_dim))  # [B, heads, N/B*S, d]
@@ -189,12 +193,12 @@ class FrameCode(nn.Module):
         if self.text is not None:
             nn.init.normal_(self.text.weight, std=0.02)
 
-    def forward(self, frames: int, pooled: Tensor | None = None) -> Tensor:
-        """Return the codes [B or 1, F, C] of frames 0..F-1 for pooled texts [B, D]."""
-        weight = self.position.weight
-        index = torch.arange(frames, device=weight.device, dtype=torch.float32)
-        angles = 2 * math.pi * index[:, None] / index.new_tensor([4.0, 8.0, 16.0, 32.0])
-        phi = torch.cat([angles.cos(), angles.sin()], dim=1).to(weight.dtype)  # [F, 8]
+    def forward(self, frames: int, device: torch.device, pooled: Tensor | None = None) -> Tensor:
+        """Return the codes [B or 1, F, C] of frames 0..F-1 for pooled texts [B, D]; weights may wait on the host."""
+        index = torch.arange(frames, device=device, dtype=torch.float32)
+        # One by one, as a table of the periods would be copied to the device.
+        angles = torch.stack([2 * math.pi * index / period for period in (4, 8, 16, 32)], dim=1)  # [F, 4]
+        phi = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.position.weight.dtype)  # [F, 8]
         code = self.position(phi)[None]  # [1, F, C]
         if self.text is None or pooled is None:
             return code
@@ -226,7 +230,7 @@ class TemporalTransformer(nn.Module):
         clips = as_clips(x, frames)  # [B, C, F, P]
         hidden = self.proj_in(self.norm(clips).permute(0, 3, 2, 1))  # [B, P, F, C]
         if self.frame_codes is not None:
-            hidden = hidden + self.frame_codes(frames, pooled).unsqueeze(1)
+            hidden = hidden + self.frame_codes(frames, hidden.device, pooled).unsqueeze(1)
         hidden = self.transformer_blocks[0](hidden.flatten(0, 1)).view_as(hidden)
         return as_images(clips + self.proj_out(hidden).permute(0, 3, 2, 1), x.shape)
 
@@ -267,11 +271,15 @@ class ResnetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, groups: int) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = self.convolution(in_channels, out_channels)
         self.time_emb_proj = nn.Linear(embedding_dim, out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = self.convolution(out_channels, out_channels)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def convolution(self, in_channels: int, out_channels: int) -> nn.Module:
+        """Make one of the two convolutions."""
+        return nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Apply to x [N, C, h, w] with time embeddings [B, T], each serving N/B consecutive images."""
@@ -310,19 +318,24 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
-class TimestepEmbedding(nn.Module):
-    """Sinusoids of the timestep (cosines first) through a two-layer perceptron."""
+def sinusoids(values: Tensor, channels: int) -> Tensor:
+    """Return waves [..., channels] of real numbers [...], cosines first, at rates from 1 down to 1/10000; float32."""
+    half = channels // 2
+    rates = torch.exp(-math.log(10000.0) / half * torch.arange(half, device=values.device, dtype=torch.float32))
+    angles = values.float()[..., None] * rates
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
-    def __init__(self, channels: int) -> None:
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoids of the timestep, or of a frame's number, through a two-layer perceptron."""
+
+    def __init__(self, channels: int, out_channels: int | None = None) -> None:
         super().__init__()
         self.channels = channels
         self.linear_1 = nn.Linear(channels, 4 * channels)
-        self.linear_2 = nn.Linear(4 * channels, 4 * channels)
+        self.linear_2 = nn.Linear(4 * channels, out_channels or 4 * channels)
 
     def forward(self, timestep: Tensor) -> Tensor:
-        """Embed timesteps [B] (any real number, training range 0..999) as [B, 4 * channels]."""
-        half = self.channels // 2
-        rates = torch.exp(-math.log(10000.0) / half * torch.arange(half, device=timestep.device, dtype=torch.float32))
-        angles = timestep.float()[:, None] * rates
-        waves = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.linear_1.weight.dtype)
+        """Embed timesteps [B] (any real number, training range 0..999) as [B, 4 * channels or out_channels]."""
+        waves = sinusoids(timestep, self.channels).to(self.linear_1.weight.dtype)
         return self.linear_2(F.silu(self.linear_1(waves)))

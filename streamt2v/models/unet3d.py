@@ -34,6 +34,7 @@ from streamt2v.models.layers import (
     as_images,
     zero_init,
 )
+from streamt2v.models.spacetime import SpaceTimeResnet, SpaceTimeTransformer
 
 SHALLOW_LAYERS = 2
 """Layers at the end of the way up, with the skips they take, that `UNet3D.run` always computes; all else is deep."""
@@ -63,9 +64,11 @@ class UNet3DConfig(Table):
     downsample_padding: tuple[int, int] = (1, 1)
     """(2, 1) pads rows by two and crops them again on the way up, as the published refiner does."""
     pooled_text_dim: int = 0
-    """Width of a pooled text vector added to the time embedding; 0 leaves it out."""
+    """Width of a vector (pooled text, or waves of numbers) that joins the time embedding; 0 leaves it out."""
     frame_codes: bool = False
     """Text-dependent codes of the frame index in all temporal attention; needs `pooled_text_dim`."""
+    blends_time: bool = False
+    """Layers that blend what they see in a frame and over time (see `spacetime`), not one after the other."""
 
     def __post_init__(self) -> None:
         if len(self.block_out_channels) != len(self.attention_levels):
@@ -81,6 +84,8 @@ class UNet3DConfig(Table):
                     raise ConfigError(f"{channels} channels cannot be divided by {name} = {divisor}")
         if self.frame_codes and not self.pooled_text_dim:
             raise ConfigError("frame_codes needs pooled_text_dim > 0")
+        if self.frame_codes and self.blends_time:
+            raise ConfigError("layers that blend time number their frames themselves: no frame_codes")
         if self.downsample_padding[1] != 1 or self.downsample_padding[0] not in (1, 2):
             raise ConfigError(f"downsample_padding is (1, 1) or (2, 1), not {self.downsample_padding}")
 
@@ -91,6 +96,11 @@ class UNet3DConfig(Table):
         for channels in self.block_out_channels:
             skips += [channels] * (self.layers_per_block + 1)
         return skips[:-1]
+
+    @property
+    def texts_per_layer(self) -> int:
+        """How many times a layer with attention looks at the text."""
+        return 2 if self.blends_time else 1
 
     def accepts(self, height: int, width: int) -> bool:
         """Tell whether latents of height x width come back from the way down and up with their own size.
@@ -154,11 +164,19 @@ class Step:
 
 
 class Level(nn.Module):
-    """The layers of one resolution: [ResNet, temporal convolution, spatial and temporal transformer] x n."""
+    """The layers of one resolution: [ResNet, temporal convolution, spatial and temporal transformer] x n.
+
+    Or, with `blends_time`: [ResNet and transformer, each over space and time] x n.
+    """
 
     def __init__(self, config: UNet3DConfig, inputs: Sequence[int], channels: int, attention_layers: int) -> None:
         super().__init__()
         groups, embedding_dim = config.norm_num_groups, 4 * config.block_out_channels[0]
+        self.blends_time = config.blends_time
+        if config.blends_time:
+            self.resnets = nn.ModuleList(SpaceTimeResnet(c, channels, embedding_dim, groups) for c in inputs)
+            self.attentions = nn.ModuleList(_blending(config, channels) for _ in range(attention_layers))
+            return
         self.resnets = nn.ModuleList(ResnetBlock(c, channels, embedding_dim, groups) for c in inputs)
         self.temp_convs = nn.ModuleList(TemporalConv(channels, groups) for _ in inputs)
         heads = channels // config.attention_head_dim
@@ -167,6 +185,12 @@ class Level(nn.Module):
 
     def layer(self, index: int, x: Tensor, step: Step) -> Tensor:
         """Run layer `index` on x [N, C_in, h, w]."""
+        if self.blends_time:
+            frames = step.frames if step.temporal else None
+            x = self.resnets[index](x, step.embedding, frames)
+            if index < len(self.attentions):
+                x = self.attentions[index](x, next(step.text), next(step.text), frames)
+            return x
         x = self.resnets[index](x, step.embedding)
         if step.temporal:
             x = self.temp_convs[index](x, step.frames)
@@ -225,11 +249,20 @@ class UpLevel(Level):
         return x
 
 
-def _spatial(config: UNet3DConfig, channels: int) -> SpatialTransformer:
+def _text_attention(config: UNet3DConfig, channels: int) -> TextAttention:
     head_dim, context_dim = config.attention_head_dim, config.cross_attention_dim
     heads = channels // head_dim
-    text = TextAttention(channels, heads, head_dim, context_dim, config.text_tokens, config.image_tokens)
-    return SpatialTransformer(channels, head_dim, config.norm_num_groups, text)
+    return TextAttention(channels, heads, head_dim, context_dim, config.text_tokens, config.image_tokens)
+
+
+def _spatial(config: UNet3DConfig, channels: int) -> SpatialTransformer:
+    text = _text_attention(config, channels)
+    return SpatialTransformer(channels, config.attention_head_dim, config.norm_num_groups, text)
+
+
+def _blending(config: UNet3DConfig, channels: int) -> SpaceTimeTransformer:
+    text, time = _text_attention(config, channels), _text_attention(config, channels)
+    return SpaceTimeTransformer(channels, config.attention_head_dim, config.norm_num_groups, text, time)
 
 
 def _temporal(config: UNet3DConfig, channels: int, heads: int) -> TemporalTransformer:
@@ -261,8 +294,8 @@ class CamMerger(nn.Module):
         query = self.proj_in(self.norm(clips).permute(0, 3, 2, 1).flatten(0, 1))  # [B*P, F, C]
         context = features.flatten(3).permute(0, 3, 2, 1).flatten(0, 1)  # [B*P, Fc, C]
         if self.query_codes is not None and self.context_codes is not None:
-            query = query + self.query_codes(frames)
-            context = context + self.context_codes(features.shape[2])
+            query = query + self.query_codes(frames, query.device)
+            context = context + self.context_codes(features.shape[2], context.device)
         merged = self.proj_out(self.attention(query, self.attention.keys_values(context)))  # [B*P, F, C]
         return as_images(clips + merged.unflatten(0, (len(clips), -1)).permute(0, 3, 2, 1), x.shape)
 
@@ -332,9 +365,9 @@ class UNetEncoder(nn.Module):
         shallow: bool = False,
     ) -> Step:  # fmt: skip
         """Embed the timestep (scalar or [B]) and the pooled text, and line up what the blocks need."""
-        weight = self.conv_in.weight
-        times = torch.as_tensor(timestep, device=weight.device).reshape(-1)
-        embedding = self.time_embedding(times)
+        device = conditioning.keys_values[0].keys.device  # that of the weights is the host while they wait there
+        times = timestep.to(device) if isinstance(timestep, Tensor) else torch.full((1,), timestep, device=device)
+        embedding = self.time_embedding(times.reshape(-1))
         pooled = conditioning.pooled
         if pooled is not None:
             pooled = pooled.repeat_interleave(batch // len(pooled), dim=0)  # [B, P]
@@ -342,7 +375,9 @@ class UNetEncoder(nn.Module):
                 embedding = embedding + self.text_embedding(pooled)
         texts = conditioning.keys_values
         if shallow:
-            texts = (texts[0], *texts[-SHALLOW_LAYERS:]) if self.unet_config.attention_levels[0] else ()
+            each = self.unet_config.texts_per_layer
+            attends = self.unet_config.attention_levels[0]
+            texts = (*texts[:each], *texts[-SHALLOW_LAYERS * each :]) if attends else ()
         return Step(embedding, frames, iter(texts), pooled, temporal)
 
     def enter(self, latents: Tensor, step: Step) -> Tensor:

@@ -82,10 +82,12 @@ def reusing(
     def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
         indices = range(BOTH.stop)[rows]
         if kept is not None and reuses(timestep):
-            return run(latents, timestep, rows, torch.cat([kept[index] for index in indices]).to(latents.device))[0]
+            deep = torch.cat([kept[index].to(latents.device, non_blocking=True) for index in indices])
+            return run(latents, timestep, rows, deep)[0]
         output, deep = run(latents, timestep, rows, None)
         if kept is not None:
-            kept.update(zip(indices, deep.to(place or deep.device).chunk(len(indices)), strict=True))
+            # Never looked at on the host, so nobody need wait: the way back queues behind the way down.
+            kept.update(zip(indices, deep.to(place or deep.device, non_blocking=True).chunk(len(indices)), strict=True))
         return output
 
     return predict

@@ -10,6 +10,7 @@ the deep layers are computed at every nth step only, it is one of the chunk's la
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, takewhile
 
 import torch
@@ -17,11 +18,11 @@ from torch import Tensor
 
 from streamt2v.chunks import Chunk, covering
 from streamt2v.config import Blending, RefineConfig
+from streamt2v.devices import send
 from streamt2v.diffusion import blend, guidance, solvers
 from streamt2v.diffusion.noise import Draws
 from streamt2v.diffusion.schedules import NoiseSchedule, sdedit_grid
 from streamt2v.errors import ConfigError, NumericsError
-from streamt2v.frames import is_finite
 from streamt2v.models.unet3d import Conditioning
 from streamt2v.stages.denoise import CONDITIONAL, Predict, both_branches, reusing
 
@@ -33,23 +34,32 @@ Encode = Callable[[int, int], Tensor]
 class Denoiser:
     """The refiner network's `run` (or what was compiled from it), its schedule and the text of every chunk.
 
-    `batched` as in `denoise.Sampling`; `place` is where features wait while other chunks have their turn, None: where
-    they are made.
+    `run` takes latents, timestep, text, None for CAM, features of the deep layers or None and, where the network
+    `sees_source`, the source's clean latents; it returns its prediction and its features. `batched` as in
+    `denoise.Sampling`; `place` is where features wait while other chunks have their turn, None: where they are made.
     """
 
-    run: Callable[[Tensor, Tensor, Conditioning, None, Tensor | None], tuple[Tensor, Tensor]]
+    run: Callable[..., tuple[Tensor, Tensor]]
     schedule: NoiseSchedule
     text: Callable[[Chunk], Conditioning]
     batched: bool = True
     place: str | None = None
+    sees_source: bool = False
 
-    def predictor(self, chunk: Chunk, kept: dict[int, Tensor] | None = None, reuses: bool = False) -> Predict:
-        """Return the network with the text of a chunk; its deep features are taken from `kept`, or kept there."""
+    def predictor(
+        self, chunk: Chunk, source: Tensor | None, kept: dict[int, Tensor] | None = None, reuses: bool = False
+    ) -> Predict:
+        """Return the network with the text and the source's latents [1, C, F, h, w] of a chunk, if it sees them.
+
+        Its deep features are taken from `kept`, or kept there.
+        """
         text = self.text(chunk)
 
         def run(latents: Tensor, timestep: int, rows: slice, deep: Tensor | None) -> tuple[Tensor, Tensor]:
             # A number in a tensor, as compiled code would be made anew for every other number.
-            return self.run(latents, torch.full((1,), timestep, device=latents.device), text.rows(rows), None, deep)
+            time = torch.full((1,), timestep, device=latents.device)
+            beside = () if source is None else (source,)
+            return self.run(latents, time, text.rows(rows), None, deep, *beside)
 
         return reusing(run, kept, lambda _: reuses, self.place)
 
@@ -60,9 +70,10 @@ class RefineState:
 
     A slot is a frame of the video; without blending between chunks it is a frame of one chunk. `steps_done[k]` counts
     the steps that chunk k has run, `finished` the slots handed on, `encoded` the frames taken from the source. A
-    slot's level is the number of steps that all chunks covering it have run. `clean` keeps the source's latents that a
-    later chunk without blending starts from again. `whole` are a chunk's latents at its last whole step, while steps
-    that reuse its deep features are to come: a run that goes on makes these features from them again.
+    slot's level is the number of steps that all chunks covering it have run. `clean` keeps, by frame, the source's
+    latents that a later chunk without blending starts from again, or that the network is to see again. `whole` are a
+    chunk's latents at its last whole step, while steps that reuse its deep features are to come: a run that goes on
+    makes these features from them again.
     """
 
     steps_done: list[int] = field(default_factory=list)
@@ -138,6 +149,7 @@ class Refiner:
         self.state = state or RefineState(steps_done=[0] * len(plan))
         self.timesteps, self.rho = noise_grid(denoiser.schedule, settings)
         self.deep: dict[int, dict[int, Tensor]] = {}  # by chunk and row
+        self.finite: Tensor | None = None  # whether all estimates so far are, on the device
 
     def run(self) -> Iterator[Tensor]:
         """Yield the final latents [n, C, h, w] of one group of frames after the other, in order.
@@ -157,6 +169,10 @@ class Refiner:
                 for slot in slots:
                     del state.previous[slot]
                 state.finished = stop
+                # Once a group, not once a step: that would wait for the device. A state is stored after a group.
+                if self.finite is not None and not bool(self.finite):
+                    raise NumericsError("the refiner produced NaN or Inf")
+                self._forget(stop)
                 yield torch.stack([latents for slot, latents in final.items() if self._is_shown(slot)])
 
     def _is_shown(self, slot: int) -> bool:
@@ -195,15 +211,25 @@ class Refiner:
             state.encoded = new.stop
         for slot in range(start, chunk.stop):
             clean = state.clean[self.frames[slot]]
-            noise = self.draws.normal("refine.start", self._address(slot), clean.shape).to(clean)
+            noise = self._noise("refine.start", self._address(slot), clean)
             state.latents[slot] = self._start(clean, noise)
-        state.clean = {} if self.settings.blending == "randomized" else {
-            frame: latents for frame, latents in state.clean.items() if frame >= self.source_plan[chunk.index].start
-        }  # fmt: skip
+        self._forget(start)
+
+    def _forget(self, slot: int) -> None:
+        """Let go of the source's latents that neither this slot's chunk nor a later one needs."""
+        state, wanted = self.state, self.denoiser.sees_source or self.settings.blending != "randomized"
+        # A network that sees the source does so until a chunk is done; else it is needed where chunks start anew.
+        slot = state.finished if self.denoiser.sees_source else slot
+        first = self.frames[slot] if wanted and slot < len(self.frames) else len(self.frames)
+        state.clean = {frame: latents for frame, latents in state.clean.items() if frame >= first}
 
     def _address(self, slot: int) -> tuple[int, ...]:
         """Return where a slot's noise is drawn: by frame, so that chunks share it, or apart for independent chunks."""
         return (-1, slot) if self.settings.blending == "independent" else (self.frames[slot],)
+
+    def _noise(self, purpose: str, address: tuple[int, ...], like: Tensor) -> Tensor:
+        """Draw unit normals like a tensor, and send them to its device."""
+        return send(self.draws.normal(purpose, address, like.shape), like.device).to(like.dtype)
 
     def _start(self, clean: Tensor, noise: Tensor) -> Tensor:
         """Noise clean latents to the start level t' - 1, in variance-exploding coordinates x_t / alpha_t.
@@ -233,19 +259,28 @@ class Refiner:
 
     def _chunk_estimate(self, index: int, latents: Tensor, step: int) -> Tensor:
         """Return the clean estimate of a chunk's latents, with its deep features of the last whole step."""
-        interval, whole, source = self.settings.reuse_interval, self.state.whole, self.source_plan[index]
+        interval, whole = self.settings.reuse_interval, self.state.whole
+        predictor = partial(self.denoiser.predictor, self.source_plan[index], self._source(index))
         if interval == 1:
-            return self._clean_estimate(self.denoiser.predictor(source), latents, step)
+            return self._clean_estimate(predictor(), latents, step)
         since, kept = step % interval, self.deep.pop(index, {})
         if since and not kept:
-            self._clean_estimate(self.denoiser.predictor(source, kept), whole[index], step - since)
-        estimate = self._clean_estimate(self.denoiser.predictor(source, kept, since > 0), latents, step)
+            self._clean_estimate(predictor(kept), whole[index], step - since)
+        estimate = self._clean_estimate(predictor(kept, since > 0), latents, step)
         if since + 1 < interval and step + 1 < len(self.timesteps):
             self.deep[index] = kept
             whole.setdefault(index, latents)
         else:
             whole.pop(index, None)
         return estimate
+
+    def _source(self, index: int) -> Tensor | None:
+        """Return the source's latents of a chunk [1, C, F, h, w] for a network that sees them."""
+        if not self.denoiser.sees_source:
+            return None
+        chunk = self.source_plan[index]
+        frames = [self.state.clean[frame] for frame in range(chunk.start, chunk.stop)]
+        return torch.stack(frames).transpose(0, 1).unsqueeze(0)
 
     def _clean_estimate(self, predict: Predict, latents: Tensor, step: int) -> Tensor:
         """Predict the clean latents of one chunk: [F, C, h, w] -> [F, C, h, w]."""
@@ -258,9 +293,9 @@ class Refiner:
         else:
             unconditional, conditional = both_branches(predict, scaled, timestep, self.denoiser.batched)
             output = guidance.combine(unconditional, conditional, scale, self.settings.guidance_rescale)
-        x0, _ = self.denoiser.schedule.to_x0_eps(output, scaled, timestep)
-        if not is_finite(x0):  # before it enters the state, which is stored
-            raise NumericsError("the refiner produced NaN or Inf")
+        x0 = self.denoiser.schedule.to_x0(output, scaled, timestep)
+        finite = torch.isfinite(x0).all()
+        self.finite = finite if self.finite is None else self.finite & finite
         return x0[0].transpose(0, 1)
 
     def _advance(self, slot: int, step: int) -> None:
@@ -269,7 +304,7 @@ class Refiner:
         stochastic = self.settings.stochastic and self.rho[step + 1] > 0
         noise = None
         if stochastic:
-            noise = self.draws.normal("refine.step", (*self._address(slot), step), clean.shape).to(clean)
+            noise = self._noise("refine.step", (*self._address(slot), step), clean)
         self.state.latents[slot] = solvers.dpmpp_2m_step(
             self.state.latents[slot], clean, self.state.previous.get(slot), self.rho, step, noise
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from streamt2v.chunks import Chunk
+from streamt2v.devices import send
 from streamt2v.diffusion.noise import Draws, per_frame
 from streamt2v.diffusion.schedules import NoiseSchedule
 from streamt2v.models.apm import AppearanceTokens
@@ -60,9 +61,9 @@ class StreamState:
     anchor: Tensor
 
     @classmethod
-    def after_first_chunk(cls, frames: Tensor, overlap: int) -> "StreamState":
-        """Start from the initializer's frames [F, 3, H, W] in [-1, 1]; the anchor is the very first one."""
-        return cls(1, frames[len(frames) - overlap :], frames[0])
+    def after_first_chunk(cls, frames: Tensor, overlap: int, anchor: int = 0) -> "StreamState":
+        """Start from the initializer's frames [F, 3, H, W] in [-1, 1]; `anchor` is the number of one of them."""
+        return cls(1, frames[len(frames) - overlap :], frames[anchor])
 
 
 def chunk_noise(draws: Draws, chunk_size: int, latent_shape: Sequence[int], device: str = "cpu") -> NoiseOfChunk:
@@ -80,7 +81,7 @@ def chunk_noise(draws: Draws, chunk_size: int, latent_shape: Sequence[int], devi
 
         def draw(purpose: str, *address: int) -> Tensor:
             drawn = per_frame(draws, purpose, frames, latent_shape, *address)  # [F, C, h, w]
-            return drawn.transpose(0, 1).unsqueeze(0).to(device)  # [1, C, F, h, w]
+            return send(drawn, device).transpose(0, 1).unsqueeze(0)  # [1, C, F, h, w]
 
         return ChunkNoise(draw("stream.start"), lambda step: draw("stream.step", step))
 
@@ -129,6 +130,23 @@ def predictor(
     return reusing(run, None if whole_at is None else {}, lambda timestep: timestep not in (whole_at or ()))
 
 
+def continued(
+    new_frames: Callable[[Chunk, Tensor], Tensor], state: StreamState, chunks: Sequence[Chunk]
+) -> Iterator[tuple[Tensor, StreamState]]:
+    """Yield (new frames [n, 3, H, W], state after them) for each of `chunks`, which continue the state.
+
+    Args:
+        new_frames: (chunk, conditioning frames [Fc, 3, H, W]) -> the frames it adds when it is generated whole.
+        state: where to go on.
+        chunks: of a streaming plan, in order.
+    """
+    for chunk in chunks:
+        new = new_frames(chunk, state.conditioning_frames)
+        shown = torch.cat([state.conditioning_frames, new])
+        state = StreamState(chunk.index + 1, shown[len(shown) - (chunk.new_start - chunk.start) :], state.anchor)
+        yield new[: chunk.num_new], state
+
+
 class Streamer:
     """Generates chunk after chunk; text and anchor are prepared once."""
 
@@ -162,10 +180,9 @@ class Streamer:
 
         Only the frames that the chunk adds are decoded.
         """
-        for chunk in chunks:
-            overlap = chunk.new_start - chunk.start
-            latents = self.chunk_latents(chunk, state.conditioning_frames)
-            new = decode_latents(self.models.vae, latents[0, :, overlap:].transpose(0, 1))
-            shown = torch.cat([state.conditioning_frames, new])
-            state = StreamState(chunk.index + 1, shown[len(shown) - overlap :], state.anchor)
-            yield new[: chunk.num_new], state
+
+        def new_frames(chunk: Chunk, conditioning_frames: Tensor) -> Tensor:
+            latents = self.chunk_latents(chunk, conditioning_frames)[0, :, chunk.new_start - chunk.start :]
+            return decode_latents(self.models.vae, latents.transpose(0, 1))
+
+        yield from continued(new_frames, state, chunks)

@@ -125,33 +125,43 @@ def video_loss(unet: UNet3D, batch: Batch, lesson: Lesson, own: Tensor | None = 
     if len(rows):
         timesteps[rows[:, 1]] = timesteps[rows[:, 0]]
         noise[rows[:, 1]] = noise[rows[:, 0]]
-    mixed, timesteps = _mixed(batch.latents, own, timesteps, generator)
-    noisy = _schedule().add_noise(mixed, noise, timesteps)
+    noisy, timesteps, target, factor = _noised(batch.latents, own, timesteps, noise, generator)
     drops = lesson.chance(len(batch))
     for first, second in rows.tolist():
         drops[second] = drops[first]
     context = lesson.context(batch.captions, [p < 0.1 for p in drops])
-    prediction = unet(noisy, timesteps, unet.prepare(context))
-    target = towards(_schedule(), batch.latents, noisy, timesteps)
+    prediction, target = factor * unet(noisy, timesteps, unet.prepare(context)), factor * target
     loss = weighted_error(prediction, target, batch.mask, channels=lesson.channels)
     loss = loss + flicker_error(prediction, target, batch.mask, channels=lesson.channels)
     return loss + pair_contrast(prediction, target, rows, timesteps, batch.mask) if len(rows) else loss
 
 
-def _mixed(clean: Tensor, own: Tensor | None, timesteps: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Latents to be noised, clean ones moved towards the network's own, and the timesteps to noise them for.
+def _noised(
+    clean: Tensor, own: Tensor | None, timesteps: Tensor, noise: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Noise clips, or the network's own versions of them, for a step that leads to the clean ones.
 
-    A quarter of the rows stay plain; the others are noised by less than 0.7 of the range, where the input shows a
-    layout to be repaired. Half of them are the network's own as they are, the rest lie between.
+    With `own` a quarter of the rows stay plain. The others are noised by less than 0.7 of the range, where the input
+    shows a layout to be repaired; half of them are the network's own as they are, the rest lie between. Their velocity
+    would count a mistake by 1 / sigma^2, so they are weighed by sigma: that is the error of the clean estimate.
+
+    Returns:
+        Noisy latents, the timesteps [B] they were noised for, the velocities to learn, and a factor [B, 1, 1, 1, 1] for
+        both prediction and velocity.
     """
-    if own is None:
-        return clean, timesteps
-    count = len(clean)
-    share = (2 * torch.rand(count, generator=generator)).clamp(max=1)
-    share[: max(1, count // 4)] = 0
-    low = (60 + 640 * torch.rand(count, generator=generator)).long().to(timesteps)
-    share = share.to(clean)
-    return clean + share.view(-1, 1, 1, 1, 1) * (own - clean), torch.where(share > 0, low, timesteps)
+    factor = torch.ones(len(clean), 1, 1, 1, 1).to(clean)
+    mixed = clean
+    if own is not None:
+        share = (2 * torch.rand(len(clean), generator=generator)).clamp(max=1).to(clean)
+        share[: max(1, len(clean) // 4)] = 0
+        low = (60 + 640 * torch.rand(len(clean), generator=generator)).long().to(timesteps)
+        timesteps = torch.where(share > 0, low, timesteps)
+        share = share.view(-1, 1, 1, 1, 1)
+        mixed = clean + share * (own - clean)
+        sigma = _schedule().sigmas.to(clean)[timesteps].view(-1, 1, 1, 1, 1)
+        factor = torch.where(share > 0, sigma, factor)
+    noisy = _schedule().add_noise(mixed, noise, timesteps)
+    return noisy, timesteps, towards(_schedule(), clean, noisy, timesteps), factor
 
 
 @torch.no_grad()
@@ -261,10 +271,9 @@ def streaming_loss(
     """
     generator = lesson.generator
     timesteps = draw_timesteps(len(batch), generator, power=0.7).to(batch.latents.device)
-    mixed, timesteps = _mixed(batch.latents, own, timesteps, generator)
-    noisy = _schedule().add_noise(mixed, normal_like(mixed, generator), timesteps)
-    prediction = streamed(unet, cam, apm, batch, lesson)(noisy, timesteps)
-    target = towards(_schedule(), batch.latents, noisy, timesteps)
+    noise = normal_like(batch.latents, generator)
+    noisy, timesteps, target, factor = _noised(batch.latents, own, timesteps, noise, generator)
+    prediction, target = factor * streamed(unet, cam, apm, batch, lesson)(noisy, timesteps), factor * target
     counts = importance(COND_FRAMES, batch.latents.shape[2]).to(batch.latents)
     loss = weighted_error(prediction, target, batch.mask, counts, lesson.channels)
     loss = loss + flicker_error(prediction, target, batch.mask, counts[1:], lesson.channels)

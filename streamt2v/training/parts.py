@@ -58,6 +58,16 @@ class Workshop:
     first: float = 1.0
     """Share of the usual number of examples rendered before the first step; small in tests."""
 
+    def many(self, count: int) -> int:
+        """A batch for the device: `count` where a CPU computes, eight times as many on a GPU, which would idle."""
+        return count if torch.device(self.device).type == "cpu" else 8 * count
+
+    def faster(self, network: Any) -> Any:
+        """Compile a network that learns, in place, where starting its kernels takes longer than the kernels."""
+        if torch.device(self.device).type == "cuda":
+            network.compile(dynamic=False)
+        return network
+
     def resumed(self, name: str, network: Any) -> Any:
         """Load weights to continue from, if any, and move the network to the device."""
         if self.resume is not None:
@@ -101,25 +111,26 @@ class Workshop:
 def vae_job(shop: Workshop) -> Job:
     """The VAE; whitened when it is saved."""
     network = shop.resumed("vae", vae.build_vae())
+    batch = shop.many(8)
 
-    def save(folder: Path) -> None:
+    def whitened() -> Any:
         white = copy.deepcopy(network).eval()
         vae.whiten(white, vae.held_out(96, 5).to(shop.device))
-        bundle.write(folder, "vae", white)
+        return white
 
     def loss(progress: float) -> torch.Tensor:
-        pixels, mask = vae.training_frames(sample_scenes(8, shop.generator), shop.generator)
-        return vae.vae_loss(network, pixels.to(shop.device), mask.to(shop.device), shop.generator)
+        scenes = sample_scenes(batch, shop.generator).to(shop.device)
+        return vae.vae_loss(network, *vae.training_frames(scenes, shop.generator), shop.generator)
 
     return Job(
         loss,
         list(network.parameters()),
-        save,
-        lambda folder: f"PSNR {vae.psnr(network, vae.held_out().to(shop.device)):.2f} dB",
+        lambda folder: bundle.write(folder, "vae", whitened()),
+        lambda folder: f"PSNR {vae.psnr(whitened(), vae.held_out().to(shop.device)):.2f} dB",
         adam=bundle.parameters_in(network, "conv_in.weight", "conv_out.weight"),
         learning_rate=2e-3,
         average=0.998,
-        samples=8,
+        samples=batch,
         device=shop.device,
         half=True,
     )
@@ -130,14 +141,15 @@ def text_job(shop: Workshop) -> Job:
     tokenizer = bundle.write_words(shop.out)
     text = shop.resumed("text", build_text(len(tokenizer)))
     codes = attribute_codes().to(shop.device)
+    batch = shop.many(128)
     return Job(
-        lambda progress: text_loss(text, tokenizer, codes, shop.generator),
+        lambda progress: text_loss(text, tokenizer, codes, shop.generator, batch),
         list(text.parameters()),
         lambda folder: bundle.write(folder, "text", text),
         lambda folder: f"swap distances {swap_distances(text, tokenizer)}",
         adam=bundle.parameters_in(text, "embedding"),
         learning_rate=2e-3,
-        samples=128,
+        samples=batch,
         device=shop.device,
     )
 
@@ -146,24 +158,25 @@ def vision_job(shop: Workshop) -> Job:
     """The image encoder."""
     vision = shop.resumed("vision", build_vision())
     codes = attribute_codes().to(shop.device)
+    batch = shop.many(32)
     return Job(
-        lambda progress: vision_loss(vision, codes, shop.generator),
+        lambda progress: vision_loss(vision, codes, shop.generator, batch),
         list(vision.parameters()),
         lambda folder: bundle.write(folder, "vision", vision),
         lambda folder: f"recognised {image_accuracy(vision, codes)}",
         adam=bundle.parameters_in(vision, "embedding"),
         learning_rate=2e-3,
-        samples=32,
+        samples=batch,
         device=shop.device,
     )
 
 
 def images_job(shop: Workshop) -> Job:
     """The base's spatial layers on single frames: most of what a picture needs, at a sixteenth of a clip's price."""
-    network = shop.resumed("unet", UNet3D(denoisers.BASE))
+    network = shop.faster(shop.resumed("unet", UNet3D(denoisers.BASE)))
     lesson = shop.lesson()
     source = shop.source(lesson.vae)
-    batch = 64
+    batch = shop.many(64)
     left = {id(p) for p in bundle.parameters_in(network, MERGERS, MIXING, *TEMPORAL)}
     return Job(
         lambda progress: denoisers.image_loss(network, source.images(batch), lesson),
@@ -184,11 +197,11 @@ def base_job(shop: Workshop) -> Job:
 
     CAM's mergers and APM's mixing are in the same file, untouched: they belong to the next jobs.
     """
-    network = shop.finished("unet", UNet3D(denoisers.BASE), continued=True)
+    network = shop.faster(shop.finished("unet", UNet3D(denoisers.BASE), continued=True))
     lesson = shop.lesson()
     source = shop.source(lesson.vae)
     turn = count()
-    batch = 4
+    batch = shop.many(4)
 
     def mistakes() -> tuple[Batch, Tensor]:
         clips = source.clips(batch)
@@ -287,7 +300,7 @@ def joint_job(shop: Workshop) -> Job:
 
 
 def _streaming_job(shop: Workshop, with_apm: bool, with_base: bool = False) -> Job:
-    unet = shop.finished("unet", UNet3D(denoisers.BASE), continued=True)
+    unet = shop.faster(shop.finished("unet", UNet3D(denoisers.BASE), continued=True))
     cam = ConditionalAttention(denoisers.CAM)
     continued = shop.resume or (shop.out if with_apm else None)
     if continued is None or not (continued / "cam.safetensors").is_file():
@@ -306,7 +319,7 @@ def _streaming_job(shop: Workshop, with_apm: bool, with_base: bool = False) -> J
     source = shop.source(lesson.vae)
     open_parts = ("",) if with_base else (MERGERS, MIXING) if with_apm else (MERGERS,)
     turn = count()
-    batch = 4
+    batch = shop.many(4)
     unet.requires_grad_(False)
     trained = [*bundle.parameters_in(unet, *open_parts), *cam.parameters(), *(apm.parameters() if with_apm else ())]
     for parameter in trained:
@@ -389,17 +402,18 @@ def image_to_video_job(shop: Workshop) -> Job:
         bundle.read(shop.resume, "image_to_video", network)
     else:
         network.load_state_dict(_widened(shop, MERGERS, MIXING))
-    network.to(shop.device)
+    shop.faster(network.to(shop.device))
     lesson = shop.lesson()
     source = shop.source(lesson.vae)
+    batch = shop.many(4)
     return Job(
-        lambda progress: denoisers.image_to_video_loss(network, source.first_frames(4), lesson),
+        lambda progress: denoisers.image_to_video_loss(network, source.first_frames(batch), lesson),
         list(network.parameters()),
         lambda folder: bundle.write(folder, "image_to_video", network, denoiser=True),
         adam=_rims(network) + bundle.parameters_in(network, "frame_codes"),
         quick=list(network.conv_in.parameters())[:1],  # the weight: its new channels start at zero
         learning_rate=1.5e-3,
-        samples=4 * CLIP_FRAMES,
+        samples=batch * CLIP_FRAMES,
         device=shop.device,
         keep=source.save,
     )
@@ -417,14 +431,15 @@ def concatenated_job(shop: Workshop) -> Job:
     assert lesson.vision is not None
     parts = (shop.frozen("apm", AppearanceTokens(DIM, 2 * DIM, denoisers.IMAGE_TOKENS, DIM)), lesson.vision)
     source = shop.source(lesson.vae)
+    batch = shop.many(4)
     return Job(
-        lambda progress: denoisers.streaming_loss(network, None, parts, source.chunks(4), lesson),
+        lambda progress: denoisers.streaming_loss(network, None, parts, source.chunks(batch), lesson),
         list(network.parameters()),
         lambda folder: bundle.write(folder, "concatenated", network, denoiser=True),
         adam=_rims(network) + bundle.parameters_in(network, "frame_codes", "apm.alpha"),
         quick=list(network.conv_in.parameters())[:1],
         learning_rate=1e-3,
-        samples=4 * CLIP_FRAMES,
+        samples=batch * CLIP_FRAMES,
         device=shop.device,
         keep=source.save,
     )
@@ -441,13 +456,14 @@ def _widened(shop: Workshop, *without: str) -> dict[str, torch.Tensor]:
 def judge_job(shop: Workshop) -> Job:
     """The judge of generated clips."""
     network = shop.resumed("judge", judge.Judge())
+    batch = shop.many(16)
     return Job(
-        lambda progress: judge.judge_loss(network, shop.generator),
+        lambda progress: judge.judge_loss(network, shop.generator, batch),
         list(network.parameters()),
         lambda folder: judge.save_judge(network, folder),
         lambda folder: f"held-out accuracy {judge.held_out_accuracy(network)}",
         adam=list(network.heads.parameters()),
-        samples=16,
+        samples=batch,
         device=shop.device,
     )
 

@@ -26,6 +26,8 @@ _CLIP = "transformers.models.clip.modeling_clip"
 # class name -> (its module, its config class there); "" where the config is the keyword arguments
 NETWORKS: Mapping[str, tuple[str, str]] = {
     "UNet3D": ("streamt2v.models.unet3d", "UNet3DConfig"),
+    "Restorer": ("streamt2v.models.restorer", "RestorerConfig"),
+    "PixelCodec": ("streamt2v.models.restorer", "PixelCodecConfig"),
     "ConditionalAttention": ("streamt2v.models.cam", "CamConfig"),
     "AppearanceTokens": ("streamt2v.models.apm", ""),
     "AutoencoderKL": ("diffusers.models.autoencoders.autoencoder_kl", ""),

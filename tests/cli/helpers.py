@@ -21,7 +21,8 @@ from streamt2v.cli import main
 PROMPT = "a red ball bouncing over the sea at sunset"
 # Two steps at a thumbnail's size: every part of the machinery runs, nothing worth looking at comes out.
 TINY = [
-    *("--steps", "1", "--refine-steps", "2", "--size", "80x48", "--seed", "7", "--device", "cpu", "--threads", "1"),
+    *("--steps", "1", "--refine-steps", "2", "--overlap", "8", "--size", "80x48", "--seed", "7"),
+    *("--device", "cpu", "--threads", "1"),
     *("--set", "stream.height=24", "--set", "stream.width=40", "--quiet"),
 ]
 

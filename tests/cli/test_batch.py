@@ -622,9 +622,9 @@ def test_what_ray_keeps_for_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert batch._placed(cpu, has_gpu=True) == (cpu, {"num_cpus": 3})
     with pytest.raises(errors.ConfigError, match="cuda:1"):
         batch._placed(named, has_gpu=True)
-    monkeypatch.setattr(devices, "glance", lambda: ("cpu", 64 * 10**9))
+    monkeypatch.setattr(devices, "glance", lambda: devices.Glance("cpu", 64 * 10**9))
     assert batch._placed(small, has_gpu=True) == (small, {"num_cpus": 1, "num_gpus": 1})
-    monkeypatch.setattr(devices, "glance", lambda: ("cuda", 40 * 10**9))
+    monkeypatch.setattr(devices, "glance", lambda: devices.Glance("cuda", 40 * 10**9))
     assert batch._placed(large, has_gpu=True) == (large, {"num_cpus": 1, "num_gpus": 1})
     task, resources = batch._placed(small, has_gpu=True)
     assert (resources, task.job.memory) == ({"num_cpus": 1, "num_gpus": 0.25}, 10)

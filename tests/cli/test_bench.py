@@ -11,9 +11,7 @@ from streamt2v import devices, pipeline, planning, video
 from streamt2v.stages import refine, stream
 from tests.cli.helpers import PROMPT, TINY, call, generate, result, start
 
-PLANNED = [
-    word for at, word in enumerate(TINY) if "--threads" not in TINY[max(0, at - 1) : at + 1] and word != "--quiet"
-]
+PLANNED = [word for word in TINY if word != "--quiet"]
 
 
 class SlowMachine:
@@ -21,7 +19,8 @@ class SlowMachine:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now, self.patch = 0.0, patch
-        patch.setattr(pipeline, "time", SimpleNamespace(monotonic=lambda: self.now))
+        for module in (pipeline, devices):
+            patch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
 
     def takes(self, owner: Any, name: str, seconds: float) -> None:
         done = getattr(owner, name)

@@ -3,10 +3,10 @@
 import sys
 from pathlib import Path
 
-from tests.parity import stage2, stage3
+from tests.parity import stage2, stage3, streamingsvd
 from tests.parity.report import Report
 
-CHECKS = (stage2, stage3)
+CHECKS = (streamingsvd, stage2, stage3)
 
 
 def check(folder: Path) -> Report:

@@ -42,6 +42,13 @@ class Report:
         error = relative_l2(found, expected)
         self.errors.setdefault(file, {})[quantity] = (math.inf if math.isnan(error) else error, tolerance)
 
+    def largest(self, file: str, quantity: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
+        """Note the largest difference of any element; NaN and another shape count as infinite."""
+        error = math.inf
+        if found.shape == expected.shape:
+            error = float((found.double() - expected.double()).abs().max())
+        self.errors.setdefault(file, {})[quantity] = (math.inf if math.isnan(error) else error, tolerance)
+
     def same(self, file: str, quantity: str, found: object, expected: object) -> None:
         """Note whether two plain values are equal."""
         self.errors.setdefault(file, {})[quantity] = (0.0 if found == expected else math.inf, EXACT)

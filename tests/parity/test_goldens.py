@@ -14,14 +14,14 @@ from tests.parity.report import Report
 DATA = Path(__file__).resolve().parents[1] / "data"
 
 
-@pytest.mark.parametrize("name", ["stage2", "stage3"])
+@pytest.mark.parametrize("name", ["stage2", "stage3", "streamingsvd"])
 def test_equals_the_recorded_tensors(name: str) -> None:
     report = check(DATA / name)
     assert report.passed, "\n".join(report.lines())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["stage2", "stage3"])
+@pytest.mark.parametrize("name", ["stage2", "stage3", "streamingsvd"])
 def test_equals_all_recorded_tensors(name: str, goldens: Callable[[str], Path]) -> None:
     report = check(goldens(name))
     assert report.passed, "\n".join(report.lines())
@@ -43,6 +43,18 @@ def test_a_wrong_tensor_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[s
     out = capsys.readouterr().out
     assert "vae_pixels: z is off by 0.0099" in out
     assert out.splitlines()[-1].startswith("FAILED: 10 quantities in 1 files, 1 outside")
+
+
+def test_a_frame_of_another_chunk_is_found(tmp_path: Path) -> None:
+    folder = DATA / "streamingsvd"
+    copytree(folder, tmp_path, dirs_exist_ok=True, ignore=lambda _, names: {n for n in names if n.startswith("a")})
+    assert check(tmp_path).passed
+    blend = load_file(tmp_path / "blend_a.safetensors")
+    blend["offsets"][0] = (blend["offsets"][0] + 1) % 12
+    save_file(blend, tmp_path / "blend_a.safetensors")
+    failures = check(tmp_path).failures
+    assert any("recorded chunks composed" in failure for failure in failures)
+    assert any("latents_out" in failure for failure in failures)
 
 
 def test_a_wrong_weight_and_an_unknown_output_are_found(tmp_path: Path) -> None:

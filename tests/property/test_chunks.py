@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamt2v.chunks import count, covering, refinement_plan, seams, snap, streaming_plan
+from streamt2v.chunks import count, covering, middles, refinement_plan, seams, snap, streaming_plan
 from streamt2v.errors import ConfigError
 
 frames = st.integers(1, 400)
@@ -40,6 +40,17 @@ def test_covering_is_what_the_records_say(num_frames: int, sizes: tuple[int, int
     plan = refinement_plan(num_frames, *sizes)
     for frame in range(num_frames):
         assert covering(plan, frame) == tuple(c.index for c in plan if c.start <= frame < c.stop)
+
+
+@given(frames, sizes, st.booleans())
+def test_middles_give_every_frame_to_one_chunk_that_has_it(num_frames: int, sizes: tuple[int, int], side: bool) -> None:
+    plan = streaming_plan(num_frames, sizes[0], 0) if side else refinement_plan(num_frames, *sizes)
+    owned = middles(plan)
+    assert [frame for own in owned for frame in own] == list(range(num_frames))
+    assert all(chunk.start <= own.start <= own.stop <= chunk.stop for chunk, own in zip(plan, owned, strict=True))
+    for (left, right), own in zip(pairwise(plan), owned, strict=False):
+        # Neighbours share what both have in halves: the later one has at most one frame less.
+        assert 0 <= (own.stop - right.start) - (left.stop - own.stop) <= 1
 
 
 def test_published_lengths() -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -94,11 +94,16 @@ def test_bad_values_name_the_key(key: str, text: str, message: str) -> None:
     assert key.split(".")[-1][:3] in caught.value.message
 
 
-def test_presets_load_with_every_quality() -> None:
+def test_presets_load_with_every_quality_and_strength() -> None:
     for path in (Path(config.__file__).parent / "presets").glob("*.toml"):
         config.merge(config.preset(path.stem))
-        for quality in ("reference", "balanced", "fast"):
+        for quality in get_args(config.Quality):
             config.merge(config.preset(path.stem, quality))
+        levels = [
+            config.merge(config.preset(path.stem, strength=strength)).refine.noise_level
+            for strength in get_args(config.Strength)
+        ]
+        assert levels == sorted(set(levels))
 
 
 def test_unknown_preset_quality_and_file(tmp_path: Path) -> None:
@@ -106,6 +111,8 @@ def test_unknown_preset_quality_and_file(tmp_path: Path) -> None:
         config.preset("dmeo")
     with pytest.raises(ConfigError, match="unknown quality"):
         config.preset("demo", "superb")
+    with pytest.raises(ConfigError, match="unknown strength"):
+        config.preset("demo", strength="superb")
     with pytest.raises(ConfigError, match="cannot read"):
         config.read_toml(tmp_path / "none.toml")
     for text in ("a = = 1", f"a = {'9' * 5000}", "a = " + "[" * 5000):

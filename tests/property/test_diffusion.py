@@ -10,15 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from streamt2v.chunks import Chunk, refinement_plan
 from streamt2v.diffusion import blend, guidance
-from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig, sdedit_grid
-from streamt2v.diffusion.solvers import ddim_step, dpmpp_2m_step, extrapolate
+from streamt2v.diffusion.schedules import (
+    ALIGNED_STEPS,
+    NoiseSchedule,
+    ScheduleConfig,
+    align_your_steps,
+    precondition,
+    sdedit_grid,
+)
+from streamt2v.diffusion.solvers import ddim_step, dpmpp_2m_step, euler_step, extrapolate
 from streamt2v.errors import ConfigError
 from streamt2v.weights import published
 
@@ -327,3 +334,93 @@ def test_an_overlap_of_one_frame_goes_to_the_newer_chunk_as_published() -> None:
     plan = refinement_plan(10, 4, 1)
     assert [owners_of(plan, drawn(1), "published")[frame] for frame in (3, 6)] == [1, 2]
     assert {owners_of(plan, drawn(seed), "corrected")[3] for seed in range(20)} == {0, 1}
+
+
+# ------------------------------------------------------------------------------------------------- networks told rho
+
+levels = st.floats(0.002, 700)
+
+
+@given(st.integers(1, 200))
+def test_aligned_steps_fall_from_noise_to_nothing(num_steps: int) -> None:
+    rho = align_your_steps(num_steps)
+    assert len(rho) == num_steps + 1
+    assert float(rho[-1]) == 0
+    assert all(before > after for before, after in pairwise(rho.tolist()))
+    assert float(rho[0]) == pytest.approx(700)
+    if num_steps > 1:
+        assert float(rho[-2]) == pytest.approx(0.002)
+
+
+def test_ten_aligned_intervals_are_the_published_ones_and_others_lie_on_lines_between_them() -> None:
+    torch.testing.assert_close(align_your_steps(11)[:-1], torch.tensor(ALIGNED_STEPS, dtype=torch.float64))
+    logs = align_your_steps(21)[:-1].log()
+    torch.testing.assert_close(logs[1::2], (logs[:-1:2] + logs[2::2]) / 2)
+    with pytest.raises(ConfigError, match="at least 1"):
+        align_your_steps(0)
+
+
+@given(levels, st.integers(0, 99))
+def test_the_true_velocity_gives_the_clean_latents(rho: float, seed: int) -> None:
+    """In coordinates of unit variance, c_in x = alpha x_0 + sigma n, whose velocity is alpha n - sigma x_0."""
+    clean, fresh = noise(1, 4, seed=seed).double(), noise(1, 4, seed=seed + 100).double()
+    factor = precondition(rho)
+    noisy = clean + rho * fresh
+    velocity = factor.c_in * fresh - rho * factor.c_in * clean
+    torch.testing.assert_close(factor.clean(velocity, noisy), clean, rtol=1e-6, atol=1e-6)
+    assert (factor.c_in * rho) ** 2 + factor.c_in**2 == pytest.approx(1)
+    assert factor.c_skip + factor.c_out**2 == pytest.approx(1)
+    assert math.exp(4 * factor.c_noise) == pytest.approx(rho)
+
+
+@given(levels, st.floats(0, 1), st.integers(0, 99))
+def test_an_euler_step_is_a_ddim_step_in_other_coordinates(rho: float, share: float, seed: int) -> None:
+    clean, x = noise(1, 4, seed=seed).double(), rho * noise(1, 4, seed=seed + 100).double()
+    following = share * rho
+    a, b = (1 / (1 + level**2) for level in (rho, following))
+    moved = ddim_step(clean, (x - clean) / rho, a, b) / math.sqrt(b)
+    torch.testing.assert_close(euler_step(x, clean, rho, following), moved, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(euler_step(x, clean, rho, 0.0), clean, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # the library's
+def test_euler_steps_equal_the_library_step_by_step() -> None:
+    rho = align_your_steps(30)
+    library = EulerDiscreteScheduler(
+        prediction_type="v_prediction", timestep_type="continuous", timestep_spacing="leading", sigma_min=0.002,
+        sigma_max=700.0,
+    )  # fmt: skip
+    library.set_timesteps(sigmas=rho.tolist())
+    torch.testing.assert_close(library.sigmas.double(), rho, rtol=1e-6, atol=0)
+    x = noise(1, 4, 5) * float(library.init_noise_sigma)
+    assert float(library.init_noise_sigma) == pytest.approx(math.sqrt(700.0**2 + 1))
+    for step, timestep in enumerate(library.timesteps):
+        factor = precondition(float(rho[step]))
+        assert factor.c_noise == pytest.approx(float(timestep), abs=1e-6)
+        torch.testing.assert_close(library.scale_model_input(x, timestep), factor.c_in * x)
+        output = noise(1, 4, 5, seed=step)
+        found = euler_step(x, factor.clean(output, x), float(rho[step]), float(rho[step + 1]))
+        x = library.step(output, timestep, x).prev_sample
+        torch.testing.assert_close(found, x, rtol=1e-5, atol=1e-5)
+
+
+@given(st.floats(0, 10), st.floats(0, 10), st.integers(1, 30), st.integers(0, 99))
+def test_guidance_per_frame_is_guidance_of_every_frame(first: float, last: float, frames: int, seed: int) -> None:
+    scales = guidance.per_frame(first, last, frames)
+    assert scales.shape == (frames, 1, 1)
+    unconditional, conditional = noise(2, 3, frames, 2, 2, seed=seed), noise(2, 3, frames, 2, 2, seed=seed + 100)
+    guided = guidance.combine(unconditional, conditional, scales)
+    for frame in range(frames):
+        scale = first + (last - first) * (frame / (frames - 1) if frames > 1 else 0.0)
+        expected = guidance.combine(unconditional[:, :, frame], conditional[:, :, frame], scale)
+        torch.testing.assert_close(guided[:, :, frame], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_squared_cosine_equals_the_library(zero: bool) -> None:
+    config = ScheduleConfig(kind="squared_cosine", prediction="v", zero_terminal_snr=zero, final_alpha_one=True)
+    theirs = DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2", rescale_betas_zero_snr=zero, prediction_type="v_prediction"
+    )
+    # The library goes from alpha bars to betas and back, in float32.
+    torch.testing.assert_close(NoiseSchedule(config).alpha_bars, theirs.alphas_cumprod, rtol=1e-3, atol=1e-6)

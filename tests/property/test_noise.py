@@ -37,4 +37,7 @@ def test_draws_look_normal_and_integers_cover_their_range() -> None:
     values = draws.normal("x", (0,), (20000,))
     assert abs(values.mean()) < 0.03
     assert abs(values.std() - 1) < 0.03
+    spread = draws.uniform("x", (0,), (20000,))
+    assert 0 <= spread.min() < 0.001 < 0.999 < spread.max() < 1
+    assert abs(spread.mean() - 0.5) < 0.01
     assert {draws.integer("cut", (i,), 0, 8) for i in range(200)} == set(range(9))

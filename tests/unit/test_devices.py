@@ -1,13 +1,17 @@
 """Devices: names, number formats, threads and memory."""
 
+import contextlib
 import os
 import sys
+import time
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from streamt2v import devices
 from streamt2v.errors import ConfigError
+from tests.pretended import pretended
 
 
 def test_the_cpu_computes_in_full_precision() -> None:
@@ -40,9 +44,12 @@ def test_an_absent_device_says_what_is_there(monkeypatch: pytest.MonkeyPatch) ->
 def test_one_of_several_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert devices.resolve("auto") == devices.Device("cuda:0")
     assert devices.resolve("cuda").name == "cuda:0"
     assert devices.resolve("cuda:1") == devices.Device("cuda:1")
+    assert current == [0, 0, 1]  # what says no index means this one
     with pytest.raises(ConfigError, match="'cuda:2' is not there: torch finds 2 CUDA devices"):
         devices.resolve("cuda:2")
 
@@ -95,6 +102,27 @@ def test_memory_of_a_gpu() -> None:
     assert "GiB" in devices.describe(device)
 
 
+@pytest.mark.gpu
+def test_a_gpu_is_sent_to_and_timed_without_waiting() -> None:
+    device = devices.resolve("cuda")
+    watch, values = devices.Stopwatch(device), torch.arange(4096.0)
+    with devices_wait_for_nothing(), watch.running():
+        sent = devices.send(values, device.name)
+        back = (2 * sent).to("cpu", non_blocking=True).to(device.name, non_blocking=True)
+    assert watch.seconds > 0
+    assert torch.equal(back.cpu(), 2 * values)
+
+
+@contextlib.contextmanager
+def devices_wait_for_nothing() -> Iterator[None]:
+    """Let torch refuse whatever makes the host wait for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_channels_come_last_on_a_cpu_and_change_nothing() -> None:
     torch.manual_seed(0)
     network = torch.nn.Sequential(
@@ -109,3 +137,44 @@ def test_channels_come_last_on_a_cpu_and_change_nothing() -> None:
     assert network[3].weight.is_contiguous(memory_format=torch.channels_last_3d)
     assert network[0](images).is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(network(images), plain, atol=1e-5, rtol=1e-5)
+
+
+def test_a_card_has_a_name_and_other_devices_have_none() -> None:
+    with pretended("A", "B"):
+        assert devices.card(devices.resolve("cuda:1")) == "B"
+        assert "B (cuda:1), 75 GiB" in devices.describe(devices.Device("cuda:1"))
+    assert devices.card(devices.Device("cpu")) == ""
+
+
+def test_what_was_never_tried_is_said() -> None:
+    assert "never tried on MPS" in devices.caution("mps")
+    assert devices.caution("cuda") == devices.caution("cpu") == ""
+
+
+def test_work_is_timed_on_a_gpu_without_waiting() -> None:
+    with pretended() as waits:
+        watch = devices.Stopwatch(devices.Device("cuda:0"))
+        for _ in range(3):
+            with watch.running():
+                time.sleep(0.01)
+        assert not waits
+        assert 0.03 <= watch.seconds < 1
+        assert waits.total() == 1
+    watch = devices.Stopwatch(devices.Device("cpu"))
+    with watch.running():
+        time.sleep(0.01)
+    assert 0.01 <= watch.seconds < 1
+
+
+def test_memory_is_given_back_without_loading_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    reset: list[None] = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: reset.append(None))
+    with pretended():
+        monkeypatch.delitem(sys.modules, "torch._inductor.cudagraph_trees", raising=False)
+        devices.release_memory(devices.Device("cuda:0"), graphs=True)
+        assert not reset
+        monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", sys)
+        devices.release_memory(devices.Device("cuda:0"))
+        assert not reset  # the next job of a batch finds what was compiled
+        devices.release_memory(devices.Device("cuda:0"), graphs=True)
+        assert reset

@@ -61,6 +61,8 @@ def test_a_reader_that_stops_leaves_no_process(tmp_path: Path, monkeypatch: pyte
     path, started, real = tmp_path / "in.mkv", [], subprocess.Popen
     video.write_lossless(path, noise(40, 64, 64))
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: [started.append(real(*a, **k)), started[-1]][1])
+    foreign.probe(path)
+    started.clear()
     reader = foreign.read_frames(path)
     next(reader)
     reader.close()  # type: ignore[attr-defined]

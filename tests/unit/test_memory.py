@@ -1,6 +1,7 @@
 """Memory: what fits is chosen, the less the slower; and whichever way, the results are the same."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from streamt2v import config, devices, doctor, initializers, memory, pipeline, planning, weights
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from streamt2v.errors import ConfigError, MemoryLimitError
 from streamt2v.memory import MemoryPolicy
 from streamt2v.models import layers
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
@@ -116,18 +118,77 @@ def test_plan_and_doctor_show_it(capsys: pytest.CaptureFixture[str], monkeypatch
     assert not doctor._memory("cpu").ok
 
 
-@pytest.mark.parametrize(("said", "kind", "free"), [("8000\n24000\n", "cuda", 8000 * 2**20), ("", "cpu", 77)])
-def test_a_glance_needs_no_torch(
-    said: str, kind: str, free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    program = tmp_path / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\nprintf '{said}'\n")
-    program.chmod(0o755)
+CARDS = "0, GPU-aaaa1111, 8000, NVIDIA GeForce RTX 3060\n1, GPU-aabb2222, 24000, NVIDIA A10\n"
+FIRST, SECOND = ("cuda", 8000 * 2**20, "NVIDIA GeForce RTX 3060"), ("cuda", 24000 * 2**20, "NVIDIA A10")
+
+
+@pytest.fixture
+def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Let nvidia-smi say something; torch has no GPU, and may not be asked for one."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("importlib.metadata.version", lambda name: "2.13.0")
     monkeypatch.setattr(devices, "free_memory", lambda device=None: 77)
-    assert devices.glance() == (kind, free)
-    assert devices.glance("cpu") == ("cpu", 77)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def says(text: str) -> None:
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\nprintf '{text}'\n")
+        program.chmod(0o755)
+
+    return says
+
+
+@pytest.mark.parametrize(
+    ("name", "visible", "seen"),
+    [
+        ("auto", None, FIRST),
+        ("cuda", None, FIRST),
+        ("cuda:1", None, SECOND),
+        ("cuda", "1", SECOND),
+        ("auto", "1,0", SECOND),
+        ("cuda:1", "1,0", FIRST),
+        ("cuda", "GPU-aab", SECOND),
+        ("cuda:1", "1,7,0", None),
+        ("cuda:2", None, None),
+        ("cuda", "", None),
+        ("auto", "-1", ("cpu", 77, "")),
+        ("cpu", None, ("cpu", 77, "")),
+    ],
+)
+def test_a_glance_sees_what_cuda_would(
+    name: str, visible: str | None, seen: tuple[str, int, str] | None, smi: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    smi(CARDS)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if seen is None:
+        with pytest.raises(ConfigError, match="torch finds 0 CUDA devices"):
+            devices.glance(name)
+    else:
+        monkeypatch.setattr(devices, "resolve", lambda name: pytest.fail("torch was asked"))
+        assert devices.glance(name) == seen
+
+
+@pytest.mark.parametrize("said", ["", "No devices were found\\n", "0, GPU-a, [N/A], NVIDIA GB10\\n"])
+def test_a_glance_that_sees_nothing_is_one_at_the_host(said: str, smi: Callable[[str], None]) -> None:
+    smi(said)
+    assert devices.glance() == ("cpu", 77, "")
+
+
+def test_a_plan_for_a_gpu_that_is_not_here_needs_its_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    """And never takes the host's memory for that of a GPU."""
+    assert call("plan", "a cat", "--device", "cuda:3") == 2
+    said = capsys.readouterr().err
+    assert "'cuda:3' is not there" in said
+    assert "--memory" in said
+    assert call("plan", "a cat", "--device", "cuda:3", "--memory", "24") == 0
+    assert "of 24.0 GB (cuda)" in capsys.readouterr().out
+
+
+def test_a_plan_for_mps_says_that_nobody_tried(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("plan", "a cat", "--device", "mps", "--memory", "24") == 0
+    assert "never tried on MPS" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ what each part does
@@ -294,3 +355,54 @@ def test_features_that_wait_are_counted_where_they_wait() -> None:
     assert sweep.kept == 30
     assert refiner(**{"refine.reuse_interval": 2, "refine.blending": "shared"}).kept <= 2
     assert refiner(**{"refine.reuse_interval": 2, "num_frames": 20}).kept == 1
+
+
+# ------------------------------------------------------------------------------------------- what too little looks like
+
+# What torch, its libraries and the compiler were seen to raise where a device or the host has no memory left.
+OUT_OF_MEMORY: dict[str, Exception] = {
+    "allocator of a GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."),
+    "HIP": torch.OutOfMemoryError("HIP out of memory. Tried to allocate 2.00 GiB."),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "cuDNN": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "pinned memory and graphs": RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."),
+    "Triton": RuntimeError("Triton Error [CUDA]: out of memory"),
+    "MPS": RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GB, other allocations: 1 GB, max allowed ...)"),
+    "compiler": RuntimeError("backend='inductor' raised:\nOutOfMemoryError: CUDA out of memory."),
+    "allocator of a CPU": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"
+    ),
+    "Python": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY.values(), ids=list(OUT_OF_MEMORY))
+def test_every_kind_of_exhausted_memory_leads_down_the_ladder(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[MemoryPolicy] = []
+
+    def make(maker: pipeline._Maker) -> tuple[int, int]:
+        tried.append(maker.policy)
+        if len(tried) < 3:
+            raise error
+        raise KeyboardInterrupt  # seen enough
+
+    monkeypatch.setattr(pipeline._Maker, "make", make)
+    assert generate(tmp_path / "out.mp4", 17) == 130
+    first, *_ = tried
+    assert tried[1:] == memory.more_sparing(first, "cpu")[:2]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`"),
+        RuntimeError("out of resource: shared memory, Required: 139264, Hardware limit: 101376"),
+        ValueError("expected 4 channels"),
+        MemoryLimitError("out of memory, also with less"),
+    ],
+)
+def test_other_failures_are_not_taken_for_it(error: Exception) -> None:
+    assert not devices.is_out_of_memory(error)

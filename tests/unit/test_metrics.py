@@ -174,7 +174,7 @@ def test_cuts_are_those_of_the_library(tmp_path: Path, monkeypatch: pytest.Monke
     path = tmp_path / "cuts.mp4"
     write(path, np.repeat(pictures, 20, axis=0))
     monkeypatch.setattr(evaluation, "AdaptiveDetector", Recording)
-    ours = evaluate([path], Settings(clip="none", flow_size=32), Progress(quiet=True), lambda text: None)[0].cuts
+    ours = evaluate([path], Settings(clip="none", flow_size=32), Progress(quiet=True), lambda text: None)[0][0].cuts
     theirs = scenedetect.detect(str(path), Recording())
     assert ours == [scene[0].frame_num for scene in theirs[1:]] == [20, 40, 60]
     assert made[0].values == pytest.approx(made[1].values, rel=0.01, abs=0.2)
@@ -351,14 +351,20 @@ def test_ssim_is_the_published_one() -> None:
 def test_the_demo_clip_tells_prompts_apart() -> None:
     import torch
 
+    from streamt2v import weights
     from streamt2v.frames import to_u8
-    from streamt2v.training.world.captions import canonical
-    from streamt2v.training.world.drawing import render
-    from streamt2v.training.world.scenes import sample_scenes
+    from streamt2v.training import sheets
+    from streamt2v.training.denoisers import TextSource
 
-    scene = sample_scenes(3, torch.Generator().manual_seed(1))
-    prompts = [canonical(labels) for labels in scene.labels().tolist()]
-    frames = np.stack([to_u8(clip) for clip in render(scene, torch.arange(10)[None], SIDE, SIDE)])
+    family = weights.families()["demo"]
+    unet, vae, text, tokenizer = (
+        weights.load(family, role, "cpu", torch.float32)
+        for role in ("stream.unet", "stream.vae", "stream.text", "stream.tokenizer")
+    )
+    prompts = json.loads(family.vocabulary_path().read_text("utf-8"))["examples"][:3]
+    models = sheets.models(unet, vae)
+    made = [sheets.make_video(models, TextSource(tokenizer, text), prompt, seed=1)[:10] for prompt in prompts]
+    frames = np.stack([to_u8(clip) for clip in made])
     demo = clips.load("auto", "cpu")  # nothing was fetched into this test's home
     assert "demo" in demo.name
     table = [[measured(row, clip=demo, prompt=p).scores["clip_text"] or 0 for p in prompts] for row in frames]

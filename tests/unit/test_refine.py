@@ -34,9 +34,24 @@ class Toy:
         return torch.tanh(latents + deep), deep
 
 
-def refiner(num_frames: int, config: RefineConfig, state: RefineState | None = None, seed: int = 3) -> Refiner:
+class Looking(Toy):
+    """A network whose output depends on the source, too."""
+
+    def run(  # type: ignore[override]
+        self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, cam: None, deep: Tensor | None,
+        source: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        assert source.shape == latents.shape
+        output, deep = super().run(latents, timestep, conditioning, cam, deep)
+        return output + source.cumsum(2).cos(), deep
+
+
+def refiner(
+    num_frames: int, config: RefineConfig, state: RefineState | None = None, seed: int = 3, looks: bool = False
+) -> Refiner:
     schedule = NoiseSchedule(ScheduleConfig(prediction="v"))
-    denoiser = Denoiser(Toy().run, schedule, lambda chunk: Conditioning(()))
+    run = Looking().run if looks else Toy().run
+    denoiser = Denoiser(run, schedule, lambda chunk: Conditioning(()), sees_source=looks)
     source = torch.randn(num_frames, 2, 1, 2, generator=torch.Generator().manual_seed(1))
     plan = refinement_plan(num_frames, config.chunk, config.overlap)
     return Refiner(denoiser, plan, config, SeededDraws(seed), lambda start, stop: source[start:stop], state)
@@ -56,22 +71,27 @@ shapes = st.integers(1, 9).flatmap(
 
 
 @settings(max_examples=60, deadline=None)
-@given(shapes, st.sampled_from(["randomized", "shared", "independent"]), st.integers(1, 3))
-def test_sweep_and_diagonal_are_bit_identical(shape: tuple[int, int, int, int], blending: Any, interval: int) -> None:
+@given(shapes, st.sampled_from(["randomized", "shared", "independent"]), st.integers(1, 3), st.booleans())
+def test_sweep_and_diagonal_are_bit_identical(
+    shape: tuple[int, int, int, int], blending: Any, interval: int, looks: bool
+) -> None:
     num_frames, chunk, overlap, steps = shape
     setup = config(chunk, overlap, steps, blending=blending, reuse_interval=interval)
-    diagonal = all_frames(refiner(num_frames, setup))
-    sweep = all_frames(refiner(num_frames, replace(setup, order="sweep")))
+    diagonal = all_frames(refiner(num_frames, setup, looks=looks))
+    sweep = all_frames(refiner(num_frames, replace(setup, order="sweep"), looks=looks))
     assert len(diagonal) == num_frames
     assert torch.equal(diagonal, sweep)
 
 
 def test_memory_is_constant_in_length() -> None:
-    def most_held(num_frames: int) -> int:
-        made = refiner(num_frames, config(24, 8, 5))
-        return max(len(made.state.latents) for _ in made.run())
+    def most_held(num_frames: int, looks: bool) -> tuple[int, int]:
+        made = refiner(num_frames, config(24, 8, 5), looks=looks)
+        held = [(len(made.state.latents), len(made.state.clean)) for _ in made.run()]
+        return max(latents for latents, _ in held), max(clean for _, clean in held)
 
-    assert most_held(1200) == most_held(240) <= 5 * 24
+    assert most_held(1200, False) == most_held(240, False) <= (5 * 24, 0)
+    # The source's latents are kept for as long as the noisy ones, for a network that looks at them.
+    assert most_held(1200, True) == most_held(240, True) == most_held(240, False)[:1] * 2
 
 
 def test_first_frames_come_early() -> None:
@@ -129,21 +149,21 @@ def test_deep_features_of_both_branches_wait_where_they_are_told_to() -> None:
 @settings(max_examples=25, deadline=None)
 @given(
     shapes, st.integers(0, 6), st.sampled_from(["randomized", "independent"]), st.integers(1, 3),
-    st.sampled_from([600, 3]),
+    st.sampled_from([600, 3]), st.booleans(),
 )  # fmt: skip
 def test_resume_after_any_group_is_exact(
-    shape: tuple[int, int, int, int], groups: int, blending: Any, interval: int, level: int
+    shape: tuple[int, int, int, int], groups: int, blending: Any, interval: int, level: int, looks: bool
 ) -> None:
     """Also where the grid visits a timestep twice, as it has fewer than there are steps."""
     num_frames, chunk, overlap, steps = shape
     setup = config(chunk, overlap, steps, blending=blending, reuse_interval=interval, noise_level=level)
-    whole = all_frames(refiner(num_frames, setup))
-    first = refiner(num_frames, setup)
+    whole = all_frames(refiner(num_frames, setup, looks=looks))
+    first = refiner(num_frames, setup, looks=looks)
     done = [group for _, group in zip(range(groups), first.run(), strict=False)]
     saved = {name: tensor.clone() for name, tensor in first.state.tensors().items()}
     if first.state.finished == len(first.frames):
         return
-    again = refiner(num_frames, setup, RefineState.from_tensors(saved) if done else None)
+    again = refiner(num_frames, setup, RefineState.from_tensors(saved) if done else None, looks=looks)
     assert torch.equal(torch.cat([*done, *again.run()]), whole)
 
 
@@ -160,6 +180,12 @@ def test_every_setting_changes_the_result(change: dict[str, Any]) -> None:
     plain = all_frames(refiner(30, RefineConfig(**base)))
     changed = all_frames(refiner(30, RefineConfig(**{**base, **change})))
     assert not torch.equal(plain, changed)
+
+
+def test_a_network_that_looks_is_given_the_source() -> None:
+    assert not torch.equal(
+        all_frames(refiner(12, config(8, 2, 2))), all_frames(refiner(12, config(8, 2, 2), looks=True))
+    )
 
 
 def test_seed_changes_the_result() -> None:

@@ -17,9 +17,9 @@ from streamt2v.training.batches import Ring
 from streamt2v.training.engine import Job
 from streamt2v.training.loop import PARTS, train
 from streamt2v.training.optimizer import Muon, orthogonalise
-from streamt2v.training.world import clips, judge
+from streamt2v.training.world import clips, judge, vae
 from streamt2v.training.world.captions import parse
-from streamt2v.training.world.vae import altered, build_vae
+from streamt2v.training.world.vae import altered, build_vae, disturbed
 
 MICRO = {
     "block_out_channels": (8, 8), "attention_levels": (True, False), "norm_num_groups": 2, "attention_head_dim": 8,
@@ -37,6 +37,7 @@ def micro_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ring, "draw", _few(Ring.draw))
     for name in ("text_sheet", "streaming_sheet", "image_sheet"):
         monkeypatch.setattr(parts, name, lambda *args: "")
+    monkeypatch.setattr(vae, "WIDTHS", (4, 4, 8, 8))
     monkeypatch.setattr(judge, "FRAMES", 4)
     monkeypatch.setattr(judge, "held_out_accuracy", lambda network: {})
     monkeypatch.setattr(parts, "image_accuracy", lambda *args: {})
@@ -75,7 +76,7 @@ def test_every_part_trains_on_what_the_parts_before_it_left(tmp_path: Path) -> N
 
 
 def test_images_leave_the_temporal_layers_alone(tmp_path: Path) -> None:
-    for part in ("text", "vision", "images"):
+    for part in ("vae", "text", "vision", "images"):
         train(part, minutes=None, steps=1, out=tmp_path, seed=1)
     before = load_file(tmp_path / "unet.safetensors")
     train("images", minutes=None, steps=1, out=tmp_path, seed=1)
@@ -254,22 +255,27 @@ def test_the_target_from_plain_noise_is_the_velocity() -> None:
     assert torch.allclose(back, clean, atol=1e-3)
 
 
-def test_a_quarter_of_the_rows_stays_plain() -> None:
-    clean, own = torch.zeros(8, 4, 2, 3, 3), torch.ones(8, 4, 2, 3, 3)
+def test_a_quarter_of_the_rows_stays_plain_and_mistakes_count_by_the_clean_estimate() -> None:
+    schedule, generator = NoiseSchedule(losses.DEMO_SCHEDULE), torch.Generator().manual_seed(0)
+    clean, own, noise = torch.randn(3, 8, 4, 2, 3, 3, generator=generator)
     timesteps = torch.full((8,), 950)
-    mixed, at = denoisers._mixed(clean, own, timesteps, torch.Generator().manual_seed(0))
-    assert (mixed[:2] == 0).all()
+    noisy, at, target, factor = denoisers._noised(clean, own, timesteps, noise, generator)
+    assert torch.equal(noisy[:2], schedule.add_noise(clean[:2], noise[:2], timesteps[:2]))
     assert (at[:2] == 950).all()
-    assert (mixed[2:].amax((1, 2, 3, 4)) > 0).all()
+    assert (factor[:2] == 1).all()
     assert (at[2:] <= 700).all()
+    estimate, _ = schedule.to_x0_eps(target, noisy, at)
+    assert torch.allclose(estimate, clean, atol=1e-3)
+    # An error of 1 in the clean estimate is one of 1 / sigma in the velocity, and of 1 with the factor.
+    assert torch.allclose(factor[2:].flatten(), schedule.sigmas[at[2:]], atol=1e-6)
 
 
 def test_channels_count_by_what_they_do_to_pixels() -> None:
-    vae = build_vae().eval()
+    decoder = build_vae().eval()
     with torch.no_grad():
-        vae.post_quant_conv.weight.zero_()
-        vae.post_quant_conv.weight[0, 0] = 1.0
-    effect = losses.pixel_effect(vae, torch.randn(2, 4, 9, 16))
+        decoder.post_quant_conv.weight.zero_()
+        decoder.post_quant_conv.weight[0, 0] = 1.0
+    effect = losses.pixel_effect(decoder, torch.randn(2, 4, 9, 16))
     assert effect.mean() == pytest.approx(1.0)
     assert effect[1:].max() == 0
 
@@ -349,6 +355,16 @@ def test_what_follows_disturbed_conditioning_frames_joins_them_and_ends_nearly_r
             assert off[:8].min() > 0.5 * off.max()
             assert off[15] < 0.35 * off[7]
     assert {True, False} == set(changed)
+
+
+def test_disturbed_latents_keep_their_place_and_their_variance() -> None:
+    latents = torch.randn(400, 4, 9, 16, generator=torch.Generator().manual_seed(0))
+    moved = disturbed(latents, torch.Generator().manual_seed(1))
+    off = (moved - latents).square().mean((1, 2, 3))
+    assert 0.3 < float((off == 0).float().mean()) < 0.5
+    assert float(off.max()) < 1.2
+    along = (moved * latents).mean((1, 2, 3))
+    assert float(along.min()) > 0.15  # what they say is still there
 
 
 def test_timesteps_cover_the_range_and_lean_towards_noise() -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from streamt2v import video
+from streamt2v import sound, video
 from streamt2v.errors import ConfigError, InputError, OutputError, ResumeError, VideoError
 
 RATES = [Fraction(7), Fraction(8), Fraction(10), Fraction(24), Fraction(25, 2), Fraction(30000, 1001)]
@@ -50,6 +50,10 @@ def written(path: Path, lengths: tuple[int, ...] = (16, 8, 1), fps: Fraction = F
     for length in lengths:
         writer.append(clip(length, start=writer.mark.frames))
     return writer
+
+
+def carried(source: Path, length: Fraction) -> video.Extras:
+    return sound.carry(source, length).extras
 
 
 def ffmpeg(*arguments: str) -> None:
@@ -365,7 +369,7 @@ def test_a_mark_beyond_the_file_or_other_settings_are_refused(tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["aac.mp4", "mp3.mp4", "opus.webm", "vorbis.mkv", "mp2.ts", "silent.gif"])
 def test_sound_is_carried_over(tmp_path: Path, samples: Path, name: str) -> None:
     out = tmp_path / "out.mp4"
-    info = written(tmp_path / "run.mp4", (16,)).finish(out, audio_from=samples / name)
+    info = written(tmp_path / "run.mp4", (16,)).finish(out, extras=carried(samples / name, Fraction(2)))
     assert (info.frames, info.fps, info.has_audio) == (16, Fraction(8), name != "silent.gif")
     if not info.has_audio:
         return
@@ -378,7 +382,7 @@ def test_sound_is_carried_over(tmp_path: Path, samples: Path, name: str) -> None
 
 def test_copied_sound_is_the_same_packets(tmp_path: Path, samples: Path) -> None:
     out = tmp_path / "out.mp4"
-    written(tmp_path / "run.mp4", (30,)).finish(out, audio_from=samples / "aac.mp4")
+    written(tmp_path / "run.mp4", (30,)).finish(out, extras=carried(samples / "aac.mp4", Fraction(30, 8)))
 
     def packets(path: Path) -> list[bytes]:
         with av.open(str(path)) as container:

@@ -117,7 +117,7 @@ def render(
 
     Args:
         scenes: B scenes.
-        frames: frame indices [F] or [B, F]; any integers or fractions.
+        frames: frame indices [F], [1, F] or [B, F]; any integers or fractions.
         height: output rows.
         width: output columns.
         window: part of the canvas shown, (left, top, right, bottom) as fractions of the canvas.
@@ -127,8 +127,7 @@ def render(
         Frames [B, F, 3, H, W] in [-1, 1].
     """
     device = scenes.radius.device
-    frames = frames.to(device)
-    frames = frames.expand(len(scenes), -1) if frames.dim() == 1 else frames
+    frames = frames.to(device).expand(len(scenes), -1)
     left, top, right, bottom = window
     ys = top + (bottom - top) * (torch.arange(height, device=device) + 0.5) / height
     xs = (left + (right - left) * (torch.arange(width, device=device) + 0.5) / width) * ASPECT

@@ -54,30 +54,29 @@ class Judge(nn.Module):
         return {name: head(moving if name == "motion" else picture) for name, head in self.heads.items()}
 
 
-def example_clips(count: int, generator: torch.Generator, spoil: bool) -> tuple[Tensor, Tensor]:
+def example_clips(
+    count: int, generator: torch.Generator, spoil: bool, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """Rendered clips [B, 16, 3, 36, 64] and labels [B, 6]; `spoil` blurs and disturbs them as a generator might."""
-    scenes = sample_scenes(count, generator)
+    scenes = sample_scenes(count, generator).to(device)
     start = torch.where(torch.rand(count, generator=generator) < 0.5, 0, 1)
     start = (start * torch.randint(0, 200, (count,), generator=generator))[:, None]
-    clips = render(scenes, start + torch.arange(FRAMES), *SIZE)
+    clips = render(scenes, start + torch.arange(FRAMES), *SIZE)  # on the device
     if spoil:
         if torch.rand((), generator=generator) < 0.5:
             halved = functional.avg_pool2d(clips.flatten(0, 1), 2)
             clips = functional.interpolate(halved, SIZE, mode="bilinear").view_as(clips)
         strength = 0.15 * float(torch.rand((), generator=generator))
-        coarse = torch.randn(count, FRAMES, 3, 9, 16, generator=generator).flatten(0, 1)
+        coarse = torch.randn(count, FRAMES, 3, 9, 16, generator=generator).flatten(0, 1).to(clips)
         clips = clips + strength * functional.interpolate(coarse, SIZE, mode="bilinear").view_as(clips)
     return clips.clamp(-1, 1), scenes.labels()
 
 
 def judge_loss(judge: Judge, generator: torch.Generator, batch: int = 16) -> Tensor:
     """Cross-entropy of all attributes on fresh clips."""
-    clips, labels = example_clips(batch, generator, spoil=True)
-    logits = judge(clips.to(next(judge.parameters()).device))
-    losses = [
-        functional.cross_entropy(logits[name], labels[:, i].to(logits[name].device))
-        for i, name in enumerate(ATTRIBUTES)
-    ]
+    clips, labels = example_clips(batch, generator, spoil=True, device=next(judge.parameters()).device)
+    logits = judge(clips)
+    losses = [functional.cross_entropy(logits[name], labels[:, i]) for i, name in enumerate(ATTRIBUTES)]
     return torch.stack(losses).sum()
 
 

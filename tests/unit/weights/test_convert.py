@@ -77,6 +77,7 @@ def test_the_record_is_the_published_one() -> None:
         REFINER: 1480,
         VAE: 248,
         CLIP: 294,
+        "streaming_svd.safetensors": 3246,
     }
 
 

@@ -1,0 +1,46 @@
+"""Containers: which kinds of video files are read, and what is said of the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# What holds pictures itself. Scripts and playlists (concat, hls, ...) would open other files, whatever they are called.
+DEMUXERS = (
+    "mov,matroska,webm,avi,mpegts,mpeg,flv,ogg,gif,apng,asf,dv,mxf,ivf,obu,h264,hevc,m4v,mpegvideo,yuv4mpegpipe,nut"
+)
+_NAMES = "mp4, mov, mkv, webm, avi, wmv, ts, mpg, flv, ogv, dv, mxf, gif, apng, y4m and raw h264, hevc or av1"
+
+
+def hint(path: Path) -> str:
+    """Return what to do with a video that cannot be read."""
+    return f"{_NAMES} are read, if whole; others: ffmpeg -i {path.name} converted.mp4"
+
+
+def is_cut_avi(path: Path) -> bool:
+    """Tell whether an AVI file is shorter than its first RIFF chunk says; what was never closed says nothing."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    size = int.from_bytes(head[4:8], "little")
+    return head[:4] == b"RIFF" and 0 < size < 2**32 - 1 and size + 8 > path.stat().st_size + 1
+
+
+def says_only(codec: str, data: bytes) -> bool:
+    """Tell whether a packet holds nothing but delimiters, messages and settings, so that no picture is lost with it.
+
+    Only H.264 and H.265 are known to have such; ITU-T H.264 and H.265, annex B, and ISO/IEC 14496-15 say how their
+    units follow each other.
+    """
+    if codec not in ("h264", "hevc"):
+        return not data
+    if data.startswith((b"\0\0\1", b"\0\0\0\1")):
+        units = [unit for unit in data.split(b"\0\0\1") if unit.strip(b"\0")]
+    else:
+        units, place = [], 0
+        while place + 4 < len(data):
+            size = int.from_bytes(data[place : place + 4], "big")
+            units.append(data[place + 4 : place + 4 + size])
+            place += 4 + size
+        if place != len(data):
+            return False
+    kinds = {unit[0] & 31 if codec == "h264" else unit[0] >> 1 & 63 for unit in units if unit}
+    return kinds <= set(range(6, 14) if codec == "h264" else range(32, 41))

@@ -1,0 +1,74 @@
+"""Pictures that are not plain sRGB of 8 bits: colour profiles, floating point, integers of 16 and 32 bits."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from streamt2v.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def to_srgb(picture: Image) -> Image:
+    """Return a picture as RGB or RGBA in sRGB, by the ICC profile inside it; one that is broken is passed over.
+
+    Relative colorimetric with black point compensation, as browsers show it.
+    """
+    from PIL import ImageCms
+
+    profile = picture.info.get("icc_profile")
+    if picture.mode in ("P", "PA", "1", "LA", "La", "RGBa", "RGBX"):
+        picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    if picture.mode == "LAB":
+        given: Any = ImageCms.createProfile("LAB")
+    elif not profile:
+        return picture
+    else:
+        try:
+            given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        except (ImageCms.PyCMSError, OSError):
+            return picture
+    alpha = picture.getchannel("A") if picture.mode == "RGBA" else None
+    flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
+    try:
+        shown = ImageCms.profileToProfile(
+            picture if alpha is None else picture.convert("RGB"), given, ImageCms.createProfile("sRGB"),
+            ImageCms.Intent.RELATIVE_COLORIMETRIC, "RGB", flags=flags,
+        )  # fmt: skip
+    except (ImageCms.PyCMSError, ValueError):  # such as a profile of CMYK in a picture of RGB
+        return picture
+    assert shown is not None
+    if alpha is not None:
+        shown.putalpha(alpha)
+    return shown
+
+
+def to_levels(values: npt.NDArray[Any], most: int | None = None) -> npt.NDArray[np.uint8]:
+    """Scale grey values [H,W] of any range to levels 0..255.
+
+    Floating point from 0 to 1 means black to white. Integers, and floating point above 1, are taken for 8 bits where
+    none is above 255, else for 16 where none is above 65535. What is beyond that, or below 0, is stretched from its own
+    lowest value to its highest.
+
+    Args:
+        values: floating point or integers.
+        most: what white is, where the file says it: 65535 for 16 bits.
+
+    Raises:
+        InputError: a value is NaN or infinite.
+    """
+    wide = np.asarray(values, np.float64)
+    if not np.isfinite(wide).all():
+        raise InputError("the picture holds NaN or infinite values", "save it as PNG")
+    low, high = float(wide.min()), float(wide.max())
+    if most is None:
+        floating = np.issubdtype(values.dtype, np.floating)
+        most = next((white for white in ((1,) if floating else ()) + (255, 65535) if high <= white), None)
+    if most is None or low < 0:
+        wide, most = (wide - low) / ((high - low) or 1), 1
+    return np.asarray(wide * (255 / most) + 0.5, np.uint8)
