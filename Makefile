@@ -49,7 +49,7 @@ docs: $(BIN)/.installed
 
 # Write size and SHA-256 of newly trained weights into weights.toml.
 record: $(BIN)/.installed
-	$(BIN)/python -c "from streamt2v import weights; print(*weights.record(), sep='\n')"
+	$(BIN)/python -c "from streamt2v.weights import catalog; print(*catalog.record(), sep='\n')"
 
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor, nn, profiler
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from streamt2v import config, convert, devices, jobs, memory, options, pipeline, planning, weights
+from streamt2v import config, devices, jobs, memory, options, pipeline, planning, weights
 from streamt2v.chunks import length, refinement_plan, streaming_plan
 from streamt2v.config import RunConfig
 from streamt2v.diffusion.noise import SeededDraws
@@ -53,6 +53,7 @@ from streamt2v.models.unet3d import Conditioning, TextContext, UNet3D
 from streamt2v.stages import stream
 from streamt2v.stages.denoise import Predict, Sampling, both_branches
 from streamt2v.stages.refine import Denoiser, Refiner, noise_grid
+from streamt2v.weights import published
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
@@ -156,15 +157,15 @@ class Instruments:
 # ---------------------------------------------------------------------------------- networks made of random numbers
 
 
-def parts() -> dict[Path, convert.Part]:
+def parts() -> dict[Path, published.Part]:
     """What the published files would be converted to, by path in the weights home."""
-    listed = {name: part for layout in convert.CHECKPOINTS.values() for name, part in layout.parts.items()}
+    listed = {name: part for layout in published.CHECKPOINTS.values() for name, part in layout.parts.items()}
     family = weights.family("streamingt2v")
     return {path: listed[path.relative_to(family.root / family.name).with_suffix("").as_posix()]
             for path in map(family.path, family.components) if path.suffix == ".safetensors"}  # fmt: skip
 
 
-def random_network(path: Path, part: convert.Part, device: str, dtype: torch.dtype) -> nn.Module:
+def random_network(path: Path, part: published.Part, device: str, dtype: torch.dtype) -> nn.Module:
     """A network of the part's size: weights of unit gain, norms of one, no biases, so that numbers stay moderate."""
     network = weights.build(path, part.network, part.config)
     draws = torch.Generator(device).manual_seed(0)

@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 
-from streamt2v import archives, convert, weights
+from streamt2v.weights import catalog as weights
+from streamt2v.weights import pickles, published
 from tests.checkpoints import STREAM, Shapes, manifests, published_shapes
 
 RESULTS = Path(__file__).parent / "results"
@@ -60,7 +61,7 @@ def write(path: Path, shapes: Shapes, moments: Shapes) -> None:
 def fill(path: Path) -> None:
     """Write numbers that networks survive: weights of unit gain, norms of one, small biases; any into the moments."""
     block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0))
-    places = {row.start: (key, row.shape) for key, row in archives.read(path).tensors.items()}
+    places = {row.start: (key, row.shape) for key, row in pickles.read(path).tensors.items()}
     with zipfile.ZipFile(path) as archive, path.open("r+b") as stream:
         for entry in archive.infolist():
             if "/data/" not in entry.filename:
@@ -113,7 +114,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     path = arguments.folder / arguments.file
-    shapes = published_shapes(convert.CHECKPOINTS)[arguments.file]
+    shapes = published_shapes(published.CHECKPOINTS)[arguments.file]
     if not path.exists():
         began = time.monotonic()
         write(path, shapes, trained(shapes) if arguments.file == STREAM else {})

@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamt2v import devices, events, files, hub, jobs, memory, options, planning, runs
+from streamt2v import devices, events, files, jobs, memory, options, planning, runs
 from streamt2v.errors import (
     SIGNALS,
     BatchError,
@@ -39,6 +39,7 @@ from streamt2v.events import Event, JobReport, Tell, event
 from streamt2v.initializers import OWN, named
 from streamt2v.jobs import Job, Result
 from streamt2v.rows import Row
+from streamt2v.weights import hub
 
 if TYPE_CHECKING:
     from streamt2v.pipeline import Loaded

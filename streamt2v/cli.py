@@ -22,8 +22,6 @@ from streamt2v import (
     config,
     events,
     files,
-    home,
-    hub,
     initializers,
     jobs,
     options,
@@ -44,6 +42,7 @@ from streamt2v.errors import (
     stopped_by,
 )
 from streamt2v.progress import Progress, plain, say, silence
+from streamt2v.weights import home, hub
 
 FETCHING = "stopped; the same command goes on where it stopped"
 app = typer.Typer(
@@ -166,7 +165,8 @@ def _run(command: str, source: Path | None, output: Path | None, given: dict[str
     found = None if source is None else jobs.inspect_source(source)
     if command == "refine" and found is not None and not found.own:
         given["strength"] = given["strength"] or "faithful"
-    resolved = options.resolve(resume_from=output if behaviour["resume"] else None, source=found, **given, **more)
+    more |= {"device": behaviour["device"], "resume_from": output if behaviour["resume"] else None, "source": found}
+    resolved = options.resolve(**given, **more)
     output = output or default_output(resolved.prompt, resolved.seed)
     _make(jobs.Job(command, resolved, output, source, **behaviour), json_output, quiet, verbose)
 
@@ -363,7 +363,8 @@ def batch(
     )
     behaviour = {name: given.pop(name) for name in jobs.BEHAVIOUR if name in given}
     behaviour["inputs"] = tuple(filter(None, (Path(file), given.get("config_file"), given.get("timeline"))))
-    shared = batches.Shared(out_dir, {**given, "frames": frames, "fps": fps}, behaviour, overwrite)
+    given |= {"frames": frames, "fps": fps, "device": None if ray else behaviour["device"]}  # a cluster has its own
+    shared = batches.Shared(out_dir, given, behaviour, overwrite)
     with _terminable(FETCHING), Progress(quiet=quiet, verbose=verbose) as progress:
         part = batches.shard_of(shard)
         checked = batches.check(rows.read(file), shared, generate, part, _saying(quiet))
@@ -421,7 +422,7 @@ def plan(
 
     [b]streamt2v plan "a cat on the beach" --model streamingt2v --device cuda --memory 12[/b]
     """
-    resolved = options.resolve(prompt=options.read_prompt(prompt), frames=frames, fps=fps, **given)
+    resolved = options.resolve(prompt=options.read_prompt(prompt), frames=frames, fps=fps, device=device, **given)
     jobs.check_wishes(resolved)
     report = planning.plan(resolved, device, memory, threads)
     _emit(json.dumps(dataclasses.asdict(report)) if json_output else plain(report.as_text()))
@@ -447,7 +448,8 @@ def bench(
 
     [b]streamt2v bench --model streamingt2v --quality fast --size 720x720[/b]
     """
-    resolved = options.resolve(prompt="a red ball bouncing over the sea at sunset", frames=frames, **given)
+    prompt = "a red ball bouncing over the sea at sunset"
+    resolved = options.resolve(prompt=prompt, frames=frames, device=device, **given)
     short = dataclasses.replace(resolved, num_frames=planning.short_length(resolved))
     with TemporaryDirectory(prefix="streamt2v-") as folder, _terminable():
         job = jobs.Job("generate", short, Path(folder) / "bench.mp4", device=device, threads=threads, memory=memory)
@@ -686,7 +688,7 @@ def weights_pull(
 
     [b]streamt2v weights pull svd[/b]
     """
-    from streamt2v import checkpoints
+    from streamt2v.weights import convert as checkpoints
 
     with _terminable(FETCHING):
         if (family := weights.listed(name)) is None:
@@ -739,7 +741,7 @@ def weights_convert(
 
     [b]streamt2v weights convert streaming_t2v.ckpt weights/[/b]
     """
-    from streamt2v import checkpoints
+    from streamt2v.weights import convert as checkpoints
 
     for path in checkpoints.convert(source, destination, say):
         _emit(str(path))

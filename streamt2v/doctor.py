@@ -81,7 +81,8 @@ def _libraries() -> Check:
 
 def _memory(name: str) -> Check:
     """How the family that a run takes by default fits into the device's memory at its default size."""
-    device, family = devices.resolve(name), weights.family(weights.default_family())
+    device = devices.resolve(name)
+    family = weights.family(weights.default_family(device.kind))
     free = devices.free_memory(device)
     known = planning.stages(config.merge(config.preset(family.preset), {"model": family.name}))
     policy = memory.choose(free, known, device.kind)

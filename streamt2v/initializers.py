@@ -17,8 +17,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamt2v import config, hub, weights
+from streamt2v import config, weights
 from streamt2v.errors import ConfigError, WeightsError
+from streamt2v.weights import hub
 
 if TYPE_CHECKING:
     import torch
@@ -49,15 +50,10 @@ class Chosen:
     drawing: tuple[Path, ...] = ()
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what tells this model from another one: names, sizes and times of its files, hashed."""
-        digest = hashlib.blake2b(digest_size=16)
-        for folder in (self.folder, *self.drawing):
-            # Not rglob, which passes over linked folders: a part may lie on another disk.
-            found = (path for pattern in ("*", "*/*") for path in folder.glob(pattern))
-            for path in sorted(path for path in found if path.suffix in FINGERPRINTED):
-                status = path.stat()
-                digest.update(f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
-        return {"name": self.name, "class": self.kind, "files": digest.hexdigest()}
+        """Return what tells this model from another: names and SHA-256 of its files, hashed into one."""
+        parts = [weights.contents(folder, FINGERPRINTED) for folder in (self.folder, *self.drawing)]
+        listed = json.dumps(parts, sort_keys=True).encode()
+        return {"name": self.name, "class": self.kind, "sha256": hashlib.sha256(listed).hexdigest()}
 
 
 def named(run: RunConfig) -> str:

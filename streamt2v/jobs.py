@@ -10,11 +10,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamt2v import devices, files, hub, initializers, runs, vocabulary, weights
+from streamt2v import devices, files, initializers, runs, weights
 from streamt2v.clock import Clock, exact_rate
 from streamt2v.config import Prompt, RunConfig, merge, to_flat
 from streamt2v.errors import ConfigError, InputError, OutputError, ResumeError, StreamT2VError, VideoError
-from streamt2v.home import sha256_of
+from streamt2v.weights import hub, vocabulary
+from streamt2v.weights.home import sha256_of
 
 if TYPE_CHECKING:
     from streamt2v.sound import Carried

@@ -6,6 +6,7 @@ import secrets
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from types import NoneType
@@ -13,7 +14,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
 
-from streamt2v import config, jobs, weights
+from streamt2v import config, devices, jobs, weights
 from streamt2v.config import Fit, Quality, RunConfig, Strength
 from streamt2v.errors import ConfigError, FieldError
 from streamt2v.initializers import OWN, named
@@ -63,7 +64,7 @@ Output = Annotated[Path | None, _main("--output", "-o", "The mp4 to write. Defau
 Model = Annotated[
     str | None,
     _main(
-        "--model", "-m", "Model family. Default: the best whose weights are here.",
+        "--model", "-m", "Model family. Default: the best whose weights are here and which suits the device.",
         autocompletion=_completing(weights.families),
     ),
 ]  # fmt: skip
@@ -383,6 +384,13 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
     return parsed
 
 
+@cache
+def kind_of(device: str) -> str:
+    """The kind of a device, by its name or by what is here; asked once, as a batch has many rows."""
+    kind, _ = devices.parse(device)
+    return devices.glance().kind if kind == "auto" else kind
+
+
 def resolve(
     model: str | None,
     preset: str | None,
@@ -398,6 +406,7 @@ def resolve(
     timeline: Path | None = None,
     row: Mapping[str, Any] | None = None,
     seed_of_row: int | None = None,
+    device: str | None = None,
     **flags: Any,
 ) -> RunConfig:
     """Merge options, files and presets in the order of precedence into one checked config.
@@ -412,6 +421,7 @@ def resolve(
         at, timeline: prompts over time, as TIME=PROMPT and as a file.
         row: {dotted key: value} of a row of a batch, above all others.
         seed_of_row: its seed when nothing names one.
+        device: what the default model has to fit; None where that is not known here.
         flags: other flags by name; None where not given.
 
     Raises:
@@ -430,7 +440,7 @@ def resolve(
     if source is not None:
         given.setdefault("num_frames", source.frames)
     asked = {**from_file, **given}
-    chosen = model or asked.get("model") or weights.default_family()
+    chosen = model or asked.get("model") or weights.default_family(None if device is None else kind_of(device))
     given["model"] = chosen
     if "seed" not in asked:
         stored = jobs.recorded_seed(resume_from) if resume_from else seed_of_row

@@ -37,22 +37,22 @@ from streamt2v import (
 )
 from streamt2v.chunks import Chunk, covering, refinement_plan, streaming_plan
 from streamt2v.config import prompt_at
-from streamt2v.convert import clean_prompt
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from streamt2v.errors import Interrupted, MemoryLimitError, NumericsError, ResumeError, VideoError, stopped_by
 from streamt2v.frames import Frames
-from streamt2v.home import path as home
 from streamt2v.jobs import Job, Result, check
 from streamt2v.memory import MemoryPolicy
 from streamt2v.models import refiner
 from streamt2v.models.encoders import decode_latents, encode_frames, encode_text, latent_factor, latent_size
 from streamt2v.models.layers import slice_feed_forwards
+from streamt2v.models.text import clean_prompt
 from streamt2v.models.unet3d import Conditioning, TextContext
 from streamt2v.progress import Report
 from streamt2v.stages import initialize, stream
 from streamt2v.stages.denoise import Sampling
 from streamt2v.stages.refine import Denoiser, Refiner, RefineState, noise_grid
+from streamt2v.weights.home import path as home
 
 STREAM, REFINE = "stream", "refine"
 ENCODERS = ("stream.text", "stream.image", "refine.text")

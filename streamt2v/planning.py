@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamt2v import devices, files, home, initializers, memory, weights
+from streamt2v import devices, files, initializers, memory, weights
 from streamt2v.chunks import Chunk, count, length, refinement_plan, streaming_plan
 from streamt2v.config import Prompt, RunConfig
 from streamt2v.errors import ConfigError, OutputError
+from streamt2v.weights import home
 
 MEASURED = (
     "fixed_seconds", "stream_seconds_per_chunk", "refine_seconds_per_chunk", "seconds_per_frame", "peak_memory_bytes"

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from streamt2v.convert import CHECKPOINTS, KeyMap, Layout, Part, Rule, ignore, refiner_vae, rename
+from streamt2v.weights.keymaps import KeyMap, Rule, ignore, rename
+from streamt2v.weights.published import CHECKPOINTS, Layout, Part, refiner_vae
 
 LEVELS = (True, True, True, False)
 """Which levels of the published network have transformers."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamt2v import convert, weights
+from streamt2v.weights import networks, published
 from tests.parity import official
 
 Shapes = dict[str, tuple[int, ...]]
@@ -47,9 +47,9 @@ SMALL = {
 }  # fmt: skip
 
 
-def tiny_layouts() -> dict[str, convert.Layout]:
+def tiny_layouts() -> dict[str, published.Layout]:
     """The published layouts with small networks; the key maps that depend on depth follow."""
-    keys = {"refine/unet": convert.refiner_unet([True, False], 1), "refine/text": convert.open_clip_text(2)}
+    keys = {"refine/unet": published.refiner_unet([True, False], 1), "refine/text": published.open_clip_text(2)}
     return {
         file: dataclasses.replace(
             layout,
@@ -58,16 +58,16 @@ def tiny_layouts() -> dict[str, convert.Layout]:
                 for name, part in layout.parts.items()
             },
         )
-        for file, layout in convert.CHECKPOINTS.items()
+        for file, layout in published.CHECKPOINTS.items()
     }
 
 
-def published_shapes(layouts: Mapping[str, convert.Layout]) -> dict[str, Shapes]:
+def published_shapes(layouts: Mapping[str, published.Layout]) -> dict[str, Shapes]:
     """Names and shapes as the published files have them, for networks of the sizes in `layouts`."""
 
     def shapes(file: str, part: str) -> Shapes:
         found = layouts[file].parts[part]
-        return weights.shapes(weights.build(Path(part), found.network, found.config))
+        return networks.shapes(networks.build(Path(part), found.network, found.config))
 
     def config(file: str, part: str) -> Any:
         return layouts[file].parts[part].config

@@ -8,8 +8,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch starts: small networks only 
 
 import pytest
 
-from streamt2v import hub, weights
+from streamt2v import weights
 from streamt2v.errors import StreamT2VError
+from streamt2v.weights import hub
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

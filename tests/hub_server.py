@@ -141,13 +141,13 @@ def point_library_at(url: str, cache: Any, patch: pytest.MonkeyPatch) -> None:
     """Let the hub's library, which reads its variables when it is imported, use another hub, cache and piece size."""
     from huggingface_hub import constants, file_download
 
-    from streamt2v import hub
+    from streamt2v.weights import fetch
 
     patch.setattr(constants, "ENDPOINT", url)
     patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     patch.setattr(constants, "HF_HUB_CACHE", str(cache))
     patch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)
     patch.setattr(file_download, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
-    patch.setattr(hub, "PAUSE_SECONDS", 0)
+    patch.setattr(fetch, "PAUSE_SECONDS", 0)
     for name in ("HF_HUB_OFFLINE", "STREAMT2V_OFFLINE"):
         patch.delenv(name, raising=False)

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from streamt2v import home, hub, initializers, weights
+from streamt2v import initializers, weights
 from streamt2v.errors import ConfigError, WeightsError
 from streamt2v.frames import Frames
 from streamt2v.metrics.scores import Series
+from streamt2v.weights import home, hub
 
 AUTO, DEMO = "auto", "demo"
 PUBLISHED = "openai/clip-vit-large-patch14"

@@ -15,7 +15,7 @@ from scenedetect import FrameTimecode
 from scenedetect.detectors import AdaptiveDetector
 from scenedetect.scene_manager import compute_downscale_factor
 
-from streamt2v import chunks, devices, foreign, hub, jobs
+from streamt2v import chunks, devices, foreign, jobs
 from streamt2v.config import Prompt
 from streamt2v.errors import ConfigError, InputError, VideoError
 from streamt2v.frames import Frames
@@ -23,6 +23,7 @@ from streamt2v.metrics import clip as clips
 from streamt2v.metrics import motion, scores
 from streamt2v.metrics.scores import Series
 from streamt2v.progress import Report
+from streamt2v.weights import hub
 
 GROUP = 8  # frames read at once
 MOST_SEAMS = 1_000_000

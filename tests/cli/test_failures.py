@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from streamt2v import files, runs, video, weights
+from streamt2v import files, runs, video
 from streamt2v.errors import Terminated
+from streamt2v.weights import networks
 from tests import crash
 from tests.cli.helpers import PROMPT, TINY, call, digest, generate, result
 
@@ -321,7 +322,7 @@ def test_a_library_that_loses_a_signal_hides_none(
             time.sleep(5)
         raise ValueError("could not determine the shape")
 
-    monkeypatch.setattr(weights, "build", build)
+    monkeypatch.setattr(networks, "build", build)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert generate(tmp_path / "a.mp4", 17) == code
@@ -341,6 +342,6 @@ def test_a_library_that_fails_while_it_is_stopped_hides_no_signal(
         finally:
             raise RuntimeError("trying to pop from empty mode stack")
 
-    monkeypatch.setattr(weights, "build", build)
+    monkeypatch.setattr(networks, "build", build)
     assert generate(tmp_path / "a.mp4", 17) == code
     assert list(tmp_path.iterdir()) == []

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from streamt2v import config, jobs, options, video, weights
+from streamt2v import config, jobs, options, video
 from streamt2v.cli import default_output
 from streamt2v.errors import ConfigError, InputError, VideoError, WeightsError
+from streamt2v.weights import catalog
 from tests.cli.helpers import call, made
 from tests.cli.test_terminal import run
 from tests.hostile import NAMES, NO_PROMPTS, PROMPTS, RECIPES, TRAVERSALS
@@ -24,7 +25,7 @@ def test_names_lead_nowhere_else(text: str, tmp_path: Path) -> None:
     assert name.name[0].isdigit()
     assert len(name.name.encode()) <= 150
     try:
-        assert weights._inside(tmp_path, text) == text
+        assert catalog._inside(tmp_path, text) == text
     except WeightsError:
         return
     assert (tmp_path / text).resolve().is_relative_to(tmp_path)

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from streamt2v import checkpoints, hub, weights
+from streamt2v import weights
+from streamt2v.weights import convert as checkpoints
+from streamt2v.weights import hub
 from tests import checkpoints as published
 from tests.cli.helpers import PROMPT, STARTS, call, digest, result
 

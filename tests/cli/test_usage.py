@@ -15,7 +15,8 @@ from streamt2v.cli import main
 from streamt2v.config import merge, preset, to_flat
 from streamt2v.errors import ConfigError, OutputError
 from streamt2v.runs import RunDirectory, directory_for
-from tests.cli.helpers import call, made
+from streamt2v.weights import inventory
+from tests.cli.helpers import PROMPT, call, made
 
 MISTAKES = [
     (["generate", ""], 2, "the prompt is empty"),
@@ -323,3 +324,13 @@ def test_a_closed_pipe_is_quiet() -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode in (0, 141)  # 0 where the pipe took everything before it was closed
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(("device", "model"), [("cpu", "demo"), ("cuda", "streamingt2v")])
+def test_the_default_model_fits_the_device(
+    device: str, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All weights are here; a GPU that is not here can be planned for."""
+    monkeypatch.setattr(inventory, "missing", lambda family: [])
+    assert call("plan", PROMPT, "--device", device, "--memory", 40, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["model"] == model

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from streamt2v import home, hub, weights
+from streamt2v import weights
+from streamt2v.weights import home, hub
 from tests.cli.helpers import call
 from tests.hub_server import Hub, serving
 

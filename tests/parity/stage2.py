@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from streamt2v import convert
 from streamt2v.chunks import Chunk, streaming_plan
 from streamt2v.diffusion import guidance, solvers
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
@@ -24,6 +23,7 @@ from streamt2v.models.cam import CamConfig, ConditionalAttention
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
 from streamt2v.stages.denoise import ChunkNoise, Sampling
 from streamt2v.stages.stream import Streamer, StreamModels, StreamState
+from streamt2v.weights import keymaps, published
 from tests.parity.report import COMPONENT, EXACT, WHOLE_RUN, Report
 
 Tensors = dict[str, Tensor]
@@ -96,8 +96,8 @@ def load(folder: Path) -> Setting:
     state: Tensors = {}
     for path in sorted(folder.glob("weights_*.safetensors")):
         state |= {key: value.float() for key, value in load_file(path).items()}
-    present = {name: key_map for name, key_map in convert.STREAM.items() if any(map_prefix(key_map, state))}
-    convert.check_prefixes(state, present.values(), {})
+    present = {name: key_map for name, key_map in published.STREAM.items() if any(map_prefix(key_map, state))}
+    keymaps.check_prefixes(state, present.values(), {})
 
     config = UNet3DConfig(
         in_channels=state["base_model.conv_in.weight"].shape[1],
@@ -118,7 +118,7 @@ def load(folder: Path) -> Setting:
 
     def fill(name: str, network: nn.Module) -> Any:
         expected = {key: value.shape for key, value in network.state_dict().items()}
-        network.load_state_dict(convert.STREAM[name].apply(state, expected))
+        network.load_state_dict(published.STREAM[name].apply(state, expected))
         return network.eval()
 
     models = StreamModels(
@@ -134,7 +134,7 @@ def load(folder: Path) -> Setting:
     return Setting(facts, sizes, models)
 
 
-def map_prefix(key_map: convert.KeyMap, state: Tensors) -> list[str]:
+def map_prefix(key_map: keymaps.KeyMap, state: Tensors) -> list[str]:
     return [key for key in state if key.startswith(key_map.prefix)]
 
 

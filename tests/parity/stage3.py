@@ -16,14 +16,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from streamt2v import checkpoints, convert, frames
+from streamt2v import frames
 from streamt2v.chunks import Chunk, refinement_plan
 from streamt2v.config import RefineConfig
 from streamt2v.diffusion import blend, guidance
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig, sdedit_grid
 from streamt2v.models import encoders
+from streamt2v.models.text import clean_prompt
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
 from streamt2v.stages.refine import Denoiser, Refiner
+from streamt2v.weights import published
+from streamt2v.weights.keymaps import KeyMap
+from streamt2v.weights.tokenizer import clip_tokenizer
 from tests.parity import official
 from tests.parity.report import COMPONENT, TABLE, WHOLE_RUN, Report
 
@@ -97,11 +101,11 @@ def build_unet(config: Facts, weights: Tensors) -> UNet3D:
             downsample_padding=(2, 1),
         )
     )
-    fill(unet, convert.refiner_unet(attention, config["num_res_blocks"]), weights)
+    fill(unet, published.refiner_unet(attention, config["num_res_blocks"]), weights)
     return unet
 
 
-def fill(network: nn.Module, key_map: convert.KeyMap, weights: Tensors) -> None:
+def fill(network: nn.Module, key_map: KeyMap, weights: Tensors) -> None:
     expected = {key: value.shape for key, value in network.state_dict().items()}
     network.load_state_dict(key_map.apply(weights, expected))
     network.eval()
@@ -211,7 +215,7 @@ def block_outputs(unet: UNet3D, latents: Tensor, timestep: Tensor, tokens: Tenso
 def cfg_step(report: Report, file: str, facts: Facts, tensors: Tensors, setting: Setting) -> None:
     """Both velocities and the guided clean latents of single evaluations."""
     unet = setting.unet(report, file, facts["config"], facts["seed"], facts.get("gain", GAIN), facts.get("sha256"))
-    made = NoiseSchedule(ScheduleConfig.from_dict(convert.REFINER_SCHEDULE))
+    made = NoiseSchedule(ScheduleConfig.from_dict(published.REFINER_SCHEDULE))
     for case in facts["cases"]:
         index, rescale = case["index"], case["guide_rescale"]
         noisy, negative, positive = (tensors[f"{index}.{name}"] for name in ("xt", "ny", "y"))
@@ -268,7 +272,7 @@ def chain(report: Report, file: str, facts: Facts, tensors: Tensors, setting: Se
     gain = facts.get("gain", GAIN)
     seed, sha256 = facts["weights_seed"], facts.get("weights_sha256")
     unet = setting.unet(report, file, facts["config"], seed, gain, sha256)
-    made = NoiseSchedule(ScheduleConfig.from_dict(convert.REFINER_SCHEDULE))
+    made = NoiseSchedule(ScheduleConfig.from_dict(published.REFINER_SCHEDULE))
     start, steps, overlap = facts["total_noise_levels"], facts["steps"], facts["overlap"]
     clean, noise = tensors["z"][0], tensors["init_noise"][0]  # [C, F, h, w]
     count = clean.shape[1]
@@ -380,9 +384,9 @@ def text(report: Report, file: str, facts: Facts, tensors: Tensors, _: Setting) 
             hidden_act="gelu",
         )
     )
-    fill(encoder, convert.open_clip_text(kept), weights)
-    tokenizer = convert.clip_tokenizer(checkpoints.clip_merges())
-    tokens = [tokenizer.encode(convert.clean_prompt(prompt)).ids for prompt in facts["prompts"]]
+    fill(encoder, published.open_clip_text(kept), weights)
+    tokenizer = clip_tokenizer()
+    tokens = [tokenizer.encode(clean_prompt(prompt)).ids for prompt in facts["prompts"]]
     report.same(file, "tokens", tokens, tensors["tokens"].tolist())
     report.same(file, "tokens in both files", tensors["tokens"].tolist(), facts["tokens"])
     hidden = encoder(input_ids=tensors["tokens"][: len(tensors["hidden"])]).last_hidden_state
@@ -404,7 +408,7 @@ def vae_pixels(report: Report, file: str, facts: Facts, tensors: Tensors, _: Set
         latent_channels=latent,
         scaling_factor=facts["scale"],
     )
-    fill(vae, convert.refiner_vae(len(widths), prefix=""), weights)
+    fill(vae, published.refiner_vae(len(widths), prefix=""), weights)
     posterior = vae.encode(tensors["image"]).latent_dist
     report.compare(file, "mean", posterior.mean, tensors["mean"], COMPONENT)
     report.compare(file, "logvar", posterior.logvar, tensors["logvar"], COMPONENT)

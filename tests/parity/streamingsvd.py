@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from streamt2v import chunks, svd_keymap
-from streamt2v.convert import KeyMap
 from streamt2v.diffusion import blend, guidance, solvers
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig, align_your_steps, precondition
 from streamt2v.models.cam import CamConfig, ConditionalAttention
@@ -33,6 +32,7 @@ from streamt2v.stages.picture_stream import (
     sample,
 )
 from streamt2v.stages.stream import StreamState
+from streamt2v.weights.keymaps import KeyMap
 from tests.parity.report import COMPONENT, EXACT, TABLE, WHOLE_RUN, Report
 
 Tensors = dict[str, Tensor]

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from streamt2v import convert
 from streamt2v.chunks import Chunk, refinement_plan
 from streamt2v.diffusion import blend, guidance
 from streamt2v.diffusion.schedules import (
@@ -28,9 +27,10 @@ from streamt2v.diffusion.schedules import (
 )
 from streamt2v.diffusion.solvers import ddim_step, dpmpp_2m_step, euler_step, extrapolate
 from streamt2v.errors import ConfigError
+from streamt2v.weights import published
 
 PUBLISHED = ScheduleConfig()
-REFINER_SCHEDULE = ScheduleConfig.from_dict(convert.REFINER_SCHEDULE)
+REFINER_SCHEDULE = ScheduleConfig.from_dict(published.REFINER_SCHEDULE)
 SCHEDULES = [
     PUBLISHED,
     ScheduleConfig(prediction="v", spacing="trailing", zero_terminal_snr=True, final_alpha_one=True),

@@ -1,6 +1,7 @@
 """Folders of others are data: what is incomplete, pickled or wants code of its own is refused by name."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from streamt2v.errors import ConfigError, WeightsError
 from streamt2v.stages import initialize
 from streamt2v.stages.denoise import Sampling
 from streamt2v.stages.stream import chunk_noise
+from streamt2v.weights import home
 from tests import pipelines
 
 SIZES = {"stream.height": 24, "stream.width": 40, "initialize.height": 32, "initialize.width": 32}
@@ -226,3 +228,51 @@ def test_a_change_behind_a_link_changes_the_fingerprint(tmp_path: Path) -> None:
     assert chosen.fingerprint() == before
     (elsewhere / "a.safetensors").write_bytes(b"12")
     assert chosen.fingerprint() != before
+
+
+def test_a_copy_of_the_files_has_the_same_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetched again, or on another machine: names and contents count, neither times nor inodes."""
+    monkeypatch.setenv("STREAMT2V_HOME", str(tmp_path / "home"))
+    folder, copy = tmp_path / "pipeline", tmp_path / "copy"
+    (folder / "unet").mkdir(parents=True)
+    (folder / "unet" / "a.safetensors").write_bytes(b"1")
+    (folder / "model_index.json").write_text("{}")
+    shutil.copytree(folder, copy)
+    os.utime(copy / "unet" / "a.safetensors", (1, 1))
+    before, again = (initializers.Chosen("x", "Pipeline", place).fingerprint() for place in (folder, copy))
+    assert before == again
+    (copy / "unet" / "a.safetensors").write_bytes(b"2")  # as long as before
+    assert initializers.Chosen("x", "Pipeline", copy).fingerprint() != before
+    (folder / "unet" / "a.safetensors").rename(folder / "a.safetensors")
+    assert initializers.Chosen("x", "Pipeline", folder).fingerprint() != before
+
+
+def test_a_fetched_pipeline_is_known_by_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other programs put into the shared cache does not count, and nothing is hashed again."""
+    monkeypatch.setenv("STREAMT2V_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "pipeline"
+    folder.mkdir()
+    (folder / "a.safetensors").write_bytes(b"1")
+    by_hand = initializers.Chosen("x", "Pipeline", folder).fingerprint()
+    parts = {"a.safetensors": home.Recorded.of(folder / "a.safetensors").to_json()}
+    home.remember("snapshots", {"a/b main": {"commit": "1", "folder": str(folder), "files": parts}})
+    (folder / "b.safetensors").write_bytes(b"2")
+    monkeypatch.setattr(home, "sha256_of", lambda path: pytest.fail("hashed again"))
+    assert initializers.Chosen("x", "Pipeline", folder).fingerprint() == by_hand
+
+
+def test_a_local_folder_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STREAMT2V_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "pipeline"
+    folder.mkdir()
+    for name in "ab":
+        (folder / f"{name}.safetensors").write_text(name)
+    before = initializers.Chosen("x", "Pipeline", folder).fingerprint()
+    hashed: list[str] = []
+    real = home.sha256_of
+    monkeypatch.setattr(home, "sha256_of", lambda path: [hashed.append(path.name), real(path)][1])
+    assert initializers.Chosen("x", "Pipeline", folder).fingerprint() == before
+    os.utime(folder / "a.safetensors", (1, 1))
+    assert initializers.Chosen("x", "Pipeline", folder).fingerprint() == before
+    assert initializers.Chosen("x", "Pipeline", folder).fingerprint() == before
+    assert hashed == ["a.safetensors"]

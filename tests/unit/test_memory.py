@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from streamt2v import config, convert, devices, doctor, initializers, memory, pipeline, planning, weights
+from streamt2v import config, devices, doctor, initializers, memory, pipeline, planning, weights
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from streamt2v.errors import ConfigError, MemoryLimitError
 from streamt2v.memory import MemoryPolicy
 from streamt2v.models import layers
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
 from streamt2v.stages.denoise import ChunkNoise, Sampling, denoise
+from streamt2v.weights.published import CHECKPOINTS
 from tests.cli.helpers import call, digest, generate
 from tests.conftest import REPOSITORY
 
@@ -94,7 +95,7 @@ def test_longer_videos_need_no_more_and_larger_ones_do() -> None:
 def test_the_counts_in_the_list_are_those_of_the_networks() -> None:
     family = weights.family("streamingt2v")
     listed = {Path(file.path).with_suffix("").as_posix(): file.values for file in family.files if file.values}
-    for layout in convert.CHECKPOINTS.values():
+    for layout in CHECKPOINTS.values():
         for name, part in layout.parts.items():
             shapes = weights.shapes(weights.build(Path(name), part.network, part.config))
             assert listed[f"streamingt2v/{name}"] == sum(torch.Size(shape).numel() for shape in shapes.values())

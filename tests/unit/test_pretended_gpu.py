@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks import speed
-from streamt2v import config, convert, devices, frames, jobs, memory, pipeline, video
+from streamt2v import config, devices, frames, jobs, memory, pipeline, video
 from streamt2v.diffusion import guidance
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.errors import Interrupted
@@ -26,6 +26,7 @@ from streamt2v.models.cam import ConditionalAttention
 from streamt2v.training import parts
 from streamt2v.training.loop import train
 from streamt2v.training.parts import Workshop
+from streamt2v.weights import published
 from tests.checkpoints import tiny_layouts
 from tests.cli.helpers import PROMPT, call, made
 from tests.pretended import Waits, pretended
@@ -51,7 +52,7 @@ POLICIES = dict(
 def as_a_gpu_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights lie as on a GPU, where convolutions round otherwise than with channels last; published ones are small."""
     monkeypatch.setattr(devices, "arrange", lambda *_: None)
-    monkeypatch.setattr(convert, "CHECKPOINTS", tiny_layouts())
+    monkeypatch.setattr(published, "CHECKPOINTS", tiny_layouts())
 
 
 def make(

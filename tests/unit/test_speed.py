@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from benchmarks import speed
-from streamt2v import convert, weights
+from streamt2v import weights
 from streamt2v.models.unet3d import CamFeatures, TextContext, UNet3D
+from streamt2v.weights import published
 from tests.checkpoints import tiny_layouts
 
 TINY = ["--repeats", "1", "--set", "initialize.num_inference_steps=1"]
@@ -24,7 +25,7 @@ SIZES = {
 def test_one_command_makes_the_whole_table(
     model: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convert, "CHECKPOINTS", tiny_layouts())
+    monkeypatch.setattr(published, "CHECKPOINTS", tiny_layouts())
     steps = ["stream.num_inference_steps=1", "refine.num_inference_steps=1", "refine.chunk=8", "refine.overlap=2"]
     given = [word for pair in [*SIZES[model], *steps] for word in ("--set", pair)]
     where = ["--results", str(tmp_path), "--page", str(tmp_path / "speed.md")]
@@ -59,7 +60,7 @@ def test_one_command_makes_the_whole_table(
 
 def test_work_is_counted_in_full() -> None:
     """One branch of the published streaming network, 16 frames of 256x256: the reference counts 5.042 TFLOP."""
-    part = convert.CHECKPOINTS["streaming_t2v.ckpt"].parts["stream/unet"]
+    part = published.CHECKPOINTS["streaming_t2v.ckpt"].parts["stream/unet"]
     unet = weights.build(Path(part.network), part.network, part.config).to("meta")
     assert isinstance(unet, UNet3D)
     config, count = unet.config, speed.Instruments(speed.devices.Device("cpu"), 1)

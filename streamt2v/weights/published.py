@@ -1,150 +1,32 @@
-"""Keys of the published checkpoints -> our keys: tables, plus a few pure reshapes.
-
-Every key of a checkpoint is mapped exactly once or ignored for a stated reason. A key that no row knows, a missing key
-and a tensor of another shape are refused by name: nothing is loaded half.
-"""
+"""The published checkpoints: which networks each file holds, how keys become ours, what is left out and why."""
 
 from __future__ import annotations
 
-import html
 import re
-import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from streamt2v.errors import WeightsError
+from streamt2v.weights.keymaps import KeyMap, Rule, ignore, rename
 
 if TYPE_CHECKING:
-    import tokenizers
     from torch import Tensor
-
-    State = Mapping[str, Tensor]
-    Shapes = Mapping[str, Sequence[int]]
-    Reshape = Callable[[Tensor], Sequence[Tensor]]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One row of a key map: keys that match `pattern` become `targets` (regex templates), or nothing.
-
-    `reshape` returns one tensor per target. A row without targets says in `reason` why its keys are not needed.
-    """
-
-    pattern: str
-    targets: tuple[str, ...] = ()
-    reshape: Reshape | None = None
-    reason: str = ""
-
-
-def rename(pattern: str, target: str, reshape: Reshape | None = None) -> Rule:
-    """Map one key to one."""
-    return Rule(pattern, (target,), reshape)
-
-
-def ignore(pattern: str, reason: str) -> Rule:
-    """Leave keys out."""
-    return Rule(pattern, reason=reason)
-
-
-@dataclass(frozen=True)
-class KeyMap:
-    """How one network is cut out of a checkpoint: the keys under `prefix`, by the first rule that matches the rest."""
-
-    prefix: str
-    rules: tuple[Rule, ...]
-    what: str = field(default="the checkpoint", compare=False)
-
-    @cached_property
-    def _compiled(self) -> list[tuple[re.Pattern[str], Rule]]:
-        return [(re.compile(rule.pattern), rule) for rule in self.rules]
-
-    def rename(self, key: str) -> tuple[tuple[str, ...], Reshape | None] | None:
-        """New names of a key and how its tensor becomes theirs; no names where it is ignored, None where unknown."""
-        if not key.startswith(self.prefix):
-            return None
-        for regex, rule in self._compiled:
-            if match := regex.fullmatch(key, len(self.prefix)):
-                return tuple(map(match.expand, rule.targets)), rule.reshape
-        return None
-
-    def apply(self, state: State, expected: Shapes | None = None) -> dict[str, Tensor]:
-        """Return the tensors of `state` under their new names.
-
-        Args:
-            state: the whole checkpoint, or a part that holds `prefix`.
-            expected: the network's own keys and shapes, to check against; None checks nothing but the table.
-
-        Raises:
-            WeightsError: a key is unknown, missing, mapped twice, or has another shape.
-        """
-        result: dict[str, Tensor] = {}
-        origins: dict[str, str] = {}
-        for key in sorted(key for key in state if key.startswith(self.prefix)):
-            renamed = self.rename(key)
-            if renamed is None:
-                raise WeightsError(f"{self.what} has an unknown key {key!r}", "is it another model's checkpoint?")
-            targets, reshape = renamed
-            if not targets:
-                continue
-            try:
-                values = [state[key]] if reshape is None else reshape(state[key])
-                pairs = list(zip(targets, values, strict=True))
-            except (ValueError, IndexError, RuntimeError) as error:
-                raise WeightsError(f"{self.what}: {key!r} has shape {tuple(state[key].shape)}: {error}") from error
-            for target, value in pairs:
-                if target in result:
-                    raise WeightsError(f"{self.what} defines {target!r} twice, the second time as {key!r}")
-                result[target], origins[target] = value, key
-        if not result:
-            raise WeightsError(f"{self.what} has no key that begins with {self.prefix!r}")
-        if expected is not None:
-            self._check(result, expected, origins)
-        return result
-
-    def _check(self, result: State, expected: Shapes, origins: Mapping[str, str]) -> None:
-        if missing := sorted(set(expected) - set(result)):
-            raise WeightsError(f"{self.what} lacks {missing[0]!r} ({len(missing)} keys are missing)")
-        if extra := sorted(origins[target] for target in set(result) - set(expected)):
-            raise WeightsError(f"{self.what} has {extra[0]!r}, which the network does not ({len(extra)} keys too many)")
-        for target, value in result.items():
-            if tuple(value.shape) != tuple(expected[target]):
-                found, wanted = tuple(value.shape), tuple(expected[target])
-                raise WeightsError(f"{self.what}: {origins[target]!r} has shape {found}, the network wants {wanted}")
-
-
-def check_prefixes(state: Iterable[str], maps: Iterable[KeyMap], ignored: Mapping[str, str]) -> None:
-    """Refuse keys that begin with none of the maps' prefixes and none of the `ignored` ones (prefix -> reason).
-
-    Raises:
-        WeightsError: naming the first such key.
-    """
-    known = (*(key_map.prefix for key_map in maps), *ignored)
-    for key in state:
-        if not key.startswith(known):
-            raise WeightsError(f"the checkpoint has an unknown key {key!r}", f"known beginnings: {', '.join(known)}")
-
-
-# ------------------------------------------------------------------------------------------------- small reshapes
 
 
 def _thirds(tensor: Tensor) -> Sequence[Tensor]:
-    """Fused query, key and value projections, stacked along the rows."""
+    """Split fused query, key and value projections, which are stacked along the rows."""
     return tensor.chunk(3)
 
 
 def _transposed(tensor: Tensor) -> Sequence[Tensor]:
-    """A projection stored for x @ W instead of W @ x."""
+    """Turn a projection stored for x @ W into one for W @ x."""
     return [tensor.T.contiguous()]
 
 
 def _squeezed(tensor: Tensor) -> Sequence[Tensor]:
-    """A 1x1 (or length 1) convolution as a linear layer."""
+    """Turn a convolution of size 1 into a linear layer."""
     return [tensor.flatten(1)]
 
-
-# ------------------------------------------------------------------------------- streaming stage: streaming_t2v.ckpt
 
 _UNET = r"(?:conv_in|conv_norm_out|conv_out|time_embedding|transformer_in|down_blocks|mid_block|up_blocks)\."
 _APM = r"(.+\.attentions\.\d+\.transformer_blocks\.0\.attn2)\."
@@ -183,9 +65,13 @@ LIBRARY_VISUAL: tuple[Rule, ...] = (
     rename(r"(vision_model\..+|visual_projection\.weight)", r"\1"),
     ignore(r"text_model\..+|text_projection\.weight|logit_scale", "text tower, unused"),
 )
-"""The same tower, or all of CLIP, as the transformers library names it."""
+"""The same tower, alone or with the rest of CLIP, as the transformers library names it."""
 
 # fmt: off
+_RESNET_LAYERS = {
+    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
+    "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
+}
 STREAM: Mapping[str, KeyMap] = {
     "unet": KeyMap("base_model.", (
         rename(r"cross_attention_merger_down_blocks\.(\d+)\.temporal_transformer\.(.+)", r"cam_mergers.down.\1.\2"),
@@ -213,13 +99,10 @@ STREAM: Mapping[str, KeyMap] = {
 """The networks in `streaming_t2v.ckpt`; `text` fits a CLIP text model without a projection."""
 
 
-# ----------------------------------------------------------------------- refinement stage: MS-Vid2Vid-XL, three files
-
-
 def refiner_unet(attention_levels: Sequence[bool] = (True, True, True, False), layers: int = 2) -> KeyMap:
     """Return the key map of `non_ema_0035000.pth`.
 
-    The published network numbers its blocks in one row: n layers and a downsampling per level, from 1 (0 is the input).
+    The published network numbers its blocks consecutively, n layers and a downsampling per level; block 0 is the input.
 
     Args:
         attention_levels: which levels have transformers, as in the UNet's config.
@@ -261,16 +144,6 @@ def _layer(source: str, target: str, layer: int, attends: bool) -> list[Rule]:
     return rules
 
 
-_RESNET_LAYERS = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-}
-
-
 def _resnet(source: str, target: str, layer: int) -> list[Rule]:
     """A residual block of the refiner; the published spelling of its temporal convolutions is `temopral`."""
     start = re.escape(source)
@@ -288,13 +161,13 @@ def _spatial_transformer(source: str, target: str) -> list[Rule]:
 
 
 def _temporal_transformer(source: str, target: str) -> list[Rule]:
-    """The projections around a temporal transformer are convolutions of length 1 there."""
+    """In the refiner the projections around a temporal transformer are convolutions of length 1."""
     projection = rename(rf"{re.escape(source)}\.(proj_(?:in|out)\.weight)", rf"{target}.\1", _squeezed)
     return [projection, *_spatial_transformer(source, target)]
 
 
 def refiner_vae(levels: int = 4, prefix: str = "first_stage_model.") -> KeyMap:
-    """Return the key map of the VAE in `v2-1_512-ema-pruned.ckpt`, whose decoder counts its levels from the top."""
+    """Return the key map of the VAE in `v2-1_512-ema-pruned.ckpt`, whose decoder numbers its levels in reverse."""
     part = r"(encoder|decoder)\."
     attention = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
     rules = [
@@ -326,13 +199,13 @@ REFINER_VAE_IGNORED: Mapping[str, str] = {
     "cond_stage_model.": "Stable Diffusion's text encoder",
     **dict.fromkeys(_SCHEDULE_BUFFERS, "schedule"),
 }
-"""Beginnings of the other keys in the VAE's file, and why they are left out."""
+"""Prefixes of the other keys in the VAE's file, and why they are left out."""
 
 
 def open_clip_text(num_layers: int = 23) -> KeyMap:
     """Return the key map of `open_clip_pytorch_model.bin` to a CLIP text model of its first `num_layers` layers.
 
-    The refiner reads the second to last layer's output through the final norm, so the last layer is left out.
+    The refiner reads the second-to-last layer through the final norm, so the last layer is left out.
     """
     kept = "|".join(str(layer) for layer in range(num_layers))
     return KeyMap(
@@ -351,12 +224,9 @@ def open_clip_text(num_layers: int = 23) -> KeyMap:
     )
 
 
-# ---------------------------------------------------------------------------------------------- what the files contain
-
-
 @dataclass(frozen=True)
 class Part:
-    """One network inside a published file: class and config of our weights files, its keys, a denoiser's schedule."""
+    """One network in a published file: class and config for our weights file, its keys, the schedule of a denoiser."""
 
     network: str
     config: Mapping[str, Any]
@@ -366,8 +236,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Layout:
-    """A published file: the networks in it by our names for them, where the tokenizer belongs that it was trained with,
-    and the beginnings of keys that are left out, with the reason."""
+    """A published file: its networks by our names, the name of the tokenizer they were trained with (it is not in the
+    file), and the prefixes of keys that are left out, with the reason."""
 
     parts: Mapping[str, Part]
     tokenizer: str | None = None
@@ -404,20 +274,16 @@ def _vision(rules: tuple[Rule, ...], prefix: str = "") -> dict[str, Part]:
     return {"stream/vision": Part("CLIPVisionModelWithProjection", _VISION_CONFIG, keys)}
 
 
-def vidxtend(parts: Mapping[str, Part]) -> dict[str, Part]:
-    """Return the networks of the streaming stage as the project VidXTend stores them: two prefixes differ."""
-    prefixes = {"stream/unet": "unet.", "stream/cam": "controlnet."}
-    return {
-        name: replace(part, keys=replace(part.keys, prefix=prefixes.get(name, part.keys.prefix)))
-        for name, part in parts.items()
-    }
-
-
+# VidXTend stores the same networks; two prefixes differ.
+_VIDXTEND = _STREAM_PARTS | {
+    name: replace(_STREAM_PARTS[name], keys=replace(_STREAM_PARTS[name].keys, prefix=prefix))
+    for name, prefix in {"stream/unet": "unet.", "stream/cam": "controlnet."}.items()
+}
 CHECKPOINTS: Mapping[str, Layout] = {
     "streaming_t2v.ckpt": Layout(
         _STREAM_PARTS | _vision(OPEN_CLIP_VISUAL, "image_encoder.model."), "stream/tokenizer",
     ),
-    "vidxtend.safetensors": Layout(vidxtend(_STREAM_PARTS), "stream/tokenizer"),
+    "vidxtend.safetensors": Layout(_VIDXTEND, "stream/tokenizer"),
     "non_ema_0035000.pth": Layout({
         "refine/unet": Part("UNet3D", {"downsample_padding": [2, 1]}, refiner_unet(), REFINER_SCHEDULE),
     }),
@@ -431,57 +297,4 @@ CHECKPOINTS: Mapping[str, Layout] = {
     "the image tower of CLIP": Layout(_vision(LIBRARY_VISUAL)),
 }
 # fmt: on
-"""The published files by name, and what is in each; the two towers of OpenCLIP share one file without prefixes."""
-
-
-# --------------------------------------------------------------------------------------------------------- text tokens
-
-_CURLED_QUOTES = str.maketrans("\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "''''\"\"\"\"")
-_WIDE_OR_JOINED = re.compile("[\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\u3000\ufb00-\ufb06\uff01-\uffef]+")
-_CONTROLS = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]")
-
-
-def clean_prompt(prompt: str) -> str:
-    """Tidy a prompt as the refiner's tokenizer does: entities, plain quotes and letters, single spaces, lower case.
-
-    Text decoded in the wrong encoding is not repaired, which the published tokenizer tries.
-    """
-    text = prompt if "<" in prompt else html.unescape(prompt)
-    text = _WIDE_OR_JOINED.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text).translate(_CURLED_QUOTES)
-    text = unicodedata.normalize("NFC", _CONTROLS.sub("", text))
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip().lower()
-
-
-def clip_tokenizer(merges: Sequence[str], length: int = 77, pad_id: int = 0) -> tokenizers.Tokenizer:
-    """Build CLIP's byte-pair tokenizer from its list of merges, which is in none of the checkpoints.
-
-    Args:
-        merges: 48,894 lines "left right", the first merge first.
-        length: tokens of a text; shorter ones are padded, longer ones cut before the end token.
-        pad_id: 0 in the published models, though CLIP itself pads with the end token.
-    """
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [*map(chr, printable), *(chr(256 + index) for index in range(256 - len(printable)))]
-    pairs = [(left, right) for left, right in (merge.split() for merge in merges)]
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    words = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, pairs), start, end]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, pairs, unk_token=end, end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    pattern = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), "removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{start} $A {end}", special_tokens=[(start, vocabulary[start]), (end, vocabulary[end])]
-    )
-    tokenizer.enable_truncation(length)
-    tokenizer.enable_padding(length=length, pad_id=pad_id, pad_token=words[pad_id])
-    return tokenizer
+"""The published files by name; the two towers of OpenCLIP share one file without prefixes."""

@@ -3,6 +3,7 @@
 import json
 import random
 import resource
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -14,8 +15,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from streamt2v import files, home, hub, weights
+from streamt2v import files, weights
 from streamt2v.errors import BusyError, ConfigError, OutputError, StreamT2VError, WeightsError
+from streamt2v.weights import convert as converter
+from streamt2v.weights import fetch, header, home, hub
 from tests import checkpoints as published
 from tests.hub_server import COMMIT, Hub, point_library_at, serving
 
@@ -67,7 +70,7 @@ def convert(source: Path, destination: Path, note: hub.Note) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         parts = [path]
         if path.stem == "unet":
-            parts = [path.with_name(f"unet-0000{i}-of-00002.safetensors") for i in (1, 2)] + [weights.shard_index(path)]
+            parts = [path.with_name(f"unet-0000{i}-of-00002.safetensors") for i in (1, 2)] + [header.shard_index(path)]
         for part in parts:
             part.write_bytes(part.name.encode() + source.read_bytes())
         written += parts
@@ -159,7 +162,7 @@ def test_another_copy_can_be_chosen(server: Hub, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError, match="no source 'orignal'") as caught:
         pull(choice="orignal")
     assert "'original'" in caught.value.hint
-    monkeypatch.setattr(hub, "_known", lambda source: (0, "", ""))
+    monkeypatch.setattr(fetch, "_known", lambda source: (0, "", ""))
     pull()
     pull(choice="original")
     assert "streaming_t2v.ckpt" in [name for name, *_ in server.served]
@@ -285,7 +288,7 @@ def test_a_disk_that_fills_up_keeps_the_part(server: Hub) -> None:
             pull()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "goes on where it stopped" in caught.value.hint
+    assert "continues where it stopped" in caught.value.hint
     [part] = leftovers()
     assert part.endswith(".part")
     server.served.clear()
@@ -383,7 +386,7 @@ def test_converted_files_placed_by_hand_are_checked_and_recorded(server: Hub, no
         if path.suffix == ".json":
             path.write_text("{}")
         else:
-            about = weights.metadata_of("AppearanceTokens", {}, None)
+            about = header.metadata_of("AppearanceTokens", {}, None)
             save_file({"weight": torch.zeros(2)}, path, about)
     assert weights.is_absent(family())
     broken = family().path("refine.unet")
@@ -407,7 +410,8 @@ def test_a_damaged_record_is_named(server: Hub) -> None:
         record.write_text(text)
         with pytest.raises(WeightsError):
             family()
-    record.write_text('{"schema": 1, "files": {"streamingt2v/stream/cam.safetensors": {"parts": {"../x": {}}}}}')
+    rows = {"streamingt2v/stream/cam.safetensors": {"parts": {"../x": {"bytes": 1, "sha256": "", "stamp": [1, 1]}}}}
+    record.write_text(json.dumps({"schema": 1, "files": rows}))
     with pytest.raises(WeightsError, match="outside"):
         family()
 
@@ -485,11 +489,35 @@ def test_a_snapshot_that_lost_a_file_is_completed_from_the_recorded_commit(pipel
     assert not any("revision/main" in request for request in pipeline.asked[len(pipeline.asked) // 2 :])
 
 
+def test_a_snapshot_in_another_cache_is_the_same_one(
+    pipeline: Hub, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache that was emptied or moved: what is fetched again is compared, recorded where it lies, and hashed once."""
+    from huggingface_hub import constants
+
+    first = hub.snapshot("somebody/pipeline", None, PATTERNS)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another"))
+    shutil.rmtree(tmp_path / "cache")
+    second = hub.snapshot("somebody/pipeline", None, PATTERNS)
+    assert second != first
+    request.getfixturevalue("no_sockets")
+    monkeypatch.setattr(home, "sha256_of", lambda path: pytest.fail("hashed again"))
+    assert hub.snapshot("somebody/pipeline", None, PATTERNS) == second
+
+
+def test_a_snapshot_that_was_replaced_under_its_commit_is_refused(pipeline: Hub, tmp_path: Path) -> None:
+    hub.snapshot("somebody/pipeline", None, PATTERNS)
+    shutil.rmtree(tmp_path / "cache")
+    pipeline.repositories["somebody/pipeline"]["unet/model.safetensors"] = content("other")
+    with pytest.raises(WeightsError, match=r"model\.safetensors is not as recorded"):
+        hub.snapshot("somebody/pipeline", None, PATTERNS)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"refusal": (404, "RepoNotFound")}, "no repository"),
-        ({"cuts": [0] * 1000}, "cannot be fetched|neither here"),
+        ({"cuts": [0] * 1000}, "cannot be fetched|hub cannot be reached"),
         ({"repositories": {"somebody/pipeline": {"weights.bin": b"a pickle"}}}, "no files of the kind"),
     ],
 )
@@ -513,8 +541,6 @@ def test_a_snapshot_in_the_cache_serves_offline(pipeline: Hub, request: pytest.F
 
 
 def test_every_published_file_in_tiny_form_pulls_converts_and_loads(server: Hub, tmp_path: Path) -> None:
-    from streamt2v import checkpoints
-
     layouts = published.tiny_layouts()
     shapes = published.published_shapes(layouts)
     names = {
@@ -529,7 +555,7 @@ def test_every_published_file_in_tiny_form_pulls_converts_and_loads(server: Hub,
             torch.save({"state_dict": state}, path)
         server.repositories[source.repository][source.path] = path.read_bytes()
     server.cuts = [100_000, 5, None, 300_000]
-    hub.pull(family(), partial(checkpoints.convert, layouts=layouts), lambda text: None)
+    hub.pull(family(), partial(converter.convert, layouts=layouts), lambda text: None)
     chosen = family()
     weights.verify(chosen)
     for role in chosen.components:

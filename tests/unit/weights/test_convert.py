@@ -1,15 +1,9 @@
-"""Published checkpoints: recognised whole, converted tensor by tensor, and nothing in them is ever run."""
+"""Published checkpoints: recognised as a whole, converted tensor by tensor."""
 
-import contextlib
-import copyreg
 import dataclasses
 import errno
-import io
 import json
 import os
-import pickle
-import struct
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from streamt2v import archives, checkpoints, convert, files, weights
+from streamt2v import files
 from streamt2v.cli import main
 from streamt2v.errors import InputError, OutputError, WeightsError
+from streamt2v.weights import convert, header, networks
+from streamt2v.weights.pickles import Stored
+from streamt2v.weights.published import CHECKPOINTS
 from tests import checkpoints as tiny
 from tests.checkpoints import CLIP, IMAGE_TOWER, REFINER, STREAM, VAE, VIDXTEND
 
@@ -31,9 +26,9 @@ LAYOUTS = tiny.tiny_layouts()
 SHAPES = tiny.published_shapes(LAYOUTS)
 
 
-def stored(shapes: tiny.Shapes) -> dict[str, archives.Stored]:
+def stored(shapes: tiny.Shapes) -> dict[str, Stored]:
     """Tensors of which only the names and shapes count."""
-    return {key: archives.Stored(Path("none"), "F32", shape, (), 0) for key, shape in shapes.items()}
+    return {key: Stored(Path("none"), "F32", shape, (), 0) for key, shape in shapes.items()}
 
 
 def silent(_: str) -> None:
@@ -53,11 +48,11 @@ def make(path: Path, file: str, state: tiny.State | None = None) -> tiny.State:
 
 
 def tiny_convert(source: Path, destination: Path, note: Callable[[str], None] = silent) -> list[Path]:
-    return checkpoints.convert(source, destination, note, LAYOUTS)
+    return convert.convert(source, destination, note, LAYOUTS)
 
 
 def loaded(folder: Path, name: str) -> tiny.State:
-    return weights.load_module(folder / f"{name}.safetensors", "cpu", torch.float16).state_dict()
+    return networks.load_module(folder / f"{name}.safetensors", "cpu", torch.float16).state_dict()
 
 
 # ------------------------------------------------------------------------------------------- which keys become what
@@ -66,7 +61,7 @@ def loaded(folder: Path, name: str) -> tiny.State:
 @pytest.fixture(scope="module")
 def published() -> dict[str, tiny.Shapes]:
     """Every tensor of every published file at its real size: recorded where there is a record."""
-    made = tiny.published_shapes(convert.CHECKPOINTS)
+    made = tiny.published_shapes(CHECKPOINTS)
     recorded = tiny.manifests()
     assert made[STREAM] == recorded[STREAM]
     assert made[REFINER] == recorded[REFINER]
@@ -86,13 +81,13 @@ def test_the_record_is_the_published_one() -> None:
     }
 
 
-@pytest.mark.parametrize("file", convert.CHECKPOINTS)
+@pytest.mark.parametrize("file", CHECKPOINTS)
 def test_every_published_key_is_mapped_once_or_ignored_with_a_reason(
     file: str, published: dict[str, tiny.Shapes]
 ) -> None:
-    layout, networks = checkpoints._plan(file, stored(published[file]), convert.CHECKPOINTS)
-    assert layout is convert.CHECKPOINTS[file]
-    for name, network in networks.items():
+    layout, found = convert._plan(file, stored(published[file]), CHECKPOINTS)
+    assert layout is CHECKPOINTS[file]
+    for name, network in found.items():
         targets = [target for _, found, _ in network.sources for target in found]
         assert len(targets) == len(set(targets))
         assert set(targets) == set(network.shapes)
@@ -107,7 +102,7 @@ def test_every_published_key_is_mapped_once_or_ignored_with_a_reason(
 def test_a_published_network_of_another_size_is_refused(published: dict[str, tiny.Shapes]) -> None:
     shapes = published[STREAM] | {"base_model.mid_block.resnets.0.conv1.weight": (1280, 1280, 3, 1)}
     with pytest.raises(WeightsError, match=r"mid_block\.resnets\.0\.conv1\.weight' has shape"):
-        checkpoints._plan("x.ckpt", stored(shapes), convert.CHECKPOINTS)
+        convert._plan("x.ckpt", stored(shapes), CHECKPOINTS)
 
 
 @pytest.mark.parametrize("file", SHAPES)
@@ -116,32 +111,32 @@ def test_a_key_too_few_or_too_many_is_named(file: str) -> None:
     key = next(key for key in SHAPES[file] if any((part.keys.rename(key) or [()])[0] for part in parts))
     less = {name: shape for name, shape in SHAPES[file].items() if name != key}
     with pytest.raises(WeightsError, match="lacks"):
-        checkpoints._plan(file, stored(less), LAYOUTS)
+        convert._plan(file, stored(less), LAYOUTS)
     for extra in ("conv_inn.weight", f"{key}.more"):
         with pytest.raises(WeightsError, match=extra):
-            checkpoints._plan(file, stored(SHAPES[file] | {extra: (1,)}), LAYOUTS)
+            convert._plan(file, stored(SHAPES[file] | {extra: (1,)}), LAYOUTS)
     with pytest.raises(WeightsError, match="shape"):
-        checkpoints._plan(file, stored(SHAPES[file] | {key: (3, 5, 7)}), LAYOUTS)
+        convert._plan(file, stored(SHAPES[file] | {key: (3, 5, 7)}), LAYOUTS)
 
 
 def test_a_prefix_does_not_decide() -> None:
     """`unet.` is the base model in one published copy and CAM in the other."""
     for file, base in ((STREAM, "base_model."), (VIDXTEND, "unet.")):
-        layout, networks = checkpoints._plan("any name", stored(SHAPES[file]), LAYOUTS)
+        layout, found = convert._plan("any name", stored(SHAPES[file]), LAYOUTS)
         assert layout is LAYOUTS[file]
         assert LAYOUTS[file].parts["stream/unet"].keys.prefix == base
-        assert "cam_mergers.mid.norm.weight" in networks["stream/unet"].shapes
+        assert "cam_mergers.mid.norm.weight" in found["stream/unet"].shapes
     flat = {key.replace("text_encoder.text_model.", "text_encoder."): shape for key, shape in SHAPES[VIDXTEND].items()}
-    assert checkpoints._plan("newer names", stored(flat), LAYOUTS)[0] is LAYOUTS[VIDXTEND]
+    assert convert._plan("newer names", stored(flat), LAYOUTS)[0] is LAYOUTS[VIDXTEND]
 
 
 def test_other_models_and_whole_numbers_are_refused() -> None:
-    with pytest.raises(WeightsError, match=r"none of the checkpoints .* 'lora_up\.weight'"):
-        checkpoints._plan("x", stored({"lora_up.weight": (2, 2)}), LAYOUTS)
+    with pytest.raises(WeightsError, match=r"not a known checkpoint.* 'lora_up\.weight'"):
+        convert._plan("x", stored({"lora_up.weight": (2, 2)}), LAYOUTS)
     whole = stored(SHAPES[REFINER])
     whole["out.2.bias"] = dataclasses.replace(whole["out.2.bias"], dtype="I64")
     with pytest.raises(WeightsError, match=r"'out\.2\.bias' holds numbers of type I64"):
-        checkpoints._plan("x", whole, LAYOUTS)
+        convert._plan("x", whole, LAYOUTS)
 
 
 # ------------------------------------------------------------------------------------------------- files to files
@@ -172,7 +167,7 @@ def test_every_published_file_converts_and_loads(file: str, name: str, tokenizer
         found = loaded(tmp_path / "out", part)
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[key], wanted[key].half()) for key in found)
-        network, _, schedule = weights.read_header(tmp_path / "out" / f"{part}.safetensors")
+        network, _, schedule = header.read_header(tmp_path / "out" / f"{part}.safetensors")
         assert (network, schedule) == (described.network, described.schedule)
 
 
@@ -237,7 +232,7 @@ def test_a_folder_of_checkpoints_is_converted_whole(tmp_path: Path) -> None:
 def test_the_tokenizer_pads_as_the_published_one(tmp_path: Path) -> None:
     make(tmp_path / "x.bin", CLIP)
     tiny_convert(tmp_path / "x.bin", tmp_path)
-    tokenizer = weights.load_tokenizer(tmp_path / "refine" / "tokenizer.json")
+    tokenizer = networks.load_tokenizer(tmp_path / "refine" / "tokenizer.json")
     ids = tokenizer(["A cat", "a " * 100], padding="max_length", truncation=True, max_length=77).input_ids
     assert ids[0] == [49406, 320, 2368, 49407] + [0] * 73
     assert ids[1] == [49406, *[320] * 75, 49407]
@@ -262,7 +257,7 @@ def split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A network in several parts, `refine/unet.safetensors`, and the same in one, `whole/refine/unet.safetensors`."""
     make(tmp_path / "x.pth", REFINER)
     tiny_convert(tmp_path / "x.pth", tmp_path / "whole")
-    monkeypatch.setattr(checkpoints, "MAX_SHARD_BYTES", 200_000)
+    monkeypatch.setattr(convert, "MAX_SHARD_BYTES", 200_000)
     tiny_convert(tmp_path / "x.pth", tmp_path)
     return tmp_path / "refine" / "unet.safetensors"
 
@@ -277,17 +272,17 @@ def test_large_networks_are_split(split: Path, tmp_path: Path, monkeypatch: pyte
     found, whole = loaded(tmp_path, "refine/unet"), loaded(tmp_path / "whole", "refine/unet")
     assert set(listed["weight_map"]) == set(found) == set(whole)
     assert all(torch.equal(found[key], whole[key]) for key in whole)
-    assert weights.read_header(split) == weights.read_header(tmp_path / "whole" / "refine" / "unet.safetensors")
+    assert header.read_header(split) == header.read_header(tmp_path / "whole" / "refine" / "unet.safetensors")
     # Another number of parts leaves nothing of the first.
     for limit in (500_000, 2**31, 200_000):
-        monkeypatch.setattr(checkpoints, "MAX_SHARD_BYTES", limit)
+        monkeypatch.setattr(convert, "MAX_SHARD_BYTES", limit)
         written = tiny_convert(tmp_path / "x.pth", tmp_path)
         assert sorted(split.parent.iterdir()) == sorted(written)
         assert torch.equal(loaded(tmp_path, "refine/unet")["conv_in.bias"], whole["conv_in.bias"])
 
 
 def _swap_name(split: Path, name: str) -> None:
-    path = weights.shard_index(split)
+    path = header.shard_index(split)
     listed = json.loads(path.read_text())
     listed["weight_map"] = dict.fromkeys(listed["weight_map"], name)
     path.write_text(json.dumps(listed))
@@ -295,7 +290,7 @@ def _swap_name(split: Path, name: str) -> None:
 
 def _foreign(split: Path) -> None:
     part = min(split.parent.glob("unet-*"))
-    save_file({"a": torch.zeros(1)}, part, {"format": weights.FORMAT, "class": "UNet3D", "config": "{}"})
+    save_file({"a": torch.zeros(1)}, part, {"format": header.FORMAT, "class": "UNet3D", "config": "{}"})
 
 
 @pytest.mark.parametrize(
@@ -307,15 +302,15 @@ def _foreign(split: Path) -> None:
         (lambda split: _swap_name(split, "../unet.safetensors"), "outside its folder"),
         (lambda split: _swap_name(split, split.name), "outside its folder"),
         (lambda split: _swap_name(split, max(split.parent.glob("unet-*")).name), "lacks the tensor"),
-        (lambda split: weights.shard_index(split).write_text("{}"), "is damaged"),
-        (lambda split: weights.shard_index(split).write_text("[1]"), "is damaged"),
-        (lambda split: weights.shard_index(split).unlink(), r"unet\.safetensors cannot be read"),
+        (lambda split: header.shard_index(split).write_text("{}"), "is damaged"),
+        (lambda split: header.shard_index(split).write_text("[1]"), "is damaged"),
+        (lambda split: header.shard_index(split).unlink(), r"unet\.safetensors cannot be read"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(split: Path, change: Callable[[Path], Any], said: str) -> None:
     change(split)
     with pytest.raises(WeightsError, match=said):
-        weights.load_module(split, "cpu", torch.float16)
+        networks.load_module(split, "cpu", torch.float16)
 
 
 @pytest.mark.parametrize("fails", ["fsync", "replace"])
@@ -334,7 +329,7 @@ def test_a_full_disk_leaves_nothing_half_done(fails: str, split: Path, tmp_path:
         calls.clear()
         with pytest.raises(OutputError, match="no space"):
             tiny_convert(tmp_path / "x.pth", destination)
-    assert not weights.shard_index(tmp_path / "new" / "refine" / "unet.safetensors").exists()
+    assert not header.shard_index(tmp_path / "new" / "refine" / "unet.safetensors").exists()
     assert not list(tmp_path.rglob(".*.part"))
     assert {path: path.read_bytes() for path in split.parent.iterdir()} == before
 
@@ -356,229 +351,6 @@ def test_every_truncation_is_refused(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None:
-    save_file({"a": torch.ones(100)}, tmp_path / "a.safetensors")
-    row = archives.read(tmp_path / "a.safetensors").tensors["a"]
-    assert torch.equal(row.read(), torch.ones(100))
-    os.truncate(tmp_path / "a.safetensors", 200)
-    with pytest.raises(WeightsError, match="cut short"):
-        row.read()
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_no_flipped_byte_of_an_index_crashes(tmp_path: Path, data: st.DataObject) -> None:
-    buffer = io.BytesIO()
-    torch.save({"state_dict": {"a": torch.ones(3, 2), "b": torch.zeros(4).half()}, "epoch": [1, {"x": 2.5}]}, buffer)
-    damaged = bytearray(buffer.getvalue())
-    damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
-    path = tmp_path / "x.ckpt"
-    path.write_bytes(damaged)
-    try:
-        for row in archives.read(path).tensors.values():
-            row.read()
-    except WeightsError:
-        pass
-
-
-@pytest.mark.parametrize("protocol", range(6))
-def test_pickles_of_every_protocol_are_read_as_data(protocol: int) -> None:
-    value = {
-        "numbers": [1, -70000, 2**40, 2**2100, 1.5, True, None],
-        "texts": ("a", "\u00e9" * 300, b"bytes", "x" * 70000),
-        "sets": [{1, 2}, frozenset({"a"})],
-        3: {"deep": [[[()]], {}], "table": OrderedDict(a=1)},
-    }
-    value["again"] = value["texts"]
-    if protocol < 3:
-        value["texts"] = value["again"] = ("a", "\u00e9" * 300)
-    if protocol < 4:
-        del value["sets"]
-    assert archives._PickleReader().run(io.BytesIO(pickle.dumps(value, protocol))) == value
-
-
-# ------------------------------------------------------------------------------------------------- hostile files
-
-
-class Reduce:
-    """Pickles as a call of whatever it is given."""
-
-    def __init__(self, called: Any, *arguments: Any) -> None:
-        self.reduced = (called, arguments)
-
-    def __reduce__(self) -> Any:
-        return self.reduced
-
-
-def _pickled(value: Any) -> bytes:
-    return pickle.dumps(value, 2)
-
-
-def _text(value: str) -> bytes:
-    return b"X" + struct.pack("<I", len(value)) + value.encode()
-
-
-def hostile(mark: str) -> dict[str, bytes]:
-    """Pickles that, opened by pickle, would write the file `mark`."""
-    command = f"touch '{mark}'"
-    code = f"open({mark!r}, 'w').close()"
-    call = b"cos\nsystem\n"
-    extension = b"\x80\x02\x82\xf0" + _text(command) + b"\x85R."
-    return {
-        "os.system": _pickled(Reduce(os.system, command)),
-        "eval": _pickled(Reduce(eval, code)),
-        "exec": _pickled(Reduce(exec, code)),
-        "nested in a table": _pickled({"state_dict": {"a": [Reduce(os.system, command)]}}),
-        "by attribute": _pickled({"x": Reduce(getattr, Reduce(__import__, "os"), "system")})[:-1]
-        + b"0" + call + _text(command) + b"\x85R.",
-        "old instance": b"(" + _text(command) + b"ios\nsystem\n.",
-        "old object": b"(" + call + _text(command) + b"o.",
-        "new object": b"\x80\x02" + call + _text(command) + b"\x85\x81.",
-        "new object with names": b"\x80\x04" + call + _text(command) + b"\x85}\x92.",
-        "set state": b"\x80\x02ctypes\nSimpleNamespace\n)\x81}" + _text("__setstate__") + call + b"sb"
-        + _text(command) + b"b.",
-        "named on the stack": b"\x80\x04" + _text("os") + _text("system") + b"\x93" + _text(command) + b"\x85R.",
-        "registered extension": extension,
-        "function as a tensor's storage": b"\x80\x02" + call + _text(command) + b"\x85RQ.",
-        "loads more": _pickled(Reduce(pickle.loads, _pickled(Reduce(os.system, command)))),
-        "torch loads more": b"ctorch.storage\n_load_from_bytes\n" + _pickled_bytes(Reduce(os.system, command)),
-    }  # fmt: skip
-
-
-def _pickled_bytes(value: Any) -> bytes:
-    inner = _pickled(value)
-    return b"B" + struct.pack("<I", len(inner)) + inner + b"\x85R."
-
-
-@pytest.fixture
-def extension() -> Any:
-    copyreg.add_extension("os", "system", 0xF0)
-    yield
-    copyreg.remove_extension("os", "system", 0xF0)
-
-
-def test_the_hostile_pickles_are_hostile(tmp_path: Path, extension: None) -> None:
-    worked = []
-    for style, data in hostile(str(tmp_path / "mark")).items():
-        with contextlib.suppress(Exception):
-            pickle.loads(data)
-        if (tmp_path / "mark").exists():
-            worked.append(style)
-            (tmp_path / "mark").unlink()
-    assert len(worked) >= 12  # the others only try
-
-
-@pytest.mark.parametrize("style", hostile("x"))
-@pytest.mark.parametrize("place", ["raw", "legacy", "zip", "beside the weights"])
-def test_nothing_in_a_checkpoint_is_run(
-    style: str, place: str, tmp_path: Path, extension: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mark, path = tmp_path / "mark", tmp_path / "x.ckpt"
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    data = hostile(str(mark))[style]
-    if place == "raw":
-        path.write_bytes(data)
-    elif place == "legacy":
-        head = [pickle.dumps(v, 2) for v in (archives.LEGACY_MAGIC, 1001, {"little_endian": True})]
-        path.write_bytes(b"".join(head) + data + pickle.dumps([], 2))
-    else:
-        make(path, REFINER)
-        with zipfile.ZipFile(path) as archive:
-            entries = {info.filename: archive.read(info) for info in archive.infolist()}
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, content in entries.items():
-                if name.endswith("data.pkl"):
-                    # The hostile value is made first and dropped, then the genuine content follows.
-                    content = data if place == "zip" else data[:-1] + b"0" + content.removeprefix(b"\x80\x02")
-                archive.writestr(name, content)
-            archive.writestr("x/code/run.py", f"open({str(mark)!r}, 'w')")
-    said: list[str] = []
-    try:
-        tiny_convert(path, tmp_path / "out", said.append)
-        assert place == "beside the weights"
-        assert "storage" not in style
-        assert "this was not run" in said[0]
-    except WeightsError:
-        assert place != "beside the weights" or "storage" in style
-        assert not (tmp_path / "out").exists()
-    assert not mark.exists()
-
-
-def test_unknown_objects_beside_the_weights_do_not_stop_a_conversion(tmp_path: Path) -> None:
-    """Checkpoints of training frameworks carry settings as objects of classes that are not here."""
-    state = tiny.random_state(SHAPES[REFINER])
-    path = tmp_path / "x.ckpt"
-    torch.save({"hyper_parameters": Path("settings"), "callbacks": {Exception: 1}, "state_dict": state}, path)
-    said: list[str] = []
-    assert len(tiny_convert(path, tmp_path, said.append)) == 1
-    assert "pathlib" in said[0]
-
-
-def _zip(path: Path, names: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> None:
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        for name, content in names.items():
-            archive.writestr(name, content)
-
-
-def _view(offset: int, shape: tuple[int, ...], stride: tuple[int, ...], kind: str = "FloatStorage") -> bytes:
-    """A pickle {"a": tensor} of any offset, shape and stride in the storage "0"."""
-    storage = b"((" + _text("storage") + f"ctorch\n{kind}\n".encode() + _text("0") + _text("cpu") + b"K\x04tQ"
-    numbers = b"".join(_pickled(value)[2:-1] for value in (offset, shape, stride))
-    return b"\x80\x02}" + _text("a") + b"ctorch._utils\n_rebuild_tensor_v2\n" + storage + numbers + b"tRs."
-
-
-@pytest.mark.parametrize(
-    ("view", "said"),
-    [
-        (_view(0, (5,), (1,)), "beyond its storage"),
-        (_view(1, (4,), (1,)), "beyond its storage"),
-        (_view(-1, (4,), (1,)), "beyond its storage"),
-        (_view(0, (-4,), (1,)), "beyond its storage"),
-        (_view(0, (2,), (-1,)), "beyond its storage"),
-        (_view(0, (2**40,), (0,)), "beyond its storage"),
-        (_view(0, (2**62, 2**62), (1, 1)), "beyond its storage"),
-        (_view(0, (2, 2), (1,)), "damaged"),
-        (_view(0, (4,), (1,), "StrangeStorage"), "damaged"),
-    ],
-)
-def test_tensors_that_reach_beyond_the_file_are_refused(view: bytes, said: str, tmp_path: Path) -> None:
-    path = tmp_path / "x.pt"
-    _zip(path, {"x/data.pkl": view, "x/data/0": bytes(16)})
-    with pytest.raises(WeightsError, match=said):
-        archives.read(path)
-    _zip(path, {"x/data.pkl": _view(0, (2, 2), (1, 2)), "x/data/0": struct.pack("<4f", 1, 2, 3, 4)})
-    assert archives.read(path).tensors["a"].read().tolist() == [[1, 3], [2, 4]]
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        {"x/data.pkl": _view(0, (4,), (1,))},
-        {"x/data.pkl": _view(0, (4,), (1,)), "x/data/0": bytes(8)},
-        {"x/data.pkl": b"", "x/data/0": bytes(16)},
-        {"data.pkl": _view(0, (4,), (1,)), "data/0": bytes(16)},
-        {"x/data.pkl": _view(0, (4,), (1,)), "x/data/0": bytes(16), "x/byteorder": b"big"},
-        {"x/data.pkl": _view(0, (4,), (1,)), "x/data/0": bytes(16), "y/data.pkl": b"."},
-        {"x/data.pkl": b"\x80\x02}."},
-    ],
-)
-def test_zip_archives_that_are_no_checkpoint_are_refused(names: dict[str, bytes], tmp_path: Path) -> None:
-    _zip(tmp_path / "x.pt", names)
-    with pytest.raises(WeightsError):
-        archives.read(tmp_path / "x.pt")
-
-
-def test_compressed_and_huge_indices_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = {"x/data.pkl": _view(0, (4,), (1,)), "x/data/0": bytes(16)}
-    _zip(tmp_path / "x.pt", names, zipfile.ZIP_DEFLATED)
-    with pytest.raises(WeightsError, match="no checkpoint"):
-        archives.read(tmp_path / "x.pt")
-    _zip(tmp_path / "x.pt", names)
-    monkeypatch.setattr(archives, "MAX_PICKLE_BYTES", 10)
-    with pytest.raises(WeightsError, match="no checkpoint"):
-        archives.read(tmp_path / "x.pt")
-
-
 # ------------------------------------------------------------------------------------------------- command line
 
 
@@ -591,7 +363,7 @@ def call(*arguments: object) -> int:
 def test_the_command_prints_what_it_wrote(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints.convert, "__defaults__", (LAYOUTS,))
+    monkeypatch.setattr(convert.convert, "__defaults__", (LAYOUTS,))
     make(tmp_path / "x.pth", REFINER)
     assert call("weights", "convert", tmp_path / "x.pth", tmp_path / "out") == 0
     out, err = capsys.readouterr()

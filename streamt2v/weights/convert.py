@@ -1,4 +1,4 @@
-"""Published checkpoints -> our weights files: recognised by all their keys, written tensor by tensor in 16 bit.
+"""Published checkpoints to our weights files: recognised by all their keys, written tensor by tensor in 16 bit.
 
 Nothing is written before every key and shape of every file is known to fit; memory holds one tensor at a time.
 """
@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import contextlib
 import json
-import lzma
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from streamt2v import archives, files, weights
-from streamt2v import convert as maps
+from streamt2v import files
 from streamt2v.errors import InputError, WeightsError
+from streamt2v.weights import header, networks, pickles
+from streamt2v.weights.fetch import Note
+from streamt2v.weights.keymaps import check_prefixes
+from streamt2v.weights.pickles import Stored
+from streamt2v.weights.published import CHECKPOINTS, Layout, Part
+from streamt2v.weights.tokenizer import clip_tokenizer
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from streamt2v.weights.keymaps import Reshape
 
-    Source = tuple[archives.Stored, tuple[str, ...], maps.Reshape | None]
+    Source = tuple[Stored, tuple[str, ...], Reshape | None]
 
+Tensors = Mapping[str, Stored]
 MAX_SHARD_BYTES = 2 * 2**30
 SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -30,7 +35,7 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 
 @dataclass(frozen=True)
 class _Network:
-    """One weights file to be written: its name, what it says of itself, tensors to read, shapes they end in."""
+    """One weights file to write: its name and metadata, the tensors to read, the shapes they end in."""
 
     name: str
     metadata: Mapping[str, str]
@@ -38,7 +43,7 @@ class _Network:
     shapes: Mapping[str, tuple[int, ...]]
 
     def bytes_of(self, source: Source) -> int:
-        """Size of what one tensor of the checkpoint becomes."""
+        """Size of what a tensor of the checkpoint becomes."""
         return sum(2 * math.prod(self.shapes[target]) for target in source[1])
 
     @property
@@ -47,49 +52,36 @@ class _Network:
         return sum(map(self.bytes_of, self.sources))
 
 
-def clip_merges() -> list[str]:
-    """The merges of CLIP's byte-pair tokenizer, which no checkpoint carries."""
-    with lzma.open(weights.PACKAGE / "clip" / "merges.txt.xz", "rt", encoding="utf-8") as lines:
-        return lines.read().splitlines()
-
-
-def convert(
-    source: Path, destination: Path, note: Callable[[str], None], layouts: Mapping[str, maps.Layout] = maps.CHECKPOINTS
-) -> list[Path]:
-    """Write the networks of a published checkpoint, and the tokenizer they were trained with, as our own files.
+def convert(source: Path, destination: Path, note: Note, layouts: Mapping[str, Layout] = CHECKPOINTS) -> list[Path]:
+    """Write the networks of a published checkpoint, and their tokenizer, as our own files; return the files written.
 
     Args:
-        source: a file, or a folder: of one subfolder per network (as VidXTend has it), or of checkpoints.
+        source: a file; or a folder of checkpoints, or of one subfolder per network (as VidXTend has them).
         destination: folder to write to, for example `stream/unet.safetensors`; networks above 2 GiB are split.
-        note: called with one sentence per file.
+        note: is told one sentence per file.
         layouts: the known checkpoints.
-
-    Returns:
-        The files written.
 
     Raises:
         InputError: there is nothing to read.
-        WeightsError: a file is damaged, cut short, or its keys and shapes are not exactly those of a known checkpoint.
+        WeightsError: a file is damaged or cut short, or its keys and shapes are not exactly a known checkpoint's.
         OutputError: the files cannot be written.
     """
     planned: dict[str, _Network] = {}
     taken: dict[str, str] = {}
-    seen: list[maps.Layout] = []
+    seen: list[Layout] = []
     tokenizers: dict[str, None] = {}
     for name, archive in _read(source, layouts).items():
         if archive.refused:
             note(f"{name} asks for {', '.join(archive.refused[:3])}: this was not run, only tensors are read")
-        layout, networks = _plan(name, archive.tensors, layouts)
+        layout, found = _plan(name, archive.tensors, layouts)
         if any(layout is known for known in seen):
-            raise WeightsError(
-                f"{source} has {min(networks)} twice, the second time in {name}", "convert one file alone"
-            )
+            raise WeightsError(f"{source} has {min(found)} twice, the second time in {name}", "convert one file alone")
         seen.append(layout)
-        for tower in sorted(taken.keys() & networks.keys()):  # several published files carry the same ones
+        for tower in sorted(taken.keys() & found.keys()):  # several published files carry the same ones
             note(f"{tower} is taken from {taken[tower]}; {name} has it too")
-            del networks[tower]
-        planned |= networks
-        taken |= dict.fromkeys(networks, name)
+            del found[tower]
+        planned |= found
+        taken |= dict.fromkeys(found, name)
         tokenizers |= dict.fromkeys(filter(None, [layout.tokenizer]))
     files.require_space(destination, sum(network.num_bytes for network in planned.values()), "the conversion")
     written = []
@@ -100,33 +92,30 @@ def convert(
     for tokenizer in tokenizers:
         path = destination / f"{tokenizer}.json"
         files.make_directory(path.parent)
-        files.write_bytes(path, maps.clip_tokenizer(clip_merges()).to_str().encode())
+        files.write_bytes(path, clip_tokenizer().to_str().encode())
         note(f"{path}: the tokenizer of CLIP")
         written.append(path)
     return written
 
 
-# ------------------------------------------------------------------------------------------------- which file is it
-
-
-def _read(source: Path, layouts: Mapping[str, maps.Layout]) -> dict[str, archives.Archive]:
+def _read(source: Path, layouts: Mapping[str, Layout]) -> dict[str, pickles.Archive]:
     """Find the checkpoints at `source`, by name."""
     if not source.is_dir():
-        return {source.name: archives.read(source)}
+        return {source.name: pickles.read(source)}
     modules = {part.keys.prefix.rstrip(".") for layout in layouts.values() for part in layout.parts.values()}
     found = {path.name: _files(path) for path in sorted(source.iterdir()) if path.name in modules and path.is_dir()}
     if not any(found.values()):
         if not (alone := _files(source)):
             raise InputError(f"{source} holds no checkpoints", f"known endings: {' '.join(SUFFIXES)}")
-        return {path.name: archives.read(path) for path in alone}
-    tensors: dict[str, archives.Stored] = {}
+        return {path.name: pickles.read(path) for path in alone}
+    tensors: dict[str, Stored] = {}
     for module, paths in found.items():
-        tensors |= {f"{module}.{key}": row for path in paths for key, row in archives.read(path).tensors.items()}
-    return {source.name: archives.Archive(tensors)}
+        tensors |= {f"{module}.{key}": row for path in paths for key, row in pickles.read(path).tensors.items()}
+    return {source.name: pickles.Archive(tensors)}
 
 
 def _files(folder: Path) -> list[Path]:
-    """The checkpoints in a folder; where one comes in several forms, without pickles and in 16 bit first."""
+    """The checkpoints in a folder; of one that comes in several forms, safetensors and 16 bit are preferred."""
     found = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
     stems = {path.name.removesuffix(path.suffix) for path in found if path.suffix == ".safetensors"}
     kept = [path for path in found if path.suffix == ".safetensors" or path.name.removesuffix(path.suffix) not in stems]
@@ -134,35 +123,33 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in kept if path.name not in halves]
 
 
-def _plan(
-    name: str, tensors: Mapping[str, archives.Stored], layouts: Mapping[str, maps.Layout]
-) -> tuple[maps.Layout, dict[str, _Network]]:
+def _plan(name: str, tensors: Tensors, layouts: Mapping[str, Layout]) -> tuple[Layout, dict[str, _Network]]:
     """Recognise a checkpoint and lay out every network in it. Raises WeightsError naming the first wrong key."""
     layout = max(layouts.values(), key=lambda layout: _fit(layout, tensors))
     if not _fit(layout, tensors):
-        raise WeightsError(f"{name} is none of the checkpoints known here: its first key is {next(iter(tensors))!r}")
+        raise WeightsError(f"{name} is not a known checkpoint: its first key is {next(iter(tensors))!r}")
     try:
-        maps.check_prefixes(tensors, [part.keys for part in layout.parts.values()], layout.ignored)
-        networks = {output: _lay_out(output, part, tensors) for output, part in layout.parts.items()}
+        check_prefixes(tensors, [part.keys for part in layout.parts.values()], layout.ignored)
+        found = {output: _lay_out(output, part, tensors) for output, part in layout.parts.items()}
     except WeightsError as error:
         raise WeightsError(f"{name}: {error.message}", error.hint) from error
-    return layout, networks
+    return layout, found
 
 
-def _fit(layout: maps.Layout, tensors: Iterable[str]) -> int:
-    """How many keys a layout knows: the right one knows them all, and prefixes alone would mislead."""
+def _fit(layout: Layout, tensors: Iterable[str]) -> int:
+    """How many keys a layout knows: the right one knows them all; prefixes alone would mislead."""
     known = [part.keys for part in layout.parts.values()]
     ignored = tuple(layout.ignored)
     return sum(key.startswith(ignored) or any(keys.rename(key) is not None for keys in known) for key in tensors)
 
 
-def _lay_out(output: str, part: maps.Part, tensors: Mapping[str, archives.Stored]) -> _Network:
+def _lay_out(output: str, part: Part, tensors: Tensors) -> _Network:
     """Check the keys and shapes of one network against the network itself."""
     import torch
 
     own = {key: row for key, row in tensors.items() if key.startswith(part.keys.prefix)}
-    network = weights.build(Path(output), part.network, part.config)
-    shapes = weights.shapes(network)
+    network = networks.build(Path(output), part.network, part.config)
+    shapes = networks.shapes(network)
     part.keys.apply({key: torch.empty(row.shape, device="meta") for key, row in own.items()}, shapes)
     sources: list[Source] = []
     for key, row in own.items():
@@ -170,15 +157,12 @@ def _lay_out(output: str, part: maps.Part, tensors: Mapping[str, archives.Stored
         if targets and row.dtype not in FLOATS:
             raise WeightsError(f"{part.keys.what}: {key!r} holds numbers of type {row.dtype}")
         sources += [(row, targets, reshape)] if targets else []
-    metadata = weights.metadata_of(part.network, weights.config_of(network), part.schedule)
+    metadata = header.metadata_of(part.network, networks.config_of(network), part.schedule)
     return _Network(output, metadata, tuple(sources), shapes)
 
 
-# --------------------------------------------------------------------------------------------------------- writing
-
-
 def _write(path: Path, network: _Network) -> list[Path]:
-    """Write one network, whole or not at all; above the limit in several files and the list of them, which is last."""
+    """Write one network, whole or not at all; above the limit as several files and their index, which comes last."""
     groups: list[list[Source]] = [[]]
     size = 0
     for source in network.sources:
@@ -193,8 +177,8 @@ def _write(path: Path, network: _Network) -> list[Path]:
     if len(groups) > 1:
         table = {target: name for name, group in zip(names, groups, strict=True) for _, ts, _ in group for target in ts}
         listed = {"metadata": {**network.metadata, "total_size": network.num_bytes}, "weight_map": table}
-        written.append(weights.shard_index(path))
-    with contextlib.ExitStack() as stack:  # names are given in reverse order when all is written: the list comes last
+        written.append(header.shard_index(path))
+    with contextlib.ExitStack() as stack:  # files get their names in reverse order: the index comes last
         temporaries = [stack.enter_context(files.replacing(target)) for target in reversed(written)][::-1]
         if len(groups) > 1:
             temporaries.pop().write_text(json.dumps(listed, indent=1), "utf-8")
@@ -206,34 +190,28 @@ def _write(path: Path, network: _Network) -> list[Path]:
 
 
 def _remove_others(path: Path, written: list[Path]) -> None:
-    """Remove what an earlier conversion left under the names of another number of parts."""
+    """Remove what an earlier conversion with another number of parts left."""
     parts = path.parent.glob(f"{path.stem}-?????-of-?????.safetensors")
-    for old in {path, weights.shard_index(path), *parts}.difference(written):
+    for old in {path, header.shard_index(path), *parts}.difference(written):
         with files.output_errors(old):
             old.unlink(missing_ok=True)
 
 
 def _write_tensors(stream: BinaryIO, network: _Network, group: list[Source]) -> None:
     """Write a safetensors file: its header, then one tensor after the other."""
-    header: dict[str, object] = {"__metadata__": dict(network.metadata)}
+    rows: dict[str, object] = {"__metadata__": dict(network.metadata)}
     end = 0
     for _, targets, _ in group:
         for target in targets:
             start, end = end, end + 2 * math.prod(network.shapes[target])
-            header[target] = {"dtype": "F16", "shape": network.shapes[target], "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
+            rows[target] = {"dtype": "F16", "shape": network.shapes[target], "data_offsets": [start, end]}
+    text = json.dumps(rows).encode()
     text += b" " * (-len(text) % 8)
     stream.write(len(text).to_bytes(8, "little") + text)
     for stored, targets, reshape in group:
         tensor = stored.read()
         for target, value in zip(targets, [tensor] if reshape is None else reshape(tensor), strict=True):
-            stream.write(_half(target, value))
-
-
-def _half(target: str, value: Tensor) -> memoryview:
-    import torch
-
-    half = value.to(torch.float16).contiguous()
-    if not torch.isfinite(half).all():
-        raise WeightsError(f"{target} has values that are not finite in 16 bit")
-    return half.reshape(-1).view(torch.uint8).numpy().data
+            half = value.half().contiguous()
+            if not half.isfinite().all():
+                raise WeightsError(f"{target} has values that are not finite in 16 bit")
+            stream.write(half.numpy().data)

@@ -1,9 +1,7 @@
 """The weights home: where fetched and converted files lie, and the record of what each of them must be.
 
-The record, `weights.lock.json`, is written when a file is first fetched or converted; every later look compares.
+The record, `weights.lock.json`, is written when a file is first fetched or converted, and compared ever after.
 """
-
-from __future__ import annotations
 
 import contextlib
 import hashlib
@@ -12,17 +10,19 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from streamt2v import files
 from streamt2v.errors import BusyError, WeightsError
 
 SCHEMA = 1
-Section = Literal["sources", "files", "snapshots"]
-ROWS: Mapping[Section, set[str]] = {
-    "sources": {"commit", "bytes", "sha256"}, "files": {"parts"}, "snapshots": {"commit", "folder", "files"}
-}  # fmt: skip
-"""What every row of a section of the record says."""
+Section = Literal["sources", "files", "snapshots", "folders"]
+ROWS: Mapping[Section, tuple[str, ...]] = {  # what every row of a section says
+    "sources": ("commit", "bytes", "sha256"),  # published files, by repository and path
+    "files": ("parts",),  # converted files, by name in the home
+    "snapshots": ("commit", "folder", "files"),  # third-party pipelines in the library's cache, by request
+    "folders": ("files",),  # other folders with pipelines, by path
+}
 
 
 def path() -> Path:
@@ -43,8 +43,8 @@ def sha256_of(file: Path) -> str:
 class Recorded:
     """What a file must be: its size and SHA-256.
 
-    `stamp` is (modification time in ns, inode) of the file that was hashed: while it is the same, the gigabytes need
-    not be hashed again. Files of the package have none and are always hashed.
+    `stamp` is (modification time in ns, inode) of the file that was hashed: while it stays the same, the gigabytes are
+    not hashed again. Bundled files have none and are always hashed.
     """
 
     bytes: int
@@ -52,13 +52,13 @@ class Recorded:
     stamp: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, file: Path) -> Recorded:
+    def of(cls, file: Path) -> Self:
         """Look at a file."""
         status = file.stat()
         return cls(status.st_size, sha256_of(file), (status.st_mtime_ns, status.st_ino))
 
     @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> Recorded:
+    def from_json(cls, row: Mapping[str, Any]) -> Self:
         """Read what `to_json` made. Raises KeyError, TypeError or ValueError for anything else."""
         modified, inode = map(int, row["stamp"])
         return cls(int(row["bytes"]), str(row["sha256"]), (modified, inode))
@@ -71,12 +71,15 @@ class Recorded:
         """Whether a file is there and as large as recorded."""
         return file.is_file() and file.stat().st_size == self.bytes
 
+    def now(self, file: Path) -> Self:
+        """Look at a file again; it is hashed only if its size or stamp has changed."""
+        status = file.stat()
+        same = (status.st_size, (status.st_mtime_ns, status.st_ino)) == (self.bytes, self.stamp)
+        return self if same else self.of(file)
+
     def matches(self, file: Path) -> bool:
         """Whether a file is as recorded."""
-        if not self.has_size(file):
-            return False
-        status = file.stat()
-        return (status.st_mtime_ns, status.st_ino) == self.stamp or sha256_of(file) == self.sha256
+        return self.has_size(file) and self.now(file).sha256 == self.sha256
 
 
 def record_path() -> Path:
@@ -85,7 +88,7 @@ def record_path() -> Path:
 
 
 def recorded(section: Section) -> dict[str, Any]:
-    """What was recorded: for sources by repository and path, for files by name in the home, for snapshots by request.
+    """One section of the record; empty where nothing was recorded.
 
     Raises:
         WeightsError: the record is damaged or of another schema.
@@ -96,8 +99,11 @@ def recorded(section: Section) -> dict[str, Any]:
         if table["schema"] != SCHEMA:
             raise ValueError(f"schema {table['schema']}, this version reads {SCHEMA}")
         rows = dict(table.get(section, {}))
-        if not all(isinstance(row, dict) and ROWS[section].issubset(row) for row in rows.values()):
-            raise ValueError(f"a row of {section} lacks something")
+        for row in rows.values():
+            if absent := [key for key in ROWS[section] if key not in row]:
+                raise ValueError(f"a row of {section} lacks {absent[0]!r}")
+            for part in {**row.get("parts", {}), **row.get("files", {})}.values():
+                Recorded.from_json(part)
         return rows
     except FileNotFoundError:
         return {}

@@ -1,6 +1,5 @@
-"""Key maps of the published checkpoints: one to one, complete, and strict about what they do not know."""
+"""The published checkpoints: their key maps are one to one and complete, their networks of the published sizes."""
 
-import html
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +9,13 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from streamt2v import convert
 from streamt2v.diffusion.schedules import ScheduleConfig
 from streamt2v.errors import WeightsError
 from streamt2v.models.apm import AppearanceTokens
 from streamt2v.models.cam import CamConfig, ConditionalAttention
 from streamt2v.models.unet3d import UNet3D, UNet3DConfig
+from streamt2v.weights import published
+from streamt2v.weights.keymaps import check_prefixes
 from tests.parity import official
 
 State = dict[str, Tensor]
@@ -57,7 +57,7 @@ def test_the_refiner_maps_one_to_one_at_any_size(sizes: dict[str, Any]) -> None:
         transformer_in_heads=sizes["num_heads"],
     )
     state = named(official.unet(sizes))
-    found = convert.refiner_unet(levels, layers).apply(state, shapes(lambda: UNet3D(config)))
+    found = published.refiner_unet(levels, layers).apply(state, shapes(lambda: UNet3D(config)))
     assert len(found) == len(state)
 
 
@@ -72,12 +72,12 @@ def test_the_vae_maps_one_to_one_at_any_size(widths: tuple[int, ...]) -> None:
             layers_per_block=2,
         )
     )
-    assert len(convert.refiner_vae(len(widths)).apply(state, expected)) == len(state)
+    assert len(published.refiner_vae(len(widths)).apply(state, expected)) == len(state)
     others = ["model.diffusion_model.x", "cond_stage_model.y", "betas", "sqrt_alphas_cumprod"]
-    convert.check_prefixes([*state, *others], [convert.refiner_vae()], convert.REFINER_VAE_IGNORED)
+    check_prefixes([*state, *others], [published.refiner_vae()], published.REFINER_VAE_IGNORED)
     with pytest.raises(WeightsError, match="lora"):
-        convert.check_prefixes(["lora.x"], [convert.refiner_vae()], convert.REFINER_VAE_IGNORED)
-    assert all(convert.REFINER_VAE_IGNORED.values())
+        check_prefixes(["lora.x"], [published.refiner_vae()], published.REFINER_VAE_IGNORED)
+    assert all(published.REFINER_VAE_IGNORED.values())
 
 
 def test_the_text_tower_leaves_its_last_layer_out() -> None:
@@ -87,9 +87,9 @@ def test_the_text_tower_leaves_its_last_layer_out() -> None:
         vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
         max_position_embeddings=7,
     )  # fmt: skip
-    convert.open_clip_text(3).apply(state, shapes(lambda: CLIPTextModel(config)))
+    published.open_clip_text(3).apply(state, shapes(lambda: CLIPTextModel(config)))
     with pytest.raises(WeightsError, match=r"resblocks\.3"):
-        convert.open_clip_text(2).apply(state)
+        published.open_clip_text(2).apply(state)
 
 
 def test_fused_projections_are_split_in_order() -> None:
@@ -100,7 +100,7 @@ def test_fused_projections_are_split_in_order() -> None:
         f"{block}attn.in_proj_weight": torch.arange(18.0).view(9, 2),
         f"{block}attn.in_proj_bias": torch.arange(9.0),
     }
-    found = convert.STREAM["vision"].apply(state)
+    found = published.STREAM["vision"].apply(state)
     attention = "vision_model.encoder.layers.0.self_attn."
     assert found[f"{attention}q_proj.weight"].tolist() == [[0, 1], [2, 3], [4, 5]]
     assert found[f"{attention}k_proj.bias"].tolist() == [3, 4, 5]
@@ -125,7 +125,7 @@ def test_the_published_image_tower_is_complete() -> None:
         hidden_size=width, intermediate_size=4 * width, projection_dim=1024, num_hidden_layers=layers,
         num_attention_heads=16, image_size=224, patch_size=14,
     )  # fmt: skip
-    convert.STREAM["vision"].apply(state, shapes(lambda: CLIPVisionModelWithProjection(config)))
+    published.STREAM["vision"].apply(state, shapes(lambda: CLIPVisionModelWithProjection(config)))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_the_published_image_tower_is_complete() -> None:
     ],
 )
 def test_the_published_networks_have_their_published_sizes(file: str, part: str, values: int) -> None:
-    found = convert.CHECKPOINTS[file].parts[part]
+    found = published.CHECKPOINTS[file].parts[part]
     config = {key: tuple(value) if isinstance(value, list) else value for key, value in found.config.items()}
     builders: dict[str, Callable[[], nn.Module]] = {
         "UNet3D": lambda: UNet3D(UNet3DConfig.from_dict(config)),
@@ -156,44 +156,10 @@ def test_the_published_networks_have_their_published_sizes(file: str, part: str,
     assert sum(shape.numel() for shape in shapes(builders[found.network]).values()) == values
     if found.schedule is not None:
         assert ScheduleConfig.from_dict(found.schedule) == ScheduleConfig.from_dict(
-            convert.REFINER_SCHEDULE if "ema" in file else {}
+            published.REFINER_SCHEDULE if "ema" in file else {}
         )
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda state: state.update({"resampler.extra": torch.empty(1)}), "unknown key 'resampler.extra'"),
-        (lambda state: state.pop("resampler.context_embedding.2.bias"), "lacks 'linear_2.bias'"),
-        (lambda state: state.update({"resampler.context_embedding.0.bias": torch.empty(9)}), r"shape \(9,\)"),
-        (lambda state: state.clear(), "no key that begins with 'resampler.'"),
-    ],
-)
-def test_whatever_is_wrong_is_named(change: Callable[[State], Any], said: str) -> None:
-    layers = (("0", 4, 3), ("2", 6, 4))
-    state = {f"resampler.context_embedding.{i}.weight": torch.empty(out, into) for i, out, into in layers}
-    state |= {f"resampler.context_embedding.{i}.bias": torch.empty(out) for i, out, _ in layers}
-    expected = {"linear_1.weight": (4, 3), "linear_1.bias": (4,), "linear_2.weight": (6, 4), "linear_2.bias": (6,)}
-    convert.STREAM["apm"].apply(state, expected)
-    change(state)
-    with pytest.raises(WeightsError, match=said):
-        convert.STREAM["apm"].apply(state, expected)
-
-
-def test_a_key_too_many_and_a_key_mapped_twice_are_named() -> None:
-    with pytest.raises(WeightsError, match=r"conv_in\.weight"):
-        convert.STREAM["cam"].apply({"unet.conv_in.weight": torch.empty(1)}, {})
-    twice = convert.KeyMap("", (convert.rename("a|b", "c"),))
-    with pytest.raises(WeightsError, match="twice"):
-        twice.apply({"a": torch.empty(1), "b": torch.empty(1)})
-
-
 def test_every_ignored_key_has_a_reason() -> None:
-    maps = [*convert.STREAM.values(), convert.refiner_unet(), convert.refiner_vae(), convert.open_clip_text()]
+    maps = [*published.STREAM.values(), published.refiner_unet(), published.refiner_vae(), published.open_clip_text()]
     assert all(rule.reason for key_map in maps for rule in key_map.rules if not rule.targets)
-
-
-def test_prompts_are_tidied_before_they_become_tokens() -> None:
-    assert convert.clean_prompt("  A \u201csmart\u201d\n caf\u00e9 &amp;amp; bar ") == 'a "smart" caf\u00e9 & bar'
-    assert convert.clean_prompt(html.escape("<b>")) == "<b>"
-    assert convert.clean_prompt("&ldquo;\uff28\ufb01&rdquo;\x00") == '"hfi"'

@@ -1,0 +1,27 @@
+"""Weights: which files a family has, whether they are here and intact, and how a file becomes a network.
+
+The names below are what the rest of the package uses; `hub`, `home`, `convert` and `vocabulary` are modules of their
+own. Nothing heavy is imported before a file is loaded.
+"""
+
+from streamt2v.weights.catalog import PACKAGE, Family, families, family, listed, pipelines
+from streamt2v.weights.header import read_header
+from streamt2v.weights.inventory import (
+    contents,
+    default_family,
+    describe_families,
+    describe_files,
+    folder_of,
+    is_absent,
+    missing,
+    require,
+    verify,
+    verify_snapshot,
+)
+from streamt2v.weights.networks import build, furnish, load, load_module, load_tokenizer, quiet, save_module, shapes
+
+__all__ = [
+    "PACKAGE", "Family", "build", "contents", "default_family", "describe_families", "describe_files", "families",
+    "family", "folder_of", "furnish", "is_absent", "listed", "load", "load_module", "load_tokenizer", "missing",
+    "pipelines", "quiet", "read_header", "require", "save_module", "shapes", "verify", "verify_snapshot",
+]  # fmt: skip

@@ -1,0 +1,226 @@
+"""The catalog, `weights.toml`: model families with the files and roles they have, their sources, and pipelines."""
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from streamt2v import config, files
+from streamt2v.errors import ConfigError, WeightsError
+from streamt2v.weights import home
+from streamt2v.weights.home import Recorded
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A file of a family: its path relative to the family's root, its licence, what it is, and what it must contain.
+
+    `parts` are the actual files by path: usually the file itself, several for a split network, none before the family
+    is pulled. `source` is the published file they were converted from. `tokens` is for tokenizers only: keyword
+    arguments, such as `pad_token`, that their file lacks; `tidy` says that prompts are cleaned first. `values` is the
+    number of parameters as listed.
+    """
+
+    path: str
+    licence: str
+    what: str
+    parts: Mapping[str, Recorded]
+    source: str = ""
+    tokens: Mapping[str, str | int] = dataclasses.field(default_factory=dict)
+    tidy: bool = False
+    values: int = 0
+
+    @property
+    def num_values(self) -> int:
+        """Parameters in the file, stored in 16 bit; as listed where nothing was pulled yet."""
+        return sum(part.bytes for part in self.parts.values()) // 2 or self.values
+
+
+@dataclass(frozen=True)
+class Source:
+    """A published file that a family is made from; `makes` are the paths of the files converted from it.
+
+    Sources without a `choice` are always needed; of the others, those of one choice are enough. Size, SHA-256 and
+    revision are listed where they are known, and recorded at the first download where they are not.
+    """
+
+    repository: str
+    path: str
+    licence: str
+    what: str
+    makes: tuple[str, ...]
+    choice: str = ""
+    revision: str = ""
+    bytes: int = 0
+    sha256: str = ""
+
+    @property
+    def name(self) -> str:
+        """Repository and path."""
+        return f"{self.repository}/{self.path}"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: which file plays which role ("stream.unet", "refine.vae", ...), its preset and its vocabulary.
+
+    `root` is the package, or the weights home for a family that is converted from published files (`sources`).
+    """
+
+    name: str
+    title: str
+    licence: str
+    preset: str
+    vocabulary: str
+    components: Mapping[str, str]
+    files: tuple[WeightFile, ...]
+    root: Path
+    sources: tuple[Source, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """Total size of the files, in bytes; 0 before the family was pulled."""
+        return sum(part.bytes for file in self.files for part in file.parts.values())
+
+    def path(self, role: str) -> Path:
+        """Absolute path of the file that plays `role`. Raises WeightsError when the family has no such role."""
+        if role not in self.components:
+            known = ", ".join(sorted(self.components))
+            raise WeightsError(f"the model family {self.name!r} has no {role!r}", f"it has: {known}")
+        return self.root / self.components[role]
+
+    def file(self, role: str) -> WeightFile:
+        """The file that plays `role`; raises as `path` does."""
+        wanted = self.path(role)
+        return next(file for file in self.files if self.root / file.path == wanted)
+
+    def has(self, role: str) -> bool:
+        """Whether the family has a file for `role`; some parts, such as APM, are optional."""
+        return role in self.components
+
+    def sources_of(self, choice: str = "") -> tuple[Source, ...]:
+        """What a pull needs: the sources without a choice, and those of one choice (the first by default).
+
+        Raises:
+            ConfigError: there is no such choice, or nothing to pull.
+        """
+        if not self.sources:
+            raise ConfigError(f"the model {self.name!r} is part of streamt2v, there is nothing to pull")
+        known = list(dict.fromkeys(source.choice for source in self.sources if source.choice))
+        if choice and choice not in known:
+            raise ConfigError(f"{self.name} has no source {choice!r}", config.nearest(choice, known))
+        return tuple(source for source in self.sources if source.choice in ("", choice or known[0]))
+
+    def vocabulary_path(self) -> Path | None:
+        """Absolute path of the words that the family knows, or None when it takes any text."""
+        return self.root / self.vocabulary if self.vocabulary else None
+
+
+def _manifest(root: Path) -> Path:
+    """`weights.toml` lies in the package folder of a wheel, one level above it in a checkout."""
+    inside = root / "weights.toml"
+    return inside if inside.is_file() else root.parent / "weights.toml"
+
+
+def _inside(root: Path, path: str) -> str:
+    """Return `path` unchanged if it stays inside `root`: the catalog may name no other place.
+
+    Only the name is checked: a user may link a folder of the weights home to a larger disk.
+    """
+    seen = PureWindowsPath(path)  # it splits at both kinds of slashes
+    if seen.anchor or ".." in seen.parts or "\0" in path:
+        raise WeightsError(f"weights.toml names {path!r}, which lies outside {root}")
+    return path
+
+
+def _file(row: Mapping[str, Any], root: Path, recorded: Mapping[str, Any] | None) -> WeightFile:
+    """A file with what must lie under `root`: as its row says, or as recorded when it was converted."""
+    own = {key: value for key, value in row.items() if key not in ("bytes", "sha256")}
+    if "bytes" in row:
+        return WeightFile(**own, parts={_inside(root, row["path"]): Recorded(row["bytes"], row["sha256"])})
+    made = {"parts": {}} if recorded is None else recorded
+    parts = {_inside(root, name): Recorded.from_json(part) for name, part in made["parts"].items()}
+    return WeightFile(**own, parts=parts, source=made.get("source", ""))
+
+
+def families(root: Path = PACKAGE) -> dict[str, Family]:
+    """All model families of `weights.toml` by name, the best first; `root` is the folder that bundled files lie in.
+
+    Raises:
+        WeightsError: the list is missing, unreadable or of another schema.
+    """
+    manifest, stamps = _manifest(root), (files.stamp(_manifest(root)), files.stamp(home.record_path()))
+    return dict(_families(root, manifest, home.path(), stamps))
+
+
+@lru_cache(maxsize=8)
+def _families(root: Path, manifest: Path, pulled: Path, _stamps: object) -> dict[str, Family]:
+    if not manifest.is_file():
+        raise WeightsError(f"the list of weights is missing: {manifest}", "install streamt2v again")
+    try:
+        raw = tomllib.loads(manifest.read_text("utf-8"))
+        if raw["schema"] != 1:
+            raise WeightsError(f"{manifest} has schema {raw['schema']}, this version reads 1", "update streamt2v")
+        rows = {row["path"]: row for row in raw["files"]}
+        found = {}
+        for name, table in raw["families"].items():
+            roles = config.flatten(table["components"])
+            used = dict.fromkeys([*roles.values(), *filter(None, [table["vocabulary"]])])
+            head = {key: table[key] for key in ("title", "licence", "preset", "vocabulary")}
+            sources = tuple(Source(**{**row, "makes": tuple(row["makes"])}) for row in table.get("sources", ()))
+            place = pulled if sources else root
+            known = home.recorded("files") if sources else {}
+            listed = tuple(_file(rows[path], place, known.get(path)) for path in used)
+            if stray := {path for source in sources for path in source.makes}.difference(used):
+                raise ValueError(f"{name} does not use {min(stray)!r}")
+            found[name] = Family(name=name, components=roles, files=listed, root=place, sources=sources, **head)
+        return found
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{manifest} cannot be used: {error}", "install streamt2v again") from error
+
+
+def family(name: str, root: Path = PACKAGE) -> Family:
+    """One family by name. Raises ConfigError naming the known ones, nearest first."""
+    known = families(root)
+    if name not in known:
+        raise ConfigError(f"there is no model {name!r}", config.nearest(name, sorted(known)))
+    return known[name]
+
+
+def listed(name: str) -> Family | None:
+    """The family of a name that `weights list` shows; None for a third-party pipeline. Raises as `family` does."""
+    known, others = families(), pipelines()
+    if name not in known and name not in others:
+        raise ConfigError(f"there is no model {name!r}", config.nearest(name, [*known, *others]))
+    return known.get(name)
+
+
+def pipelines(root: Path = PACKAGE) -> dict[str, dict[str, str]]:
+    """Third-party pipelines for the first frames, by name: repository, licence, what; revision where pinned."""
+    rows: dict[str, dict[str, str]] = tomllib.loads(_manifest(root).read_text("utf-8"))["pipelines"]
+    return rows
+
+
+def record(root: Path = PACKAGE) -> list[str]:
+    """Write size and SHA-256 of the bundled files into `weights.toml`; return the paths whose row changed."""
+    manifest = _manifest(root)
+    text = manifest.read_text("utf-8")
+    changed = []
+    for row in tomllib.loads(text)["files"]:
+        path = root / _inside(root, row["path"])
+        if "bytes" in row and path.is_file():
+            now = Recorded.of(path)
+            if (now.bytes, now.sha256) != (row["bytes"], row["sha256"]):
+                changed.append(row["path"])
+                before, place, after = text.partition(f'[[files]]\npath = "{row["path"]}"\n')
+                after = after.replace(f"bytes = {row['bytes']}\n", f"bytes = {now.bytes}\n", 1)
+                after = after.replace(f'sha256 = "{row["sha256"]}"', f'sha256 = "{now.sha256}"', 1)
+                text = before + place + after
+    if changed:
+        files.write_bytes(manifest, text.encode())
+    return changed

@@ -1,0 +1,204 @@
+"""Weights from the model hub: a family pulled and converted, or a third-party pipeline kept as it is.
+
+Published files of a family are fetched by `fetch`, because downloads into the library's own cache start afresh after an
+interruption. Whole pipelines do go to that cache, where other programs share them.
+"""
+
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from streamt2v import files
+from streamt2v.errors import InputError, WeightsError
+from streamt2v.weights import catalog, fetch, header, home, inventory
+from streamt2v.weights.catalog import Family, Source
+from streamt2v.weights.fetch import Note as Note
+from streamt2v.weights.home import Recorded
+
+Convert = Callable[[Path, Path, Note], list[Path]]
+
+OFFLINE = ("STREAMT2V_OFFLINE", "HF_HUB_OFFLINE")
+"""Either variable forbids connections; `--offline` sets both, so that the library obeys too."""
+_PART = re.compile(r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?$")
+
+
+def offline() -> bool:
+    """Whether no connection may be made."""
+    return any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in OFFLINE)
+
+
+def pull(family: Family, convert: Convert, note: Note, choice: str = "", folder: Path | None = None) -> None:
+    """Make a family complete: fetch the published files that are missing, convert each, record the results.
+
+    A source whose results are here is skipped; converted files that were placed by hand are checked and recorded.
+
+    Args:
+        family: one with sources.
+        convert: writes the networks of a published file into a folder and returns the paths.
+        note: is told one sentence per step.
+        choice: which copy to take where there are several; the family's first by default.
+        folder: where to look for the published files first.
+
+    Raises:
+        ConfigError: the family has no sources, or not this choice.
+        InputError: `folder` is not a folder.
+        WeightsError: a file cannot be had, is damaged, or is not the published one.
+        OutputError: the disk is full or cannot be written.
+        BusyError: another process pulls the same file.
+    """
+    from huggingface_hub.utils import logging
+
+    if folder is not None and not folder.is_dir():
+        raise InputError(f"{folder} is not a folder", "give --from the folder with the published files")
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its warnings are said here in fewer words
+    needed = [source for source in family.sources_of(choice) if not _is_made(family, source, choice, note)]
+    found = {source: fetch.find(source, folder, note) for source in needed}
+    offers = _offers([source for source, path in found.items() if path is None], note)
+    for source in needed:
+        place = fetch.place(source)
+        with home.working_on(place):
+            if _is_made(catalog.family(family.name), source, choice, note):  # by another process, meanwhile
+                continue
+            path = found[source] or fetch.find(source, folder, note) or fetch.fetch(source, offers[source], note)
+            note(f"converting {path}")
+            _remember(family, source.name, convert(path, family.root / family.name, note))
+            if path == place:
+                with files.output_errors(path):
+                    path.unlink()
+    inventory.require(catalog.family(family.name))
+
+
+def _offers(absent: Sequence[Source], note: Note) -> dict[Source, fetch.Offer]:
+    """Ask for every file that has to be fetched, say how much that is, and check the space for it."""
+    if absent and offline():
+        hint = "allow connections, or give the folder it lies in with --from"
+        raise WeightsError(f"{absent[0].name} is not here, and no connection is made when offline", hint)
+    offers = {source: fetch.ask(source) for source in absent}
+    for source, offer in offers.items():
+        note(f"{source.name}: {offer.bytes / 1e6:,.1f} MB, {source.licence}: {source.what}")
+    if offers:
+        total = sum(offer.remaining for offer in offers.values())
+        note(f"{total / 1e6:,.1f} MB to fetch into {home.path()}")
+        files.require_space(home.path(), total, "the download", fetch.SPACE_HINT)
+    return offers
+
+
+def _is_made(family: Family, source: Source, choice: str, note: Note) -> bool:
+    """Whether all files made from a source are here and as recorded; those placed by hand are recorded first."""
+    made = [file for file in family.files if file.path in source.makes]
+    if all(file.parts for file in made):
+        other = choice and source.choice and any(file.source != source.name for file in made)
+        parts = [(family.root / name, part) for file in made for name, part in file.parts.items()]
+        return not other and all(part.matches(path) for path, part in parts)
+    by_hand = [_parts_on_disk(family.root / file.path) for file in made]
+    if any(file.parts for file in made) or not all(by_hand):
+        return False
+    for file in made:
+        if file.path.endswith(".safetensors"):
+            header.read_header(family.root / file.path)
+    note(f"{', '.join(file.path for file in made)}: found here, recorded")
+    _remember(family, "by hand", [path for paths in by_hand for path in paths])
+    return True
+
+
+def _parts_on_disk(path: Path) -> list[Path]:
+    index = header.shard_index(path)
+    if path.is_file() or not index.is_file():
+        return [path] if path.is_file() else []
+    return [*sorted(path.parent.glob(f"{path.stem}-?????-of-?????.safetensors")), index]
+
+
+def _remember(family: Family, source: str, written: Sequence[Path]) -> None:
+    """Record converted files under the names that the family lists: several files for a split network."""
+    parts: dict[str, dict[str, Recorded]] = {}
+    for path in written:
+        name = path.relative_to(family.root).as_posix()
+        parts.setdefault(_PART.sub(".safetensors", name), {})[name] = Recorded.of(path)
+    home.remember("files", {name: inventory.made_from(source, found) for name, found in parts.items()})
+
+
+def snapshot(repository: str, revision: str | None, patterns: Sequence[str], note: Note = lambda text: None) -> Path:
+    """Folder of a repository with the files that match `patterns`, in the library's cache; fetched once, then pinned.
+
+    Commit and files are recorded the first time, and later compared without a connection.
+
+    Args:
+        repository: "OWNER/NAME".
+        revision: a commit or branch; None means the recorded commit, else the newest.
+        patterns: such as "*.json"; nothing else is fetched.
+        note: is told the size before anything is fetched.
+
+    Raises:
+        WeightsError: it cannot be had, or one of its files has changed since it was recorded.
+        OutputError: the disk is full or cannot be written.
+    """
+    request = " ".join([repository, revision or "main", *sorted(patterns)])
+    row = home.recorded("snapshots").get(request)
+    if row is not None:
+        folder = Path(row["folder"])
+        if not (wrong := _differing(row)):
+            return folder
+        if (folder / wrong).exists():
+            raise WeightsError(f"{folder / wrong} is not as recorded", "remove it, then run the command again")
+    with home.working_on(home.path() / "snapshots" / repository.replace("/", "--")):
+        commit = row["commit"] if row is not None else revision
+        if not offline():
+            commit = _announce(repository, commit, patterns, note)
+        taken = _taken(_snapshot(repository, commit, patterns), patterns)
+        if row is not None and (wrong := _differing({**row, "folder": taken["folder"]})):
+            raise WeightsError(f"{taken['folder']}/{wrong} is not as recorded", "remove it, then run the command again")
+        home.remember("snapshots", {request: taken})
+    return Path(taken["folder"])
+
+
+def _differing(row: Mapping[str, Any]) -> str:
+    """The first file of a recorded snapshot that is missing or has changed; "" where all are as recorded."""
+    parts = {name: Recorded.from_json(part) for name, part in row["files"].items()}
+    return next((name for name, part in parts.items() if not part.matches(Path(row["folder"]) / name)), "")
+
+
+def _taken(folder: Path, patterns: Sequence[str]) -> dict[str, Any]:
+    """The row of a snapshot in the record. The library names its folders by commit."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    kept = filter_repo_objects(names, allow_patterns=list(patterns))
+    if not (found := {name: Recorded.of(folder / name).to_json() for name in kept}):
+        raise WeightsError(f"{folder} has no files of the kind that is read here: {', '.join(patterns)}")
+    return {"commit": folder.name, "folder": str(folder), "files": found}
+
+
+def _snapshot(repository: str, revision: str | None, patterns: Sequence[str], tries: int = fetch.ATTEMPTS) -> Path:
+    """Let the library fetch a snapshot, again where the connection was cut: whole files are kept."""
+    from huggingface_hub import snapshot_download
+
+    wanted, local = list(patterns), offline()
+    try:
+        with fetch.hub_errors(repository), fetch.disk_errors(home.path()):
+            return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted, local_files_only=local))
+    except fetch.Cut as error:
+        if local:
+            hint = "allow connections once, or give the folder of the pipeline instead of its name"
+            raise WeightsError(f"{repository} is not here, and no connection is made when offline", hint) from error
+        if tries == 1:
+            raise
+        time.sleep(fetch.PAUSE_SECONDS)
+        return _snapshot(repository, revision, patterns, tries - 1)
+
+
+def _announce(repository: str, revision: str | None, patterns: Sequence[str], note: Note) -> str:
+    """Say how large a snapshot is, check the space for it, and return its commit."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.utils import filter_repo_objects
+
+    with fetch.hub_errors(repository):
+        found = HfApi().model_info(repository, revision=revision, files_metadata=True)
+    sizes = {file.rfilename: file.size or 0 for file in found.siblings or []}
+    total = sum(sizes[name] for name in filter_repo_objects(sizes, allow_patterns=list(patterns)))
+    note(f"{repository}: {total / 1e6:,.1f} MB to fetch, less what is in the cache")
+    cache = Path(constants.HF_HUB_CACHE)
+    files.require_space(cache, total, "the download", "free some space, or set HF_HOME to a folder on a larger disk")
+    return str(found.sha)

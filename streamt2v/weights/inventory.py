@@ -1,0 +1,184 @@
+"""Which weights are here, and whether they are what was recorded; the tables behind `weights list`."""
+
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from streamt2v.errors import OutputError, WeightsError
+from streamt2v.weights import catalog, home
+from streamt2v.weights.catalog import Family, WeightFile
+from streamt2v.weights.home import Recorded
+
+MAX_CPU_VALUES = 500_000_000  # parameters of a family; the published one has 5 billion, the demo 20 million
+
+
+def missing(family: Family) -> list[str]:
+    """Cheap check: one sentence for each file of a family that is missing or has another size than recorded."""
+    found = []
+    for file in family.files:
+        if not file.parts:
+            found.append(f"{file.path} is not here")
+        for name, part in file.parts.items():
+            path = family.root / name
+            if not path.is_file():
+                found.append(f"{name} is missing")
+            elif not part.has_size(path):
+                found.append(f"{name} has {path.stat().st_size:,} bytes, {part.bytes:,} are recorded")
+    return found
+
+
+def is_absent(family: Family) -> bool:
+    """Whether a family has to be pulled and nothing of it is here."""
+    parts = [family.root / name for file in family.files for name in file.parts]
+    return bool(family.sources) and not any(path.exists() for path in parts)
+
+
+def fits(family: Family, kind: str) -> bool:
+    """Whether a run takes minutes, not days, on a kind of device ("cpu", "cuda", "mps"): CPUs need small networks."""
+    return kind != "cpu" or sum(file.num_values for file in family.files) <= MAX_CPU_VALUES
+
+
+def default_family(kind: str | None = None, root: Path = catalog.PACKAGE) -> str:
+    """Name of the best family that is here and fits a kind of device; None means whatever the device may be.
+
+    `weights.toml` lists the best first. Where none will do it is the last, whose check then says what is wrong.
+    """
+    known = catalog.families(root)
+    usable = [name for name, family in known.items() if not missing(family) and (kind is None or fits(family, kind))]
+    return usable[0] if usable else list(known)[-1]
+
+
+def require(family: Family) -> None:
+    """Refuse a family whose files are not all here. Raises WeightsError naming the first that is not."""
+    if is_absent(family):
+        hint = f"fetch them with `streamt2v weights pull {family.name}`, or use --model demo"
+        raise WeightsError(f"the weights of {family.name!r} are not here", hint)
+    _refuse(family, missing(family))
+
+
+def require_unchanged(family: Family, file: WeightFile) -> None:
+    """Refuse a file that was damaged or replaced since it was recorded. Raises WeightsError."""
+    found = {name: family.root / name for name in file.parts if (family.root / name).is_file()}
+    changed = (name for name, path in found.items() if not file.parts[name].matches(path))
+    _refuse(family, [f"{name} is damaged: its SHA-256 is not the recorded one" for name in changed])
+
+
+def verify(family: Family) -> None:
+    """Check size and SHA-256 of every file of a family. Raises WeightsError naming the first that differs."""
+    require(family)
+    found = {file.path: {name: Recorded.of(family.root / name) for name in file.parts} for file in family.files}
+    parts = [(name, part, found[file.path][name]) for file in family.files for name, part in file.parts.items()]
+    _refuse(family, [f"{name} is damaged" for name, part, now in parts if now.sha256 != part.sha256])
+    if family.sources:
+        with contextlib.suppress(OutputError):  # a home that cannot be written is hashed again next time
+            home.remember("files", {file.path: made_from(file.source, found[file.path]) for file in family.files})
+
+
+def made_from(source: str, parts: Mapping[str, Recorded]) -> dict[str, Any]:
+    """The row of one converted file in the record of the weights home."""
+    return {"source": source, "parts": {name: part.to_json() for name, part in parts.items()}}
+
+
+def _refuse(family: Family, problems: list[str]) -> None:
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        hint = "install streamt2v again; after training, record the new files"
+        if family.sources:
+            hint = f"delete what is damaged, then run `streamt2v weights pull {family.name}`"
+        raise WeightsError(f"the weights of {family.name!r} are not as recorded: {problems[0]}{more}", hint)
+
+
+def snapshot_of(repository: str) -> tuple[Path | None, dict[Path, Recorded]]:
+    """Folder of a fetched repository, and what its files must be; (None, {}) where it was never fetched."""
+    rows = home.recorded("snapshots").items()
+    row = next((row for request, row in rows if request.partition(" ")[0] == repository), None)
+    if row is None:
+        return None, {}
+    folder = Path(row["folder"])
+    return folder, {folder / name: Recorded.from_json(part) for name, part in row["files"].items()}
+
+
+def contents(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
+    """SHA-256 by name of the files with these endings in the folder of a pipeline and in its subfolders.
+
+    A fetched pipeline is what was recorded: other programs may add to the shared cache. Any other folder is hashed
+    once, then remembered by path.
+
+    Raises:
+        WeightsError: a file cannot be read.
+    """
+    fetched = [row["files"] for row in home.recorded("snapshots").values() if row["folder"] == str(folder)]
+    if fetched:
+        return {name: part["sha256"] for row in fetched for name, part in row.items() if name.endswith(tuple(suffixes))}
+    # Not rglob, which passes over linked folders: a part may lie on another disk.
+    paths = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.suffix in suffixes]
+    found = {path.relative_to(folder).as_posix(): path for path in paths}
+    place = str(folder.absolute())
+    known = home.recorded("folders").get(place, {"files": {}})["files"]
+    before = {name: Recorded.from_json(known[name]) for name in found if name in known}
+    try:
+        now = {name: before[name].now(path) if name in before else Recorded.of(path) for name, path in found.items()}
+    except OSError as error:
+        raise WeightsError(f"{error.filename} cannot be read: {error.strerror}") from error
+    if now != before:
+        with contextlib.suppress(OutputError):
+            home.remember("folders", {place: {"files": {name: part.to_json() for name, part in now.items()}}})
+    return {name: part.sha256 for name, part in now.items()}
+
+
+def folder_of(name: str) -> Path:
+    """Folder of a name that `weights list` shows. Raises WeightsError where it was never fetched."""
+    if (family := catalog.listed(name)) is not None:
+        return family.root / name
+    folder, _ = snapshot_of(catalog.pipelines()[name]["repository"])
+    if folder is None:
+        raise WeightsError(f"{name!r} is not here", f"fetch it with `streamt2v weights pull {name}`")
+    return folder
+
+
+def verify_snapshot(name: str) -> int:
+    """Check every file of a third-party pipeline; return how many. Raises WeightsError naming one that differs."""
+    folder_of(name)
+    _, parts = snapshot_of(catalog.pipelines()[name]["repository"])
+    for path, part in parts.items():
+        if not path.is_file() or home.sha256_of(path) != part.sha256:
+            raise WeightsError(f"{path} is not as recorded", f"remove it, then `streamt2v weights pull {name}`")
+    return len(parts)
+
+
+def describe_families() -> list[dict[str, Any]]:
+    """One row per family, then per third-party pipeline: name, state, bytes (0 where unknown), licence, what."""
+    rows = []
+    for family in catalog.families().values():
+        state = "absent" if is_absent(family) else "incomplete" if missing(family) else "ok"
+        rows.append(_row(family.name, state, family.num_bytes, family.licence, family.title))
+    for name, listed in catalog.pipelines().items():
+        parts = snapshot_of(listed["repository"])[1]
+        here = [part.has_size(path) for path, part in parts.items()]
+        state = "absent" if not any(here) else "ok" if all(here) else "incomplete"
+        rows.append(_row(name, state, _size(parts.values()), listed["licence"], f"{listed['what']} (first frames)"))
+    return rows
+
+
+def describe_files(family: Family) -> list[dict[str, Any]]:
+    """One row per file of a family, then per published file it is made from; columns as in `describe_families`."""
+    rows = []
+    for file in family.files:
+        whole = all(part.has_size(family.root / name) for name, part in file.parts.items())
+        state = "absent" if not file.parts else "ok" if whole else "incomplete"
+        rows.append(_row(file.path, state, _size(file.parts.values()), file.licence, file.what))
+    known = home.recorded("sources") if family.sources else {}
+    for source in family.sources:
+        size = source.bytes or known.get(source.name, {}).get("bytes", 0)
+        what = f"{source.what} (--source {source.choice})" if source.choice else source.what
+        rows.append(_row(source.name, "source", size, source.licence, what))
+    return rows
+
+
+def _row(name: str, state: str, size: int, licence: str, what: str) -> dict[str, Any]:
+    return {"name": name, "state": state, "bytes": size, "licence": licence, "what": what}
+
+
+def _size(parts: Iterable[Recorded]) -> int:
+    return sum(part.bytes for part in parts)
