@@ -24,8 +24,8 @@ from streamt2v.errors import ConfigError
 from streamt2v.models.layers import zero_init
 from streamt2v.models.unet3d import Conditioning
 
-FRAMES_AT_ONCE = 2
-"""Frames that pass the layers at the finest level together: bounds their memory at any length of a clip."""
+CELLS_AT_ONCE = 2 * 360 * 640
+"""Cells of frames that pass the finest layers together, where it is more than one frame: bounds their memory."""
 DETAIL = 5.0
 """Detail is amplified by so much, to be about as large as tones are."""
 _FREQUENCIES = 8
@@ -169,19 +169,20 @@ class Restorer(nn.Module):
             raise ConfigError(f"latents of {height}x{width} do not fit this network", "both must be multiples of 8")
         embedding = self._embedding(timestep, conditioning, batch).repeat_interleave(frames, 0)
         noisy, given = (as_frames(clip) for clip in (latents, source.expand_as(latents)))  # each [N, C, h, w]
-        pieces = [slice(at, at + FRAMES_AT_ONCE) for at in range(0, batch * frames, FRAMES_AT_ONCE)]
+        at_once = max(1, CELLS_AT_ONCE // (height * width))
+        pieces = [slice(at, at + at_once) for at in range(0, batch * frames, at_once)]
         if deep is None:
             x = torch.cat([self.enter(self._seen(noisy[piece], given[piece], whole=True)) for piece in pieces])
             deep = self._coarse(x, embedding, frames)
         place = torch.arange(batch * frames, device=latents.device).view(batch, frames)
         before = torch.cat([place[:, :1], place[:, :-1]], 1).flatten()
         after = torch.cat([place[:, 1:], place[:, -1:]], 1).flatten()
-        clean = []
+        clean = torch.empty_like(given)
         for piece in pieces:
             seen = self._seen(noisy[piece], given[piece], given[before[piece]], given[after[piece]])
             residual = self._finest(seen, deep[piece], embedding[piece])
-            clean.append(given[piece] + residual.to(given.dtype))
-        return torch.cat(clean).unflatten(0, (batch, frames)).transpose(1, 2), deep
+            clean[piece] = given[piece] + residual.to(given.dtype)
+        return clean.unflatten(0, (batch, frames)).transpose(1, 2), deep
 
     def _seen(self, noisy: Tensor, given: Tensor, *neighbours: Tensor, whole: bool = False) -> Tensor:
         """Return what convolutions see: what was noised and the fine detail of frames, and their tones if `whole`.
