@@ -62,15 +62,15 @@ class Residual(nn.Module):
         super().__init__()
         self.shifted = channels // 8 if temporal else 0
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.embedding = nn.Linear(embedding, channels)
+        self.embedding = nn.Linear(embedding, 2 * channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        zero_init(self.embedding)
 
     def forward(self, x: Tensor, embedding: Tensor, frames: int) -> Tensor:
         """Transform x [N, C, h, w] with an embedding [N, E]."""
         y = self.conv1(shift_frames(x, frames, self.shifted) if self.shifted else x)
+        gain, shift = self.embedding(embedding)[:, :, None, None].chunk(2, 1)
         # In place, as such layers spend as much time on moving numbers as on computing them.
-        y = F.leaky_relu(y.add_(self.embedding(embedding)[:, :, None, None]), 0.1, inplace=True)
+        y = F.leaky_relu(torch.addcmul(shift, y, 1 + gain), 0.1, inplace=True)
         return self.conv2(y).add_(x)
 
 
@@ -130,6 +130,8 @@ class Restorer(nn.Module):
         self.spread = nn.Conv2d(middle, 16 * fine, 1)
         self.fine = blocks(0, counts[0])
         self.conv_out = nn.Conv2d(fine, config.out_channels, 3, padding=1)
+        self.much = nn.Linear(config.embedding, config.out_channels)
+        zero_init(self.much)
         zero_init(self.conv_out)
         for layer in (self.conv_in, self.enter):  # noise would drown all else before it is known what it is for
             with torch.no_grad():
@@ -219,7 +221,7 @@ class Restorer(nn.Module):
         x = F.leaky_relu(x, 0.1, inplace=True)
         for block in self.fine:
             x = block(x, embedding, 1)
-        return self.conv_out(x)
+        return self.conv_out(x).mul_(1 + self.much(embedding)[:, :, None, None])
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ REFINER = RestorerConfig()
 FACTOR = 2
 REFINER_SCHEDULE = ScheduleConfig(kind="cosine_logsnr", prediction="sample")
 PATCH, PATCH_FRAMES = 96, 5
+USUAL = 0.04
+"""About the mean error of a source."""
 FLICKER = 0.3
 """Weight of errors that change from frame to frame, beside that of all errors."""
 FAITHFUL_SHARE, FAITHFUL_LEVELS, LEVELS = 0.8, 20, 700
@@ -125,7 +127,9 @@ def refiner_loss(
     conditioning = Conditioning((), patches.scales.log2().view(-1, 1))
     error = network(noisy, timesteps, conditioning, source) - truth
     rows = torch.stack([given.detach()[faithful].abs().sum() for given in (error, source - truth)])
-    return error.abs().mean() + FLICKER * error.diff(dim=2).abs().mean(), rows
+    # What is won in decibels counts, not in levels: rows of little error are weighed up, to one level of 255.
+    weight = USUAL / ((source - truth).abs().mean((1, 2, 3, 4), keepdim=True) + 2 / 255)
+    return (weight * error.abs()).mean() + FLICKER * (weight * error.diff(dim=2).abs()).mean(), rows
 
 
 def fresh() -> Restorer:
@@ -165,7 +169,7 @@ def refiner_job(shop: Workshop) -> Job:
         lambda folder: save(folder, network),
         lambda folder: f"error {float(shown[0] / shown[1].clamp(min=1e-9)):.3f} of the source's",
         # Layers at the rims and what is a sum over many of them: their steps must be small.
-        adam=bundle.parameters_in(network, "enter", "conv_in", "conv_out", "embed", "spread"),
+        adam=bundle.parameters_in(network, "enter", "conv_in", "conv_out", "embed", "spread", "much"),
         learning_rate=1e-3,
         average=0.999,
         samples=batch,
