@@ -24,7 +24,7 @@ from streamt2v.errors import ConfigError
 from streamt2v.models.layers import zero_init
 from streamt2v.models.unet3d import Conditioning
 
-CELLS_AT_ONCE = 2 * 360 * 640
+CELLS_AT_ONCE = 360 * 640
 """Cells of frames that pass the finest layers together, where it is more than one frame: bounds their memory."""
 DETAIL = 5.0
 """Detail is amplified by so much, to be about as large as tones are."""
