@@ -278,7 +278,8 @@ def coded(frames: Frames, crf: int, preset: str = "medium") -> Frames:
         container.streams.video[0].codec_context.thread_count = 1
         found = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     assert len(found) == count
-    return found[:, :height, :width]
+    shown: Frames = found[:, :height, :width].astype(np.uint8, copy=False)
+    return shown
 
 
 def _jpeg(frame: Frames, quality: int) -> Frames:
