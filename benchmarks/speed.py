@@ -47,8 +47,8 @@ from streamt2v.config import RunConfig
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from streamt2v.errors import MemoryLimitError
+from streamt2v.models import refiner
 from streamt2v.models.encoders import decode_latents, encode_frames, latent_factor, latent_size
-from streamt2v.models.refiner import legal_canvas
 from streamt2v.models.unet3d import Conditioning, TextContext, UNet3D
 from streamt2v.stages import stream
 from streamt2v.stages.denoise import Predict, Sampling, both_branches
@@ -245,6 +245,10 @@ class Networks:
         pooled = self.random(2, sizes.pooled_text_dim) if sizes.pooled_text_dim else None
         return TextContext(self.random(2, sizes.text_tokens, sizes.cross_attention_dim), pooled)
 
+    def refining_text(self, unet: Any) -> Conditioning:
+        """What a chunk of the refiner is told: random text, or that its source was enlarged tenfold."""
+        return refiner.prepare(unet, None if refiner.sees_source(unet.config) else self.text(unet), 10.0)
+
     @cached_property
     def streaming(self) -> stream.StreamModels:
         roles = {"unet": "stream.unet", "vae": "stream.vae", "cam": "stream.cam", "apm": "stream.apm",
@@ -253,7 +257,7 @@ class Networks:
         return stream.StreamModels(schedule=self.schedule("stream.unet"), **loaded)
 
     @cached_property
-    def refining(self) -> tuple[UNet3D, nn.Module]:
+    def refining(self) -> tuple[Any, nn.Module]:
         return self.load("refine.unet"), self.load("refine.vae")
 
     def streamer(self, config: RunConfig) -> stream.Streamer:
@@ -272,7 +276,7 @@ class Networks:
         """(H, W) that the refiner works on, for what fills the box or for a square as high."""
         height, width = self.config.output.height, self.config.output.width
         unet, vae = self.refining
-        return legal_canvas(height, height if square else width, unet.config, latent_factor(vae))
+        return refiner.legal_canvas(height, height if square else width, unet.config, latent_factor(vae))
 
     def chunk_step(
         self, canvas: tuple[int, int], way: Callable[[UNet3D], Any] = lambda unet: unet.run, batched: bool = True,
@@ -284,9 +288,11 @@ class Networks:
         refine = replace(
             self.config.refine, num_inference_steps=steps, guidance_stop=stop, reuse_interval=reuse_interval
         )  # fmt: skip
-        latents = self.random(refine.chunk, unet.config.in_channels, *latent_size(vae, *canvas))
-        text = unet.prepare(self.text(unet))
-        denoiser = Denoiser(way(unet), self.schedule("refine.unet"), lambda chunk: text, batched)
+        latents = self.random(refine.chunk, unet.config.out_channels, *latent_size(vae, *canvas))
+        latents = latents.to(getattr(vae, "latent_dtype", torch.float32))
+        text, looks = self.refining_text(unet), refiner.sees_source(unet.config)
+        schedule = self.schedule("refine.unet")
+        denoiser = Denoiser(way(unet), schedule, lambda chunk: text, batched, sees_source=looks)
         plan = refinement_plan(refine.chunk, refine.chunk, refine.overlap)
         return lambda: torch.cat(
             list(Refiner(denoiser, plan, refine, SeededDraws(0), lambda a, b: latents[a:b]).run())
@@ -328,9 +334,11 @@ def measure_parts(
             measured(step_name(False, False), canvas, work, frames=networks.config.refine.chunk)
         work = networks.chunk_step(canvas, reusing_step, guided=guided)
         measured(step_name(guided, True), canvas, work, frames=networks.config.refine.chunk)
-    vae = networks.refining[1]
-    for where, size in {"base": base, "canvas": canvas}.items():
-        frame, latents = networks.random(1, 3, *size), networks.random(1, 4, *latent_size(vae, *size))
+    streaming, (unet, vae) = networks.streaming, networks.refining
+    places = {"base": (base, streaming.unet, streaming.vae), "canvas": (canvas, unet, vae)}
+    for where, (size, unet, vae) in places.items():
+        channels = unet.config.out_channels
+        frame, latents = networks.random(1, 3, *size), networks.random(1, channels, *latent_size(vae, *size))
         measured(f"{ENCODE}, {where}", size, partial(encode_frames, vae, frame))
         measured(f"{DECODE}, {where}", size, partial(decode_latents, vae, latents))
     return found
@@ -338,11 +346,11 @@ def measure_parts(
 
 def totals(found: Mapping[str, Mapping[str, Any]], model: str, given: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Seconds of `LENGTH` frames after their first chunk, from those of the parts: extrapolated, nothing overlapped."""
-    result, refiner = {}, weights.family(model).path("refine.unet")
+    result, path = {}, weights.family(model).path("refine.unet")
     for quality in QUALITIES:
         stream, refine = (asked := settings(model, quality, given)).stream, asked.refine
         chunks = len(streaming_plan(LENGTH, stream.chunk, stream.overlap)) - 1
-        schedule = NoiseSchedule(ScheduleConfig.from_dict(weights.read_header(refiner)[2] or {}))
+        schedule = NoiseSchedule(ScheduleConfig.from_dict(weights.read_header(path)[2] or {}))
         stop = refine.guidance_stop * schedule.config.num_train_timesteps
         guided = [int(timestep) >= stop for timestep in noise_grid(schedule, refine)[0]]
         if refine.guidance_scale == 1:
@@ -366,14 +374,16 @@ def step_name(guided: bool, reusing: bool) -> str:
     return CHUNK_STEP + UNGUIDED * (not guided) + REUSING * reusing
 
 
-def reusing_step(unet: UNet3D) -> Any:
+def reusing_step(unet: Any) -> Any:
     """A network that computes its deep layers when it is first called, and never again."""
     kept: dict[int, Tensor] = {}
 
-    def run(latents: Tensor, timestep: Tensor, text: Conditioning, *_: Any) -> tuple[Tensor, Tensor]:
+    def run(
+        latents: Tensor, timestep: Tensor, text: Conditioning, cam: None, deep: None, *source: Tensor
+    ) -> tuple[Tensor, Tensor]:
         if len(latents) not in kept:
-            kept[len(latents)] = unet.run(latents, timestep, text)[1]
-        return unet.run(latents, timestep, text, deep=kept[len(latents)])
+            kept[len(latents)] = unet.run(latents, timestep, text, None, None, *source)[1]
+        return unet.run(latents, timestep, text, None, kept[len(latents)], *source)
 
     return run
 
@@ -399,10 +409,11 @@ def _laid_out(network: Any, flat: torch.memory_format, deep: torch.memory_format
 def gains(networks: Networks, compiled: bool) -> Iterator[tuple[str, Work, Work]]:
     """Yield what is gained, the way without it and the way with it; in stage 2, of one guided step."""
     models, config, (unet, vae) = networks.streaming, networks.config, networks.refining
-    channels, canvas, square = unet.config.out_channels, networks.canvas(), networks.canvas(square=True)
+    canvas, square = networks.canvas(), networks.canvas(square=True)
     text, shown = networks.text(models.unet), networks.base_frames(config.stream.overlap)
     tokens = stream.anchor_tokens(models, shown[0])
-    latents = networks.random(1, channels, config.stream.chunk, *latent_size(vae, *config.stream.size))
+    cells = latent_size(models.vae, *config.stream.size)
+    latents = networks.random(1, models.unet.config.out_channels, config.stream.chunk, *cells)
 
     def prepare() -> tuple[Conditioning, Conditioning]:
         assert models.cam is not None
@@ -430,15 +441,15 @@ def gains(networks: Networks, compiled: bool) -> Iterator[tuple[str, Work, Work]
         yield "both branches in one batch, refiner", one_by_one, networks.chunk_step(canvas)
     frames = latents[0].transpose(0, 1)
     new = frames[config.stream.overlap :]
-    decode = partial(decode_latents, vae)
+    decode = partial(decode_latents, models.vae)
     yield "only new frames are decoded, a chunk", lambda: decode(frames)[-len(new) :], lambda: decode(new)
     yield "no bars around a square clip, refiner", networks.chunk_step(canvas), networks.chunk_step(square)
     before, after = predictor(plain), predictor(channels_last)
     yield "channels last, stage 2", partial(step, before), partial(step, after)
     works = (networks.chunk_step(canvas, lambda unet, way=way: way(unet).run) for way in (plain, channels_last))
     yield "channels last, refiner", *works
-    frame, cells = networks.random(1, 3, *canvas), networks.random(1, channels, *latent_size(vae, *canvas))
-    works = (("encode", encode_frames, frame), ("decode", decode_latents, cells))
+    frame, packed = networks.random(1, 3, *canvas), (1, unet.config.out_channels, *latent_size(vae, *canvas))
+    works = (("encode", encode_frames, frame), ("decode", decode_latents, networks.random(*packed)))
     before_vae, after_vae = plain(vae), channels_last(vae)
     for what, way, given in works:
         yield f"channels last, {what} a frame", partial(way, before_vae, given), partial(way, after_vae, given)
@@ -492,12 +503,14 @@ def rounding(networks: Networks) -> dict[str, float | None]:
     """What 16 bit (bfloat16 where the device is a CPU) changes against 32 in the plain networks."""
     short = torch.bfloat16 if networks.device.kind == "cpu" else torch.float16
     found = {}
-    for name, unet in {"stage 2": networks.streaming.unet, "refiner": networks.refining[0]}.items():
-        text, vae = networks.text(unet), networks.refining[1]
-        size = legal_canvas(*networks.config.stream.size, unet.config, latent_factor(vae))
-        latents = networks.random(1, unet.config.in_channels, networks.config.stream.chunk, *latent_size(vae, *size))
+    parts = {"stage 2": (networks.streaming.unet, networks.streaming.vae), "refiner": networks.refining}
+    for name, (unet, vae) in parts.items():
+        size = refiner.legal_canvas(*networks.config.stream.size, unet.config, latent_factor(vae))
+        latents = networks.random(1, unet.config.out_channels, networks.config.stream.chunk, *latent_size(vae, *size))
+        latents = latents.expand(2, -1, -1, -1, -1)
+        beside = (latents,) if refiner.sees_source(unet.config) else ()
         ways = [plain(unet).to(dtype) for dtype in (torch.float32, short)]
-        one, other = (way(latents.expand(2, -1, -1, -1, -1), 500, way.prepare(text)) for way in ways)
+        one, other = (way(latents, 500, networks.refining_text(way), *beside) for way in ways)
         found[name] = difference(one, other)
     return found
 

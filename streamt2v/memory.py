@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 UNET_FEATURES, FEATURES_BESIDE_FEED_FORWARD, CAM_FEATURES, VAE_FEATURES = 14, 6.5, 4, 6
-RESTORING_LATENTS = 4
+RESTORING_LATENTS = 6
 FEED_FORWARD_WIDTH = 16  # inside of a gated feed-forward: projection 8, gate 4, product 4 times as wide as its input
 MARGIN, OWN_BYTES = 1.15, 600_000_000  # fragments of the allocator; libraries and contexts
 MANY_ROWS, FEW_ROWS = 1 << 17, 1 << 15

@@ -624,8 +624,6 @@ class _Maker:
             network = weights.load(self.family, role, place, getattr(torch, policy.precision))
             if isinstance(network, torch.nn.Module):
                 slice_feed_forwards(network, policy.feed_forward_rows)
-                if getattr(network, "narrow", False) and devices.has_bfloat16(self.device):
-                    network.to(torch.bfloat16)
                 devices.arrange(network, self.device)
                 if role.endswith(".vae"):
                     for half in (network.get_submodule("encoder"), network.get_submodule("decoder")):

@@ -24,8 +24,8 @@ from streamt2v.errors import ConfigError
 from streamt2v.models.layers import zero_init
 from streamt2v.models.unet3d import Conditioning
 
-FRAMES_AT_ONCE = 2
-"""Frames that pass the layers at the finest level together: bounds their memory at any length of a clip."""
+CELLS_AT_ONCE = 360 * 640
+"""Cells of frames that pass the finest layers together, where it is more than one frame: bounds their memory."""
 DETAIL = 5.0
 """Detail is amplified by so much, to be about as large as tones are."""
 _FREQUENCIES = 8
@@ -62,15 +62,15 @@ class Residual(nn.Module):
         super().__init__()
         self.shifted = channels // 8 if temporal else 0
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.embedding = nn.Linear(embedding, channels)
+        self.embedding = nn.Linear(embedding, 2 * channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        zero_init(self.embedding)
 
     def forward(self, x: Tensor, embedding: Tensor, frames: int) -> Tensor:
         """Transform x [N, C, h, w] with an embedding [N, E]."""
         y = self.conv1(shift_frames(x, frames, self.shifted) if self.shifted else x)
+        gain, shift = self.embedding(embedding)[:, :, None, None].chunk(2, 1)
         # In place, as such layers spend as much time on moving numbers as on computing them.
-        y = F.leaky_relu(y.add_(self.embedding(embedding)[:, :, None, None]), 0.1, inplace=True)
+        y = F.leaky_relu(torch.addcmul(shift, y, 1 + gain), 0.1, inplace=True)
         return self.conv2(y).add_(x)
 
 
@@ -130,6 +130,8 @@ class Restorer(nn.Module):
         self.spread = nn.Conv2d(middle, 16 * fine, 1)
         self.fine = blocks(0, counts[0])
         self.conv_out = nn.Conv2d(fine, config.out_channels, 3, padding=1)
+        self.much = nn.Linear(config.embedding, config.out_channels)
+        zero_init(self.much)
         zero_init(self.conv_out)
         for layer in (self.conv_in, self.enter):  # noise would drown all else before it is known what it is for
             with torch.no_grad():
@@ -169,19 +171,20 @@ class Restorer(nn.Module):
             raise ConfigError(f"latents of {height}x{width} do not fit this network", "both must be multiples of 8")
         embedding = self._embedding(timestep, conditioning, batch).repeat_interleave(frames, 0)
         noisy, given = (as_frames(clip) for clip in (latents, source.expand_as(latents)))  # each [N, C, h, w]
-        pieces = [slice(at, at + FRAMES_AT_ONCE) for at in range(0, batch * frames, FRAMES_AT_ONCE)]
+        at_once = max(1, CELLS_AT_ONCE // (height * width))
+        pieces = [slice(at, at + at_once) for at in range(0, batch * frames, at_once)]
         if deep is None:
             x = torch.cat([self.enter(self._seen(noisy[piece], given[piece], whole=True)) for piece in pieces])
             deep = self._coarse(x, embedding, frames)
         place = torch.arange(batch * frames, device=latents.device).view(batch, frames)
         before = torch.cat([place[:, :1], place[:, :-1]], 1).flatten()
         after = torch.cat([place[:, 1:], place[:, -1:]], 1).flatten()
-        clean = []
+        clean = torch.empty_like(given)
         for piece in pieces:
             seen = self._seen(noisy[piece], given[piece], given[before[piece]], given[after[piece]])
             residual = self._finest(seen, deep[piece], embedding[piece])
-            clean.append(given[piece] + residual.to(given.dtype))
-        return torch.cat(clean).unflatten(0, (batch, frames)).transpose(1, 2), deep
+            clean[piece] = given[piece] + residual.to(given.dtype)
+        return clean.unflatten(0, (batch, frames)).transpose(1, 2), deep
 
     def _seen(self, noisy: Tensor, given: Tensor, *neighbours: Tensor, whole: bool = False) -> Tensor:
         """Return what convolutions see: what was noised and the fine detail of frames, and their tones if `whole`.
@@ -218,7 +221,7 @@ class Restorer(nn.Module):
         x = F.leaky_relu(x, 0.1, inplace=True)
         for block in self.fine:
             x = block(x, embedding, 1)
-        return self.conv_out(x)
+        return self.conv_out(x).mul_(1 + self.much(embedding)[:, :, None, None])
 
 
 @dataclass(frozen=True)

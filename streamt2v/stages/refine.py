@@ -165,15 +165,15 @@ class Refiner:
             self._run_step(chunk)
             while (stop := self._final_stop()) > state.finished:
                 slots = range(state.finished, stop)
-                final = {slot: state.latents.pop(slot) for slot in slots}
-                for slot in slots:
-                    del state.previous[slot]
+                shown = torch.stack([state.latents[slot] for slot in slots if self._is_shown(slot)])
+                for slot in slots:  # what is left of a chunk's estimate goes with them
+                    del state.latents[slot], state.previous[slot]
                 state.finished = stop
                 # Once a group, not once a step: that would wait for the device. A state is stored after a group.
                 if self.finite is not None and not bool(self.finite):
                     raise NumericsError("the refiner produced NaN or Inf")
                 self._forget(stop)
-                yield torch.stack([latents for slot, latents in final.items() if self._is_shown(slot)])
+                yield shown
 
     def _is_shown(self, slot: int) -> bool:
         """Tell whether the output takes a slot: without blending, the frames a chunk adds."""
@@ -256,6 +256,8 @@ class Refiner:
         for slot in slots:
             if self._steps_done(slot) > step:
                 self._advance(slot, step)
+            elif slot in self.state.pending:  # a copy: a part would keep all of the estimate in memory
+                self.state.pending[slot] = self.state.pending[slot].clone()
 
     def _chunk_estimate(self, index: int, latents: Tensor, step: int) -> Tensor:
         """Return the clean estimate of a chunk's latents, with its deep features of the last whole step."""
@@ -284,7 +286,7 @@ class Refiner:
 
     def _clean_estimate(self, predict: Predict, latents: Tensor, step: int) -> Tensor:
         """Predict the clean latents of one chunk: [F, C, h, w] -> [F, C, h, w]."""
-        scaled = (latents / (self.rho[step] ** 2 + 1) ** 0.5).transpose(0, 1).unsqueeze(0)  # [1, C, F, h, w]
+        scaled = latents.transpose(0, 1).unsqueeze(0) / (self.rho[step] ** 2 + 1) ** 0.5  # [1, C, F, h, w]
         timestep = int(self.timesteps[step])
         scale = self.settings.guidance_scale
         stop = self.settings.guidance_stop * self.denoiser.schedule.config.num_train_timesteps

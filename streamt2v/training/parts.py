@@ -23,6 +23,7 @@ from streamt2v.training.batches import Batch
 from streamt2v.training.denoisers import Lesson, OwnStates, TextSource, own_states, streamed
 from streamt2v.training.engine import Job
 from streamt2v.training.losses import pixel_effect
+from streamt2v.training.refiner import refiner_job
 from streamt2v.training.sheets import image_sheet, models, streaming_sheet, text_sheet
 from streamt2v.training.world import judge, vae
 from streamt2v.training.world.captions import build_tokenizer
@@ -485,5 +486,6 @@ JOBS: dict[str, Callable[[Workshop], Job]] = {
     "joint": joint_job,
     "concatenated": concatenated_job,
     "image_to_video": image_to_video_job,
+    "refiner": refiner_job,
     "judge": judge_job,
 }

@@ -68,7 +68,7 @@ def test_pieces_batches_and_reuse_change_nothing(monkeypatch: pytest.MonkeyPatch
         rows = slice(row, row + 1)
         one = made(noisy[rows], times[rows], told.rows(rows), source[rows])
         assert torch.allclose(one, whole[rows], atol=1e-4)
-    monkeypatch.setattr(restorer, "FRAMES_AT_ONCE", 3)
+    monkeypatch.setattr(restorer, "CELLS_AT_ONCE", 3 * 8 * 16)
     assert torch.allclose(made(noisy, times, told, source), whole, atol=1e-5)
 
 

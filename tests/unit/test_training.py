@@ -5,14 +5,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
 from streamt2v.diffusion.schedules import NoiseSchedule
 from streamt2v.errors import ConfigError, NumericsError, OutputError, WeightsError
-from streamt2v.training import batches, denoisers, engine, losses, parts, sheets
+from streamt2v.training import batches, denoisers, engine, losses, parts, photographs, sheets
 from streamt2v.training.batches import Ring
 from streamt2v.training.engine import Job
 from streamt2v.training.loop import PARTS, train
@@ -43,6 +45,15 @@ def micro_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "image_accuracy", lambda *args: {})
 
 
+@pytest.fixture(autouse=True)
+def one_photograph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stripes instead of the photographs, filmed for a moment."""
+    stripes = Image.fromarray(np.indices((400, 600)).sum(0).astype(np.uint8) // 8 * 64).convert("RGB")
+    monkeypatch.setattr(photographs, "load", lambda folder: [stripes])
+    monkeypatch.setattr(photographs, "SIZE", (104, 112))
+    monkeypatch.setattr(photographs, "CLIP_FRAMES", 5)
+
+
 def _few(draw):  # type: ignore[no-untyped-def]
     return lambda self, count, fresh: draw(self, count, 0.0, 4)
 
@@ -55,6 +66,7 @@ def test_every_part_trains_on_what_the_parts_before_it_left(tmp_path: Path) -> N
         assert lines[-1].startswith("done: 2 steps")
     files = {path.name for path in tmp_path.glob("*.safetensors")}
     networks = ["vae", "text", "vision", "unet", "cam", "apm", "concatenated", "image_to_video", "judge"]
+    networks += ["refiner", "pixels"]
     assert files == {f"{name}.safetensors" for name in networks}
     assert (tmp_path / "tokenizer.json").is_file()
     table = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]

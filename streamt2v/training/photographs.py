@@ -1,0 +1,335 @@
+"""Clips with exact truth for the refiner: photographs under a moving camera, and what cameras and codecs do to them.
+
+A camera pans, zooms, turns and shakes over a photograph, which gives a sharp clip of any size. The poor version is made
+from it: blurred, made smaller, made noisy, coded, and enlarged again as the pipeline does it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.nn import functional
+
+from streamt2v.errors import WeightsError
+from streamt2v.frames import Frames, resize, to_float, to_u8
+
+LIST = Path(__file__).with_name("photographs.toml")
+CLIP_FRAMES, SIZE = 12, (240, 360)
+LONGEST = 3000
+"""Photographs are shrunk to this many pixels: most show no more detail than that."""
+SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 10.0)
+SHARES = (0.2, 0.05, 0.42, 0.05, 0.06, 0.08, 0.04, 0.04, 0.06)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A clip as it should be and as it came, both [F, 3, H, W] in [-1, 1], and how many times it was enlarged."""
+
+    truth: Tensor
+    source: Tensor
+    scale: float
+
+
+def listed() -> list[dict[str, str]]:
+    """Return the rows of the list: name, package, origin, author, licence, sha256."""
+    rows: list[dict[str, str]] = tomllib.loads(LIST.read_text())["photographs"]
+    return rows
+
+
+def load(folder: Path) -> list[Image.Image]:
+    """Find every listed photograph below a folder, by name and checksum.
+
+    Raises:
+        WeightsError: none or not all are there; says how to get them.
+    """
+    rows = listed()
+    there = {path.name: path for path in sorted(folder.rglob("*")) if path.is_file()} if folder.is_dir() else {}
+    lost = [row for row in rows if row["name"] not in there or _sha256(there[row["name"]]) != row["sha256"]]
+    if lost:
+        packages = ", ".join(sorted({row["package"] for row in lost}))
+        raise WeightsError(
+            f"{len(lost)} of {len(rows)} photographs are not in {folder}",
+            f"unpack these packages there (docs/photographs.md says how): {packages}",
+        )
+    return [_open(there[row["name"]]) for row in rows]
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _open(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        image.draft("RGB", (LONGEST, LONGEST))
+        found = image.convert("RGB")
+    found.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
+    return found
+
+
+class Camera:
+    """Random numbers of one clip, from a torch generator."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    def uniform(self, low: float, high: float) -> float:
+        """Draw a number."""
+        return low + (high - low) * float(torch.rand((), generator=self.generator))
+
+    def normal(self, deviation: float) -> float:
+        """Draw a number around zero."""
+        return deviation * float(torch.randn((), generator=self.generator))
+
+    def happens(self, probability: float) -> bool:
+        """Draw whether something happens."""
+        return self.uniform(0, 1) < probability
+
+    def below(self, count: int) -> int:
+        """Draw an index."""
+        return int(torch.randint(count, (), generator=self.generator))
+
+    def path(self, frames: int, liveliness: float) -> list[tuple[float, float, float, float]]:
+        """Return (x, y) in output pixels, zoom and angle of every frame: steady motion and some shaking."""
+        if self.happens(0.2):
+            return [(0.0, 0.0, 1.0, 0.0)] * frames
+        speed = liveliness * self.uniform(0, 1) ** 2 * 12
+        heading = self.uniform(0, 2 * math.pi)
+        zoom, turn = self.normal(0.003 * liveliness), self.normal(0.003 * liveliness)
+        shake = self.uniform(0, 1.2) if self.happens(0.4) else 0.0
+        steps = []
+        for frame in range(frames):
+            t = frame - frames / 2
+            x = t * speed * math.cos(heading) + self.normal(shake)
+            y = t * speed * math.sin(heading) + self.normal(shake)
+            steps.append((x, y, math.exp(t * zoom), t * turn))
+        return steps
+
+
+def photograph_clip(photographs: Sequence[Image.Image], size: tuple[int, int], camera: Camera) -> Frames:
+    """Film a photograph: frames uint8 [F, H, W, 3], drawn at twice the size and averaged."""
+    picture = photographs[camera.below(len(photographs))]
+    height, width = size
+    # Photograph pixels a pixel of the clip: never enlarged, so that the truth is sharp.
+    most = min(picture.height / height, picture.width / width) / 1.1
+    ratio = min(math.exp(camera.uniform(math.log(1.0), math.log(3.5))), max(most, 0.7))
+    if ratio > 2.4:
+        picture, ratio = picture.reduce(2), ratio / 2
+    scale = ratio / 2
+    margin_x, margin_y = (picture.width - width * ratio) / 2, (picture.height - height * ratio) / 2
+    centre = (
+        picture.width / 2 + camera.uniform(-1, 1) * max(margin_x - 20, 0),
+        picture.height / 2 + camera.uniform(-1, 1) * max(margin_y - 20, 0),
+    )
+    mirror = -1 if camera.happens(0.5) else 1
+    quarter = camera.below(4) * math.pi / 2 if camera.happens(0.3) else 0.0
+    shown = []
+    for x, y, zoom, angle in camera.path(CLIP_FRAMES, 1.0):
+        turn, by = angle + quarter, scale * zoom
+        cos, sin = math.cos(turn) * by, math.sin(turn) * by
+        a, b, d, e = mirror * cos, -mirror * sin, sin, cos
+        cx, cy = centre[0] + x * ratio, centre[1] + y * ratio
+        matrix = (a, b, cx - a * width - b * height, d, e, cy - d * width - e * height)
+        corners = [
+            (a * u + b * v + matrix[2], d * u + e * v + matrix[5]) for u in (0, 2 * width) for v in (0, 2 * height)
+        ]
+        left, top = (max(0, int(min(c[axis] for c in corners)) - 3) for axis in (0, 1))
+        right = min(picture.width, int(max(c[0] for c in corners)) + 4)
+        bottom = min(picture.height, int(max(c[1] for c in corners)) + 4)
+        if right - left < 4 or bottom - top < 4:
+            left, top, right, bottom = 0, 0, picture.width, picture.height
+        part = np.pad(
+            np.asarray(picture.crop((left, top, right, bottom))),
+            ((64, 64), (64, 64), (0, 0)),
+            "symmetric" if min(right - left, bottom - top) > 64 else "edge",
+        )
+        moved = (a, b, matrix[2] - left + 64, d, e, matrix[5] - top + 64)
+        large = Image.fromarray(part).transform(
+            (2 * width, 2 * height), Image.Transform.AFFINE, moved, Image.Resampling.BICUBIC
+        )
+        shown.append(np.asarray(large.reduce(2)))
+    return np.stack(shown)
+
+
+def put_in_front(frames: Frames, other: Frames, camera: Camera) -> Frames:
+    """Let a part of another clip move across, with an outline of a blob or of letters: things that cover others."""
+    count, height, width, _ = frames.shape
+    shape = Image.new("L", (4 * width, 4 * height))
+    draw = ImageDraw.Draw(shape)
+    letters = camera.happens(0.5)
+    colour = None
+    if letters:
+        colour = np.array([camera.below(256) for _ in range(3)])
+        colour = colour if camera.happens(0.5) else np.array([255, 255, 255] if camera.happens(0.5) else [0, 0, 0])
+        for _ in range(1 + camera.below(8)):
+            text = "".join(
+                chr(33 + camera.below(94)) if camera.happens(0.85) else " " for _ in range(3 + camera.below(22))
+            )
+            points = 4 * camera.uniform(7, 40)
+            at = (camera.uniform(-0.1, 0.8) * 4 * width, camera.uniform(0, 0.9) * 4 * height)
+            draw.text(at, text, 255, ImageFont.load_default(points))
+    else:
+        cx, cy, r = camera.uniform(0, 4 * width), camera.uniform(0, 4 * height), camera.uniform(0.1, 0.4) * 4 * height
+        sides = 3 + camera.below(9)
+        points_ = [
+            (
+                cx + r * camera.uniform(0.5, 1) * math.cos(k * 2 * math.pi / sides),
+                cy + r * camera.uniform(0.5, 1) * math.sin(k * 2 * math.pi / sides),
+            )
+            for k in range(sides)
+        ]
+        draw.polygon(points_, 255)
+    made = []
+    for frame, (x, y, zoom, angle) in enumerate(camera.path(count, 0.8)):
+        cos, sin = math.cos(angle) * zoom * 2, math.sin(angle) * zoom * 2
+        matrix = (
+            cos,
+            -sin,
+            2 * width + 4 * x - cos * width + sin * height,
+            sin,
+            cos,
+            2 * height + 4 * y - sin * width - cos * height,
+        )
+        outline = shape.transform(
+            (2 * width, 2 * height), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR
+        ).reduce(2)
+        mask = np.asarray(outline)[..., None] / 255
+        front = other[frame] if colour is None else colour
+        made.append(np.round(frames[frame] * (1 - mask) + front * mask).astype(np.uint8))
+    return np.stack(made)
+
+
+def poorer(truth: Tensor, scale: float, camera: Camera) -> Tensor:
+    """Leave the clip [F, 3, H, W] as a camera or a codec would, `scale` times smaller, and enlarge it again."""
+    height, width = truth.shape[-2:]
+    small = (max(8, round(height / scale)), max(8, round(width / scale)))
+    x = truth
+    if camera.happens(0.25 if scale > 1 else 0.35):
+        x = blur(x, camera.uniform(0.2, 0.9) * scale)
+    if small != (height, width):
+        kind = camera.below(4)
+        if kind == 0 and scale == round(scale):
+            x = functional.avg_pool2d(x, int(scale)) if height % scale == 0 and width % scale == 0 else resize(x, small)
+        elif kind == 1:
+            x = functional.interpolate(x, size=small, mode="bilinear", antialias=True)
+        elif kind == 2:
+            shown = to_u8(x)
+            x = to_float(
+                np.stack([np.asarray(Image.fromarray(f).resize(small[::-1], Image.Resampling.LANCZOS)) for f in shown])
+            )
+        else:
+            x = resize(x, small)
+    if camera.happens(0.3):
+        grain = torch.randn(x.shape, generator=camera.generator)
+        if camera.happens(0.5):
+            grain = grain.mean(1, keepdim=True) * 3**0.5 * 0.8 + grain * 0.3
+        if camera.happens(0.3):
+            grain = functional.avg_pool2d(grain, 3, 1, 1) * 2
+        x = x + grain * (camera.uniform(0, 1) ** 2 * 10 / 127.5)
+    shown = to_u8(x)
+    if camera.happens(0.5):
+        shown = coded(shown, int(camera.uniform(16, 37)), "veryfast" if camera.happens(0.5) else "medium")
+    elif camera.happens(0.15):
+        shown = np.stack([_jpeg(frame, 30 + camera.below(65)) for frame in shown])
+    if camera.happens(0.03):
+        levels = 24 + camera.below(40)  # banding
+        shown = (np.round(shown / 255 * levels) / levels * 255).astype(np.uint8)
+    return resize(to_float(shown), (height, width))
+
+
+def blur(x: Tensor, sigma: float) -> Tensor:
+    """Smooth frames [F, 3, H, W] by a Gaussian of `sigma` pixels."""
+    reach = max(1, math.ceil(3 * sigma))
+    offsets = torch.arange(-reach, reach + 1, dtype=torch.float32)
+    kernel = torch.softmax(-(offsets**2) / (2 * sigma**2), 0)
+    for shape, padding in (((1, 1, 1, -1), (reach, reach, 0, 0)), ((1, 1, -1, 1), (0, 0, reach, reach))):
+        x = functional.conv2d(
+            functional.pad(x, padding, mode="replicate"), kernel.view(shape).expand(3, -1, -1, -1), groups=3
+        )
+    return x
+
+
+def coded(frames: Frames, crf: int, preset: str = "medium") -> Frames:
+    """Code frames as H.264 in yuv420p and decode them again; an odd last row or column is repeated for it."""
+    import av
+
+    count, height, width, _ = frames.shape
+    even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")
+    file = io.BytesIO()
+    # Repeatable only without the tree of macroblocks, and with one thread.
+    options = {"crf": str(crf), "preset": preset, "x264-params": "mbtree=0:threads=1:lookahead-threads=1"}
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=25, options=options)
+        stream.height, stream.width, stream.pix_fmt = even.shape[1], even.shape[2], "yuv420p"
+        for array in even:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+        container.mux(stream.encode())
+    file.seek(0)
+    with av.open(file, "r") as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        found = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    assert len(found) == count
+    shown: Frames = found[:, :height, :width].astype(np.uint8, copy=False)
+    return shown
+
+
+def _jpeg(frame: Frames, quality: int) -> Frames:
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "jpeg", quality=quality)
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def world_clip(size: tuple[int, int], camera: Camera) -> Tensor:
+    """Render a clip of the drawn world [F, 3, H, W], all of it or a part."""
+    from streamt2v.training.world.drawing import render
+    from streamt2v.training.world.scenes import sample_scenes
+
+    scenes = sample_scenes(1, camera.generator)
+    # A picture of 1280x720 would show 1/zoom times as much as this clip.
+    zoom = min(1.0, size[1] / 1280 * camera.uniform(1.0, 2.0)) if camera.happens(0.8) else 1.0
+    left, top = camera.uniform(0, 1 - zoom), camera.uniform(0, 1 - zoom)
+    high = zoom * size[0] / size[1] * 16 / 9
+    view = (left, min(top, 1 - high), left + zoom, min(top, 1 - high) + high)
+    start = camera.below(400)
+    return render(scenes, torch.arange(start, start + CLIP_FRAMES)[None], *size, view)[0].clamp(-1, 1)
+
+
+class PairSource:
+    """Endless pairs, photographs and drawn world mixed."""
+
+    def __init__(self, photographs: Sequence[Image.Image], generator: torch.Generator, world: float = 0.2) -> None:
+        self.photographs, self.generator, self.world = photographs, generator, world
+
+    def pairs(self) -> Iterator[Pair]:
+        """Yield one pair after the other."""
+        while True:
+            yield self.make()
+
+    def make(self) -> Pair:
+        """Make one pair of about 384x256 pixels."""
+        camera = Camera(self.generator)
+        scale = SCALES[int(torch.multinomial(torch.tensor(SHARES), 1, generator=self.generator))]
+        if scale > 1 and camera.happens(0.3):
+            scale = max(1.0, scale * camera.uniform(0.8, 1.2))
+        drawn = camera.happens(self.world)
+        if drawn and camera.happens(0.5):
+            scale = 10.0
+        size = SIZE
+        if drawn:
+            truth = world_clip(size, camera)
+        else:
+            shown = photograph_clip(self.photographs, size, camera)
+            if camera.happens(0.4):
+                shown = put_in_front(shown, photograph_clip(self.photographs, size, camera), camera)
+            truth = to_float(shown)
+        return Pair(truth, poorer(truth, scale, camera), scale)

@@ -1,0 +1,178 @@
+"""The refiner's sizes, schedule and loss: restore clips from photographs and the drawn world at any noise level.
+
+Most rows show what SDEdit starts from, the source with a little noise, and ask for the truth: a faithful refiner. The
+others are on the way of a run from much noise: the state holds some of the truth already, which is to be kept.
+"""
+# Calling a torch module is typed as Any.
+# mypy: disable-error-code="no-any-return, no-untyped-call"
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from streamt2v.models.restorer import PixelCodec, PixelCodecConfig, Restorer, RestorerConfig
+from streamt2v.models.unet3d import Conditioning
+from streamt2v.training import bundle, photographs
+from streamt2v.training.engine import Job
+from streamt2v.training.photographs import Pair, PairSource
+from streamt2v.weights import save_module
+
+if TYPE_CHECKING:
+    from streamt2v.training.parts import Workshop
+
+REFINER = RestorerConfig()
+FACTOR = 2
+REFINER_SCHEDULE = ScheduleConfig(kind="cosine_logsnr", prediction="sample")
+PATCH, PATCH_FRAMES = 96, 5
+USUAL = 0.04
+"""About the mean error of a source."""
+FLICKER = 0.3
+"""Weight of errors that change from frame to frame, beside that of all errors."""
+FAITHFUL_SHARE, FAITHFUL_LEVELS, LEVELS = 0.8, 20, 700
+
+
+@dataclass(frozen=True)
+class Patches:
+    """A batch of clips [B, 3, F, P, P] in [-1, 1], and how many times each was enlarged [B]."""
+
+    truth: Tensor
+    source: Tensor
+    scales: Tensor
+
+    def to(self, device: str) -> Patches:
+        """Move everything to a device."""
+        return Patches(self.truth.to(device), self.source.to(device), self.scales.to(device))
+
+
+class PatchSource:
+    """Patches from the pairs made last; one new pair is made every few draws.
+
+    Of several places the liveliest is taken half of the time: skies teach little.
+    """
+
+    def __init__(
+        self, pairs: Iterator[Pair], generator: torch.Generator, kept: int = 48, draws_a_pair: int = 8
+    ) -> None:
+        self.pairs, self.generator, self.kept, self.draws_a_pair = pairs, generator, kept, draws_a_pair
+        self.pool: list[Pair] = []
+        self.draws = 0
+
+    def draw(self, count: int) -> Patches:
+        """Draw patches."""
+        while len(self.pool) < min(self.kept, 8 + self.draws // self.draws_a_pair):
+            self.pool.append(next(self.pairs))
+        if self.draws % self.draws_a_pair == 0:
+            self.pool[(self.draws // self.draws_a_pair) % len(self.pool)] = next(self.pairs)
+        self.draws += 1
+        rows = [self._patch(self.pool[self._below(len(self.pool))]) for _ in range(count)]
+        truth, source = (torch.stack(clips).transpose(1, 2) for clips in ([r[0] for r in rows], [r[1] for r in rows]))
+        return Patches(truth, source, torch.tensor([row[2] for row in rows]))
+
+    def _below(self, count: int) -> int:
+        return int(torch.randint(count, (), generator=self.generator))
+
+    def _patch(self, pair: Pair) -> tuple[Tensor, Tensor, float]:
+        frames, _, height, width = pair.truth.shape
+        start = self._below(frames - PATCH_FRAMES + 1)
+        tries = 3 if self._below(2) else 1
+        best: tuple[float, int, int] | None = None
+        for _ in range(tries):
+            # Cells of the codec lie on a grid of the whole picture, source pixels on another: any offset occurs.
+            top, left = self._below(height - PATCH + 1), self._below(width - PATCH + 1)
+            part = pair.truth[start, :, top : top + PATCH, left : left + PATCH]
+            lively = float(part.diff(dim=1).abs().mean() + part.diff(dim=2).abs().mean())
+            best = max(best, (lively, top, left)) if best else (lively, top, left)
+        assert best is not None
+        _, top, left = best
+        window = (slice(start, start + PATCH_FRAMES), slice(None), slice(top, top + PATCH), slice(left, left + PATCH))
+        truth, source = pair.truth[window], pair.source[window]
+        for axis in (2, 3):
+            if self._below(2):
+                truth, source = truth.flip(axis), source.flip(axis)
+        if self._below(2):
+            truth, source = truth.transpose(2, 3), source.transpose(2, 3)
+        if self._below(2):
+            truth, source = truth.flip(0), source.flip(0)
+        return truth, source, pair.scale
+
+
+def pack(clips: Tensor) -> Tensor:
+    """Pixels [B, 3, F, H, W] to latents [B, C, F, h, w], as the pixel codec packs them."""
+    return functional.pixel_unshuffle(clips.transpose(1, 2), FACTOR).transpose(1, 2)
+
+
+def refiner_loss(
+    network: Restorer, patches: Patches, schedule: NoiseSchedule, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return the loss, and the errors [2] of the network and of the source in faithful rows, to be compared."""
+    truth, source = pack(patches.truth), pack(patches.source)
+    count = len(truth)
+    faithful = torch.rand(count, generator=generator) < FAITHFUL_SHARE
+    u = torch.rand(count, generator=generator)
+    timesteps = torch.where(faithful, u * FAITHFUL_LEVELS, u * LEVELS).long()
+    # How much of the source is left in the state: all of it at the start of a run, none of it late in one.
+    left = torch.where(torch.rand(count, generator=generator) < 0.4, 1.0, torch.rand(count, generator=generator))
+    left = torch.where(faithful, 1.0, left).view(-1, 1, 1, 1, 1).to(truth.device)
+    noise = torch.randn(truth.shape, generator=generator).to(truth.device)
+    timesteps = timesteps.to(truth.device)
+    noisy = schedule.add_noise(truth.lerp(source, left), noise, timesteps)
+    conditioning = Conditioning((), patches.scales.log2().view(-1, 1))
+    error = network(noisy, timesteps, conditioning, source) - truth
+    rows = torch.stack([given.detach()[faithful].abs().sum() for given in (error, source - truth)])
+    # What is won in decibels counts, not in levels: rows of little error are weighed up, to one level of 255.
+    weight = USUAL / ((source - truth).abs().mean((1, 2, 3, 4), keepdim=True) + 2 / 255)
+    return (weight * error.abs()).mean() + FLICKER * (weight * error.diff(dim=2).abs()).mean(), rows
+
+
+def fresh() -> Restorer:
+    """Return a network that leaves its source as it is."""
+    return Restorer(REFINER)
+
+
+def save(folder: Path, network: Restorer) -> None:
+    """Write the refiner and the codec that packs pixels for it."""
+    save_module(folder / "refiner.safetensors", network, asdict(REFINER_SCHEDULE))
+    save_module(folder / "pixels.safetensors", PixelCodec(PixelCodecConfig((3,) * (1 + FACTOR.bit_length() - 1))))
+
+
+def refiner_job(shop: Workshop) -> Job:
+    """The refiner, on photographs that lie in out/photographs and on the drawn world.
+
+    Raises:
+        WeightsError: photographs are missing.
+    """
+    network = shop.resumed("refiner", fresh())
+    seen = PairSource(photographs.load(shop.out / "photographs"), shop.generator)
+    source = PatchSource(seen.pairs(), shop.generator)
+    schedule = NoiseSchedule(REFINER_SCHEDULE)
+    shown = torch.zeros(2, dtype=torch.float64)
+    batch = 4
+
+    def loss(progress: float) -> Tensor:
+        with torch.autocast("cpu", enabled=False):  # pictures are made in full precision
+            patches = source.draw(batch).to(shop.device)
+        found, errors = refiner_loss(network, patches, schedule, shop.generator)
+        shown.mul_(0.995).add_(errors.cpu())
+        return found
+
+    return Job(
+        loss,
+        list(network.parameters()),
+        lambda folder: save(folder, network),
+        lambda folder: f"error {float(shown[0] / shown[1].clamp(min=1e-9)):.3f} of the source's",
+        # Layers at the rims and what is a sum over many of them: their steps must be small.
+        adam=bundle.parameters_in(network, "enter", "conv_in", "conv_out", "embed", "spread", "much"),
+        learning_rate=1e-3,
+        average=0.999,
+        samples=batch,
+        device=shop.device,
+        half=True,
+    )

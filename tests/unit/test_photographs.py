@@ -1,0 +1,103 @@
+"""Pairs for the refiner: films of photographs keep their truth, and what is poorer stays in its place."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from streamt2v.errors import WeightsError
+from streamt2v.frames import to_float, to_u8
+from streamt2v.training import photographs, refiner
+from streamt2v.training.photographs import Camera, Pair, PairSource
+
+
+def camera(seed: int) -> Camera:
+    return Camera(torch.Generator().manual_seed(seed))
+
+
+def picture(width: int = 400, height: int = 300) -> Image.Image:
+    rows, columns = np.mgrid[:height, :width]
+    waves = 127 + 60 * np.sin(rows / 9) + 60 * np.cos(columns / 13)
+    return Image.fromarray(np.stack([waves, waves[::-1], 255 - waves], -1).astype(np.uint8))
+
+
+def test_every_photograph_is_listed_with_its_licence() -> None:
+    rows = photographs.listed()
+    assert len({row["name"] for row in rows}) == len(rows) >= 25
+    for row in rows:
+        assert set(row) == {"name", "package", "origin", "author", "licence", "sha256"}
+        assert all(row.values()) and len(row["sha256"]) == 64
+        assert row["licence"].startswith(("CC0", "CC-BY", "public domain"))
+    text = (Path(__file__).parents[2] / "docs" / "photographs.md").read_text()
+    assert all(row["name"] in text and row["author"] in text and row["sha256"] in text for row in rows)
+
+
+def test_photographs_are_found_by_name_and_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(WeightsError, match="are not in") as caught:
+        photographs.load(tmp_path / "nowhere")
+    assert "docs/photographs.md" in str(caught.value.hint) and "scikit-image" in str(caught.value.hint)
+    (tmp_path / "deep").mkdir()
+    path = tmp_path / "deep" / "a.png"
+    picture(4000, 40).save(path)
+    row = {"name": "a.png", "package": "p", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    monkeypatch.setattr(photographs, "listed", lambda: [row])
+    assert [image.size for image in photographs.load(tmp_path)] == [(photographs.LONGEST, 30)]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(WeightsError, match="1 of 1"):
+        photographs.load(tmp_path)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6))
+def test_pairs_have_the_size_of_their_truth_and_hang_on_the_seed_alone(seed: int) -> None:
+    one, two = (PairSource([picture()], torch.Generator().manual_seed(seed)).make() for _ in range(2))
+    assert torch.equal(one.source, two.source) and torch.equal(one.truth, two.truth) and one.scale == two.scale
+    assert one.truth.shape == one.source.shape == (photographs.CLIP_FRAMES, 3, *photographs.SIZE)
+    assert one.scale >= 1 and one.truth.abs().max() <= 1 and one.source.abs().max() <= 1
+    # No frame or row is out of its place: shifted ones would be far off.
+    assert (one.truth - one.source).abs().mean() < 0.25
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.7, 2.0, 10.0])
+def test_what_is_poorer_is_not_displaced(scale: float) -> None:
+    """A bright spot stays where it is."""
+    for seed in range(12):
+        clip = torch.full((3, 3, 60, 80), -1.0)
+        clip[:, :, 20:40, 40:60] = 1.0
+        poor = (photographs.poorer(clip, scale, camera(seed)).mean((0, 1)) + 1).clamp(min=0.2) - 0.2
+        rows, columns = torch.meshgrid(torch.arange(60.0), torch.arange(80.0), indexing="ij")
+        assert abs(float((rows * poor).sum() / poor.sum()) - 29.5) < 0.7
+        assert abs(float((columns * poor).sum() / poor.sum()) - 49.5) < 0.7
+
+
+def test_the_codec_keeps_frames_and_odd_sizes() -> None:
+    clip = np.stack([np.asarray(picture(57, 33))] * 4)
+    for preset in ("veryfast", "medium"):
+        assert photographs.coded(clip, 18, preset).shape == clip.shape
+    good, bad = (np.abs(photographs.coded(clip, crf).astype(int) - clip).mean() for crf in (18, 37))
+    assert good < bad < 30
+
+
+def test_patches_show_the_same_place_of_both() -> None:
+    generator = torch.Generator().manual_seed(2)
+    truth = torch.rand(8, 3, 110, 130, generator=generator)
+    pairs = iter(lambda: Pair(truth, truth / 2, 4.0), None)
+    source = refiner.PatchSource(pairs, generator)
+    patches = source.draw(5)
+    size = (5, 3, refiner.PATCH_FRAMES, refiner.PATCH, refiner.PATCH)
+    assert patches.truth.shape == patches.source.shape == size
+    assert torch.equal(patches.truth / 2, patches.source) and patches.scales.tolist() == [4.0] * 5
+    assert len({float(patch.sum()) for patch in patches.truth}) == 5
+
+
+def test_frames_of_a_film_are_bytes() -> None:
+    film = photographs.photograph_clip([picture()], (48, 64), camera(1))
+    assert film.shape == (photographs.CLIP_FRAMES, 48, 64, 3) and film.dtype == np.uint8
+    front = photographs.put_in_front(film, film[:, ::-1], camera(4))
+    assert front.shape == film.shape and (front != film).any()
+    assert np.array_equal(to_u8(to_float(film)), film)
