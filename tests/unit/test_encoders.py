@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -151,3 +152,12 @@ def test_what_is_bad_in_32_bit_too_is_refused(overflowing: AutoencoderKL, monkey
     monkeypatch.setattr(AutoencoderKL, "decode", lambda vae, x: black if vae.dtype == torch.float32 else full)
     with pytest.raises(NumericsError, match="nothing but black"):
         encoders.decode_latents(overflowing, torch.randn(1, 4, 4, 6))
+
+
+@pytest.mark.parametrize("size", [(576, 1024), (300, 224), (256, 256)])
+def test_a_wide_frame_is_resized_for_clip_as_the_library_does_for_its_pictures(size: tuple[int, int]) -> None:
+    frames = torch.rand(1, 3, *size) * 2 - 1
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoders.CLIP_MEAN, encoders.CLIP_STD))
+    found = (encoders.clip_pixels(frames, 224) * std + mean) * 2 - 1
+    # Both blur in float32; the undone normalisation rounds once more.
+    torch.testing.assert_close(found, _resize_with_antialiasing(frames, (224, 224)), rtol=1e-4, atol=1e-4)
