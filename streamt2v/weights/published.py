@@ -68,7 +68,7 @@ LIBRARY_VISUAL: tuple[Rule, ...] = (
 """The same tower, alone or with the rest of CLIP, as the transformers library names it."""
 
 # fmt: off
-_RESNET_LAYERS = {
+RESNET_LAYERS = {
     "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
     "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
 }
@@ -151,7 +151,7 @@ def _resnet(source: str, target: str, layer: int) -> list[Rule]:
         rename(rf"{start}\.temopral_conv\.(conv[1-4]\.\d\.(?:weight|bias))", rf"{target}.temp_convs.{layer}.\1"),
         *(
             rename(rf"{start}\.{re.escape(theirs)}\.(weight|bias)", rf"{target}.resnets.{layer}.{ours}.\1")
-            for theirs, ours in _RESNET_LAYERS.items()
+            for theirs, ours in RESNET_LAYERS.items()
         ),
     ]
 

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKLTemporalDecoder
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from streamt2v import chunks, svd_keymap
+from streamt2v import chunks
 from streamt2v.diffusion import blend, guidance, solvers
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig, align_your_steps, precondition
 from streamt2v.models.cam import CamConfig, ConditionalAttention
@@ -32,6 +32,7 @@ from streamt2v.stages.picture_stream import (
     sample,
 )
 from streamt2v.stages.stream import StreamState
+from streamt2v.weights import published_svd
 from streamt2v.weights.keymaps import KeyMap
 from tests.parity.report import COMPONENT, EXACT, TABLE, WHOLE_RUN, Report
 
@@ -143,7 +144,7 @@ def load(report: Report, folder: Path, name: str, case: Mapping[str, Any]) -> Se
     if sizes["merger_head_dim"] != sizes["num_head_channels"]:
         raise ValueError("mergers with heads of another width than the network's are not supported")
     levels = [2**level in sizes["attention_resolutions"] for level in range(len(sizes["channel_mult"]))]
-    config = svd_keymap.UNET_CONFIG | {
+    config = published_svd.UNET_CONFIG | {
         "in_channels": sizes["in_channels"], "out_channels": sizes["out_channels"],
         "block_out_channels": [sizes["model_channels"] * factor for factor in sizes["channel_mult"]],
         "attention_levels": levels, "layers_per_block": sizes["num_res_blocks"],
@@ -155,8 +156,8 @@ def load(report: Report, folder: Path, name: str, case: Mapping[str, Any]) -> Se
     depth = (levels, sizes["num_res_blocks"])
     return Setting(
         name, case,
-        filled(UNet3D(UNet3DConfig.from_dict(config | {"cam": True})), svd_keymap.unet(*depth), state),
-        filled(ConditionalAttention(CamConfig.from_dict(cam)), svd_keymap.cam(*depth), state),
+        filled(UNet3D(UNet3DConfig.from_dict(config | {"cam": True})), published_svd.unet(*depth), state),
+        filled(ConditionalAttention(CamConfig.from_dict(cam)), published_svd.cam(*depth), state),
         autoencoder(folder, name, case) if "ar" in case else None,
     )  # fmt: skip
 
@@ -174,7 +175,7 @@ def autoencoder(folder: Path, name: str, case: Mapping[str, Any]) -> Any:
         down_block_types=("DownEncoderBlock2D",) * len(widths), block_out_channels=widths,
         layers_per_block=sizes["num_res_blocks"], scaling_factor=case["ar"]["scale_factor"],
     )  # fmt: skip
-    return filled(network, svd_keymap.vae(len(widths)), state)
+    return filled(network, published_svd.vae(len(widths)), state)
 
 
 def check_case(report: Report, folder: Path, name: str, case: Mapping[str, Any], files: "Mapping[Kind, Path]") -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from streamt2v.errors import OutputError, WeightsError
 from streamt2v.models.apm import AppearanceTokens
 from streamt2v.models.cam import CamConfig, ConditionalAttention
+from streamt2v.models.restorer import PixelCodec, PixelCodecConfig, Restorer, RestorerConfig
 from streamt2v.models.unet3d import UNet3D, UNet3DConfig
 from streamt2v.weights import catalog, header, inventory, networks
 from tests.unit.weights.conftest import TOY
@@ -56,6 +57,8 @@ def small_networks() -> dict[str, torch.nn.Module]:
     vision = clip_config(image_size=16, patch_size=8, projection_dim=4)
     return {
         "UNet3D": UNet3D(UNET),
+        "Restorer": Restorer(RestorerConfig(block_out_channels=(8, 16, 16), layers_per_block=(1, 2, 1), embedding=8)),
+        "PixelCodec": PixelCodec(PixelCodecConfig()),
         "ConditionalAttention": ConditionalAttention(cam),
         "AppearanceTokens": AppearanceTokens(**TOY),
         "AutoencoderKL": AutoencoderKL(block_out_channels=(8,), norm_num_groups=2),

@@ -9,15 +9,15 @@ from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionM
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from streamt2v import svd_keymap
 from streamt2v.errors import WeightsError
 from streamt2v.models.cam import CamConfig, ConditionalAttention
 from streamt2v.models.unet3d import UNet3D, UNet3DConfig
+from streamt2v.weights import published_svd
 from tests.checkpoints import manifests
 
 State = dict[str, Tensor]
 FILE = "streaming_svd.safetensors"
-PARTS = svd_keymap.LAYOUT.parts
+PARTS = published_svd.LAYOUT.parts
 TENSORS = {"svd/unet": 1428 + 143, "svd/cam": 629 + 28, "svd/vae": 108 + 266, "svd/vision": 520}
 PARAMETERS = {
     "svd/unet": 1_524_623_082 + 68_867_200, "svd/cam": 669_455_377 + 3_589_984, "svd/vae": 34_163_664 + 63_579_183,

@@ -1,4 +1,4 @@
-"""Keys of the published StreamingSVD file (`model.safetensors`, 12.5 GB) -> our keys.
+"""The published StreamingSVD file (`model.safetensors`, 12.5 GB): its networks, and how its keys become ours.
 
 One file holds the denoiser with its mergers, CAM, an image encoder with what is left of its text half, and two
 autoencoders, of which the encoder of one and the temporal decoder of the other are used.
@@ -10,25 +10,16 @@ from dataclasses import replace
 from typing import Any
 
 from streamt2v.weights.keymaps import KeyMap, Rule, ignore, rename
-from streamt2v.weights.published import CHECKPOINTS, Layout, Part, refiner_vae
+from streamt2v.weights.published import CHECKPOINTS, RESNET_LAYERS, Layout, Part, refiner_vae
 
 LEVELS = (True, True, True, False)
 """Which levels of the published network have transformers."""
-
-_RESIDUAL = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-}
 
 
 def unet(attention_levels: Sequence[bool] = LEVELS, layers: int = 2) -> KeyMap:
     """Return the key map of the denoiser and its mergers.
 
-    The published network numbers its blocks in one row: n layers and a downsampling per level, from 1 (0 is the input).
+    The published network numbers its blocks consecutively, n layers and a downsampling per level; block 0 is the input.
 
     Args:
         attention_levels: which levels have transformers, as in the UNet's config.
@@ -71,7 +62,7 @@ def vae(levels: int = 4) -> KeyMap:
             rename(rf"{start}nin_shortcut\.(weight|bias)", f"{spatial}conv_shortcut.{name}"),
             rename(rf"{start}mix_factor", f"decoder.{target}time_mixer.mix_factor"),
         ]
-        for theirs, ours in _RESIDUAL.items():
+        for theirs, ours in RESNET_LAYERS.items():
             source = rf"{start}time_stack\.{re.escape(theirs)}\.(weight|bias)"
             rules.append(rename(source, f"decoder.{target}temporal_res_block.{ours}.{name}"))
     rules += [replace(rule, pattern=used + rule.pattern) for rule in refiner_vae(levels).rules]
@@ -114,7 +105,7 @@ def _residual(source: str, target: str) -> list[Rule]:
     start = re.escape(source)
     rules = [rename(rf"{start}\.(time_mixer\.mix_factor)", rf"{target}.\1")]
     for place, block in (("", "spatial_res_block"), (r"time_stack\.", "temporal_res_block")):
-        for theirs, ours in _RESIDUAL.items():
+        for theirs, ours in RESNET_LAYERS.items():
             rules.append(rename(rf"{start}\.{place}{re.escape(theirs)}\.(weight|bias)", rf"{target}.{block}.{ours}.\1"))
     return rules
 
