@@ -588,7 +588,7 @@ def check_target(path: Path, overwrite: bool, *inputs: Path | str | None) -> Non
 
 
 def check_place(job: Job) -> None:
-    """Refuse an output that is there, or is read, or whose folder of pictures holds what is read. Raises OutputError."""
+    """Refuse an output that is there, that is read, or in whose folder something is read. Raises OutputError."""
     inputs = (job.source, job.config.image, *job.inputs)
     if job.output.suffix or not job.output.is_dir():
         check_target(job.output, job.overwrite or job.resume, *inputs)

@@ -61,10 +61,7 @@ def measured(path: Path) -> tuple[Clock, int, int]:
     """
     times, first = list[int](), None
     if path.is_dir():
-        pictures = numbered(path)
-        if not pictures:
-            raise VideoError(f"{path} is a folder without pictures", f"those that end in {', '.join(KINDS)} are read")
-        rate = rate_of(path)
+        pictures, rate = numbered(path), rate_of(path)
         height, width = next(iter(read(path)))[1].shape[:2]
         return Clock(Fraction(), rate, len(pictures), len(pictures)), height, width
     time = shown = 0
@@ -88,7 +85,11 @@ def read(path: Path) -> Iterator[tuple[Fraction, Frames]]:
         yield from ((Fraction(time, 1000), picture) for time, _, picture in _animated(path))
         return
     rate, size = rate_of(path), None
-    for index, file in enumerate(numbered(path)):
+    files = numbered(path)
+    if not files:
+        hint = f"of a folder, pictures that end in {', '.join(KINDS)} are read"
+        raise VideoError(f"{path} is not a file, and holds no pictures", hint)
+    for index, file in enumerate(files):
         picture = pictures.read(file)
         size = size or picture.shape
         if picture.shape != size:

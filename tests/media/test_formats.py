@@ -96,7 +96,7 @@ def test_a_folder_of_pictures_is_a_video(tmp_path: Path, unrefined: None) -> Non
     with pytest.raises(VideoError, match="the pictures before it are 64x36"):
         list(foreign.read_frames(folder))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(VideoError, match="without pictures"):
+    with pytest.raises(VideoError, match="holds no pictures"):
         foreign.probe(tmp_path / "empty")
 
 
