@@ -213,7 +213,7 @@ def resume(
     [b]streamt2v resume ball.mp4[/b]
     """
     output = runs.output_of(run)
-    if output.is_file() and not runs.exists(runs.directory_for(output)):
+    if output.exists() and not runs.exists(runs.directory_for(output)):
         result = jobs.made(output)
         runs.discard(runs.directory_for(output))
         _saying(quiet)(f"{output} is finished")
@@ -244,7 +244,7 @@ def verify(
 def rerun(
     video: Annotated[Path, typer.Argument(help="A video made by streamt2v.", show_default=False)],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The mp4 to write. Default: VIDEO_rerun.mp4.")
+        Path | None, typer.Option("--output", "-o", help="The file to write. Default: VIDEO_rerun.mp4, of its kind.")
     ] = None,
     source: Annotated[Path | None, typer.Option("--source", help="What VIDEO was refined or extended from.")] = None,
     image: options.Image = None,
@@ -267,7 +267,7 @@ def rerun(
         "initialize.text_to_image": image_init,
     }  # fmt: skip
     command, settings, like = jobs.rerun(video, source, places)
-    output, tell = output or video.with_name(f"{video.stem}_rerun.mp4"), _saying(quiet)
+    output, tell = output or video.with_name(f"{video.stem}_rerun{video.suffix}"), _saying(quiet)
     tell(f"{video} says: {command}, with")
     usual = config.to_flat(config.merge(config.preset(weights.family(settings.model).preset)))
     for key, value in config.to_flat(settings).items():

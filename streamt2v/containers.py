@@ -32,15 +32,14 @@ def says_only(codec: str, data: bytes) -> bool:
     """
     if codec not in ("h264", "hevc"):
         return not data
-    if data.startswith((b"\0\0\1", b"\0\0\0\1")):
-        units = [unit for unit in data.split(b"\0\0\1") if unit.strip(b"\0")]
-    else:
-        units, place = [], 0
-        while place + 4 < len(data):
-            size = int.from_bytes(data[place : place + 4], "big")
-            units.append(data[place + 4 : place + 4 + size])
-            place += 4 + size
-        if place != len(data):
+    units, place = list[bytes](), 0
+    while place + 4 < len(data):  # each behind its length, which may look like a start code
+        size = int.from_bytes(data[place : place + 4], "big")
+        units.append(data[place + 4 : place + 4 + size])
+        place += 4 + size
+    if place != len(data):
+        if not data.startswith((b"\0\0\1", b"\0\0\0\1")):
             return False
+        units = [unit for unit in data.split(b"\0\0\1") if unit.strip(b"\0")]
     kinds = {unit[0] & 31 if codec == "h264" else unit[0] >> 1 & 63 for unit in units if unit}
     return kinds <= set(range(6, 14) if codec == "h264" else range(32, 41))

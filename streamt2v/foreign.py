@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamt2v import files, video
+from streamt2v import exports, files, video
 from streamt2v.clock import Clock
 from streamt2v.errors import VideoError
 
@@ -42,7 +42,9 @@ def probe(path: Path) -> video.VideoInfo:
     Raises:
         VideoError: see `video.probe`; also more than `MAX_FRAMES` frames of somebody else.
     """
-    return _probe(path, files.stamp(path))
+    found = _probe(path, files.stamp(path))
+    recipe = exports.recipe_beside(path)
+    return found if recipe is None else dataclasses.replace(found, comment=recipe)
 
 
 @lru_cache(maxsize=8)

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,7 @@ class Job:
         assert self.source is not None
         from streamt2v import sound
 
-        return sound.carry(self.source, self.config.num_frames / self.config.output.rate)
+        return sound.carry(self.source, self.config.num_frames / self.config.output.rate, self.output.suffix)
 
     def local(self) -> dict[str, Any]:
         """Return what `resumed` needs besides the recipe; it stays on this machine.
@@ -153,12 +154,15 @@ MAX_TEXT_BYTES = 24_000  # as JSON: the recipe, with two prompts, must fit the 6
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path, files.stamp(path))}
+    size = sum(part.stat().st_size for part in path.iterdir()) if path.is_dir() else path.stat().st_size
+    return {"name": path.name, "bytes": size, "sha256": _sha256(path, files.stamp(path))}
 
 
 @lru_cache(maxsize=8)
 def _sha256(path: Path, _stamp: tuple[int, int, int] | None) -> str:
-    return sha256_of(path)
+    from streamt2v import exports
+
+    return exports.sha256_of(path) if path.is_dir() else sha256_of(path)
 
 
 def inspect_source(path: Path) -> Source:
@@ -259,7 +263,7 @@ def _found_again(name: str, output: Path, recipe: Mapping[str, Any], local: Mapp
         return None
     was, seen = Path(local[name]), local.get("from_output", {}).get(name)
     places: list[Path] = [was, *([output.parent / str(seen)] if seen else []), output.parent / was.name]
-    there = [place for place in places if place.is_file()]
+    there = [place for place in places if place.exists()]
     for place in there:
         if recipe[name] is None or _sha256(place, files.stamp(place)) == recipe[name]["sha256"]:
             return place
@@ -273,15 +277,16 @@ def verify(path: Path) -> dict[str, Any]:
     Raises:
         VideoError: it is cut, damaged, changed by another program, or was not made by streamt2v.
     """
-    from streamt2v import foreign, video
+    from streamt2v import exports, foreign
 
-    video.check_seal(path)
+    exports.check_seal(path)
     found = foreign.probe(path)
     settings = recipe_of(found.comment).get("config", {})
     frames, digest = foreign.digest(path)
     made, fps = (frames, found.fps), settings.get("output.fps")
     asked = settings.get("num_frames"), exact_rate(fps) if isinstance(fps, int | float) else fps
-    if settings and made != asked:
+    kept = frames == asked[0] or path.suffix.lower() in (".gif", ".webp")  # which join frames that are alike
+    if settings and not (kept and isinstance(asked[1], Fraction) and exports.rate_is_kept(path, found.fps, asked[1])):
         raise VideoError("{} holds {} frames at {} fps instead of {} at {}".format(path, *made, *asked))
     return {"video": str(path), "frames": frames, "seconds": float(frames / found.fps), "digest": digest}
 
@@ -343,9 +348,9 @@ def recorded_seed(output: Path) -> int | None:
     """Return the seed of the interrupted or finished run of an output, None when there is neither."""
     seed = runs.recorded_seed(output)
     if seed is None and output.exists():
-        from streamt2v import video
+        from streamt2v import foreign
 
-        found = recorded_run(recipe_of(video.probe(output).comment))
+        found = recorded_run(recipe_of(foreign.probe(output).comment))
         seed = None if found is None else found[0].seed
     return seed
 
@@ -362,9 +367,9 @@ def finished(job: Job) -> Result:
     Raises:
         VideoError: it is no readable video. OutputError: it was made with other settings.
     """
-    from streamt2v import video
+    from streamt2v import foreign
 
-    found = video.probe(job.output)
+    found = foreign.probe(job.output)
     if changed := difference(job, recipe_of(found.comment)):
         message = f"{job.output} was made with other settings: {changed}"
         raise OutputError(message, "choose another name with -o, or --overwrite")
@@ -585,16 +590,32 @@ def check_target(path: Path, overwrite: bool, *inputs: Path | str | None) -> Non
     runs.check_writable(path.parent)
 
 
-def _check_output(job: Job) -> None:
-    if job.output.suffix.lower() != ".mp4":
-        raise ConfigError(f"the output {job.output} must end in .mp4")
+def check_place(job: Job) -> None:
+    """Refuse an output that is there, that is read, or in whose folder something is read. Raises OutputError."""
     inputs = (job.source, job.config.image, *job.inputs)
-    check_target(job.output, job.overwrite or job.resume, *inputs)
+    if job.output.suffix or not job.output.is_dir():
+        check_target(job.output, job.overwrite or job.resume, *inputs)
+        return
+    if not (job.overwrite or job.resume) and any(job.output.iterdir()):
+        raise OutputError(f"{job.output} is a folder with something in it", "choose another name, or --overwrite")
+    runs.check_writable(job.output)
+    for given in filter(None, (*inputs, job.preview)):
+        if Path(str(given)).resolve().is_relative_to(job.output.resolve()):
+            raise OutputError(f"{given} lies in {job.output}", "choose another name with -o")
+
+
+def _check_output(job: Job) -> None:
+    from streamt2v import exports
+
+    if job.output.suffix.lower() not in exports.KINDS:
+        endings = ", ".join(exports.KINDS[:-1])
+        raise ConfigError(f"the output {job.output} must end in {endings}; without an ending it is a folder of PNGs")
+    check_place(job)
     if job.preview is not None:
         if job.preview.suffix.lower() != ".png":
             raise ConfigError(f"the preview {job.preview} must end in .png")
         begun = job.resume and (runs.exists(job.run_path) or job.output.exists())  # it is that of the run
-        check_target(job.preview, job.overwrite or begun, *inputs, job.output)
+        check_target(job.preview, job.overwrite or begun, job.source, job.config.image, *job.inputs, job.output)
     if runs.exists(job.run_path) and not (job.resume or job.overwrite):
         runs.RunDirectory(job.run_path).close()  # refuses one that is being worked on
         raise OutputError(

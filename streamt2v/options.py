@@ -60,7 +60,15 @@ Prompt = Annotated[str | None, typer.Argument(help="What to show; - reads it fro
 Frames = Annotated[
     int | None, _main("--frames", "-n", "Frames of the video: exactly so many are written. Default: 24.")
 ]
-Output = Annotated[Path | None, _main("--output", "-o", "The mp4 to write. Default: date, prompt and seed.")]
+Output = Annotated[
+    Path | None,
+    _main(
+        "--output",
+        "-o",
+        "The file to write: .mp4, .webm, .mov (ProRes), .gif, .webp; without ending a folder of PNGs. Default: date, "
+        "prompt and seed.",
+    ),
+]
 Model = Annotated[
     str | None,
     _main(

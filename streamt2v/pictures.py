@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,47 @@ import numpy.typing as npt
 from streamt2v.errors import InputError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from PIL.Image import Image
+
+    from streamt2v.frames import Frames
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+_MAX_PIXELS = 8192 * 4320
+
+
+def read(path: Path) -> Frames:
+    """Read a picture as uint8 RGB [H,W,3]: upright by its orientation tag, in sRGB, transparency laid over white.
+
+    Raises:
+        InputError: the file is missing or no readable PNG, JPEG, WebP, BMP or TIFF.
+    """
+    from PIL import Image, ImageOps  # only images need it
+
+    if not path.is_file():
+        raise InputError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=_FORMATS) as file:  # which reads the header only
+                if file.width * file.height > _MAX_PIXELS:
+                    raise InputError(f"it has {file.width}x{file.height} pixels", "up to 8192x4320 is read")
+                image: Image.Image = ImageOps.exif_transpose(file)
+                if image.mode.startswith(("I", "F")):  # which would be clipped, not scaled
+                    deep = image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PNG")
+                    grey = to_levels(np.asarray(image), 65535 if deep else None)
+                    return np.repeat(grey[..., None], 3, axis=2)
+                image = to_srgb(image)
+                if image.has_transparency_data:
+                    layer = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+                return np.array(image.convert("RGB"))
+    # What damaged pictures were seen to raise.
+    except InputError as error:
+        raise InputError(f"{path}: {error.message}", error.hint) from error
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Warning, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} cannot be read as a picture: {error}", "use PNG, JPEG, WebP, BMP or TIFF") from error
 
 
 def to_srgb(picture: Image) -> Image:

@@ -24,6 +24,7 @@ from torch import Tensor
 from streamt2v import (
     __version__,
     devices,
+    exports,
     foreign,
     frames,
     initializers,
@@ -112,7 +113,7 @@ def run(job: Job, report: Report, loaded: Loaded | None = None) -> Result:
         local={**job.local(), "device": device.name}, may_change=job.may_change,
     ) as directory:  # fmt: skip
         try:
-            jobs.check_target(job.output, job.overwrite or job.resume)  # another run may just have made it
+            jobs.check_place(job)  # another run may just have made it
             if job.resume and not (job.overwrite or directory.resumed) and job.output.exists():
                 there = jobs.finished(job)
                 directory.remove()
@@ -288,7 +289,7 @@ class _Maker:
         begin = partial(
             video.SegmentWriter, self.directory.partial_path, geometry.fit.height, geometry.fit.width,
             self.config.output.rate,
-            crf=self.config.output.crf,
+            crf=self.config.output.crf, lossless=self.job.output.suffix.lower() != ".mp4",
         )  # fmt: skip
         try:
             self.writer = begin(resume=mark)
@@ -360,7 +361,10 @@ class _Maker:
         recipe = {"streamt2v": __version__, **self.directory.recipe, **({"changes": changes} if changes else {})}
         with self.frame_time.running():
             extras = self.job.carried().extras if self.job.source else video.Extras()
-            self.writer.finish(self.job.output, json.dumps(recipe), extras)
+            if self.job.output.suffix.lower() == ".mp4":
+                self.writer.finish(self.job.output, json.dumps(recipe), extras)
+            else:
+                exports.write(self.writer, self.job.output, json.dumps(recipe), extras)
 
     def remember(self, seconds: float) -> None:
         """Keep this run's speed for `plan`; short runs say too little."""

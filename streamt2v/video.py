@@ -19,7 +19,6 @@ import io
 import logging
 import subprocess
 import time
-import warnings
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,9 +34,9 @@ import numpy as np
 from av.container import InputContainer
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
-from streamt2v import colour, containers, files, pictures, shape
+from streamt2v import colour, containers, files, pictures, shape, stills
 from streamt2v.clock import MAX_RATE, Clock, Straightened, exact_rate, measure, placed
-from streamt2v.errors import ConfigError, InputError, OutputError, ResumeError, VideoError
+from streamt2v.errors import ConfigError, OutputError, ResumeError, VideoError
 
 if TYPE_CHECKING:
     from av.packet import Packet
@@ -55,7 +54,6 @@ _MAX_COMMENT = 64 * 1024
 # Plain swscale drops fractions and repeats chroma samples: a smooth picture came back at 37 dB and 1.2 levels darker,
 # with these flags at 51 dB and unchanged in the mean. A video that is extended again and again would show it.
 _EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 STALL_SECONDS = 60.0  # ffmpeg copies gigabytes in that time; its file neither grows nor changes only when it hangs
 # Size, kind and name of an MP4 box that players pass over; the SHA-256 of all bytes before it follows.
 _SEAL = (56).to_bytes(4, "big") + b"uuid" + b"streamt2v sha256"
@@ -159,6 +157,8 @@ def _video_stream(container: InputContainer, path: Path) -> VideoStream:
 
 def declared_size(path: Path) -> tuple[int, int]:
     """Return the (H, W) that a video announces, nothing of which was decoded. Raises as `probe`."""
+    if stills.handles(path):
+        return next((picture.shape[0], picture.shape[1]) for _, picture in stills.read(path))
     with _opened(path) as container:
         context = _video_stream(container, path).codec_context
         return context.height, context.width
@@ -166,6 +166,8 @@ def declared_size(path: Path) -> tuple[int, int]:
 
 def is_longer(path: Path, count: int) -> bool:
     """Tell whether a video has more than so many frames; none is decoded. Raises as `probe`."""
+    if stills.handles(path):
+        return path.is_dir() and len(stills.numbered(path)) > count
     with _opened(path) as container:
         stream = _video_stream(container, path)
         if "mp4" in container.format.name and stream.frames:  # its index, beside which there are none
@@ -183,6 +185,9 @@ def probe(path: Path) -> VideoInfo:
     Raises:
         VideoError: the file is missing, empty, a directory, no video, damaged or truncated.
     """
+    if stills.handles(path):
+        clock, height, width = stills.measured(path)
+        return VideoInfo(width, height, clock, (), "")
     with _opened(path) as container:
         stream = _video_stream(container, path)
         time, first = next(_pictures(container, stream), (None, None))
@@ -357,6 +362,13 @@ def read_pictures(
     path: Path, clock: Clock | None = None, note: Callable[[str], None] | None = None
 ) -> Iterator[tuple[Frames, int]]:
     """Yield (frame [H,W,3], how many frames show it) as `read_frames` does, each picture once."""
+    if stills.handles(path):
+        timed_stills = stills.read(path)
+        if clock is None:
+            yield from ((picture, 1) for _, picture in timed_stills)
+        else:
+            yield from ((picture, count) for picture, _, count in placed(timed_stills, clock))
+        return
     broken: list[str] = []
     with _opened(path) as container:
         stream = _video_stream(container, path)
@@ -485,36 +497,8 @@ def _luma_chroma(frame: VideoFrame, size: tuple[int, int], full: bool) -> colour
 
 
 def read_image(path: Path) -> Frames:
-    """Read a picture as uint8 RGB [H,W,3]: upright by its orientation tag, in sRGB, transparency laid over white.
-
-    Raises:
-        InputError: the file is missing or no readable PNG, JPEG, WebP, BMP or TIFF.
-    """
-    from PIL import Image, ImageOps  # only images need it
-
-    if not path.is_file():
-        raise InputError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_IMAGE_FORMATS) as file:  # which reads the header only
-                if file.width * file.height > _MAX_PIXELS:
-                    raise InputError(f"it has {file.width}x{file.height} pixels", "up to 8192x4320 is read")
-                image: Image.Image = ImageOps.exif_transpose(file)
-                if image.mode.startswith(("I", "F")):  # which would be clipped, not scaled
-                    deep = image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PNG")
-                    grey = pictures.to_levels(np.asarray(image), 65535 if deep else None)
-                    return np.repeat(grey[..., None], 3, axis=2)
-                image = pictures.to_srgb(image)
-                if image.has_transparency_data:
-                    layer = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-                return np.array(image.convert("RGB"))
-    # What damaged pictures were seen to raise.
-    except InputError as error:
-        raise InputError(f"{path}: {error.message}", error.hint) from error
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Warning, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read as a picture: {error}", "use PNG, JPEG, WebP, BMP or TIFF") from error
+    """Read a picture as `pictures.read` does: uint8 RGB [H,W,3]. Raises InputError."""
+    return pictures.read(path)
 
 
 # -- lossless segments ------------------------------------------------------------------------------------------------
@@ -601,6 +585,7 @@ class SegmentWriter:
         height, width: pixels, even.
         fps: exact frame rate.
         crf: x264 quality, 0-51, lower is better.
+        lossless: keep every bit of the RGB values, for an output that is made from the whole file.
         resume: continue at this mark; the file is cut back to it. None starts a new file.
 
     Raises:
@@ -608,7 +593,15 @@ class SegmentWriter:
     """
 
     def __init__(
-        self, path: Path, height: int, width: int, fps: Fraction, *, crf: int = 18, resume: SegmentMark | None = None
+        self,
+        path: Path,
+        height: int,
+        width: int,
+        fps: Fraction,
+        *,
+        crf: int = 18,
+        lossless: bool = False,
+        resume: SegmentMark | None = None,
     ) -> None:
         if height < 2 or width < 2 or height % 2 or width % 2:
             raise ConfigError(f"video of {width}x{height} pixels: both sizes must be even and at least 2")
@@ -618,6 +611,9 @@ class SegmentWriter:
         # x264's macroblock tree is not deterministic, even with one thread: of 24,000 encodings of one 5-frame segment
         # 150 differed, of 33,000 without it none.
         self._options = {"crf": str(crf), "preset": "medium", "bf": "0", "g": "600", "x264-params": "mbtree=0"}
+        self.lossless = lossless
+        if lossless:
+            self._options |= {"crf": "0", "preset": "veryfast"}
         self._sha256 = hashlib.sha256()
         self.mark = resume or SegmentMark(0, 0, 0, self._sha256.hexdigest())
         self._init = b""
@@ -670,20 +666,27 @@ class SegmentWriter:
             "fflags": "+bitexact",
         }
         with av.open(buffer, "w", format="mp4", options=options) as container:
-            stream = container.add_stream("libx264", rate=self.fps, options=dict(self._options))
+            pixels = "bgr0" if self.lossless else "yuv420p"
+            codec = "libx264rgb" if self.lossless else "libx264"
+            stream: VideoStream = container.add_stream(codec, rate=self.fps, options=dict(self._options))  # type: ignore[assignment]
             context = stream.codec_context
-            stream.height, stream.width, stream.pix_fmt = self.height, self.width, "yuv420p"
+            stream.height, stream.width, stream.pix_fmt = self.height, self.width, pixels
             stream.time_base = context.time_base = 1 / self.fps
             context.thread_count = 1
-            context.color_range, context.colorspace = ColorRange.MPEG, Colorspace.ITU709
+            if not self.lossless:
+                context.color_range, context.colorspace = ColorRange.MPEG, Colorspace.ITU709
             context.color_primaries = context.color_trc = 1
             for index, image in enumerate(frames):
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24").reformat(
-                    format="yuv420p",
-                    dst_colorspace=Colorspace.ITU709,
-                    dst_color_range=ColorRange.MPEG,
-                    interpolation=_EXACT,
-                )
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+                if self.lossless:
+                    frame = frame.reformat(format=pixels)
+                else:
+                    frame = frame.reformat(
+                        format=pixels,
+                        dst_colorspace=Colorspace.ITU709,
+                        dst_color_range=ColorRange.MPEG,
+                        interpolation=_EXACT,
+                    )
                 frame.pts, frame.time_base = self.mark.frames + index, 1 / self.fps
                 container.mux(stream.encode(frame))
             container.mux(stream.encode(None))

@@ -63,6 +63,7 @@ def flash_times(path: Path) -> list[float]:
         shown = [
             (float(frame.pts * frame.time_base), frame.to_ndarray(format="gray").mean())
             for frame in container.decode(stream)
+            if frame.pts is not None
         ]
     levels = [level for _, level in shown]
     middle = (min(levels) + max(levels)) / 2
@@ -71,11 +72,12 @@ def flash_times(path: Path) -> list[float]:
 
 def beep_times(path: Path, track: int = 0) -> list[float]:
     """Seconds at which a track of sound begins to beep, as a player plays it."""
-    found, last = [], -1.0
+    found, last, begin = [], -1.0, 0.0
     with av.open(str(path)) as container:
         resampler = av.AudioResampler("fltp", "mono", 48000)
         for frame in container.decode(container.streams.audio[track]):
-            begin = float(frame.pts * frame.time_base)
+            if frame.pts is not None:  # else it follows what was before
+                begin = float(frame.pts * frame.time_base)
             for part in resampler.resample(frame):
                 loud = np.abs(part.to_ndarray()[0])
                 for index in range(0, len(loud), 48):

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from streamt2v import foreign, jobs, video
+from streamt2v import containers, foreign, jobs, video
 from streamt2v.errors import VideoError
 from tests.cli.helpers import TINY, call
 from tests.media.makers import X264, corners, ffmpeg, flashing, not_coded, refine, repacked
@@ -141,6 +143,16 @@ def test_a_run_that_gets_fewer_frames_says_so(
     monkeypatch.setattr(foreign, "probe", lambda path: video.dataclasses.replace(found, clock=longer))  # type: ignore[attr-defined]
     assert refine(source, tmp_path / "out.mp4") == 3
     assert "after 10 of 12 frames" in capsys.readouterr().err
+
+
+@given(st.sampled_from([1, 5, 6, 7, 8, 9]), st.integers(1, 980), st.booleans(), st.sampled_from(["h264", "hevc"]))
+def test_only_packets_without_a_picture_are_passed_over(kind: int, size: int, lengths: bool, codec: str) -> None:
+    shown = kind < 6
+    head = kind if codec == "h264" else (1 if shown else 26 + kind) << 1
+    unit = bytes([head]) + b"\x5a" * (size - 1)
+    data = (size.to_bytes(4, "big") if lengths else b"\0\0\0\1") + unit
+    assert containers.says_only(codec, data) is not shown
+    assert not containers.says_only("mpeg4", data)
 
 
 # -------------------------------------------------------------------------------------------------------------- damage
