@@ -160,5 +160,5 @@ def test_what_is_no_published_file_is_refused_and_kept_for_a_look(server: Hub, o
     out, err = process.communicate(timeout=120)
     assert process.returncode == 4
     assert out == ""
-    assert "vidxtend.fp16.safetensors is neither a safetensors file nor a checkpoint" in err
+    assert "vidxtend.fp16.safetensors is neither a safetensors file nor a torch checkpoint" in err
     assert not (own_home / NAME).exists()
