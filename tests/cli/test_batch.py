@@ -226,7 +226,7 @@ def test_a_bad_row_of_a_table_of_text(tmp_path: Path) -> None:
     [task], [first, second] = check(path, tmp_path)
     assert task.line == 2
     assert (first.line, first.field) == (4, "frames")
-    assert (second.line, "3 cells" in second.error.message) == (5, True)
+    assert (second.line, "cell 3 stands in a column without a name" in second.error.message) == (5, True)
 
 
 NAMES = [

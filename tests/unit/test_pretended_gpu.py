@@ -31,6 +31,7 @@ from tests.checkpoints import tiny_layouts
 from tests.cli.helpers import PROMPT, call, made
 from tests.pretended import Waits, pretended
 from tests.unit.test_training import micro_networks as micro_networks
+from tests.unit.test_training import one_photograph as one_photograph
 
 TINY = {
     "prompt": PROMPT, "num_frames": 11, "seed": 3, "output.crf": 1, "refine.chunk": 6, "refine.overlap": 2,
@@ -388,7 +389,7 @@ class SixteenBit(torch.autocast):
         super().__init__(device_type, dtype, enabled=enabled or dtype is not None)
 
 
-@pytest.mark.usefixtures("micro_networks")
+@pytest.mark.usefixtures("micro_networks", "one_photograph")
 def test_every_part_trains_as_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Workshop, "many", lambda shop, count: count)  # a GPU takes more at once
     (tmp_path / "cpu").mkdir()
