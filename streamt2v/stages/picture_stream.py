@@ -10,7 +10,7 @@ Sources: arXiv 2311.15127 (Stable Video Diffusion), and the published StreamingS
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -176,7 +176,8 @@ class PictureStreamer:
     def anchor_latents(self, noise: Tensor) -> Tensor:
         """Encode the anchor with noise [3, H, W] added, not scaled, for both branches [2, C, 1, h, w]."""
         frame = self.anchor.frame + self.motion.noise_aug_strength * noise
-        latents = encode_frames(self.models.vae, frame[None]) / self.models.vae.config.scaling_factor
+        vae: Any = self.models.vae
+        latents = encode_frames(vae, frame[None]) / vae.config.scaling_factor
         return torch.cat([torch.zeros_like(latents), latents]).unsqueeze(2)
 
     @torch.inference_mode()
