@@ -152,6 +152,8 @@ def _names(rows: Sequence[Row]) -> list[str]:
 def _output(row: Row, name: str, folder: Path, seen: dict[tuple[str, str], int]) -> Path:
     """Return the output of a row, a place inside the folder that no row before it has; nor has one its preview."""
     own = row.fields.get("output")
+    if own is not None and not isinstance(own, str):
+        raise FieldError("output", f"output is to be of type str, not {own!r}", "write the name in quotes")
     path = _inside(folder, "id", f"{name}.mp4") if own is None else _inside(folder, "output", own)
     preview = [("preview", str(row.fields["preview"]))] if "preview" in row.fields else []
     for field, value in (("id", name), ("output", str(path)), *preview):

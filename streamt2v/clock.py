@@ -11,10 +11,11 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 Picture = TypeVar("Picture")
 
@@ -78,6 +79,8 @@ def measure(
         announced: rates, the one that is believed first at first.
         hold: how long the last picture is shown, ticks; 0 where that is not known.
     """
+    import numpy as np  # here, as exact rates are needed where numpy would only cost time
+
     ticks = np.sort(np.asarray(times, np.int64))
     start, count = int(ticks[0]) * time_base, len(ticks)
     seconds = (ticks - ticks[0]) * float(time_base)
@@ -100,6 +103,8 @@ def _uneven(start: Fraction, rate: Fraction, seconds: npt.NDArray[np.float64], h
 
 
 def _usual_rate(seconds: npt.NDArray[np.float64], announced: Sequence[Fraction]) -> Fraction:
+    import numpy as np
+
     gaps = np.diff(seconds)
     gaps = gaps[gaps > 0]
     if not len(gaps):

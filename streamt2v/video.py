@@ -770,7 +770,11 @@ def check_ffmpeg(pictures_only: bool = False) -> None:
         return
     process = _started(["-version"])
     with process:
-        process.communicate()
+        try:
+            process.communicate(timeout=STALL_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            process.kill()
+            raise OutputError(f"ffmpeg said no version within {STALL_SECONDS:.0f} s", "install it again") from error
 
 
 def _started(arguments: list[str]) -> subprocess.Popen[bytes]:

@@ -185,7 +185,7 @@ MISTAKES = [
     ('{"prompt": "a", "preview": "sheet.gif"}', "", ".png"),
     ('{"prompt": "a", "preview": "../sheet.png"}', "preview", "'../sheet.png'"),
     ('{"prompt": "a", "output": "a.avi"}', "", ".mp4"),
-    ('{"prompt": "a", "output": 7}', "", ".mp4"),
+    ('{"prompt": "a", "output": 7}', "output", "of type str"),
     ('{"prompt": "a", "id": "good"}', "id", "line 1"),
     ('{"prompt": "a", "id": "GOOD"}', "id", "line 1"),
     ('{"prompt": "a", "output": "Good.mp4"}', "id", "line 1"),

@@ -147,7 +147,8 @@ FAST = ("in the header", "half way, saying nothing", "hung half way")
 )
 def test_the_last_copy_dies_or_hangs(when: str, tmp_path: Path, whole: tuple[int, str]) -> None:
     script, (ends, said) = tmp_path / "ffmpeg", SCRIPT_ENDS[when]
-    script.write_text(f"#!/bin/sh\nfor last; do :; done\n{ends}\n")
+    # Asked for its version, before the work, it is as good as any.
+    script.write_text(f'#!/bin/sh\n[ "$1" = -version ] && exit 0\nfor last; do :; done\n{ends}\n')
     script.chmod(0o755)
     path = tmp_path / "out.mp4"
     child = crash.Run(*COMMAND, "-o", path, log=tmp_path / "log", before=crash.Encoder(script))

@@ -345,7 +345,7 @@ def test_verify_counts_what_the_recipe_says(tmp_path: Path, capsys: pytest.Captu
     writer.append(np.zeros((3, 16, 32, 3), np.uint8))
     writer.finish(path, json.dumps(recipe))
     assert call("verify", path) == 3
-    assert "(3, 8.0) instead of (4, 8.0)" in capsys.readouterr().err
+    assert "holds 3 frames at 8 fps instead of 4 at 8" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------ rerun
