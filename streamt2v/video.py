@@ -23,6 +23,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -768,8 +769,14 @@ def check_ffmpeg(pictures_only: bool = False) -> None:
     """Raise OutputError unless there is an ffmpeg that can be started; pictures alone PyAV writes where none is."""
     if pictures_only and find_spec("imageio_ffmpeg") is None:
         return
-    process = _started(["-version"])
-    with process:
+    binary = _binary()
+    _check_starts(binary, files.stamp(Path(binary)))
+
+
+@lru_cache(maxsize=1)
+def _check_starts(binary: str, _stamp: object) -> None:
+    """Start ffmpeg once for all rows of a batch. Raises OutputError."""
+    with _started(binary, ["-version"]) as process:
         try:
             process.communicate(timeout=STALL_SECONDS)
         except subprocess.TimeoutExpired as error:
@@ -777,15 +784,22 @@ def check_ffmpeg(pictures_only: bool = False) -> None:
             raise OutputError(f"ffmpeg said no version within {STALL_SECONDS:.0f} s", "install it again") from error
 
 
-def _started(arguments: list[str]) -> subprocess.Popen[bytes]:
+def _binary() -> str:
     try:
         import imageio_ffmpeg  # type: ignore[import-untyped]
 
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), *arguments]
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        return str(imageio_ffmpeg.get_ffmpeg_exe())
     except ImportError as error:
         raise OutputError(f"sound is copied by imageio-ffmpeg, which is not here: {error}", "install it") from error
     except (RuntimeError, OSError) as error:
+        raise OutputError(f"the ffmpeg binary cannot be started: {error}", "streamt2v doctor says more") from error
+
+
+def _started(binary: str, arguments: list[str]) -> subprocess.Popen[bytes]:
+    command, nothing = [binary, *arguments], subprocess.DEVNULL
+    try:
+        return subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=subprocess.PIPE)
+    except OSError as error:
         raise OutputError(f"the ffmpeg binary cannot be started: {error}", "streamt2v doctor says more") from error
 
 
@@ -795,7 +809,7 @@ def run_ffmpeg(arguments: list[str], path: Path, out_path: Path) -> str:
     Raises:
         OutputError: it is not there, fails or hangs.
     """
-    process = _started(["-nostdin", "-v", "error", "-y", *arguments, _url(path)])
+    process = _started(_binary(), ["-nostdin", "-v", "error", "-y", *arguments, _url(path)])
     with process:
         try:
             said = _last_words(process, path).decode(errors="replace").strip()
