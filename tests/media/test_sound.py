@@ -187,6 +187,7 @@ def test_tracks_are_tried_once(plain: Path, tmp_path: Path, monkeypatch: pytest.
     ffmpeg("-i", plain, *MPEG4, "-c:a", "aac", source)
     real = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: [started.append(a), real(*a, **k)][1])
+    video._check_starts.cache_clear()
     for _ in range(3):
         sound.carry(source, Fraction(2))
     assert len(started) == 3  # the probe, whether there is an ffmpeg, the trial
