@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -67,19 +66,6 @@ def join(batches: list[Batch]) -> Batch:
     )
 
 
-class Source(Protocol):
-    """Where batches come from, for ever."""
-
-    def images(self, count: int) -> Batch:
-        """Clips of one frame."""
-
-    def clips(self, count: int, pairs: int = 0) -> Batch:
-        """Clips as an initializer makes them; the first 2 * pairs, if any, are mirrored pairs."""
-
-    def chunks(self, count: int) -> Batch:
-        """Clips from the middle of a video, with the frames shown to CAM and to APM."""
-
-
 class Ring:
     """A table of examples that are dear to make: it grows to its capacity, then the oldest give way.
 
@@ -115,9 +101,8 @@ class Ring:
         self.owed += fresh
         while len(self) < self.first or self.owed >= at_once:
             self.owed = max(0.0, self.owed - at_once)
-            with torch.autocast(
-                self.device.type, enabled=False
-            ):  # examples are exact, and kept in 16 bit of another kind
+            # Examples are exact, and kept in 16 bit of another kind than training computes in.
+            with torch.autocast(self.device.type, enabled=False):
                 self.add(self.make(at_once))
         index = torch.randint(len(self), (count,), generator=self.generator)
         return {name: column[index.to(column.device)] for name, column in self.rows.items()}

@@ -204,16 +204,12 @@ def base_job(shop: Workshop) -> Job:
     turn = count()
     batch = shop.many(4)
 
-    def mistakes() -> tuple[Batch, Tensor]:
-        clips = source.clips(batch)
-        conditioning = network.prepare(lesson.text.encode(clips.captions))
-        return clips, own_states(lambda x, t: network(x, t, conditioning), clips.latents, 6, shop.generator)
-
-    own = OwnStates(mistakes, shop.generator)
+    mistakes = _mistakes(network, lambda: source.clips(batch), lesson)
 
     def loss(progress: float) -> torch.Tensor:
         if next(turn) % 3 == 2:
-            return denoisers.video_loss(network, *_swapped(own.draw(batch), lesson))
+            clips, own = mistakes.draw(batch)
+            return denoisers.video_loss(network, clips, lesson, own)
         return denoisers.video_loss(network, source.clips(batch, pairs=1), lesson)
 
     other = {id(p) for p in bundle.parameters_in(network, MERGERS, MIXING)}
@@ -231,9 +227,16 @@ def base_job(shop: Workshop) -> Job:
     )
 
 
-def _swapped(drawn: tuple[Batch, Tensor], lesson: Lesson) -> tuple[Batch, Lesson, Tensor]:
-    batch, own = drawn
-    return batch, lesson, own
+def _mistakes(unet: UNet3D, draw: Callable[[], Batch], lesson: Lesson, capacity: int = 256) -> OwnStates:
+    """What the base makes of clips that were noised part of the way and of their captions."""
+
+    @torch.no_grad()
+    def make() -> tuple[Batch, Tensor]:
+        clips = draw()
+        conditioning = unet.prepare(lesson.text.encode(clips.captions))
+        return clips, own_states(lambda x, t: unet(x, t, conditioning), clips.latents, 6, lesson.generator)
+
+    return OwnStates(make, lesson.generator, capacity)
 
 
 def decoder_job(shop: Workshop) -> Job:
@@ -250,15 +253,10 @@ def decoder_job(shop: Workshop) -> Job:
     for parameter in trained:
         parameter.requires_grad_(True)
 
-    def mistakes() -> tuple[Batch, Tensor]:
-        clips = source.pictured(2)
-        conditioning = unet.prepare(lesson.text.encode(clips.captions))
-        return clips, own_states(lambda x, t: unet(x, t, conditioning), clips.latents, 6, shop.generator)
-
-    own = OwnStates(mistakes, shop.generator, capacity=64)
+    mistakes = _mistakes(unet, lambda: source.pictured(2), lesson, capacity=64)
 
     def loss(progress: float) -> torch.Tensor:
-        clips, made = own.draw(4)
+        clips, made = mistakes.draw(4)
         frames = torch.randint(CLIP_FRAMES, (2,), generator=shop.generator).tolist()
         latents = torch.cat([clips.latents[:, :, frames[0]], made[:, :, frames[1]]])
         assert clips.shown is not None
@@ -332,28 +330,21 @@ def _streaming_job(shop: Workshop, with_apm: bool, with_base: bool = False) -> J
         if with_apm:
             bundle.write(folder, "apm", apm)
 
-    def mistakes() -> tuple[Batch, Tensor]:
+    @torch.no_grad()
+    def continued_wrongly() -> tuple[Batch, Tensor]:
         chunks = source.chunks(batch)
-        with torch.no_grad():
-            denoise = streamed(unet, cam, parts, chunks, lesson, dropping=False)
+        denoise = streamed(unet, cam, parts, chunks, lesson, dropping=False)
         return chunks, own_states(denoise, chunks.latents, 8, shop.generator)
 
-    def mistaken_clips() -> tuple[Batch, Tensor]:
-        clips = source.clips(batch)
-        conditioning = unet.prepare(lesson.text.encode(clips.captions))
-
-        def denoise(noisy: Tensor, timesteps: Tensor) -> Tensor:
-            return unet(noisy, timesteps, conditioning)
-
-        return clips, own_states(denoise, clips.latents, 6, shop.generator)
-
-    own_chunks, own_clips = OwnStates(mistakes, shop.generator), OwnStates(mistaken_clips, shop.generator)
+    own_chunks = OwnStates(continued_wrongly, shop.generator)
+    own_clips = _mistakes(unet, lambda: source.clips(batch), lesson)
 
     def loss(progress: float) -> torch.Tensor:
         index = next(turn)
         if with_base and index % 4 == 0:
             if index % 8 == 4:
-                return denoisers.video_loss(unet, *_swapped(own_clips.draw(batch), lesson))
+                clips, own = own_clips.draw(batch)
+                return denoisers.video_loss(unet, clips, lesson, own)
             return denoisers.video_loss(unet, source.clips(batch, pairs=1), lesson)
         if index % 4 == 2:
             chunks, own = own_chunks.draw(batch)

@@ -29,7 +29,6 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 LEFT, RIGHT, FLOATING, RISING, CIRCLING = range(5)
 MIRRORED_MOTION = (RIGHT, LEFT, FLOATING, RISING, CIRCLING)  # the motion that a left-right mirrored clip shows
-EXTENT = (1.15, 1.8, 1.15, 1.12)  # how far each subject reaches from its centre, in radii
 MIDDLE_FRAME = 8  # where drifting and rising subjects pass their rest position
 
 
