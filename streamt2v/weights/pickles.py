@@ -8,6 +8,7 @@ Tensors are read one at a time from their place in the file, so that 25 GB need 
 from __future__ import annotations
 
 import copyreg
+import errno
 import io
 import math
 import pickle
@@ -102,6 +103,8 @@ def read(path: Path) -> Archive:
             else:
                 raise WeightsError(f"{path} is neither a safetensors file nor a torch checkpoint, or is cut short")
     except OSError as error:
+        if error.errno == errno.EINVAL:  # a seek to before the first byte, which only a damaged index asks for
+            raise WeightsError(f"{path} is cut short or damaged: {error}", "fetch it again") from error
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except _DAMAGE as error:
         raise WeightsError(f"{path} is cut short or damaged: {error}", "fetch it again") from error

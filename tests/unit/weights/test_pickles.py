@@ -50,6 +50,18 @@ def test_no_flipped_byte_of_an_index_crashes(tmp_path: Path, data: st.DataObject
         pass
 
 
+def test_an_index_that_points_before_the_file_is_damage(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save({"a": torch.ones(3, 2)}, buffer)
+    damaged = bytearray(buffer.getvalue())
+    end = damaged.rindex(b"PK\x06\x06")
+    damaged[end + 48 : end + 56] = (2**40).to_bytes(8, "little")  # where the central directory is said to lie
+    path = tmp_path / "x.ckpt"
+    path.write_bytes(damaged)
+    with pytest.raises(WeightsError, match="damaged"):
+        pickles.read(path)
+
+
 @pytest.mark.parametrize("protocol", range(6))
 def test_pickles_of_every_protocol_are_read_as_data(protocol: int) -> None:
     value = {
