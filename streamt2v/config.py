@@ -176,24 +176,25 @@ class RunConfig:
             end = f"the video ends with frame {self.num_frames - 1}"
             raise ConfigError(f"a prompt is to begin at frame {max(self.prompts)}, {end}", "name an earlier time")
 
-    def timeline(self, command: str = "generate", kept: int = 0) -> tuple[Prompt, ...]:
-        """Return the prompts in order, with the frames at which the run turns to them.
 
-        A change waits for the next streaming chunk. What is only refined has none, so that every change is where it
-        was asked for; so are those inside the `kept` frames of a video that is continued.
+def turns(run: RunConfig, command: str = "generate", kept: int = 0) -> tuple[Prompt, ...]:
+    """Return the prompts of a run in order, with the frames at which the run turns to them.
 
-        Raises:
-            ConfigError: a change that would never be seen.
-        """
-        asked = sorted(self.prompts)
-        later = [] if command == "refine" else [frame for frame in asked if frame >= kept]
-        followed = dict[int, int]()
-        if later:
-            begin = max(0, kept - self.stream.chunk)
-            plan = streaming_plan(self.num_frames - begin, self.stream.chunk, self.stream.overlap)
-            followed = dict(zip(later, snap(later, seams(plan, begin)), strict=True))
-        changes = (Prompt(frame, followed.get(frame, frame), self.prompts[frame]) for frame in asked)
-        return (Prompt(0, 0, self.prompt), *changes)
+    A change waits for the next streaming chunk. What is only refined has none, so that every change is where it
+    was asked for; so are those inside the `kept` frames of a video that is continued.
+
+    Raises:
+        ConfigError: a change that would never be seen.
+    """
+    asked = sorted(run.prompts)
+    later = [] if command == "refine" else [frame for frame in asked if frame >= kept]
+    followed = dict[int, int]()
+    if later:
+        begin = max(0, kept - run.stream.chunk)
+        plan = streaming_plan(run.num_frames - begin, run.stream.chunk, run.stream.overlap)
+        followed = dict(zip(later, snap(later, seams(plan, begin)), strict=True))
+    changes = (Prompt(frame, followed.get(frame, frame), run.prompts[frame]) for frame in asked)
+    return (Prompt(0, 0, run.prompt), *changes)
 
 
 def prompt_at(timeline: Sequence[Prompt], frame: int) -> str:

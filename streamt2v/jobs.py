@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamt2v import devices, files, initializers, runs, weights
 from streamt2v.clock import Clock, exact_rate
-from streamt2v.config import Prompt, RunConfig, merge, to_flat
+from streamt2v.config import Prompt, RunConfig, merge, to_flat, turns
 from streamt2v.errors import ConfigError, InputError, OutputError, ResumeError, StreamT2VError, VideoError
 from streamt2v.weights import hub, vocabulary
 from streamt2v.weights.home import sha256_of
@@ -59,9 +59,9 @@ class Job:
         return runs.directory_for(self.output)
 
     def timeline(self) -> tuple[Prompt, ...]:
-        """Return the prompts and the frames at which the run turns to them, see `RunConfig.timeline`."""
+        """Return the prompts and the frames at which the run turns to them, see `timeline.turns`."""
         kept = inspect_source(self.source).frames if self.source and self.command == "extend" else 0
-        return self.config.timeline(self.command, kept)
+        return turns(self.config, self.command, kept)
 
     def recipe(self) -> dict[str, Any]:
         """Return what decides the frames: a run may only be resumed by a job with an equal recipe."""
@@ -218,7 +218,7 @@ def recorded_timeline(recipe: Mapping[str, Any], num_frames: int) -> tuple[Promp
         return ()
     run, command, kept = recorded
     try:
-        return run.timeline(command, kept) if run.num_frames == num_frames else (Prompt(0, 0, run.prompt),)
+        return turns(run, command, kept) if run.num_frames == num_frames else (Prompt(0, 0, run.prompt),)
     except ConfigError:
         return ()
 

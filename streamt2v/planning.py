@@ -8,7 +8,7 @@ from typing import Any
 
 from streamt2v import devices, files, initializers, memory, weights
 from streamt2v.chunks import Chunk, count, length, refinement_plan, streaming_plan
-from streamt2v.config import Prompt, RunConfig
+from streamt2v.config import Prompt, RunConfig, turns
 from streamt2v.errors import ConfigError, OutputError
 from streamt2v.weights import home
 
@@ -163,7 +163,7 @@ def plan(
         seconds += config.num_frames * measured["seconds_per_frame"]
     return Plan(
         config.model, config.num_frames, output.fps, initializers.named(config), streaming, refinement,
-        config.timeline(),
+        turns(config),
         stream.height, stream.width, output.height, output.width,
         2 * sum(file.num_values for file in family.files), kind, free, policy, memory.needed(known, policy),
         measured, seconds,

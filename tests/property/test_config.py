@@ -57,7 +57,7 @@ def test_a_timeline_turns_where_chunks_begin(frames: int, kept: int, asked: set[
     kept = kept if command == "extend" else 0
     texts = {f"prompts.{frame}": str(frame) for frame in asked}
     with contextlib.suppress(ConfigError):
-        timeline = config.merge(texts, {"prompt": "0", "num_frames": frames}).timeline(command, kept)
+        timeline = config.turns(config.merge(texts, {"prompt": "0", "num_frames": frames}), command, kept)
         assert [prompt.text for prompt in timeline] == [str(frame) for frame in (0, *sorted(asked))]
         begin = max(0, kept - 16)
         for prompt in timeline[1:]:
