@@ -36,7 +36,7 @@ import torch
 from score import HERE, WEIGHTS, collect, judged, load, machine, measured, options, refine, scene
 
 from streamt2v.chunks import Chunk, refinement_plan, seams, streaming_plan
-from streamt2v.frames import Frames, to_u8
+from streamt2v.media.frames import Frames, to_u8
 from streamt2v.models.encoders import encode_frames
 from streamt2v.models.unet3d import UNet3D
 from streamt2v.stages.denoise import CONDITIONAL

@@ -100,7 +100,7 @@ def facts(small: bool) -> None:
     cudnn = None if small else torch.backends.cudnn.version()
     say("machine", card=card, small=small, date=date.today().isoformat(), python=platform.python_version(),
         memory=memory, cores=os.cpu_count(), cuda=torch.version.cuda, cudnn=cudnn, packages=packages)  # fmt: skip
-    for module in ("diffusers", "transformers", "av", "streamt2v.pipeline"):
+    for module in ("diffusers", "transformers", "av", "streamt2v.runs.pipeline"):
         began = time.perf_counter()
         try:
             __import__(module)
@@ -187,13 +187,16 @@ def whole_run(place: str, policy: Any) -> Any:
     import numpy as np
 
     from benchmarks import speed
-    from streamt2v import config, jobs, memory, pipeline, video
+    from streamt2v import config, memory
+    from streamt2v.jobs.job import Job
+    from streamt2v.media import reading
+    from streamt2v.runs import pipeline
 
     asked = config.merge(config.preset("demo"), SMALL, {"prompt": speed.PROMPT, "output.crf": 1})
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(memory, "choose", lambda *_: policy):
         path = Path(folder) / "out.mp4"
-        pipeline.run(jobs.Job("generate", asked, path, device=place, threads=1), speed.Warnings())
-        return np.concatenate(list(video.read_frames(path)))
+        pipeline.run(Job("generate", asked, path, device=place, threads=1), speed.Warnings())
+        return np.concatenate(list(reading.read_frames(path)))
 
 
 def count_waits(place: str, policy: Any) -> None:

@@ -26,9 +26,9 @@ from ablation import overlap_score
 from streamt2v.chunks import refinement_plan, seams, streaming_plan
 from streamt2v.config import merge, preset
 from streamt2v.diffusion.noise import SeededDraws
-from streamt2v.frames import Frames, to_u8
+from streamt2v.families.streamingt2v import from_text
+from streamt2v.media.frames import Frames, to_u8
 from streamt2v.stages.denoise import Sampling
-from streamt2v.stages.initialize import from_text
 from streamt2v.stages.stream import Streamer, StreamState, chunk_noise
 from streamt2v.training.sheets import OVERLAP
 from streamt2v.training.world.captions import canonical

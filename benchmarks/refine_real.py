@@ -30,10 +30,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from streamt2v import config, foreign, frames, jobs, pipeline, video
-from streamt2v.frames import Frames
+from streamt2v import config
+from streamt2v.cli.progress import Progress
+from streamt2v.jobs.job import Job
+from streamt2v.jobs.recipe import inspect_source
+from streamt2v.media import frames, isolated, reading, writing
+from streamt2v.media.frames import Frames
 from streamt2v.metrics import motion, scores
-from streamt2v.progress import Progress
+from streamt2v.runs import pipeline
 
 HERE = Path(__file__).parent
 HELD_OUT = {
@@ -53,7 +57,7 @@ SKIPPED = 20  # frames: titles and fades
 def clip(path: Path, count: int) -> Frames:
     """Read some frames of a clip, cropped to multiples of 32 pixels."""
     found: list[Frames] = []
-    for part in frames.skip(foreign.read_frames(path), SKIPPED):
+    for part in frames.skip(isolated.read_frames(path), SKIPPED):
         found.append(part)
         if sum(map(len, found)) >= count:
             break
@@ -66,7 +70,7 @@ def clip(path: Path, count: int) -> Frames:
 def written(shown: Frames, folder: Path, name: str, crf: int) -> Path:
     """Write frames as a video."""
     path = folder / f"{name}.mp4"
-    writer = video.SegmentWriter(folder / "growing.mp4", *shown.shape[1:3], Fraction(25), crf=crf)
+    writer = writing.SegmentWriter(folder / "growing.mp4", *shown.shape[1:3], Fraction(25), crf=crf)
     writer.append(shown)
     writer.finish(path)
     return path
@@ -74,7 +78,7 @@ def written(shown: Frames, folder: Path, name: str, crf: int) -> Path:
 
 def read(path: Path) -> Frames:
     """Read all frames of a video."""
-    return np.concatenate(list(video.read_frames(path)))
+    return np.concatenate(list(reading.read_frames(path)))
 
 
 def lanczos(shown: Frames, size: tuple[int, int]) -> Frames:
@@ -86,14 +90,14 @@ def lanczos(shown: Frames, size: tuple[int, int]) -> Frames:
 
 def refined(source: Path, size: tuple[int, int], output: Path, settings: dict[str, Any]) -> tuple[Frames, float]:
     """Refine a video as the command does; returns its frames and the seconds a frame."""
-    found = jobs.inspect_source(source)
+    found = inspect_source(source)
     own = {
         "num_frames": found.frames, "seed": 0, "output.height": size[0], "output.width": size[1], "output.crf": 0,
         "output.fps": found.fps,
     }  # fmt: skip
     built = config.merge(config.preset("demo", strength="faithful"), own, settings)
     began = time.monotonic()
-    pipeline.run(jobs.Job("refine", built, output, source=source), Progress(quiet=True))
+    pipeline.run(Job("refine", built, output, source=source), Progress(quiet=True))
     return read(output), (time.monotonic() - began) / found.frames
 
 

@@ -28,11 +28,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamt2v import config, jobs, pipeline, video, weights
+from streamt2v import config, weights
 from streamt2v.chunks import refinement_plan, seams, streaming_plan
-from streamt2v.frames import Frames, to_float, to_u8
+from streamt2v.cli.progress import Progress
+from streamt2v.jobs.job import Job
+from streamt2v.media import reading, writing
+from streamt2v.media.frames import Frames, to_float, to_u8
 from streamt2v.metrics.evaluation import Settings, Subject, measure
-from streamt2v.progress import Progress
+from streamt2v.runs import pipeline
 from streamt2v.stages.stream import StreamModels
 from streamt2v.training import sheets
 from streamt2v.training.denoisers import TextSource
@@ -86,11 +89,11 @@ def refine(frames: Frames, prompt: str, seed: int, settings: dict[str, Any]) -> 
     built = config.merge(config.preset("demo"), own, settings)
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(folder) / "base.mp4", Path(folder) / "out.mp4"
-        writer = video.SegmentWriter(Path(folder) / "grow.mp4", *frames.shape[1:3], Fraction(8), crf=1)
+        writer = writing.SegmentWriter(Path(folder) / "grow.mp4", *frames.shape[1:3], Fraction(8), crf=1)
         writer.append(frames)
         writer.finish(source)
-        pipeline.run(jobs.Job("refine", built, output, source=source), Progress(quiet=True))
-        return np.concatenate(list(video.read_frames(output)))
+        pipeline.run(Job("refine", built, output, source=source), Progress(quiet=True))
+        return np.concatenate(list(reading.read_frames(output)))
 
 
 def score(index: int, seed: int, frames: int, weights: Path, refined: bool, sheet: Path | None) -> dict[str, Any]:

@@ -41,15 +41,18 @@ import torch
 from torch import Tensor, nn, profiler
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from streamt2v import config, devices, jobs, memory, options, pipeline, planning, weights
+from streamt2v import config, devices, memory, weights
 from streamt2v.chunks import length, refinement_plan, streaming_plan
 from streamt2v.config import RunConfig
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from streamt2v.errors import MemoryLimitError
+from streamt2v.jobs import forecast
+from streamt2v.jobs.job import Job, Result
 from streamt2v.models import refiner
 from streamt2v.models.encoders import decode_latents, encode_frames, latent_factor, latent_size
 from streamt2v.models.unet3d import Conditioning, TextContext, UNet3D
+from streamt2v.runs import pipeline
 from streamt2v.stages import stream
 from streamt2v.stages.denoise import Predict, Sampling, both_branches
 from streamt2v.stages.refine import Denoiser, Refiner, noise_grid
@@ -569,14 +572,12 @@ class Warnings:
         self.said += [text] if warning else []
 
 
-def whole_run(
-    asked: RunConfig, device: devices.Device, gigabytes: float | None = None
-) -> tuple[jobs.Result, list[str]]:
+def whole_run(asked: RunConfig, device: devices.Device, gigabytes: float | None = None) -> tuple[Result, list[str]]:
     """Make a video as the command does, into a folder that is removed; return what was made, and warnings."""
     report = Warnings()
     with tempfile.TemporaryDirectory() as folder:
         where = {"device": device.name, "threads": threads(device), "memory": gigabytes}
-        job = jobs.Job("generate", asked, Path(folder) / "out.mp4", **where)
+        job = Job("generate", asked, Path(folder) / "out.mp4", **where)
         return pipeline.run(job, report), report.said
 
 
@@ -594,7 +595,7 @@ def measure_tiers(
     asked = config.merge(config.to_flat(asked), one_step, {"num_frames": frames})
     found = []
     for gigabytes in tiers:
-        stages = planning.stages(asked)
+        stages = forecast.stages(asked)
         policy = memory.choose(int(gigabytes * 1e9), stages, tools.device.kind)
         row: dict[str, Any] = {
             "gigabytes": gigabytes,
@@ -742,7 +743,7 @@ def measure_all(asked: argparse.Namespace) -> None:
     devices.set_threads(threads(device))
     devices.keep_freed_memory()
     model = asked.model or ("demo" if device.kind == "cpu" else "streamingt2v")
-    given, tools = options.parse_settings(asked.set), Instruments(device, asked.repeats)
+    given, tools = asked.parse_settings(asked.set), Instruments(device, asked.repeats)
     dtype = torch.float32 if device.kind == "cpu" else torch.float16
     name = (
         devices.describe(device).partition(" (")[0] if device.kind == "cuda" else f"{platform.machine()} {device.kind}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from streamt2v import cli
+from streamt2v.cli import app
 
 PAGE = Path(__file__).with_name("cli.md")
 INTRODUCTION = """# Command line reference
@@ -19,7 +19,7 @@ Made by `make docs` from the commands. Results go to stdout, everything else to 
 
 def page() -> str:
     """Return the whole reference."""
-    return "\n".join([INTRODUCTION, *_sections(typer.main.get_command(cli.app), "streamt2v")])
+    return "\n".join([INTRODUCTION, *_sections(typer.main.get_command(app.app), "streamt2v")])
 
 
 def _sections(command: Any, name: str) -> Iterator[str]:

@@ -6,9 +6,9 @@ __version__ = "0.1.0"
 __all__ = ["Job", "RunConfig", "StreamT2VError", "__version__", "check", "run"]
 
 _HOMES = {
-    "Job": "streamt2v.jobs",
-    "check": "streamt2v.jobs",
-    "run": "streamt2v.pipeline",
+    "Job": "streamt2v.jobs.job",
+    "check": "streamt2v.jobs.prepare",
+    "run": "streamt2v.runs.pipeline",
     "RunConfig": "streamt2v.config",
     "StreamT2VError": "streamt2v.errors",
 }

@@ -1,5 +1,5 @@
 """`python -m streamt2v`."""
 
-from streamt2v.cli import main
+from streamt2v.cli.app import main
 
 main()

@@ -4,6 +4,8 @@ Precedence: defaults (the published values) < family preset < `--preset` < `--qu
 Every value is checked against the range written beside it; an unknown key is an error that names the nearest one.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import difflib
@@ -17,8 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args, get_type_hints
 
-from streamt2v.chunks import check_chunking, seams, snap, streaming_plan
-from streamt2v.clock import exact_rate
+from streamt2v.chunks import check_chunking
 from streamt2v.errors import ConfigError
 
 Fit = Literal["contain", "cover", "pad"]
@@ -140,15 +141,6 @@ class OutputConfig:
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A prompt of a timeline: the frame that it was asked for, and the one at which the run turns to it."""
-
-    asked: int
-    frame: int
-    text: str
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """Everything that decides the frames of a run."""
 
@@ -175,31 +167,6 @@ class RunConfig:
         if self.prompts and max(self.prompts) >= self.num_frames:
             end = f"the video ends with frame {self.num_frames - 1}"
             raise ConfigError(f"a prompt is to begin at frame {max(self.prompts)}, {end}", "name an earlier time")
-
-
-def turns(run: RunConfig, command: str = "generate", kept: int = 0) -> tuple[Prompt, ...]:
-    """Return the prompts of a run in order, with the frames at which the run turns to them.
-
-    A change waits for the next streaming chunk. What is only refined has none, so that every change is where it
-    was asked for; so are those inside the `kept` frames of a video that is continued.
-
-    Raises:
-        ConfigError: a change that would never be seen.
-    """
-    asked = sorted(run.prompts)
-    later = [] if command == "refine" else [frame for frame in asked if frame >= kept]
-    followed = dict[int, int]()
-    if later:
-        begin = max(0, kept - run.stream.chunk)
-        plan = streaming_plan(run.num_frames - begin, run.stream.chunk, run.stream.overlap)
-        followed = dict(zip(later, snap(later, seams(plan, begin)), strict=True))
-    changes = (Prompt(frame, followed.get(frame, frame), run.prompts[frame]) for frame in asked)
-    return (Prompt(0, 0, run.prompt), *changes)
-
-
-def prompt_at(timeline: Sequence[Prompt], frame: int) -> str:
-    """Return the text that is valid at a frame."""
-    return next(prompt.text for prompt in reversed(timeline) if prompt.frame <= frame)
 
 
 def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, Any], Any]]:
@@ -389,3 +356,15 @@ def preset(name: str, quality: str | None = None, strength: str | None = None) -
 def to_flat(config: RunConfig) -> dict[str, Any]:
     """Return {dotted key: value} of every leaf, in order."""
     return {key: value for key, _, value in _leaves(config)}
+
+
+_MAX_DENOMINATOR = 2**20
+"""Two fractions below `MAX_RATE` with denominators up to this are never the same float: the float is an exact name."""
+
+
+def exact_rate(fps: float | Fraction) -> Fraction:
+    """Return the one fraction that a frame rate stands for, with a denominator of at most 2**20.
+
+    A fraction of that kind below 1000 that went through a float, as in a recipe, comes back as it was.
+    """
+    return Fraction(fps).limit_denominator(_MAX_DENOMINATOR)

@@ -21,10 +21,13 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModelWithProjection, CLIPTokenizerFast, CLIPVisionModelWithProjection  # noqa: F401
 
-from streamt2v import files, pipeline, runs, video  # noqa: F401
-from streamt2v.cli import main
-from streamt2v.frames import Frames
+from streamt2v import files
+from streamt2v.cli.app import main
+from streamt2v.jobs import run_directory
+from streamt2v.media import ffmpeg, writing
+from streamt2v.media.frames import Frames
 from streamt2v.models.unet3d import UNet3D
+from streamt2v.runs import pipeline  # noqa: F401
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["pytest", "tests.crash"])
@@ -145,7 +148,7 @@ class Failing:
 
 def no_headroom() -> None:
     """Go on to the very end of the disk."""
-    runs.HEADROOM = -(2**40)
+    run_directory.HEADROOM = -(2**40)
 
 
 @dataclass
@@ -157,7 +160,7 @@ class Encoder:
     def __call__(self) -> None:
         os.environ["FFMPEG"] = imageio_ffmpeg.get_ffmpeg_exe()
         imageio_ffmpeg.get_ffmpeg_exe = lambda: str(self.script)
-        video.STALL_SECONDS = 1.0
+        ffmpeg.STALL_SECONDS = 1.0
 
 
 @dataclass
@@ -167,14 +170,14 @@ class FailingSegment:
     segment: int
 
     def __call__(self) -> None:
-        real = video.SegmentWriter._encode
+        real = writing.SegmentWriter._encode
 
-        def encode(writer: video.SegmentWriter, frames: Frames) -> bytes:
+        def encode(writer: writing.SegmentWriter, frames: Frames) -> bytes:
             if writer.mark.segments == self.segment:
                 raise av.error.ExternalError(1, "the encoder died")
             return real(writer, frames)
 
-        video.SegmentWriter._encode = encode  # type: ignore[method-assign]
+        writing.SegmentWriter._encode = encode  # type: ignore[method-assign]
 
 
 @dataclass

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from streamt2v import initializers, weights
+from streamt2v import weights
 from streamt2v.errors import ConfigError, WeightsError
-from streamt2v.frames import Frames
+from streamt2v.families import diffusers_pipelines
+from streamt2v.media.frames import Frames
 from streamt2v.metrics.scores import Series
 from streamt2v.weights import home, hub
 
@@ -43,7 +44,7 @@ class Clip:
         """Encode an RGB frame [H,W,3]: [D]."""
         import torch
 
-        from streamt2v.frames import to_float
+        from streamt2v.media.frames import to_float
         from streamt2v.models.encoders import embed_image
 
         with torch.inference_mode():
@@ -99,7 +100,7 @@ def _published(name: str, folder: Path, device: str) -> Clip:
     weights.quiet("transformers")
     dtype = torch.float32 if device == "cpu" else torch.float16
     encoders = [
-        initializers.load_network(network, folder, dtype).to(device)
+        diffusers_pipelines.load_network(network, folder, dtype).to(device)
         for network in (transformers.CLIPTextModelWithProjection, transformers.CLIPVisionModelWithProjection)
     ]
     return Clip(name, weights.load_tokenizer(words, _TOKENS), *encoders)

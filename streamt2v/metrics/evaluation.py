@@ -15,14 +15,16 @@ from scenedetect import FrameTimecode
 from scenedetect.detectors import AdaptiveDetector
 from scenedetect.scene_manager import compute_downscale_factor
 
-from streamt2v import chunks, devices, foreign, jobs
-from streamt2v.config import Prompt
+from streamt2v import chunks, devices
 from streamt2v.errors import ConfigError, InputError, VideoError
-from streamt2v.frames import Frames
+from streamt2v.jobs.recipe import recipe_of, recorded_run, recorded_timeline
+from streamt2v.media import isolated
+from streamt2v.media.frames import Frames
 from streamt2v.metrics import clip as clips
 from streamt2v.metrics import motion, scores
 from streamt2v.metrics.scores import Series
-from streamt2v.progress import Report
+from streamt2v.runs.watch import Report
+from streamt2v.timeline import Prompt
 from streamt2v.weights import hub
 
 GROUP = 8  # frames read at once
@@ -143,7 +145,7 @@ def seams_of(recipe: Mapping[str, Any], num_frames: int) -> tuple[tuple[int, ...
 
     The chunks of an extended video begin with the last frames of what it continues.
     """
-    if (recorded := jobs.recorded_run(recipe)) is None:
+    if (recorded := recorded_run(recipe)) is None:
         return (), ()
     run, command, kept = recorded
     stream, refine, begin = run.stream, run.refine, max(0, kept - run.stream.chunk)
@@ -162,15 +164,15 @@ def inspect(path: Path, settings: Settings) -> Subject:
         VideoError: not a readable video. InputError: it cannot be compared with the other one.
         ConfigError: a seam lies outside of it.
     """
-    found = foreign.probe(path)
-    recipe = jobs.recipe_of(found.comment)
+    found = isolated.probe(path)
+    recipe = recipe_of(found.comment)
     stream, refine = seams_of(recipe, found.frames)
     if settings.seams is not None:
         stream, refine = tuple(sorted(set(settings.seams))), ()
         if stream and stream[-1] >= found.frames:
             raise ConfigError(f"{path} has {found.frames} frames, no chunk begins at {stream[-1]}")
     if settings.against is not None:
-        other = foreign.probe(settings.against)
+        other = isolated.probe(settings.against)
         pair = [(info.frames, info.width, info.height) for info in (found, other)]
         if pair[0] != pair[1]:
             sizes = ["{} frames of {}x{}".format(*sizes) for sizes in pair]
@@ -178,7 +180,7 @@ def inspect(path: Path, settings: Settings) -> Subject:
         if min(found.width, found.height) < 11:
             raise InputError(f"{path} is {found.width}x{found.height}, too small for SSIM", "11x11 is enough")
     prompt = str(recipe.get("config", {}).get("prompt", "")) if settings.prompt is None else settings.prompt
-    timeline = jobs.recorded_timeline(recipe, found.frames) if settings.prompt is None else ()
+    timeline = recorded_timeline(recipe, found.frames) if settings.prompt is None else ()
     return Subject(
         str(path), found.frames, found.width, found.height, float(found.fps), prompt.strip(), stream, refine,
         timeline if len(timeline) > 1 else (),
@@ -209,8 +211,8 @@ def evaluate(
     results, failures = list[Measured](), list[VideoError]()
     for path, subject in zip(paths, subjects, strict=True):
         report.start(subject.video, subject.frames)
-        other = None if settings.against is None else foreign.read_frames(settings.against, GROUP)
-        stream = _told(foreign.read_frames(path, GROUP), subject, report)
+        other = None if settings.against is None else isolated.read_frames(settings.against, GROUP)
+        stream = _told(isolated.read_frames(path, GROUP), subject, report)
         try:
             results.append(measure(stream, subject, settings, clip, other))
         except VideoError as error:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from streamt2v import __version__, pages
-from streamt2v.frames import contact_sheet
+from streamt2v import __version__
+from streamt2v.media import pages
+from streamt2v.media.frames import contact_sheet
 from streamt2v.metrics.evaluation import SCORES, Measured, Settings
 from streamt2v.metrics.motion import FLOW
 from streamt2v.metrics.scores import Series, mean
@@ -112,9 +113,6 @@ def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\n").writerows([header, *rows])
     return stream.getvalue()
-
-
-# ------------------------------------------------------------------------------------------------------------- HTML
 
 
 def as_html(results: Sequence[Measured], settings: Settings) -> str:

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from streamt2v.frames import Frames
+from streamt2v.media.frames import Frames
 from streamt2v.metrics.motion import SCRIPT_SCALE
 
 Series: TypeAlias = npt.NDArray[np.float64]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from streamt2v.chunks import Chunk, middles
 from streamt2v.errors import ConfigError, NumericsError
-from streamt2v.frames import is_black, is_finite, is_picture, to_u8
+from streamt2v.media.frames import is_black, is_finite, is_picture, to_u8
 from streamt2v.models.unet3d import TextContext
 
 log = logging.getLogger(__name__)

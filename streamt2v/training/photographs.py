@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from streamt2v.errors import WeightsError
-from streamt2v.frames import Frames, resize, to_float, to_u8
+from streamt2v.media.frames import Frames, resize, to_float, to_u8
 
 LIST = Path(__file__).with_name("photographs.toml")
 CLIP_FRAMES, SIZE = 12, (240, 360)

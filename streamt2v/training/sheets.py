@@ -16,10 +16,10 @@ from streamt2v.chunks import seams, streaming_plan
 from streamt2v.config import merge, preset
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule
+from streamt2v.families.streamingt2v import from_text
 from streamt2v.models.cam import ConditionalAttention
 from streamt2v.models.unet3d import UNet3D
 from streamt2v.stages.denoise import Sampling
-from streamt2v.stages.initialize import from_text
 from streamt2v.stages.stream import NoiseOfChunk, Streamer, StreamModels, StreamState, chunk_noise
 from streamt2v.training.denoisers import AppearanceModule, Lesson, TextSource, sampled
 from streamt2v.training.losses import DEMO_SCHEDULE

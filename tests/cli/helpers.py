@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from streamt2v import video
-from streamt2v.cli import main
+from streamt2v.cli.app import main
+from streamt2v.media import reading, writing
 
 PROMPT = "a red ball bouncing over the sea at sunset"
 # Two steps at a thumbnail's size: every part of the machinery runs, nothing worth looking at comes out.
@@ -69,7 +69,7 @@ def wait_for(folder: Path, pattern: str, count: int) -> None:
 
 def made(path: Path, frames: int, comment: str = "") -> Path:
     """Write a small video with whatever in its comment tag."""
-    writer = video.SegmentWriter(path.with_name("growing"), 16, 32, Fraction(8))
+    writer = writing.SegmentWriter(path.with_name("growing"), 16, 32, Fraction(8))
     shades = np.arange(frames, dtype=np.uint8)[:, None, None, None]
     writer.append(np.broadcast_to(shades, (frames, 16, 32, 3)))
     writer.finish(path, comment)
@@ -80,7 +80,7 @@ def made(path: Path, frames: int, comment: str = "") -> Path:
 def digest(path: Path) -> tuple[int, str]:
     """Count the frames of a video and hash its RGB values."""
     count, sha = 0, hashlib.sha256()
-    for frames in video.read_frames(path):
+    for frames in reading.read_frames(path):
         count += len(frames)
         sha.update(frames.tobytes())
     return count, sha.hexdigest()

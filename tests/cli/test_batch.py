@@ -15,8 +15,12 @@ from typing import Any
 import jsonschema
 import pytest
 
-from streamt2v import batch, devices, errors, jobs, pipeline, rows, runs, weights
-from streamt2v.cli import generate
+from streamt2v import devices, errors, weights
+from streamt2v.batch import here, on_ray, rows, run, tasks
+from streamt2v.cli.make import generate
+from streamt2v.jobs import run_directory
+from streamt2v.jobs.job import Job, Result
+from streamt2v.runs import pipeline
 from tests.cli.helpers import PROMPT, TINY, call, digest, start
 
 needs_ray = pytest.mark.skipif(not find_spec("ray"), reason="the extra ray is not installed")
@@ -54,24 +58,24 @@ def results(events: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def check(
     place: Path, folder: Path, shard: str = "1/1", overwrite: bool = False, **shared: Any
-) -> tuple[list[batch.Task], list[batch.Refusal]]:
+) -> tuple[list[tasks.Task], list[tasks.Refusal]]:
     """Read and check a file with options of the command line."""
     none = dict.fromkeys(("model", "preset", "quality", "config_file", "settings", "size"))
-    for_all = batch.Shared(folder, {**none, **shared}, {"threads": 1}, overwrite)
-    return batch.check(rows.read(str(place)), for_all, generate, batch.shard_of(shard))
+    for_all = tasks.Shared(folder, {**none, **shared}, {"threads": 1}, overwrite)
+    return tasks.check(rows.read(str(place)), for_all, generate, tasks.shard_of(shard))
 
 
 @pytest.fixture
-def fake_runs(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[jobs.Job], None]], list[jobs.Job]]:
+def fake_runs(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Job], None]], list[Job]]:
     """Let another function stand for the making of a video; it is told the job."""
 
-    def replace(act: Callable[[jobs.Job], None]) -> list[jobs.Job]:
-        begun: list[jobs.Job] = []
+    def replace(act: Callable[[Job], None]) -> list[Job]:
+        begun: list[Job] = []
 
-        def run(job: jobs.Job, report: Any, loaded: Any) -> jobs.Result:
+        def run(job: Job, report: Any, loaded: Any) -> Result:
             begun.append(job)
             act(job)
-            return jobs.Result.of(job, 2, 2, 1.0)
+            return Result.of(job, 2, 2, 1.0)
 
         monkeypatch.setattr(pipeline, "run", run)
         return begun
@@ -296,7 +300,7 @@ def test_shards_share_the_rows(tmp_path: Path) -> None:
     assert all(whole[task.id] == task.job for tasks, _ in parts for task in tasks)
     for nonsense in ("0/2", "3/2", "1", "a/b", "1/2/3", ""):
         with pytest.raises(errors.ConfigError, match="1/4"):
-            batch.shard_of(nonsense)
+            tasks.shard_of(nonsense)
 
 
 def test_a_thousand_rows_in_two_seconds(tmp_path: Path) -> None:
@@ -343,7 +347,7 @@ def test_a_failure_stops_the_batch_unless_it_keeps_going(
         "b": errors.OutputError("no space left", "free some"), "c": MemoryError(), "d": ZeroDivisionError("oh")
     }  # fmt: skip
 
-    def fail(job: jobs.Job) -> None:
+    def fail(job: Job) -> None:
         if error := failures.get(job.config.prompt):
             raise error
 
@@ -377,7 +381,7 @@ def test_networks_are_loaded_once_and_what_is_there_is_not_made_again(
         return load(family, role, *more)
 
     monkeypatch.setattr(weights, "load", spy)
-    batch._loaded.cache_clear()
+    here.still_loaded.cache_clear()
     rows = [{"prompt": prompt, "frames": 20} for prompt in PROMPTS[:2]]
     path, out = jsonl(tmp_path / "jobs.jsonl", rows), tmp_path / "out"
     command = ["batch", path, "--out-dir", out, *TINY]
@@ -392,7 +396,7 @@ def test_networks_are_loaded_once_and_what_is_there_is_not_made_again(
     capsys.readouterr()
 
     before, loads = {file: file.stat().st_mtime_ns for file in out.iterdir()}, len(loaded)
-    left = runs.directory_for(next(iter(before))) / "state"  # by a process that was killed at its very end
+    left = run_directory.directory_for(next(iter(before))) / "state"  # by a process that was killed at its very end
     left.mkdir(parents=True)
     (left.parent / "lock").touch()
     assert call(*command, "--json") == 0
@@ -414,7 +418,7 @@ def test_networks_are_loaded_once_and_what_is_there_is_not_made_again(
 def test_a_stopped_run_goes_on_with_its_own_settings_only(tmp_path: Path) -> None:
     path, out = jsonl(tmp_path / "jobs.jsonl", [{"id": "x", "prompt": "a"}]), tmp_path / "out"
     [task], _ = check(path, out)
-    runs.RunDirectory.open(task.job.run_path, task.job.recipe(), resume=False).close()
+    run_directory.RunDirectory.open(task.job.run_path, task.job.recipe(), resume=False).close()
     [task], _ = check(path, out)
     assert (task.job.resume, task.job.overwrite) == (True, False)
     [task], _ = check(path, out, overwrite=True)
@@ -595,7 +599,7 @@ def test_the_address_may_be_left_out(
     arguments: list[str], address: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(batch, "run", lambda *_, ray, **__: asked.append(ray) or 0)
+    monkeypatch.setattr(run, "run", lambda *_, ray, **__: asked.append(ray) or 0)
     path = jsonl(tmp_path / "jobs.jsonl", [{"prompt": "a"}])
     assert call("batch", *arguments, path, "--out-dir", tmp_path) == 0
     assert call("batch", path, "--out-dir", tmp_path, *arguments) == 0
@@ -618,17 +622,17 @@ def test_what_ray_keeps_for_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         {"prompt": "d", "device": "cuda:1"}, {"prompt": "e", "memory": 9},
     ]  # fmt: skip
     whole, large, cpu, named, small = check(jsonl(tmp_path / "jobs.jsonl", rows), tmp_path)[0]
-    assert batch._placed(whole, has_gpu=False) == (whole, {"num_cpus": 1})
-    assert batch._placed(cpu, has_gpu=True) == (cpu, {"num_cpus": 3})
+    assert on_ray._placed(whole, has_gpu=False) == (whole, {"num_cpus": 1})
+    assert on_ray._placed(cpu, has_gpu=True) == (cpu, {"num_cpus": 3})
     with pytest.raises(errors.ConfigError, match="cuda:1"):
-        batch._placed(named, has_gpu=True)
+        on_ray._placed(named, has_gpu=True)
     monkeypatch.setattr(devices, "glance", lambda: devices.Glance("cpu", 64 * 10**9))
-    assert batch._placed(small, has_gpu=True) == (small, {"num_cpus": 1, "num_gpus": 1})
+    assert on_ray._placed(small, has_gpu=True) == (small, {"num_cpus": 1, "num_gpus": 1})
     monkeypatch.setattr(devices, "glance", lambda: devices.Glance("cuda", 40 * 10**9))
-    assert batch._placed(large, has_gpu=True) == (large, {"num_cpus": 1, "num_gpus": 1})
-    task, resources = batch._placed(small, has_gpu=True)
+    assert on_ray._placed(large, has_gpu=True) == (large, {"num_cpus": 1, "num_gpus": 1})
+    task, resources = on_ray._placed(small, has_gpu=True)
     assert (resources, task.job.memory) == ({"num_cpus": 1, "num_gpus": 0.25}, 10)
-    task, resources = batch._placed(whole, has_gpu=True)
+    task, resources = on_ray._placed(whole, has_gpu=True)
     assert resources["num_gpus"] < 0.5
     assert task.job.memory == pytest.approx(40 * resources["num_gpus"], rel=0.01)
 

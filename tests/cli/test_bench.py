@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
-from streamt2v import devices, pipeline, planning, video
+from streamt2v import devices
+from streamt2v.jobs import forecast
+from streamt2v.media import writing
+from streamt2v.runs import pipeline
 from streamt2v.stages import refine, stream
 from tests.cli.helpers import PROMPT, TINY, call, generate, result, start
 
@@ -43,7 +46,7 @@ def test_a_short_run_foretells_a_long_one(
     machine.takes(refine.Refiner, "_run_step", 3)
     machine.takes(pipeline, "encode_frames", 0.25)
     machine.takes(pipeline, "decode_latents", 0.5)
-    machine.takes(video.SegmentWriter, "append", 1)
+    machine.takes(writing.SegmentWriter, "append", 1)
 
     assert call("plan", PROMPT, *PLANNED, "--frames", 72) == 0
     assert "`streamt2v bench` measures it" in capsys.readouterr().out
@@ -70,8 +73,8 @@ def test_what_is_not_refined_has_no_time_for_it(tmp_path: Path, monkeypatch: pyt
     assert call("bench", *TINY, "--no-refine", "--frames", 100) == 0
     (row,) = json.loads((tmp_path / "timings.json").read_text()).values()
     assert row["refine_seconds_per_chunk"] == 0
-    assert set(row) == set(planning.MEASURED)
-    assert all(row[name] > 0 for name in planning.MEASURED if name != "refine_seconds_per_chunk")
+    assert set(row) == set(forecast.MEASURED)
+    assert all(row[name] > 0 for name in forecast.MEASURED if name != "refine_seconds_per_chunk")
     assert {("UNet3D", "cpu"), ("AutoencoderKL", "cpu")} <= set(arranged)  # every network of a run
 
 

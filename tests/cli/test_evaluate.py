@@ -13,7 +13,8 @@ import pytest
 pytest.importorskip("cv2")
 pytest.importorskip("scenedetect")
 
-from streamt2v import config, video
+from streamt2v import config
+from streamt2v.media import reading, writing
 from tests.cli.helpers import call, result
 
 FRAMES = 40
@@ -25,7 +26,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ball drifting over the sea in the demo's world, with settings as `generate` writes them."""
     import torch
 
-    from streamt2v.frames import to_u8
+    from streamt2v.media.frames import to_u8
     from streamt2v.training.world.drawing import render
     from streamt2v.training.world.scenes import sample_scenes
 
@@ -39,13 +40,13 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def darker(clip: Path) -> Path:
     """The same 20 levels darker, without settings."""
-    frames = np.concatenate(list(video.read_frames(clip)))
+    frames = np.concatenate(list(reading.read_frames(clip)))
     return written(clip.with_name("darker.mp4"), np.maximum(frames, 20) - 20)
 
 
 def written(path: Path, frames: Any, comment: str = "") -> Path:
     growing = path.with_suffix(".growing")
-    writer = video.SegmentWriter(growing, *frames.shape[1:3], Fraction(8), crf=0)
+    writer = writing.SegmentWriter(growing, *frames.shape[1:3], Fraction(8), crf=0)
     writer.append(frames)
     writer.finish(path, comment)
     return path
@@ -125,7 +126,7 @@ def test_against(clip: Path, darker: Path, capsys: pytest.CaptureFixture[str]) -
     same = scores(capsys, clip, "--against", clip)
     assert (same["mse"], same["psnr"], same["ssim"]) == (0, None, pytest.approx(1))
     other = scores(capsys, darker, "--against", clip)
-    first, second = (np.concatenate(list(video.read_frames(path))).astype(float) for path in (clip, darker))
+    first, second = (np.concatenate(list(reading.read_frames(path))).astype(float) for path in (clip, darker))
     assert other["mse"] == pytest.approx(np.square(first - second).mean())
     assert other["psnr"] == pytest.approx(10 * np.log10(255**2 / np.square(first - second).mean()))
     assert 0.5 < other["ssim"] < 1

@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from streamt2v import files, runs, video
+from streamt2v import files
 from streamt2v.errors import Terminated
+from streamt2v.jobs import run_directory
+from streamt2v.media import ffmpeg, lossless
 from streamt2v.weights import networks
 from tests import crash
 from tests.cli.helpers import PROMPT, TINY, call, digest, generate, result
@@ -60,7 +62,7 @@ def _resumes(path: Path, whole: tuple[int, str], command: list[object] = COMMAND
     code, said = crash.run(*command, "-o", path, "--resume", log=path.with_suffix(".log"))
     assert code == 0, said
     assert digest(path) == whole
-    assert not runs.directory_for(path).exists()
+    assert not run_directory.directory_for(path).exists()
     assert list(path.parent.glob(".*")) == []
 
 
@@ -131,7 +133,7 @@ def test_room_is_asked_for_before_every_chunk(
     said = capsys.readouterr().err
     assert "the next chunk needs about 34 MB" in said
     assert str(path) in said
-    assert runs.exists(runs.directory_for(path))
+    assert run_directory.exists(run_directory.directory_for(path))
     assert generate(path, 40, "--resume") == 0
     assert digest(path)[0] == 40
 
@@ -171,9 +173,9 @@ def test_a_slow_copy_is_no_hung_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     script, growing = tmp_path / "slow", tmp_path / "growing"
     script.write_text('#!/bin/sh\nfor i in 1 2 3 4 5 6; do sleep 0.2; echo $i >> "$1"; done\n')
     script.chmod(0o755)
-    monkeypatch.setattr(video, "STALL_SECONDS", 0.6)
+    monkeypatch.setattr(ffmpeg, "STALL_SECONDS", 0.6)
     with subprocess.Popen([script, growing], stderr=subprocess.PIPE) as process:
-        assert video._last_words(process, growing) == b""
+        assert ffmpeg._last_words(process, growing) == b""
 
 
 # ------------------------------------------------------------------------------------------------------ bad numbers
@@ -181,11 +183,11 @@ def test_a_slow_copy_is_no_hung_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def _check_nothing_bad_is_stored(path: Path) -> int:
     """Return the number of base chunks; every state is finite, every chunk shows something."""
-    directory = runs.directory_for(path)
+    directory = run_directory.directory_for(path)
     for state in directory.glob("state/*.safetensors"):
         assert all(np.isfinite(array).all() for array in load_file(state).values())
     chunks = sorted(directory.glob("base/*.mkv"))
-    assert all(video.read_lossless(chunk).std() > 0 for chunk in chunks)
+    assert all(lossless.read_lossless(chunk).std() > 0 for chunk in chunks)
     return len(chunks)
 
 
@@ -225,7 +227,7 @@ def test_a_nan_of_the_vae_is_caught(picture: int, tmp_path: Path, whole: tuple[i
 def test_black_frames_are_said_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from streamt2v import pipeline
+    from streamt2v.runs import pipeline
 
     real = pipeline.decode_latents
     monkeypatch.setattr(pipeline, "decode_latents", lambda vae, latents: torch.full_like(real(vae, latents), -1))
@@ -276,10 +278,10 @@ def test_too_little_memory_for_good_names_the_cheapest_plan(
     assert said.count("going on with") == 3
     assert "guidance in two passes, small slices) needs about" in said
     assert not path.exists()
-    if not runs.exists(runs.directory_for(path)):
+    if not run_directory.exists(run_directory.directory_for(path)):
         assert (refiner, at) == (False, 0)  # nothing was finished
         return
-    memory = runs.recorded(runs.directory_for(path)).recipe["memory"]
+    memory = run_directory.recorded(run_directory.directory_for(path)).recipe["memory"]
     assert not memory["batched_guidance"]
     code, said = crash.run("resume", path, log=tmp_path / "log")
     assert code == 0, said
@@ -287,10 +289,12 @@ def test_too_little_memory_for_good_names_the_cheapest_plan(
 
 
 def test_a_gpu_has_one_more_step_to_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from streamt2v import config, devices, jobs, memory, pipeline
+    from streamt2v import config, devices, memory
+    from streamt2v.jobs.job import Job
+    from streamt2v.runs import pipeline
 
     monkeypatch.setattr(devices, "free_memory", lambda device=None: 2 * 10**9)
-    job = jobs.Job("generate", config.merge(config.preset("demo"), {"prompt": "a red ball"}), tmp_path / "out.mp4")
+    job = Job("generate", config.merge(config.preset("demo"), {"prompt": "a red ball"}), tmp_path / "out.mp4")
     fast, *sparing = memory.ladder("cuda")
     assert memory.more_sparing(fast, "cuda") == sparing
     assert memory.more_sparing(sparing[-1], "cuda") == []

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from streamt2v import video
+from streamt2v.media import reading
 from tests.cli.helpers import PROMPT, TINY, call, digest, generate, result
 
 
@@ -56,7 +56,7 @@ def test_refine_keeps_count_rate_and_sound(frames: int, tmp_path: Path) -> None:
     fps = Fraction(30000, 1001) if frames == 25 else Fraction(8)
     _clip(source, frames, fps, sound=frames >= 5)
     assert call("refine", source, "-o", path, "--refine-steps", 1, "--size", "96x64", "--seed", 1, "--quiet") == 0
-    made = video.probe(path)
+    made = reading.probe(path)
     assert (made.frames, made.fps, made.has_audio) == (frames, fps, frames >= 5)
     assert (made.width, made.height) == (96, 64)
     assert digest(path)[0] == frames
@@ -72,8 +72,8 @@ def test_a_longer_video_begins_like_a_shorter_one(tmp_path: Path) -> None:
     short, long = tmp_path / "short.mp4", tmp_path / "long.mp4"
     assert generate(short, 20, "--no-refine", "--set", "output.crf=0") == 0
     assert generate(long, 40, "--no-refine", "--set", "output.crf=0") == 0
-    first = np.concatenate(list(video.read_frames(short)))
-    assert np.array_equal(first, np.concatenate(list(video.read_frames(long)))[:20])
+    first = np.concatenate(list(reading.read_frames(short)))
+    assert np.array_equal(first, np.concatenate(list(reading.read_frames(long)))[:20])
 
 
 def test_sweep_gives_the_same_frames(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_starting_from_a_picture(tmp_path: Path) -> None:
 def test_sizes_and_fit(options: list[str], size: tuple[int, int], tmp_path: Path) -> None:
     path = tmp_path / "out.mp4"
     assert generate(path, 9, *options) == 0
-    made = video.probe(path)
+    made = reading.probe(path)
     assert (made.width, made.height) == size
 
 
@@ -141,7 +141,7 @@ def test_native_size_without_refinement(tmp_path: Path) -> None:
     path = tmp_path / "out.mp4"
     arguments = [a for a in TINY if a not in ("--size", "80x48")]
     assert call("generate", PROMPT, "--frames", 5, "-o", path, *arguments, "--no-refine", "--fps", 12) == 0
-    made = video.probe(path)
+    made = reading.probe(path)
     assert (made.width, made.height, made.fps) == (40, 24, 12)
 
 
@@ -163,7 +163,7 @@ def test_a_stored_config_repeats_the_run(tmp_path: Path) -> None:
 
     path, again, file = tmp_path / "out.mp4", tmp_path / "again.mp4", tmp_path / "run.toml"
     assert generate(path, 17) == 0
-    recipe = json.loads(video.probe(path).comment)
+    recipe = json.loads(reading.probe(path).comment)
     file.write_text("\n".join(f"{key} = {json.dumps(value)}" for key, value in recipe["config"].items()))
     assert (
         call("generate", PROMPT, "--frames", 17, "--config", file, "--seed", 7, "--threads", 1, "--quiet", "-o", again)

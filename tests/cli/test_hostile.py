@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from streamt2v import config, jobs, options, video
-from streamt2v.cli import default_output
+from streamt2v import config
+from streamt2v.cli.make import default_output
 from streamt2v.errors import ConfigError, InputError, VideoError, WeightsError
+from streamt2v.jobs import asked, prepare
+from streamt2v.jobs.recipe import inspect_source
+from streamt2v.media import pictures, reading
 from streamt2v.weights import catalog
 from tests.cli.helpers import call, made
 from tests.cli.test_terminal import run
@@ -49,15 +52,15 @@ def test_odd_prompts_are_kept_and_shown_as_text(
 ) -> None:
     assert len(PROMPTS) >= 60
     run_config = config.merge({"prompt": prompt, "num_frames": 24, "prompts.16": "x"})
-    too_long = len(json.dumps(prompt)) > jobs.MAX_TEXT_BYTES
+    too_long = len(json.dumps(prompt)) > prepare.MAX_TEXT_BYTES
     if not prompt.strip() or too_long:
         with pytest.raises(ConfigError):
-            jobs.check_wishes(run_config)
+            prepare.check_wishes(run_config)
         return
-    jobs.check_wishes(run_config)
+    prepare.check_wishes(run_config)
     comment = json.dumps({"streamt2v": "1", "command": "generate", "config": config.to_flat(run_config)})
     path = made(tmp_path / "in.mp4", 24, comment)
-    assert jobs.inspect_source(path).prompts == {0: prompt, 16: "x"}
+    assert inspect_source(path).prompts == {0: prompt, 16: "x"}
     assert call("info", path) == 0
     assert call("plan", "--frames", 24, "--at", 16, prompt, "--", "x") == 0
     shown = capsys.readouterr()
@@ -82,7 +85,7 @@ def test_a_terminal_of_ascii_alone_is_enough(tmp_path: Path) -> None:
 def test_a_recipe_of_others_is_checked_before_it_is_used(recipe: str, tmp_path: Path) -> None:
     path = made(tmp_path / "in.mp4", 3, recipe)
     assert call("info", path) == call("info", path, "--json") == call("report", path) == 0
-    assert jobs.inspect_source(path).prompts in ({}, {0: "a"})
+    assert inspect_source(path).prompts in ({}, {0: "a"})
 
 
 def test_only_prompts_are_taken_from_a_recipe(tmp_path: Path) -> None:
@@ -90,7 +93,7 @@ def test_only_prompts_are_taken_from_a_recipe(tmp_path: Path) -> None:
     hub = {"initialize.text_model": "hub:evil/evil", "output.crf": 51}
     path = made(tmp_path / "in.mp4", 3, json.dumps({"streamt2v": "1", "command": "generate", "config": settings | hub}))
     given = dict.fromkeys(("model", "preset", "quality", "config_file", "settings", "size"))
-    resolved = options.resolve(**given, source=jobs.inspect_source(path), seed=1)  # type: ignore[arg-type]
+    resolved = asked.resolve(**given, source=inspect_source(path), seed=1)  # type: ignore[arg-type]
     assert resolved == config.merge(config.preset("demo"), {"prompt": "a red ball", "num_frames": 3, "seed": 1})
 
 
@@ -145,9 +148,9 @@ def test_crafted_media_reach_nothing(
     assert len([*contents, *names]) >= 16
     for name in [*contents, *names]:
         with pytest.raises(VideoError):
-            video.probe(Path(name))
+            reading.probe(Path(name))
         with pytest.raises(InputError):
-            video.read_image(Path(name))
+            pictures.read(Path(name))
     for name in ("list_url.mp4", "dash.mp4", url):
         assert call("info", name) == call("refine", name, "-o", "out.mp4") == 3
     assert seen == []

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from streamt2v import jobs, video
-from streamt2v.frames import Frames
+from streamt2v.jobs.recipe import recipe_of
+from streamt2v.media import reading, writing
+from streamt2v.media.frames import Frames
 from tests.cli.helpers import PROMPT, STARTS, TINY, FolderOf, call, digest, generate, result
 
 # The library's Euler scheduler hands a tensor to numpy in an old way.
@@ -55,7 +56,7 @@ def test_a_whole_video_starts_from_another_model(
     options = ["--set", "initialize.height=32", "--set", "initialize.width=32", *start("svd, sdxl")]
     assert generate(path, 41, *options, "--json") == 0
     assert result(capsys)["frames"] == digest(path)[0] == 41
-    recipe = json.loads(video.probe(path).comment)
+    recipe = json.loads(reading.probe(path).comment)
     assert recipe["initializer"]["class"] == "StableVideoDiffusionPipeline"
     assert recipe["config"]["initialize.text_model"].endswith("svd")
     assert list(tmp_path.iterdir()) == [path]
@@ -67,7 +68,7 @@ def test_the_working_size_changes_the_frames_and_not_their_size(
     small, large = tmp_path / "small.mp4", tmp_path / "large.mp4"
     options = start("modelscope")
     assert first(small, *options) != first(large, *options, "--set", "initialize.width=64")
-    assert video.probe(small).width == video.probe(large).width == 80
+    assert reading.probe(small).width == reading.probe(large).width == 80
 
 
 def test_other_files_in_the_folder_cannot_continue_a_run(
@@ -136,20 +137,20 @@ def test_extending_keeps_the_source_and_counts_exactly(
     path, more = tmp_path / "out.mp4", [] if refine else ["--no-refine"]
     assert call("extend", source, "--frames", frames, "-o", path, "--json", *EXTEND, *more) == 0
     assert result(capsys)["frames"] == frames
-    made, before = (np.concatenate(list(video.read_frames(item))).astype(float) for item in (path, source))
+    made, before = (np.concatenate(list(reading.read_frames(item))).astype(float) for item in (path, source))
     assert len(made) == frames
-    assert video.probe(path).fps == Fraction(12)
+    assert reading.probe(path).fps == Fraction(12)
     assert np.abs(made[:21] - before).mean() < 3  # encoded twice, not generated again
     assert np.abs(made[21:] - before[-1]).mean() > 3
     assert list(tmp_path.iterdir()) == [path]
-    assert jobs.recipe_of(video.probe(path).comment)["source"]["frames"] == 21  # where its chunks begin follows
+    assert recipe_of(reading.probe(path).comment)["source"]["frames"] == 21  # where its chunks begin follows
 
 
 def test_an_extended_video_depends_on_its_source_and_its_seed(source: Path, tmp_path: Path) -> None:
     def new_frames(name: str, *more: object) -> bytes:
         path = tmp_path / name
         assert call("extend", source, "--frames", 30, "-o", path, *EXTEND, "--no-refine", *more) == 0
-        return np.concatenate(list(video.read_frames(path)))[21:].tobytes()
+        return np.concatenate(list(reading.read_frames(path)))[21:].tobytes()
 
     plain = new_frames("a.mp4")
     assert new_frames("b.mp4") == plain
@@ -164,16 +165,16 @@ def test_an_interrupted_extension_resumes_to_the_same_frames(
     whole, path = tmp_path / "whole.mp4", tmp_path / "out.mp4"
     arguments = ["extend", source, "--frames", 50, *EXTEND]
     assert call(*arguments, "-o", whole) == 0
-    append, written = video.SegmentWriter.append, []
+    append, written = writing.SegmentWriter.append, []
 
-    def stop(writer: video.SegmentWriter, frames: Frames) -> video.SegmentMark:
+    def stop(writer: writing.SegmentWriter, frames: Frames) -> writing.SegmentMark:
         if len(written) == group:
             raise KeyboardInterrupt
         written.append(len(frames))
         return append(writer, frames)
 
     with monkeypatch.context() as patched:
-        patched.setattr(video.SegmentWriter, "append", stop)
+        patched.setattr(writing.SegmentWriter, "append", stop)
         assert call(*arguments, "-o", path) == 130
     assert call(*arguments, "-o", path, "--resume") == 0
     assert digest(path) == digest(whole)

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageSequence
 
-from streamt2v import config, files, runs, video
+from streamt2v import config, files
+from streamt2v.jobs import run_directory
+from streamt2v.media import pictures
 from tests.cli.helpers import PROMPT, TINY, call, generate, made, result, start, wait_for
 
 PAYLOADS = [
@@ -72,16 +74,16 @@ def test_a_report_tells_of_prompts_chunks_and_times(tmp_path: Path) -> None:
     assert call("report", path) == 5
     assert call("report", path, "--overwrite") == 0
     assert call("preview", path, "-o", tmp_path / "out.png", "--width", 20) == 0
-    assert video.read_image(tmp_path / "out.png").shape == (5 * 16 + 4, 5 * 24 + 4, 3)
+    assert pictures.read(tmp_path / "out.png").shape == (5 * 16 + 4, 5 * 24 + 4, 3)
 
 
 def test_a_run_that_was_stopped_can_be_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.mp4"
     process = start("generate", PROMPT, "--frames", 72, "-o", path, *TINY, "--no-refine")
-    wait_for(runs.directory_for(path), "state/output-*", 2)
+    wait_for(run_directory.directory_for(path), "state/output-*", 2)
     process.kill()
     process.communicate()
-    for named in (path, runs.directory_for(path)):
+    for named in (path, run_directory.directory_for(path)):
         assert call("report", named, "--overwrite") == 0
         html = (tmp_path / "out.html").read_text()
         assert "out.mp4, unfinished" in html
@@ -90,10 +92,10 @@ def test_a_run_that_was_stopped_can_be_looked_at(tmp_path: Path, capsys: pytest.
         capsys.readouterr()
         assert call("info", named, "--json") == 0
         seen = result(capsys)
-        assert seen["unfinished"] == str(runs.directory_for(path) / "video.mp4")
+        assert seen["unfinished"] == str(run_directory.directory_for(path) / "video.mp4")
         assert (seen["video"]["frames"] < 72, seen["recipe"]["config"]["num_frames"]) == (True, 72)
-    (runs.directory_for(path) / "video.mp4").unlink()
-    files.write_json(runs.directory_for(path) / "run.json", {"schema": 1, "recipe": {"config": []}})
+    (run_directory.directory_for(path) / "video.mp4").unlink()
+    files.write_json(run_directory.directory_for(path) / "run.json", {"schema": 1, "recipe": {"config": []}})
     assert call("info", path) == call("report", path, "--overwrite") == 0
     assert "nothing of it can be seen yet" in (tmp_path / "out.html").read_text()
 

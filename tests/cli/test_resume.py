@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from streamt2v import jobs, runs, video
 from streamt2v.errors import VideoError
+from streamt2v.jobs import again, run_directory
+from streamt2v.media import reading, writing
 from tests import crash
 from tests.cli.helpers import PROMPT, TINY, call, digest, generate, made, result
 
@@ -60,12 +61,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
 
 def _check_that_little_is_lost(output: Path) -> None:
     """Of all that a dead run had stored, at most the last chunk of each stage is made again."""
-    path = runs.directory_for(output)
-    if not runs.exists(path):
+    path = run_directory.directory_for(output)
+    if not run_directory.exists(path):
         return
     chunks, growing = len(list((path / "base").glob("*.mkv"))), path / "video.mp4"
     segments = growing.read_bytes().count(b"moof") if growing.exists() else 0
-    with runs.RunDirectory.open(path, runs.recorded(path).recipe, resume=True) as run:
+    with run_directory.RunDirectory.open(path, run_directory.recorded(path).recipe, resume=True) as run:
         run.resume_point("stream")
         assert run.num_base_chunks >= chunks - 1
         state = run.load_state("output")
@@ -81,7 +82,7 @@ def _kill_at_random(work: Work, command: str, kills: int, folder: Path, seed: in
         while child.started().wait(rng.uniform(0, seconds)) is None:
             killed += child.kill()
             if path.exists():  # killed between the last rename and the end
-                jobs.verify(path)
+                again.verify(path)
             _check_that_little_is_lost(path)
             child = crash.Run(*work.commands[command], "-o", path, "--resume", log=log)
         assert child.wait() == 0, child.said
@@ -178,7 +179,7 @@ def test_an_interruption_says_what_can_be_watched_and_how_to_go_on(tmp_path: Pat
     path, mine = tmp_path / "out.mp4", tmp_path / "out.partial.mp4"
     mine.write_text("precious")
     child = crash.Run(*work.commands["generate"], "-o", path, log=tmp_path / "log")
-    directory = runs.directory_for(path)
+    directory = run_directory.directory_for(path)
     while not list(directory.glob("state/output-*")):
         assert child.wait(0.01) is None
     os.kill(child.pid, signal.SIGINT)
@@ -199,7 +200,7 @@ def _start_at_once(starts: int, folder: Path) -> None:
     arguments = ["generate", PROMPT, "--frames", 120, "-o", path, *TINY]
     children = [crash.Run(*arguments, log=folder / f"{index}.log") for index in range(starts)]
     assert sorted(child.wait() or 0 for child in children) == [0] + [8] * (starts - 1), [c.said for c in children]
-    assert jobs.verify(path)["frames"] == 120
+    assert again.verify(path)["frames"] == 120
     path.unlink()
 
 
@@ -225,14 +226,14 @@ def test_resume_needs_only_the_name(tmp_path: Path, work: Work, monkeypatch: pyt
     for command in ("refine", "extend"):
         path = tmp_path / f"{command}.mp4"
         child = crash.Run(*work.commands[command], "-o", path, log=tmp_path / "log")
-        while not list(runs.directory_for(path).glob("state/output-*")):
+        while not list(run_directory.directory_for(path).glob("state/output-*")):
             assert child.wait(0.01) is None
         child.kill()
         with monkeypatch.context() as patch:
             patch.chdir(elsewhere)
             assert call("resume", path, "--quiet") == 0
         assert digest(path) == work.whole(command)[0]
-        assert not runs.directory_for(path).exists()
+        assert not run_directory.directory_for(path).exists()
 
 
 def test_resume_of_what_is_finished_or_was_never_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,7 +253,7 @@ def test_resume_refuses_other_settings_and_accepts_a_finished_run(
 ) -> None:
     path = tmp_path / "out.mp4"
     assert generate(path, 20, "--keep-run") == 0
-    assert runs.exists(runs.directory_for(path))
+    assert run_directory.exists(run_directory.directory_for(path))
     assert generate(path, 20) == 5  # neither lost nor overwritten without a word
     assert generate(path, 20, "--resume", "--guidance", 9) == 5
     assert "guidance" in capsys.readouterr().err
@@ -269,7 +270,7 @@ def test_resume_refuses_other_settings_and_accepts_a_finished_run(
 def test_resume_anyway_is_recorded(tmp_path: Path, work: Work, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.mp4"
     child = crash.Run(*work.commands["generate"], "-o", path, log=tmp_path / "log")
-    while len(list(runs.directory_for(path).glob("base/*.mkv"))) < 2:
+    while len(list(run_directory.directory_for(path).glob("base/*.mkv"))) < 2:
         assert child.wait(0.005) is None
     child.kill()
     assert generate(path, FRAMES, "--resume", "--guidance", 3) == 5
@@ -291,7 +292,7 @@ def test_resume_anyway_is_recorded(tmp_path: Path, work: Work, capsys: pytest.Ca
 def test_a_damaged_growing_video_is_made_again(tmp_path: Path, work: Work) -> None:
     path = tmp_path / "out.mp4"
     child = crash.Run(*work.commands["generate"], "-o", path, log=tmp_path / "log")
-    growing = runs.directory_for(path) / "video.mp4"
+    growing = run_directory.directory_for(path) / "video.mp4"
     while not list(growing.parent.glob("state/output-*")):
         assert child.wait(0.005) is None
     child.kill()
@@ -330,7 +331,7 @@ def test_verify_finds_every_cut_and_every_flipped_bit(
     for damaged in [*cuts, *flipped]:
         copy.write_bytes(damaged)
         with pytest.raises(VideoError):
-            jobs.verify(copy)
+            again.verify(copy)
     assert call("verify", copy) == 3
     assert str(copy) in capsys.readouterr().err
     subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-i", whole, "-c", "copy", copy], check=True)
@@ -341,7 +342,7 @@ def test_verify_finds_every_cut_and_every_flipped_bit(
 
 def test_verify_counts_what_the_recipe_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, recipe = tmp_path / "out.mp4", {"streamt2v": "1", "config": {"num_frames": 4, "output.fps": 8.0}}
-    writer = video.SegmentWriter(tmp_path / "growing", 16, 32, Fraction(8))
+    writer = writing.SegmentWriter(tmp_path / "growing", 16, 32, Fraction(8))
     writer.append(np.zeros((3, 16, 32, 3), np.uint8))
     writer.finish(path, json.dumps(recipe))
     assert call("verify", path) == 3
@@ -395,7 +396,7 @@ def test_a_recipe_sets_nothing_but_what_is_made(
         "streamt2v": "1", "command": "generate", "config": {"prompt": "a red ball", **changed}, "output": "/tmp/x",
         "device": "cuda:9", "threads": 10**9, "memory": {"precision": "load"}, "overwrite": True,
     }  # fmt: skip
-    writer = video.SegmentWriter(tmp_path / "growing", 16, 32, Fraction(8))
+    writer = writing.SegmentWriter(tmp_path / "growing", 16, 32, Fraction(8))
     writer.append(np.zeros((3, 16, 32, 3), np.uint8))
     writer.finish(path, json.dumps(recipe))
     assert call("rerun", path) == code
@@ -407,7 +408,7 @@ def test_a_video_without_a_recipe_cannot_be_made_again(
     tmp_path: Path, work: Work, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "plain.mp4"
-    writer = video.SegmentWriter(tmp_path / "growing", 16, 32, Fraction(8))
+    writer = writing.SegmentWriter(tmp_path / "growing", 16, 32, Fraction(8))
     writer.append(np.zeros((3, 16, 32, 3), np.uint8))
     writer.finish(path)
     assert call("rerun", path) == 3
@@ -429,12 +430,12 @@ def test_a_picture_is_named_anew(tmp_path: Path, capsys: pytest.CaptureFixture[s
     folder.mkdir()
     Image.new("RGB", (50, 70), (200, 30, 40)).save(folder / "start.png")
     assert generate(path, 9, "--no-refine", "--image", folder / "start.png") == 0
-    assert "private" not in video.probe(path).comment
+    assert "private" not in reading.probe(path).comment
     assert call("rerun", path) == 2
     assert "'start.png'" in capsys.readouterr().err
     assert call("rerun", path, "--image", folder / "start.png", "--quiet") == 0
     assert digest(tmp_path / "out_rerun.mp4") == digest(path)
-    forged = made(tmp_path / "forged.mp4", 9, video.probe(path).comment)
+    forged = made(tmp_path / "forged.mp4", 9, reading.probe(path).comment)
     assert call("rerun", forged, "--image", folder / "start.png", "--quiet") == 10
     assert "by the same recipe" in capsys.readouterr().err
     assert digest(tmp_path / "forged_rerun.mp4") == digest(path)

@@ -11,8 +11,8 @@ from statistics import median
 import pytest
 from rich.live import Live
 
+from streamt2v.cli.progress import Progress
 from streamt2v.errors import Terminated
-from streamt2v.progress import Progress
 
 HEAVY = ("torch", "diffusers", "transformers", "av", "numpy", "cv2", "scenedetect", "huggingface_hub", "ray", "jinja2")
 # The console script in a process of its own, which says in its last line what it imported.

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from streamt2v import pipeline, runs, video
-from streamt2v.frames import Frames
+from streamt2v.jobs import run_directory
+from streamt2v.media import reading
+from streamt2v.media.frames import Frames
 from streamt2v.models.encoders import encode_text
 from streamt2v.models.unet3d import TextContext
+from streamt2v.runs import pipeline
 from tests.cli.helpers import PROMPT, TINY, call, digest, generate, result, start, wait_for
 
 LATER = "a blue star rising over the desert at night"
@@ -19,7 +21,7 @@ LOSSLESS = ["--set", "output.crf=0"]
 
 
 def pixels(path: Path) -> Frames:
-    return np.concatenate(list(video.read_frames(path)))
+    return np.concatenate(list(reading.read_frames(path)))
 
 
 def first_difference(one: Path, other: Path) -> int:
@@ -32,7 +34,7 @@ def test_frames_follow_the_new_prompt_from_its_chunk_on(tmp_path: Path) -> None:
     options = ["--no-refine", "--guidance", 5, *LOSSLESS]
     assert generate(plain, 32, *options) == generate(changed, 32, *options, "--at", 20, LATER) == 0
     assert first_difference(plain, changed) == 24
-    assert json.loads(video.probe(changed).comment)["config"]["prompts.20"] == LATER
+    assert json.loads(reading.probe(changed).comment)["config"]["prompts.20"] == LATER
 
 
 def test_the_refiner_follows_too(tmp_path: Path) -> None:
@@ -55,15 +57,15 @@ def test_a_stored_timeline_is_followed_by_refine_and_extend(tmp_path: Path) -> N
     assert digest(made) == digest(again)
     tiny = ["--refine-steps", 1, "--size", "80x48", "--quiet"]
     assert call("refine", made, "-o", refined, *tiny) == 0
-    recorded = json.loads(video.probe(refined).comment)["config"]
+    recorded = json.loads(reading.probe(refined).comment)["config"]
     assert (recorded["prompt"], recorded["prompts.24"], recorded["prompts.32"]) == (PROMPT, LATER, PROMPT)
     more = [*TINY, "--no-refine", "--frames", 64, "--at", 50, LATER]
     assert call("extend", made, "-o", extended, *more, "--at", 39, PROMPT) == 2  # inside what is there
     assert call("extend", made, "-o", extended, *more) == 0
-    recorded = json.loads(video.probe(extended).comment)["config"]
+    recorded = json.loads(reading.probe(extended).comment)["config"]
     assert [key for key in recorded if key.startswith("prompts.")] == ["prompts.24", "prompts.32", "prompts.50"]
     assert call("extend", made, "-o", extended, "-f", *more, "--prompt", LATER) == 0
-    recorded = json.loads(video.probe(extended).comment)["config"]
+    recorded = json.loads(reading.probe(extended).comment)["config"]
     assert [key for key in recorded if key.startswith("prompts.")] == ["prompts.50"]
 
 
@@ -72,7 +74,7 @@ def test_a_killed_run_resumes_on_its_timeline(tmp_path: Path) -> None:
     options = ["--at", 20, LATER, "--at", 36, PROMPT, "--no-refine"]
     assert generate(whole, 48, *options) == 0
     process = start("generate", PROMPT, "--frames", 48, "-o", path, *TINY, *options)
-    wait_for(runs.directory_for(path), "base/*.mkv", 3)
+    wait_for(run_directory.directory_for(path), "base/*.mkv", 3)
     process.kill()
     process.communicate()
     assert generate(path, 48, "--resume", "--at", 21, LATER, "--no-refine") == 5

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from streamt2v import pipeline
+from streamt2v.runs import pipeline
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from streamt2v import colour, foreign, pictures, video
 from streamt2v.errors import InputError, VideoError
+from streamt2v.media import colour, isolated, pictures
 from tests.cli.helpers import call
 from tests.media.makers import X264, ffmpeg, refine, where
 
@@ -36,7 +36,7 @@ def tinted(path: Path, transfer: str, primaries: str, matrix: str, tags: str = "
 
 
 def seen(path: Path) -> np.ndarray:
-    info, frames = foreign.probe(path), np.concatenate(list(foreign.read_frames(path)))
+    info, frames = isolated.probe(path), np.concatenate(list(isolated.read_frames(path)))
     assert frames.shape[1:3] == (info.height, info.width)
     return frames[0, frames.shape[1] // 2, frames.shape[2] // 2].astype(int)
 
@@ -87,7 +87,7 @@ def test_hdr_of_a_result_is_saturated(transfer: str, tmp_path: Path, unrefined: 
         "-c:v", "libx265", "-x265-params", "log-level=none", "-tag:v", "hvc1", path,
     )  # fmt: skip
     assert refine(path, out, "--size", "128x72") == 0
-    found = where(np.concatenate(list(foreign.read_frames(out)))[0])
+    found = where(np.concatenate(list(isolated.read_frames(out)))[0])
     assert (found["TL"], found["BR"], found["TR"]) == ("red", "blue", "other")
 
 
@@ -114,7 +114,7 @@ def test_a_matrix_that_nobody_knows_is_refused_before_the_work(
     said = capsys.readouterr().err
     assert "matrix 11" in said and "zscale" in said
     with pytest.raises(VideoError):
-        foreign.probe(path)
+        isolated.probe(path)
 
 
 # ------------------------------------------------------------------------------------------------------- pure functions
@@ -223,7 +223,7 @@ def test_profiles_become_srgb(name: str, mode: str, tmp_path: Path) -> None:
     colours = [(255, 0, 0), (0, 200, 40), (30, 60, 200), (128, 128, 128)]
     more = {"quality": 100, "subsampling": 0} if name.endswith("jpg") else {"lossless": True} if "webp" in name else {}
     path = saved(tmp_path / name, colours, profile(*space[name.partition(".")[0]]), mode, **more)
-    found = video.read_image(path)[4, 4::8].astype(int)
+    found = pictures.read(path)[4, 4::8].astype(int)
     assert np.abs(found - colours).max() <= 9
     assert np.abs(np.asarray(Image.open(path).convert("RGB"))[4, 4].astype(int) - colours[0]).max() > 15
 
@@ -231,11 +231,11 @@ def test_profiles_become_srgb(name: str, mode: str, tmp_path: Path) -> None:
 def test_profiles_of_grey_cmyk_and_nonsense(tmp_path: Path) -> None:
     grey = Image.new("L", (8, 8), 128)
     grey.save(tmp_path / "bad.png", icc_profile=b"nonsense")
-    assert video.read_image(tmp_path / "bad.png")[0, 0].tolist() == [128] * 3
+    assert pictures.read(tmp_path / "bad.png")[0, 0].tolist() == [128] * 3
     Image.new("RGB", (8, 8), "red").save(tmp_path / "cut.png", icc_profile=profile(P3, 2.2)[:200])
-    assert video.read_image(tmp_path / "cut.png")[0, 0].tolist() == [255, 0, 0]
+    assert pictures.read(tmp_path / "cut.png")[0, 0].tolist() == [255, 0, 0]
     grey.save(tmp_path / "unfit.png", icc_profile=profile(P3, 2.2))  # of RGB, in a picture of grey
-    assert video.read_image(tmp_path / "unfit.png")[0, 0].tolist() == [128] * 3
+    assert pictures.read(tmp_path / "unfit.png")[0, 0].tolist() == [128] * 3
     lab = ImageCms.profileToProfile(
         Image.new("RGB", (8, 8), (200, 30, 30)),
         ImageCms.createProfile("sRGB"),
@@ -244,9 +244,9 @@ def test_profiles_of_grey_cmyk_and_nonsense(tmp_path: Path) -> None:
     )
     assert lab is not None
     lab.save(tmp_path / "lab.tif")
-    assert np.abs(video.read_image(tmp_path / "lab.tif")[0, 0].astype(int) - (200, 30, 30)).max() <= 4
+    assert np.abs(pictures.read(tmp_path / "lab.tif")[0, 0].astype(int) - (200, 30, 30)).max() <= 4
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")
-    assert video.read_image(tmp_path / "cmyk.jpg")[0, 0, 0] > 200
+    assert pictures.read(tmp_path / "cmyk.jpg")[0, 0, 0] > 200
 
 
 LEVELS = {
@@ -266,7 +266,7 @@ LEVELS = {
 def test_values_of_any_range_are_scaled(name: str, tmp_path: Path) -> None:
     values, wanted = LEVELS[name]
     Image.fromarray(values).save(tmp_path / "in.tif")
-    found = video.read_image(tmp_path / "in.tif")
+    found = pictures.read(tmp_path / "in.tif")
     assert found.shape == (1, len(wanted), 3)
     assert found[0, :, 0].tolist() == wanted
 
@@ -282,4 +282,4 @@ def test_scaling_keeps_the_order(values: list[float]) -> None:
 def test_nan_is_refused(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, np.nan]], np.float32)).save(tmp_path / "in.tif")
     with pytest.raises(InputError, match="NaN"):
-        video.read_image(tmp_path / "in.tif")
+        pictures.read(tmp_path / "in.tif")

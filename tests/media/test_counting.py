@@ -6,6 +6,7 @@ Breakthrough/PySceneDetect#258 (damage). All inputs are made here.
 """
 
 import csv
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamt2v import containers, foreign, jobs, video
 from streamt2v.errors import VideoError
+from streamt2v.jobs.recipe import describe_video
+from streamt2v.media import containers, isolated, reading
 from tests.cli.helpers import TINY, call
 from tests.media.makers import X264, corners, ffmpeg, flashing, not_coded, refine, repacked
 
@@ -111,16 +113,16 @@ COUNTS: dict[str, tuple[Callable[[Path], Path], int]] = {
 def test_what_info_says_is_what_is_read(name: str, tmp_path: Path) -> None:
     make, frames = COUNTS[name]
     source = make(tmp_path / name)
-    found = foreign.probe(source)
+    found = isolated.probe(source)
     assert abs(found.frames - frames) <= (1 if name in ("trimmed.mp4", "gif.gif") else 0)
-    assert sum(map(len, foreign.read_frames(source))) == found.frames
+    assert sum(map(len, isolated.read_frames(source))) == found.frames
 
 
 def test_refine_and_evaluate_hold_to_it(tmp_path: Path, unrefined: None, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("cv2")
     source, other = mpeg4(tmp_path / "in.mp4"), tmp_path / "whole.mp4"
     assert refine(source, tmp_path / "out.mp4") == 0
-    assert video.probe(tmp_path / "out.mp4").frames == jobs.describe_video(source)["video"]["frames"] == 25
+    assert reading.probe(tmp_path / "out.mp4").frames == describe_video(source)["video"]["frames"] == 25
     assert call("evaluate", source, "--against", other, "--clip", "none", "--flow-size", 32, "-q") == 0
     assert "Traceback" not in capsys.readouterr().err
 
@@ -128,7 +130,7 @@ def test_refine_and_evaluate_hold_to_it(tmp_path: Path, unrefined: None, capsys:
 def test_extend_gives_as_many_as_asked(tmp_path: Path) -> None:
     source, out = mpeg4(tmp_path / "in.mp4"), tmp_path / "out.mp4"
     assert call("extend", source, "-o", out, "--frames", 27, "--prompt", "a red ball", "--no-refine", *TINY) == 0
-    assert video.probe(out).frames == 27
+    assert reading.probe(out).frames == 27
     assert call("verify", out) == 0
 
 
@@ -136,11 +138,11 @@ def test_a_run_that_gets_fewer_frames_says_so(
     tmp_path: Path, unrefined: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = corners(tmp_path / "in.mp4", frames=10)
-    monkeypatch.setattr(foreign, "read_frames", lambda path, note: video.read_frames(path, 4, None))
-    found = foreign.probe(source)
-    monkeypatch.setattr(video, "MAX_RATE", 1000)
-    longer = video.dataclasses.replace(found.clock, frames=12)  # type: ignore[attr-defined]
-    monkeypatch.setattr(foreign, "probe", lambda path: video.dataclasses.replace(found, clock=longer))  # type: ignore[attr-defined]
+    monkeypatch.setattr(isolated, "read_frames", lambda path, note: reading.read_frames(path, 4, None))
+    found = isolated.probe(source)
+    monkeypatch.setattr(reading, "MAX_RATE", 1000)
+    longer = dataclasses.replace(found.clock, frames=12)
+    monkeypatch.setattr(isolated, "probe", lambda path: dataclasses.replace(found, clock=longer))
     assert refine(source, tmp_path / "out.mp4") == 3
     assert "after 10 of 12 frames" in capsys.readouterr().err
 
@@ -183,12 +185,12 @@ def test_damage_is_bridged_and_named(
     mjpeg = ("-c:v", "mjpeg") if name.endswith("avi") else tuple(X264)
     source, out = broken(tmp_path / name, *indexes, codec=mjpeg), tmp_path / "out.mp4"
     assert refine(source, out, quiet=False) == 0
-    assert video.probe(out).frames == 25
+    assert reading.probe(out).frames == 25
     shown = capsys.readouterr().err
     assert said in shown
     assert str(source) in shown
-    whole = np.concatenate(list(foreign.read_frames(tmp_path / f"whole{source.suffix}")))
-    found = np.concatenate(list(foreign.read_frames(source, note=lambda text: None)))
+    whole = np.concatenate(list(isolated.read_frames(tmp_path / f"whole{source.suffix}")))
+    found = np.concatenate(list(isolated.read_frames(source, note=lambda text: None)))
     for index in range(25):
         shows = max(good for good in range(index + 1) if good not in indexes)
         assert np.abs(found[index].astype(int) - whole[shows]).mean() < 1
@@ -197,9 +199,9 @@ def test_damage_is_bridged_and_named(
 def test_damage_is_refused_where_it_would_count(tmp_path: Path) -> None:
     source = broken(tmp_path / "in.mp4", 12)
     with pytest.raises(VideoError, match="frame 12 cannot be decoded"):
-        list(foreign.read_frames(source))
+        list(isolated.read_frames(source))
     with pytest.raises(VideoError, match="frame 12 cannot be decoded"):
-        foreign.digest(source)
+        isolated.digest(source)
 
 
 def test_evaluate_keeps_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,7 +227,7 @@ def test_a_size_that_changes_is_scaled_and_said(
     source.write_bytes(b"".join(part.read_bytes() for part in parts))
     assert refine(source, tmp_path / "out.mp4", quiet=False) == 0
     assert "changes its frame size to 96x54; scaled to 64x36" in capsys.readouterr().err
-    assert video.probe(tmp_path / "out.mp4").frames == foreign.probe(source).frames
+    assert reading.probe(tmp_path / "out.mp4").frames == isolated.probe(source).frames
 
 
 def test_seams_without_end_are_no_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from streamt2v import exports, foreign, jobs, stills, video
 from streamt2v.errors import VideoError
+from streamt2v.jobs.recipe import describe_video
+from streamt2v.media import exports, isolated, pictures, reading, stills, writing
 from tests.cli.helpers import call
 from tests.media.makers import X264, beep_times, ffmpeg, flash_times, flashing, gaps, kinds, refine
 
@@ -32,9 +33,9 @@ def test_delays_are_kept(name: str, tmp_path: Path) -> None:
     first, *rest = shades(5)
     path = tmp_path / name
     first.save(path, save_all=True, append_images=rest, duration=DELAYS, loop=0)
-    found = foreign.probe(path)
+    found = isolated.probe(path)
     assert (found.fps, found.frames, found.width, found.height) == (10, 8, 64, 36)
-    levels = [int(frame[0, 0, 0]) for group in foreign.read_frames(path) for frame in group]
+    levels = [int(frame[0, 0, 0]) for group in isolated.read_frames(path) for frame in group]
     assert np.abs(np.array(levels) - np.repeat([40, 80, 120, 160, 200], [1, 2, 1, 3, 1])).max() <= 3
 
 
@@ -50,9 +51,9 @@ READ = {
 def test_many_containers_are_read(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     ffmpeg("-f", "lavfi", "-i", "testsrc=s=64x48:d=0.4:r=25", *READ[name], path)
-    found = foreign.probe(path)
+    found = isolated.probe(path)
     assert (found.frames, found.fps) == (10, 25)
-    assert sum(map(len, foreign.read_frames(path))) == 10
+    assert sum(map(len, isolated.read_frames(path))) == 10
 
 
 def test_dv_is_read(tmp_path: Path) -> None:
@@ -67,7 +68,7 @@ def test_dv_is_read(tmp_path: Path) -> None:
         "pal-dv",
         tmp_path / "a.dv",
     )
-    found = foreign.probe(tmp_path / "a.dv")
+    found = isolated.probe(tmp_path / "a.dv")
     assert (found.frames, found.fps, found.height) == (5, 25, 576)
     assert abs(found.width / found.height - 4 / 3) < 0.03
 
@@ -86,18 +87,18 @@ def test_a_folder_of_pictures_is_a_video(tmp_path: Path, unrefined: None) -> Non
     folder.mkdir()
     for index, picture in enumerate(shades(5)):
         picture.save(folder / f"f{index + 7}.png")  # f10 comes after f9
-    found = foreign.probe(folder)
+    found = isolated.probe(folder)
     assert (found.frames, found.fps, found.width) == (5, 25, 64)
     assert refine(folder, tmp_path / "out.mp4", "--fps", "12") == 0
-    levels = [int(frame[0, 0, 0]) for group in foreign.read_frames(tmp_path / "out.mp4") for frame in group]
+    levels = [int(frame[0, 0, 0]) for group in isolated.read_frames(tmp_path / "out.mp4") for frame in group]
     assert np.abs(np.array(levels) - [40, 80, 120, 160, 200]).max() <= 3
-    assert video.probe(tmp_path / "out.mp4").fps == 12
+    assert reading.probe(tmp_path / "out.mp4").fps == 12
     Image.new("RGB", (10, 10)).save(folder / "f99.png")
     with pytest.raises(VideoError, match="the pictures before it are 64x36"):
-        list(foreign.read_frames(folder))
+        list(isolated.read_frames(folder))
     (tmp_path / "empty").mkdir()
     with pytest.raises(VideoError, match="holds no pictures"):
-        foreign.probe(tmp_path / "empty")
+        isolated.probe(tmp_path / "empty")
 
 
 # ------------------------------------------------------------------------------------------------------------- delays
@@ -106,7 +107,7 @@ def test_a_folder_of_pictures_is_a_video(tmp_path: Path, unrefined: None) -> Non
 @given(st.integers(1, 200), st.fractions(Fraction(1, 10), 1000), st.sampled_from([(10, 20), (1, 5)]))
 def test_animations_take_their_time(count: int, fps: Fraction, unit: tuple[int, int]) -> None:
     tick, least = unit
-    times = video.animation_times(count, fps, tick, least)
+    times = pictures.animation_times(count, fps, tick, least)
     assert all(shown >= least and shown % tick == 0 for _, shown in times)
     frames = [frame for frame, _ in times]
     assert frames == sorted(set(frames)) and frames[-1] < count
@@ -142,8 +143,8 @@ def test_outputs_are_chosen_by_their_names(name: str, clip: Path, tmp_path: Path
     out = tmp_path / name
     assert refine(clip, out) == 0
     assert call("verify", out) == call("resume", out, "-q") == 0
-    assert jobs.describe_video(out)["recipe"]["command"] == "refine"
-    found = foreign.probe(out)
+    assert describe_video(out)["recipe"]["command"] == "refine"
+    found = isolated.probe(out)
     assert (found.width, found.height) == (64, 36)
     assert abs(float(found.frames / found.fps) - 2.4) < 0.15
     if name in ("out.webm", "out.mov", "frames"):
@@ -176,15 +177,15 @@ def test_an_interrupted_run_goes_on_to_the_same_file(
     for path in (whole, cut):
         path.parent.mkdir()
     assert refine(clip, whole) == 0
-    real, calls = video.SegmentWriter.append, []
+    real, calls = writing.SegmentWriter.append, []
 
-    def append(writer: video.SegmentWriter, frames: np.ndarray) -> video.SegmentMark:
+    def append(writer: writing.SegmentWriter, frames: np.ndarray) -> writing.SegmentMark:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return real(writer, frames)
 
-    monkeypatch.setattr(video.SegmentWriter, "append", append)
+    monkeypatch.setattr(writing.SegmentWriter, "append", append)
     assert refine(clip, cut) == 130
     assert not cut.exists()
     assert call("resume", cut, "-q") == 0
@@ -210,7 +211,7 @@ def test_frames_of_a_folder_are_exact(tmp_path: Path, unrefined: None) -> None:
     for index, picture in enumerate(pictures):
         Image.fromarray(picture).save(source / f"{index}.png")
     assert refine(source, tmp_path / "out") == 0
-    made = np.stack([video.read_image(path) for path in stills.numbered(tmp_path / "out")])
+    made = np.stack([pictures.read(path) for path in stills.numbered(tmp_path / "out")])
     assert np.array_equal(made, pictures)
 
 

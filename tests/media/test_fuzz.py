@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from streamt2v import exports, foreign, sound, video
 from streamt2v.errors import StreamT2VError
+from streamt2v.media import exports, isolated, sound, writing
 from tests.media.makers import FLASHES, beep_times, ffmpeg, flash_times
 
 PICTURES = {  # by container
@@ -80,10 +80,10 @@ def check(path: Path, made: str, folder: Path) -> str:
     """Do what a run does, without networks, and compare; return what came of it."""
     notes: list[str] = []
     try:
-        found = foreign.probe(path)
+        found = isolated.probe(path)
         carried = sound.carry(path, found.frames / found.fps)
-        writer = video.SegmentWriter(folder / "growing", found.height // 2 * 2, found.width // 2 * 2, found.fps)
-        for group in foreign.read_frames(path, note=notes.append):
+        writer = writing.SegmentWriter(folder / "growing", found.height // 2 * 2, found.width // 2 * 2, found.fps)
+        for group in isolated.read_frames(path, note=notes.append):
             assert group.shape[1:3] == (found.height, found.width), made
             writer.append(np.ascontiguousarray(group[:, : writer.height, : writer.width]))
         assert writer.mark.frames == found.frames, made
@@ -93,7 +93,7 @@ def check(path: Path, made: str, folder: Path) -> str:
         assert made.endswith(("cut", "noise")), f"{made}: {error.message}"
         return "refused"
     exports.check_seal(folder / "out.mp4")
-    again = foreign.probe(folder / "out.mp4")
+    again = isolated.probe(folder / "out.mp4")
     assert (again.frames, again.fps) == (found.frames, found.fps), made
     if made.endswith(("cut", "noise")) or not again.has_audio:
         return "read"

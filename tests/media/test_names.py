@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from streamt2v import files, jobs, pipeline, runs
+from streamt2v import files
+from streamt2v.config import merge
 from streamt2v.errors import ResumeError
+from streamt2v.jobs import again, prepare, run_directory
+from streamt2v.jobs.job import Job
+from streamt2v.runs import pipeline
 from tests.cli.helpers import call, made
 from tests.media.makers import refine
 
@@ -76,7 +80,7 @@ def test_a_preview_that_exists_needs_overwrite(here: Path, monkeypatch: pytest.M
     command = ["generate", "a red ball", "--preview", "mine.png", "-o", "out.mp4", *GENERATE]
     assert call(*command) == 5
     assert Path("mine.png").read_bytes() == Path("start.png").read_bytes()
-    monkeypatch.setattr(pipeline, "run", lambda job, report: jobs.check(job) and None)
+    monkeypatch.setattr(pipeline, "run", lambda job, report: prepare.check(job) and None)
     with pytest.raises((SystemExit, AttributeError, TypeError)):  # it got past the checks
         call(*command, "--overwrite")
 
@@ -107,19 +111,19 @@ def begun(folder: Path, source: str = "in.mp4", output: str = "out.mp4") -> Path
     folder.mkdir(exist_ok=True)
     (folder / source).parent.mkdir(exist_ok=True)
     made(folder / source, 8)
-    job = jobs.Job(
-        "refine", jobs.merge({"prompt": "a red ball", "num_frames": 8}), folder / output, folder / source,
+    job = Job(
+        "refine", merge({"prompt": "a red ball", "num_frames": 8}), folder / output, folder / source,
         preview=folder / "sheet.png",
     )  # fmt: skip
     recipe = {**job.recipe(), "device": "cpu"}
-    runs.RunDirectory.open(job.run_path, recipe, resume=False, local=job.local()).close()
+    run_directory.RunDirectory.open(job.run_path, recipe, resume=False, local=job.local()).close()
     return folder
 
 
 @pytest.mark.parametrize("source", ["in.mp4", "clips/in.mp4"])
 def test_a_run_finds_its_source_in_a_moved_folder(source: str, tmp_path: Path) -> None:
     moved = begun(tmp_path / "job", source).rename(tmp_path / "moved")
-    found = jobs.resumed(moved / "out.mp4")
+    found = again.resumed(moved / "out.mp4")
     assert found.source is not None and found.source.resolve() == moved / source
     assert found.preview == moved / "sheet.png"
 
@@ -128,7 +132,7 @@ def test_a_source_that_stayed_where_it_was_is_taken(tmp_path: Path) -> None:
     begun(tmp_path / "job")
     for name in ("out.mp4.streamt2v",):
         shutil.move(tmp_path / "job" / name, tmp_path / name)
-    assert jobs.resumed(tmp_path / "out.mp4").source == tmp_path / "job" / "in.mp4"
+    assert again.resumed(tmp_path / "out.mp4").source == tmp_path / "job" / "in.mp4"
 
 
 def test_a_source_beside_the_output_is_taken_if_it_is_the_same(tmp_path: Path) -> None:
@@ -137,22 +141,22 @@ def test_a_source_beside_the_output_is_taken_if_it_is_the_same(tmp_path: Path) -
     elsewhere.mkdir()
     for name in ("out.mp4.streamt2v", "in.mp4"):
         shutil.move(tmp_path / "job" / name, elsewhere / name)
-    assert jobs.resumed(elsewhere / "out.mp4").source == elsewhere / "in.mp4"
+    assert again.resumed(elsewhere / "out.mp4").source == elsewhere / "in.mp4"
     made(elsewhere / "in.mp4", 9)
     with pytest.raises(ResumeError, match="has other contents"):
-        jobs.resumed(elsewhere / "out.mp4")
+        again.resumed(elsewhere / "out.mp4")
     (elsewhere / "in.mp4").unlink()
     with pytest.raises(ResumeError, match="does not exist") as caught:
-        jobs.resumed(elsewhere / "out.mp4")
+        again.resumed(elsewhere / "out.mp4")
     assert "put in.mp4 into" in caught.value.hint
 
 
 def test_runs_of_an_older_version_are_resumed(tmp_path: Path) -> None:
     folder = begun(tmp_path / "job")
-    record = runs.recorded(folder / "out.mp4.streamt2v")
+    record = run_directory.recorded(folder / "out.mp4.streamt2v")
     local = {key: value for key, value in record.local.items() if key != "from_output"}
     files.write_json(folder / "out.mp4.streamt2v" / "run.json", {"schema": 1, "recipe": record.recipe, "local": local})
-    assert jobs.resumed(folder / "out.mp4").source == folder / "in.mp4"
+    assert again.resumed(folder / "out.mp4").source == folder / "in.mp4"
 
 
 def test_a_moved_run_ends(tmp_path: Path, unrefined: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from streamt2v import foreign
+from streamt2v.media import isolated
 from tests.cli.helpers import call
 from tests.media.makers import FLASHES, beep_times, ffmpeg, flash_times, gaps, kinds, refine, where
 
@@ -39,7 +39,7 @@ def test_it_is_upright_in_time_in_colour_and_sounds(
         request.getfixturevalue("unrefined")
     out = tmp_path / "out.mp4"
     assert refine(clip, out, "--size", "72x128", "--refine-steps", 1, quiet=False) == 0
-    found, frames = foreign.probe(out), np.concatenate(list(foreign.read_frames(out)))
+    found, frames = isolated.probe(out), np.concatenate(list(isolated.read_frames(out)))
     assert (found.width, found.height, found.fps) == (72, 128, 30)
     assert {name: colour for name, colour in where(frames[0]).items() if colour != "other"} == {
         "TL": "red",
@@ -49,7 +49,7 @@ def test_it_is_upright_in_time_in_colour_and_sounds(
     assert "come at uneven times" in capsys.readouterr().err
     assert call("verify", out) == 0
     for track in (0, 1):
-        moved = [time - float(foreign.probe(clip).clock.start) for time in beep_times(clip, track)]
+        moved = [time - float(isolated.probe(clip).clock.start) for time in beep_times(clip, track)]
         assert max(gaps(beep_times(out, track), moved)) < 0.01
     if not refined:
         assert max(gaps(flash_times(out), beep_times(out))) < 1 / 30 + 0.01

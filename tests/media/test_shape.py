@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamt2v import foreign, shape, video
+from streamt2v.media import isolated, pictures, shape
 from tests.media.makers import X264, corners, ffmpeg, refine, where
 
 # Clockwise turn, mirrored first or not, and where red and blue of the top left and bottom right then are.
@@ -29,14 +29,14 @@ def shown(path: Path) -> np.ndarray:
     """The first picture as ffmpeg turns it."""
     raw = path.with_suffix(".png")
     ffmpeg("-i", path, "-frames:v", "1", raw)
-    return video.read_image(raw)
+    return pictures.read(raw)
 
 
 @pytest.mark.parametrize(("angle", "flip", "red", "blue"), EIGHT)
 def test_all_eight_orientations(angle: int, flip: str, red: str, blue: str, tmp_path: Path) -> None:
     plain, path = corners(tmp_path / "plain.mp4", size="64x48"), tmp_path / "in.mp4"
     ffmpeg("-display_rotation", angle, *filter(None, [flip]), "-i", plain, "-c", "copy", path)
-    info, first = foreign.probe(path), next(foreign.read_frames(path))[0]
+    info, first = isolated.probe(path), next(isolated.read_frames(path))[0]
     assert (info.height, info.width) == first.shape[:2] == ((64, 48) if angle % 180 else (48, 64))
     assert {name for name, colour in where(first).items() if colour == "red"} == {red}
     assert {name for name, colour in where(first).items() if colour == "blue"} == {blue}
@@ -64,8 +64,8 @@ def test_other_angles_are_rounded_to_quarter_turns(angle: int, mirrored: bool) -
 def test_three_degrees_are_none(tmp_path: Path) -> None:
     plain, path = corners(tmp_path / "plain.mp4"), tmp_path / "in.mp4"
     ffmpeg("-display_rotation", 3, "-i", plain, "-c", "copy", path)
-    assert (foreign.probe(path).width, foreign.probe(path).height) == (64, 36)
-    assert where(next(foreign.read_frames(path))[0])["TL"] == "red"
+    assert (isolated.probe(path).width, isolated.probe(path).height) == (64, 36)
+    assert where(next(isolated.read_frames(path))[0])["TL"] == "red"
 
 
 @given(st.binary(min_size=0, max_size=40))
@@ -79,7 +79,7 @@ def test_any_matrix_has_an_orientation(data: bytes) -> None:
 @pytest.mark.parametrize("pixel", ["16/11", "12/11", "10/11", "4/3", "64/45", "8/9", "1/2", "2/1", "40/33"])
 def test_pixels_become_square(pixel: str, tmp_path: Path) -> None:
     path = corners(tmp_path / "in.mp4", *X264, "-vf", f"setsar={pixel}")
-    info, first = foreign.probe(path), next(foreign.read_frames(path))[0]
+    info, first = isolated.probe(path), next(isolated.read_frames(path))[0]
     wide = Fraction(64, 36) * Fraction(pixel)
     assert abs(info.width / info.height / wide - 1) < 0.02
     assert first.shape[:2] == (info.height, info.width)
@@ -90,9 +90,9 @@ def test_pixels_become_square(pixel: str, tmp_path: Path) -> None:
 def test_pixels_of_a_turned_picture_and_of_mpeg2(tmp_path: Path, unrefined: None) -> None:
     plain, turned = corners(tmp_path / "plain.mp4", *X264, "-vf", "setsar=16/11"), tmp_path / "in.mp4"
     ffmpeg("-display_rotation", 90, "-i", plain, "-c", "copy", turned)
-    assert (foreign.probe(turned).width, foreign.probe(turned).height) == (36, 93)
+    assert (isolated.probe(turned).width, isolated.probe(turned).height) == (36, 93)
     dvd = corners(tmp_path / "dvd.mpg", "-c:v", "mpeg2video", "-aspect", "16:9", "-r", "25", size="72x58")
-    assert abs(foreign.probe(dvd).width / foreign.probe(dvd).height - 16 / 9) < 0.03
+    assert abs(isolated.probe(dvd).width / isolated.probe(dvd).height - 16 / 9) < 0.03
     assert refine(plain, tmp_path / "out.mp4", "--size", "192x108") == 0
     found = shown(tmp_path / "out.mp4")
     assert abs(found.shape[1] / found.shape[0] - 64 / 36 * 16 / 11) < 0.05

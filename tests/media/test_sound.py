@@ -12,7 +12,9 @@ import av
 import imageio_ffmpeg
 import pytest
 
-from streamt2v import foreign, jobs, sound, video
+from streamt2v.jobs.recipe import inspect_source
+from streamt2v.media import ffmpeg as binary
+from streamt2v.media import isolated, reading, sound, writing
 from tests.cli.helpers import call
 from tests.media.makers import X264, beep_times, ffmpeg, flash_times, flashing, gaps, kinds, refine
 
@@ -54,11 +56,11 @@ def picture(name: str) -> tuple[str, ...]:
     return ("-c:v", "libvpx", "-b:v", "200k") if name.endswith("webm") else ("-c:v", "wmv2") if "wmv" in name else MPEG4
 
 
-def written(source: Path, out: Path) -> video.VideoInfo:
+def written(source: Path, out: Path) -> reading.VideoInfo:
     """Do what a run does with frames and tracks, without any network."""
-    found = foreign.probe(source)
-    writer = video.SegmentWriter(out.with_name("growing"), found.height, found.width, found.fps)
-    for group in foreign.read_frames(source):
+    found = isolated.probe(source)
+    writer = writing.SegmentWriter(out.with_name("growing"), found.height, found.width, found.fps)
+    for group in isolated.read_frames(source):
         writer.append(group)
     return writer.finish(out, extras=sound.carry(source, found.frames / found.fps).extras)
 
@@ -148,7 +150,7 @@ def test_sound_that_begins_at_the_end_or_after_it(late: float, plain: Path, tmp_
     source, out = tmp_path / "in.mkv", tmp_path / "out.mp4"
     ffmpeg("-i", plain, "-itsoffset", late, "-i", plain, "-map", "0:v", "-map", "1:a", *MPEG4, "-c:a", "aac", source)
     assert refine(source, out) == 0
-    assert video.probe(out).has_audio in ((True, False) if late < 2.4 else (False,))
+    assert reading.probe(out).has_audio in ((True, False) if late < 2.4 else (False,))
 
 
 def test_text_of_pictures_and_data_are_left_out_with_a_word(plain: Path, tmp_path: Path) -> None:
@@ -156,7 +158,7 @@ def test_text_of_pictures_and_data_are_left_out_with_a_word(plain: Path, tmp_pat
     ffmpeg("-i", plain, "-f", "lavfi", "-i", "anullsrc", "-map", "0:v", *MPEG4, "-attach", __file__,
            "-metadata:s:t", "mimetype=text/plain", source)  # fmt: skip
     carried = sound.carry(source, Fraction(2))
-    assert carried.extras == video.Extras()
+    assert carried.extras == writing.Extras()
     assert carried.notices == (f"{source}: 1 track of data left out",)
 
 
@@ -187,8 +189,8 @@ def test_tracks_are_tried_once(plain: Path, tmp_path: Path, monkeypatch: pytest.
     ffmpeg("-i", plain, *MPEG4, "-c:a", "aac", source)
     real = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: [started.append(a), real(*a, **k)][1])
-    video._check_starts.cache_clear()
+    binary._check_starts.cache_clear()
     for _ in range(3):
         sound.carry(source, Fraction(2))
     assert len(started) == 3  # the probe, whether there is an ffmpeg, the trial
-    assert jobs.inspect_source(source).has_audio
+    assert inspect_source(source).has_audio

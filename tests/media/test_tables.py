@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamt2v import rows
+from streamt2v.batch import rows
 from streamt2v.errors import ConfigError
 
 PLAIN = [(2, {"prompt": "a red ball", "frames": "24"}), (3, {"prompt": "a blue star", "frames": "32"})]

@@ -15,7 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamt2v import clock, foreign, jobs, video
+from streamt2v import config
+from streamt2v.jobs.recipe import inspect_source
+from streamt2v.media import clock, isolated, reading, writing
 from tests.cli.helpers import TINY, call, made
 from tests.media.makers import X264, beep_times, ffmpeg, flash_times, flashing, gaps, rate_of, refine
 
@@ -26,23 +28,23 @@ RATES = st.builds(Fraction, st.integers(1, 2**30), st.integers(1, 2**20)).filter
 
 @given(RATES)
 def test_a_rate_comes_back_from_the_float_that_a_recipe_holds(rate: Fraction) -> None:
-    assert clock.exact_rate(float(rate)) == rate
-    assert clock.exact_rate(json.loads(json.dumps(float(rate)))) == rate
+    assert config.exact_rate(float(rate)) == rate
+    assert config.exact_rate(json.loads(json.dumps(float(rate)))) == rate
 
 
 @pytest.mark.parametrize("fps", ["2250000/75671", "1107000/36929", "59.9401", "23.976", "349525/1048576", "999.9999"])
 def test_a_rate_survives_to_the_file(fps: str, tmp_path: Path) -> None:
-    rate = clock.exact_rate(Fraction(fps))
-    writer = video.SegmentWriter(tmp_path / "run.mp4", 16, 16, rate)
+    rate = config.exact_rate(Fraction(fps))
+    writer = writing.SegmentWriter(tmp_path / "run.mp4", 16, 16, rate)
     for count in (3, 4, 1):
         writer.append(np.zeros((count, 16, 16, 3), np.uint8))
-    assert writer.finish(tmp_path / "out.mp4").fps == video.probe(tmp_path / "out.mp4").fps == rate
+    assert writer.finish(tmp_path / "out.mp4").fps == reading.probe(tmp_path / "out.mp4").fps == rate
 
 
 def phone(path: Path, rate: Fraction) -> Path:
     """Write a clip whose average rate is an odd fraction, as of a phone, with as many ticks a frame as it needs."""
     growing = path.with_suffix(".growing")
-    writer = video.SegmentWriter(growing, 36, 64, rate)
+    writer = writing.SegmentWriter(growing, 36, 64, rate)
     writer.append(np.random.default_rng(0).integers(0, 255, (25, 36, 64, 3), dtype=np.uint8))
     writer.finish(path)
     return path
@@ -189,14 +191,14 @@ def test_sound_and_picture_stay_together(name: str, tmp_path: Path, unrefined: N
     if copied:
         ffmpeg(*(plain if part == "{}" else part for part in copied), source)
     assert refine(source, out) == 0
-    found = foreign.probe(out)
+    found = isolated.probe(out)
     apart = np.array(beep_times(source)) - np.array(flash_times(source))
     again = np.array(beep_times(out)) - np.array(flash_times(out))
     assert len(again) == len(apart) > 0
     assert np.abs(again - apart).max() < 1 / float(found.fps) + 0.005
     lasting = flash_times(source)[-1] - flash_times(source)[0]
     assert gaps([flash_times(out)[-1] - flash_times(out)[0]], [lasting])[0] < 1.5 / float(found.fps)
-    assert found.frames == foreign.probe(source).frames
+    assert found.frames == isolated.probe(source).frames
     assert call("verify", out) == 0
 
 
@@ -204,12 +206,12 @@ def test_recordings_that_were_joined_are_one(tmp_path: Path, unrefined: None) ->
     part, source, out = tmp_path / "part.ts", tmp_path / "in.ts", tmp_path / "out.mp4"
     flashing(part, *X264, "-c:a", "aac", "-muxdelay", "0")
     source.write_bytes(part.read_bytes() * 2)
-    assert foreign.probe(source).frames == 2 * foreign.probe(part).frames
+    assert isolated.probe(source).frames == 2 * isolated.probe(part).frames
     assert refine(source, out) == 0
     shown, heard = flash_times(out), beep_times(out)
     assert len(shown) == len(heard) == 4
     assert max(gaps(shown, heard)) < 0.05
-    assert jobs.inspect_source(source).clock.joined
+    assert inspect_source(source).clock.joined
 
 
 def test_uneven_times_are_said(tmp_path: Path, unrefined: None, capsys: pytest.CaptureFixture[str]) -> None:

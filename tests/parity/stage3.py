@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from streamt2v import frames
 from streamt2v.chunks import Chunk, refinement_plan
 from streamt2v.config import RefineConfig
 from streamt2v.diffusion import blend, guidance
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig, sdedit_grid
+from streamt2v.media import frames
 from streamt2v.models import encoders
 from streamt2v.models.text import clean_prompt
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig

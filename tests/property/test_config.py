@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from streamt2v import config
 from streamt2v.errors import ConfigError
+from streamt2v.timeline import prompt_at, turns
 
 
 def _values(spec: dict[str, Any]) -> st.SearchStrategy[Any]:
@@ -57,14 +58,14 @@ def test_a_timeline_turns_where_chunks_begin(frames: int, kept: int, asked: set[
     kept = kept if command == "extend" else 0
     texts = {f"prompts.{frame}": str(frame) for frame in asked}
     with contextlib.suppress(ConfigError):
-        timeline = config.turns(config.merge(texts, {"prompt": "0", "num_frames": frames}), command, kept)
+        timeline = turns(config.merge(texts, {"prompt": "0", "num_frames": frames}), command, kept)
         assert [prompt.text for prompt in timeline] == [str(frame) for frame in (0, *sorted(asked))]
         begin = max(0, kept - 16)
         for prompt in timeline[1:]:
             assert prompt.frame < kept or (prompt.frame - begin) % 8 == 0
             assert 0 <= prompt.frame - prompt.asked < 16
-            assert config.prompt_at(timeline, prompt.frame) == prompt.text
-            assert config.prompt_at(timeline, prompt.frame - 1) != prompt.text
+            assert prompt_at(timeline, prompt.frame) == prompt.text
+            assert prompt_at(timeline, prompt.frame - 1) != prompt.text
 
 
 def test_every_option_explains_itself() -> None:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamt2v import frames
+from streamt2v.media import frames
 
 sizes = st.tuples(st.integers(1, 4000), st.integers(1, 4000))
 boxes = st.tuples(st.integers(2, 4000), st.integers(2, 4000))

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from benchmarks.speed import Warnings
-from streamt2v import config, devices, jobs, memory, pipeline
+from streamt2v import config, devices, memory
+from streamt2v.jobs.job import Job
 from streamt2v.models.cam import CamConfig, ConditionalAttention
 from streamt2v.models.encoders import decode_latents, encode_frames
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
+from streamt2v.runs import pipeline
 from streamt2v.stages.stream import network_step
 from streamt2v.training.world.vae import build_vae
 
@@ -151,7 +153,7 @@ def test_a_run_compiles_what_takes_its_time(tmp_path: Path, monkeypatch: pytest.
 
     def make(name: str, compile: bool) -> None:
         settings = config.merge(config.preset("demo", "fast"), SMALL, {"compile": compile})
-        pipeline.run(jobs.Job("generate", settings, tmp_path / name, device="cpu"), report)
+        pipeline.run(Job("generate", settings, tmp_path / name, device="cpu"), report)
 
     monkeypatch.setattr(devices, "compiled", compiled)
     monkeypatch.setenv("STREAMT2V_HOME", str(tmp_path / "home"))

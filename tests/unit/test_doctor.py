@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from streamt2v import doctor, weights
+from streamt2v import weights
+from streamt2v.cli import doctor
 from streamt2v.errors import WeightsError
 
 

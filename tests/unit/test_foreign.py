@@ -12,8 +12,8 @@ import av
 import numpy as np
 import pytest
 
-from streamt2v import foreign, video
 from streamt2v.errors import VideoError
+from streamt2v.media import isolated, lossless, reading, seal
 from tests.cli.helpers import call, made
 
 
@@ -40,30 +40,30 @@ def test_it_reads_what_is_read_here(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = made(tmp_path / "in.mp4", 19, 'a "comment" \u00e9')
     monkeypatch.chdir(tmp_path)
     Path("numpy.py").write_text("raise SystemExit(9)")  # the current folder is none of the process's
-    assert foreign.probe(path) == video.probe(path)
-    assert [len(part) for part in foreign.read_frames(Path("in.mp4"))] == [8, 8, 3]
-    here = np.concatenate(list(video.read_frames(path)))
-    assert np.array_equal(np.concatenate(list(foreign.read_frames(path, 5))), here)
-    assert foreign.digest(path) == (19, hashlib.sha256(here.tobytes()).hexdigest())
+    assert isolated.probe(path) == reading.probe(path)
+    assert [len(part) for part in isolated.read_frames(Path("in.mp4"))] == [8, 8, 3]
+    here = np.concatenate(list(reading.read_frames(path)))
+    assert np.array_equal(np.concatenate(list(isolated.read_frames(path, 5))), here)
+    assert isolated.digest(path) == (19, hashlib.sha256(here.tobytes()).hexdigest())
 
 
 def test_an_unchanged_video_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, real = [], foreign._answers
-    monkeypatch.setattr(foreign, "_answers", lambda what, path: [asked.append(what), real(what, path)][1])
+    asked, real = [], isolated._answers
+    monkeypatch.setattr(isolated, "_answers", lambda what, path: [asked.append(what), real(what, path)][1])
     for frames in (4, 7):
         path = made(tmp_path / "in.mp4", frames)
         asked.clear()
-        assert [foreign.probe(path).frames for _ in range(3)] == [frames] * 3
+        assert [isolated.probe(path).frames for _ in range(3)] == [frames] * 3
         assert asked == ["probe"]
 
 
 def test_a_reader_that_stops_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, started, real = tmp_path / "in.mkv", [], subprocess.Popen
-    video.write_lossless(path, noise(40, 64, 64))
+    lossless.write_lossless(path, noise(40, 64, 64))
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: [started.append(real(*a, **k)), started[-1]][1])
-    foreign.probe(path)
+    isolated.probe(path)
     started.clear()
-    reader = foreign.read_frames(path)
+    reader = isolated.read_frames(path)
     next(reader)
     reader.close()  # type: ignore[attr-defined]
     assert [process.returncode for process in started] == [-9]
@@ -76,23 +76,23 @@ def test_what_is_too_large_is_refused_before_it_is_decoded(name: str, tmp_path: 
         repeated(path, 2, "ffv1", 8000, 8000)
         said = "8000x8000"
     else:
-        repeated(path, foreign.MAX_FRAMES + 1)
+        repeated(path, isolated.MAX_FRAMES + 1)
         said = "more than 100,000 frames"
     began = time.monotonic()
     with pytest.raises(VideoError, match=said):
-        foreign.probe(path)
+        isolated.probe(path)
     assert time.monotonic() - began < 10  # decoding the frames takes a minute
 
 
 def test_our_own_videos_may_be_of_any_length(tmp_path: Path) -> None:
-    path = repeated(tmp_path / "long.mp4", foreign.MAX_FRAMES + 1)
+    path = repeated(tmp_path / "long.mp4", isolated.MAX_FRAMES + 1)
     sealed = path.read_bytes()
-    path.write_bytes(sealed + video._SEAL + hashlib.sha256(sealed).digest())
-    assert foreign.probe(path).frames == foreign.MAX_FRAMES + 1
+    path.write_bytes(sealed + seal.SEAL + hashlib.sha256(sealed).digest())
+    assert isolated.probe(path).frames == isolated.MAX_FRAMES + 1
 
 
 def test_more_memory_than_it_gets_is_an_error(tmp_path: Path) -> None:
-    video.write_lossless(tmp_path / "in.mkv", np.zeros((1, 3000, 4000, 3), np.uint8))
+    lossless.write_lossless(tmp_path / "in.mkv", np.zeros((1, 3000, 4000, 3), np.uint8))
     code = (
         "import sys, pathlib; from streamt2v import foreign as f; f._MEMORY, f._MEMORY_PER_PIXEL = 240 << 20, 0; "
         "f._main('read', pathlib.Path(sys.argv[1]))"
@@ -108,7 +108,7 @@ def test_a_crash_of_the_decoder_is_an_error(tmp_path: Path, monkeypatch: pytest.
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     with pytest.raises(VideoError, match="code -11"):
-        list(foreign.read_frames(path))
+        list(isolated.read_frames(path))
     assert call("info", path) == call("refine", path, "-o", tmp_path / "out.mp4") == 3
 
 

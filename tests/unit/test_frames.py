@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from streamt2v import frames
 from streamt2v.errors import ConfigError, NumericsError
+from streamt2v.media import frames
 
 
 def all_levels() -> frames.Frames:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from streamt2v import config, initializers, weights
+from streamt2v import config, weights
+from streamt2v.chunks import Chunk
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.errors import ConfigError, WeightsError
-from streamt2v.stages import initialize
+from streamt2v.families import choose, diffusers_pipelines, modelscope
 from streamt2v.stages.denoise import Sampling
 from streamt2v.stages.stream import chunk_noise
 from streamt2v.weights import home
@@ -31,18 +32,18 @@ def folder(tmp_path: Path) -> Path:
     return pipelines.modelscope(tmp_path / "modelscope")
 
 
-def modelscope_frames(model: initialize.ModelScope, wish: config.RunConfig = WISH, seed: int = 1) -> torch.Tensor:
+def modelscope_frames(model: modelscope.ModelScope, wish: config.RunConfig = WISH, seed: int = 1) -> torch.Tensor:
     noise = chunk_noise(SeededDraws(seed), wish.stream.chunk, (4, 16, 16))
-    return initialize.from_modelscope(model, wish, SAMPLING, noise)
+    return modelscope.from_modelscope(model, wish, SAMPLING, noise)
 
 
 def test_modelscope_loop_equals_the_library_s_scheduler(folder: Path) -> None:
     from diffusers import DDIMScheduler
 
-    model = initializers.load_modelscope(folder, "cpu")
+    model = modelscope.load_modelscope(folder, "cpu")
     scheduler: Any = DDIMScheduler.from_pretrained(folder / "scheduler")  # type: ignore[no-untyped-call]
     scheduler.set_timesteps(3)
-    latents = chunk_noise(SeededDraws(1), 16, (4, 16, 16))(initialize.Chunk(0, 0, 16, 0)).initial
+    latents = chunk_noise(SeededDraws(1), 16, (4, 16, 16))(Chunk(0, 0, 16, 0)).initial
     ids = model.tokenizer(["", WISH.prompt], padding="max_length", max_length=16, return_tensors="pt").input_ids
     with torch.inference_mode():
         text = model.text_encoder(ids).last_hidden_state
@@ -54,21 +55,21 @@ def test_modelscope_loop_equals_the_library_s_scheduler(folder: Path) -> None:
 
 
 def test_modelscope_has_steps_and_guidance_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = initializers.load_modelscope(folder, "cpu")
-    monkeypatch.setattr(initialize, "MODELSCOPE_STEPS", 3)
-    monkeypatch.setattr(initialize, "MODELSCOPE_GUIDANCE", 4.0)
+    model = modelscope.load_modelscope(folder, "cpu")
+    monkeypatch.setattr(modelscope, "MODELSCOPE_STEPS", 3)
+    monkeypatch.setattr(modelscope, "MODELSCOPE_GUIDANCE", 4.0)
     noise = chunk_noise(SeededDraws(1), 16, (4, 16, 16))
-    frames = initialize.from_modelscope(model, WISH, Sampling(0, 0.0), noise)
+    frames = modelscope.from_modelscope(model, WISH, Sampling(0, 0.0), noise)
     assert torch.equal(frames, modelscope_frames(model))
 
 
 def test_a_16_bit_variant_and_both_names_of_a_part_load(folder: Path) -> None:
-    whole = modelscope_frames(initializers.load_modelscope(folder, "cpu"))
+    whole = modelscope_frames(modelscope.load_modelscope(folder, "cpu"))
     for path in folder.rglob("*.safetensors"):
         tensors = {name: value.half() for name, value in load_file(path).items()}
         save_file(tensors, path.with_name(f"{path.stem}.fp16.safetensors"), {"format": "pt"})
         path.unlink()
-    halved = modelscope_frames(initializers.load_modelscope(folder, "cpu"))
+    halved = modelscope_frames(modelscope.load_modelscope(folder, "cpu"))
     assert halved.dtype == torch.float32
     assert 0 < (halved - whole).abs().max() < 0.1
 
@@ -116,17 +117,19 @@ def index(folder: Path, **change: Any) -> None:
 def test_damaged_and_foreign_folders_are_refused(damage: Any, said: str, folder: Path) -> None:
     damage(folder)
     with pytest.raises(WeightsError, match=said):
-        initializers.load_modelscope(folder, "cpu")
+        modelscope.load_modelscope(folder, "cpu")
 
 
 def test_an_unknown_pipeline_class_is_named(folder: Path) -> None:
     index(folder, _class_name="NextYearsPipeline")
     with pytest.raises(WeightsError, match="has no NextYearsPipeline"):
-        initializers.load(folder, "cpu")
+        diffusers_pipelines.load(folder, "cpu")
 
 
 def test_a_prior_feeds_its_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(initialize, "_working_size", lambda *_: (64, 64))  # the library's own is far too slow here
+    monkeypatch.setattr(
+        diffusers_pipelines, "_working_size", lambda *_: (64, 64)
+    )  # the library's own is far too slow here
     folders = [pipelines.kandinsky_prior(tmp_path / "prior"), pipelines.kandinsky_decoder(tmp_path / "decoder")]
     run = config.merge(
         {
@@ -135,12 +138,12 @@ def test_a_prior_feeds_its_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             "initialize.text_to_image": "+".join(map(str, folders)),
         }
     )
-    chosen = initializers.choose(run)
+    chosen = choose.choose(run)
     assert chosen is not None
     assert list(chosen.drawing) == folders
-    artists = [initializers.load(folder, "cpu") for folder in chosen.drawing]
+    artists = [diffusers_pipelines.load(folder, "cpu") for folder in chosen.drawing]
     one, again, other = (
-        initialize.draw_picture(artists, WISH, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+        diffusers_pipelines.draw_picture(artists, WISH, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
     )
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
@@ -157,7 +160,7 @@ def test_numbers_drawn_past_the_generator_are_seeded_and_nobody_else_s_move() ->
     expected = torch.rand(3)
     torch.manual_seed(5)
     one, again, other = (
-        initialize.from_pipeline(Careless(), WISH, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+        diffusers_pipelines.from_pipeline(Careless(), WISH, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
     )
     assert torch.equal(torch.rand(3), expected)
     assert torch.equal(one, again)
@@ -192,7 +195,7 @@ def test_a_pipeline_works_at_its_own_area_in_the_shape_of_the_base(
         "stream.height": base[0], "stream.width": base[1], "initialize.num_inference_steps": 0,
         "initialize.image_guidance_scale": 2.5,
     })  # fmt: skip
-    initialize.from_pipeline(fake, wish, torch.Generator(), torch.zeros(3, 30, 40))
+    diffusers_pipelines.from_pipeline(fake, wish, torch.Generator(), torch.zeros(3, 30, 40))
     assert (fake.asked["height"], fake.asked["width"]) == size
     assert fake.asked["image"].size == size[::-1]
     assert (fake.asked["num_inference_steps"], fake.asked["num_frames"]) == (25, 16)
@@ -201,9 +204,9 @@ def test_a_pipeline_works_at_its_own_area_in_the_shape_of_the_base(
 
 def test_pipelines_that_cannot_do_it_say_so() -> None:
     with pytest.raises(ConfigError, match="starts from a picture"):
-        initialize.from_pipeline(Fake(), WISH, torch.Generator())
+        diffusers_pipelines.from_pipeline(Fake(), WISH, torch.Generator())
     with pytest.raises(ConfigError, match="made 9 frames, the first chunk needs 16"):
-        initialize.from_pipeline(Fake(9), WISH, torch.Generator(), torch.zeros(3, 8, 8))
+        diffusers_pipelines.from_pipeline(Fake(9), WISH, torch.Generator(), torch.zeros(3, 8, 8))
 
 
 def test_every_named_pipeline_says_where_it_comes_from() -> None:
@@ -223,7 +226,7 @@ def test_a_change_behind_a_link_changes_the_fingerprint(tmp_path: Path) -> None:
         place.mkdir()
     (elsewhere / "a.safetensors").write_bytes(b"1")
     (folder / "unet").symlink_to(elsewhere)
-    chosen = initializers.Chosen("x", "Pipeline", folder)
+    chosen = choose.Chosen("x", "Pipeline", folder)
     before = chosen.fingerprint()
     assert chosen.fingerprint() == before
     (elsewhere / "a.safetensors").write_bytes(b"12")
@@ -239,12 +242,12 @@ def test_a_copy_of_the_files_has_the_same_fingerprint(tmp_path: Path, monkeypatc
     (folder / "model_index.json").write_text("{}")
     shutil.copytree(folder, copy)
     os.utime(copy / "unet" / "a.safetensors", (1, 1))
-    before, again = (initializers.Chosen("x", "Pipeline", place).fingerprint() for place in (folder, copy))
+    before, again = (choose.Chosen("x", "Pipeline", place).fingerprint() for place in (folder, copy))
     assert before == again
     (copy / "unet" / "a.safetensors").write_bytes(b"2")  # as long as before
-    assert initializers.Chosen("x", "Pipeline", copy).fingerprint() != before
+    assert choose.Chosen("x", "Pipeline", copy).fingerprint() != before
     (folder / "unet" / "a.safetensors").rename(folder / "a.safetensors")
-    assert initializers.Chosen("x", "Pipeline", folder).fingerprint() != before
+    assert choose.Chosen("x", "Pipeline", folder).fingerprint() != before
 
 
 def test_a_fetched_pipeline_is_known_by_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,12 +256,12 @@ def test_a_fetched_pipeline_is_known_by_its_record(tmp_path: Path, monkeypatch: 
     folder = tmp_path / "pipeline"
     folder.mkdir()
     (folder / "a.safetensors").write_bytes(b"1")
-    by_hand = initializers.Chosen("x", "Pipeline", folder).fingerprint()
+    by_hand = choose.Chosen("x", "Pipeline", folder).fingerprint()
     parts = {"a.safetensors": home.Recorded.of(folder / "a.safetensors").to_json()}
     home.remember("snapshots", {"a/b main": {"commit": "1", "folder": str(folder), "files": parts}})
     (folder / "b.safetensors").write_bytes(b"2")
     monkeypatch.setattr(home, "sha256_of", lambda path: pytest.fail("hashed again"))
-    assert initializers.Chosen("x", "Pipeline", folder).fingerprint() == by_hand
+    assert choose.Chosen("x", "Pipeline", folder).fingerprint() == by_hand
 
 
 def test_a_local_folder_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,12 +270,12 @@ def test_a_local_folder_is_hashed_once(tmp_path: Path, monkeypatch: pytest.Monke
     folder.mkdir()
     for name in "ab":
         (folder / f"{name}.safetensors").write_text(name)
-    before = initializers.Chosen("x", "Pipeline", folder).fingerprint()
+    before = choose.Chosen("x", "Pipeline", folder).fingerprint()
     hashed: list[str] = []
     real = home.sha256_of
     monkeypatch.setattr(home, "sha256_of", lambda path: [hashed.append(path.name), real(path)][1])
-    assert initializers.Chosen("x", "Pipeline", folder).fingerprint() == before
+    assert choose.Chosen("x", "Pipeline", folder).fingerprint() == before
     os.utime(folder / "a.safetensors", (1, 1))
-    assert initializers.Chosen("x", "Pipeline", folder).fingerprint() == before
-    assert initializers.Chosen("x", "Pipeline", folder).fingerprint() == before
+    assert choose.Chosen("x", "Pipeline", folder).fingerprint() == before
+    assert choose.Chosen("x", "Pipeline", folder).fingerprint() == before
     assert hashed == ["a.safetensors"]

@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from streamt2v import config, devices, doctor, initializers, memory, pipeline, planning, weights
+from streamt2v import config, devices, memory, weights
+from streamt2v.cli import doctor
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from streamt2v.errors import ConfigError, MemoryLimitError
+from streamt2v.families import diffusers_pipelines
+from streamt2v.jobs import forecast
 from streamt2v.memory import MemoryPolicy
 from streamt2v.models import layers
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
+from streamt2v.runs import pipeline
 from streamt2v.stages.denoise import ChunkNoise, Sampling, denoise
 from streamt2v.weights.published import CHECKPOINTS
 from tests.cli.helpers import call, digest, generate
@@ -30,14 +34,14 @@ PUBLISHED = config.merge(config.preset("streamingt2v"), {"model": "streamingt2v"
 
 
 def published(gigabytes: float, kind: str = "cuda") -> MemoryPolicy:
-    return memory.choose(int(gigabytes * 1e9), planning.stages(PUBLISHED), kind)
+    return memory.choose(int(gigabytes * 1e9), forecast.stages(PUBLISHED), kind)
 
 
 # --------------------------------------------------------------------------------------------------------- the choice
 
 
 def test_every_tier_has_a_policy_that_fits_it() -> None:
-    stages = planning.stages(PUBLISHED)
+    stages = forecast.stages(PUBLISHED)
     found = {tier: published(tier) for tier in (3, 8, 12, 16, 24, 48, 80)}
     for tier, policy in found.items():
         assert memory.needed(stages, policy) <= tier * 1e9 or tier == 3
@@ -49,7 +53,7 @@ def test_every_tier_has_a_policy_that_fits_it() -> None:
 
 
 def test_more_memory_never_gives_a_more_sparing_policy() -> None:
-    stages = planning.stages(PUBLISHED)
+    stages = forecast.stages(PUBLISHED)
     for kind in ("cpu", "cuda", "mps"):
         needs = [memory.needed(stages, published(gigabytes, kind)) for gigabytes in range(1, 90)]
         assert all(before <= after for before, after in pairwise(needs))
@@ -59,7 +63,7 @@ def test_more_memory_never_gives_a_more_sparing_policy() -> None:
 
 def test_the_estimate_is_near_what_was_counted() -> None:
     """Peaks of the published refiner, 24 frames of 1280x720 in 16 bit, without weights: reference counts in GB."""
-    *_, stage = planning.stages(config.merge(config.to_flat(PUBLISHED), {"output.fit": "cover"}))
+    *_, stage = forecast.stages(config.merge(config.to_flat(PUBLISHED), {"output.fit": "cover"}))
     bare = replace(stage, values=0, encoder_values=0)
     counted = {(True, 1 << 30): 13.89, (False, 1 << 30): 6.95, (False, 1 << 17): 3.56, (False, 1 << 15): 3.05}
     for (batched, rows), gigabytes in counted.items():
@@ -74,7 +78,7 @@ def test_the_estimate_is_not_below_what_a_cpu_took() -> None:
     streamed = {"num_frames": 32, "refine.enabled": False}
     refined = {"num_frames": 24, "output.width": 512, "output.height": 288}
     for name, more, source in (("stage 2", streamed, None), ("refiner", refined, (144, 256))):
-        stages = planning.stages(config.merge(config.to_flat(PUBLISHED), more), source)
+        stages = forecast.stages(config.merge(config.to_flat(PUBLISHED), more), source)
         policy = MemoryPolicy("float32", False, True, memory.MANY_ROWS, False)
         taken = record[f"{name}, one chunk"]["peak_resident_mb"] * 2**20
         assert taken <= memory.needed(stages, policy) <= 1.15 * taken
@@ -82,14 +86,14 @@ def test_the_estimate_is_not_below_what_a_cpu_took() -> None:
 
 def test_longer_videos_need_no_more_and_larger_ones_do() -> None:
     def need(**more: Any) -> int:
-        return memory.needed(planning.stages(config.merge(config.to_flat(PUBLISHED), more)), FULL)
+        return memory.needed(forecast.stages(config.merge(config.to_flat(PUBLISHED), more)), FULL)
 
     assert need(num_frames=100_000) == need()
     assert need(**{"output.width": 2560, "output.height": 1440}) > need()
     assert need(**{"refine.chunk": 112}) > need()
     assert need(**{"refine.guidance_scale": 1.0}) < need()
     assert need(**{"refine.enabled": False}) < need()
-    assert planning.stages(PUBLISHED, (256, 256)) == planning.stages(PUBLISHED)[1:]
+    assert forecast.stages(PUBLISHED, (256, 256)) == forecast.stages(PUBLISHED)[1:]
 
 
 def test_the_counts_in_the_list_are_those_of_the_networks() -> None:
@@ -255,13 +259,13 @@ POLICIES = {
 def frames_of(path: Path, policy: MemoryPolicy, monkeypatch: pytest.MonkeyPatch, frames: int = 33) -> Any:
     import numpy as np
 
-    from streamt2v import video
+    from streamt2v.media import reading
 
     with monkeypatch.context() as patch:
         patch.setattr(memory, "choose", lambda *_: policy)
         options = ["--set", "output.crf=1", "--set", "refine.guidance_scale=2"]
         assert generate(path, frames, *options) == 0
-    return np.concatenate(list(video.read_frames(path))).astype(int)
+    return np.concatenate(list(reading.read_frames(path))).astype(int)
 
 
 def test_a_run_gives_the_same_frames_whatever_the_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,14 +299,14 @@ def test_one_stage_at_a_time_never_holds_two(tmp_path: Path, monkeypatch: pytest
 
 
 def test_an_interrupted_run_keeps_its_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from streamt2v import video
+    from streamt2v.media import writing
 
     whole, path = tmp_path / "whole.mp4", tmp_path / "out.mp4"
     frames_of(whole, POLICIES["one stage"], monkeypatch)
-    append = video.SegmentWriter.append
+    append = writing.SegmentWriter.append
     written: list[int] = []
 
-    def stop(writer: video.SegmentWriter, frames: Any) -> video.SegmentMark:
+    def stop(writer: writing.SegmentWriter, frames: Any) -> writing.SegmentMark:
         if written:
             raise KeyboardInterrupt
         written.append(len(frames))
@@ -311,7 +315,7 @@ def test_an_interrupted_run_keeps_its_policy(tmp_path: Path, monkeypatch: pytest
     options = ["--set", "output.crf=1", "--set", "refine.guidance_scale=2"]
     with monkeypatch.context() as patch:
         patch.setattr(memory, "choose", lambda *_: POLICIES["one stage"])
-        patch.setattr(video.SegmentWriter, "append", stop)
+        patch.setattr(writing.SegmentWriter, "append", stop)
         assert generate(path, 33, *options) == 130
     assert generate(path, 33, *options, "--resume", "--memory", "50") == 5  # asks for another policy
     assert generate(path, 33, *options, "--resume") == 0
@@ -334,7 +338,7 @@ def test_pipelines_of_others_are_placed_by_the_policy() -> None:
             self.asked.append(f"layers {device}")
 
     places = [("cuda:0", "two passes"), ("cuda:0", "one stage"), ("cuda:0", "on the host"), ("cpu", "on the host")]
-    asked = [initializers._placed(Fake(), device, POLICIES[name]).asked for device, name in places]
+    asked = [diffusers_pipelines._placed(Fake(), device, POLICIES[name]).asked for device, name in places]
     assert asked == [["to cuda:0"], ["parts cuda:0"], ["layers cuda:0"], ["to cpu"]]
 
 
@@ -343,7 +347,7 @@ def test_features_that_wait_are_counted_where_they_wait() -> None:
 
     def refiner(**more: Any) -> memory.Stage:
         given = {"output.fit": "cover", "refine.num_inference_steps": 10, **more}
-        return planning.stages(config.merge(config.to_flat(PUBLISHED), given))[-1]
+        return forecast.stages(config.merge(config.to_flat(PUBLISHED), given))[-1]
 
     sixteen = replace(FULL, precision="float16")
     hosted = replace(sixteen, keep_networks=False, encoders_on_host=True)

@@ -18,11 +18,12 @@ pytest.importorskip("scenedetect")
 import cv2
 import scenedetect
 
-from streamt2v import config, video
+from streamt2v import config
 from streamt2v.chunks import refinement_plan, seams, streaming_plan
-from streamt2v.config import Prompt
+from streamt2v.cli.progress import Progress
 from streamt2v.errors import ConfigError, InputError, WeightsError
-from streamt2v.frames import Frames
+from streamt2v.media import writing
+from streamt2v.media.frames import Frames
 from streamt2v.metrics import clip as clips
 from streamt2v.metrics import evaluation, motion, report, scores
 from streamt2v.metrics.evaluation import (
@@ -36,7 +37,7 @@ from streamt2v.metrics.evaluation import (
     parse_seams,
     seams_of,
 )
-from streamt2v.progress import Progress
+from streamt2v.timeline import Prompt
 
 SIDE = 96
 
@@ -352,7 +353,7 @@ def test_the_demo_clip_tells_prompts_apart() -> None:
     import torch
 
     from streamt2v import weights
-    from streamt2v.frames import to_u8
+    from streamt2v.media.frames import to_u8
     from streamt2v.training import sheets
     from streamt2v.training.denoisers import TextSource
 
@@ -429,7 +430,7 @@ def write(path: Path, frames: Iterator[Frames] | Frames, comment: str = "") -> N
     for group in groups:
         if writer is None:
             growing = path.with_suffix(".growing")
-            writer = video.SegmentWriter(growing, *group.shape[1:3], Fraction(8), crf=4)
+            writer = writing.SegmentWriter(growing, *group.shape[1:3], Fraction(8), crf=4)
         writer.append(group)
     assert writer is not None
     writer.finish(path, comment)

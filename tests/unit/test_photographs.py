@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from streamt2v.errors import WeightsError
-from streamt2v.frames import to_float, to_u8
+from streamt2v.media.frames import to_float, to_u8
 from streamt2v.training import photographs, refiner
 from streamt2v.training.photographs import Camera, Pair, PairSource
 

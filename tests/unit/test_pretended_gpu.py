@@ -16,13 +16,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks import speed
-from streamt2v import config, devices, frames, jobs, memory, pipeline, video
+from streamt2v import config, devices, memory
 from streamt2v.diffusion import guidance
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.errors import Interrupted
-from streamt2v.frames import Frames
+from streamt2v.jobs.job import Job
+from streamt2v.jobs.recipe import recipe_of
+from streamt2v.media import frames, reading, writing
+from streamt2v.media.frames import Frames
 from streamt2v.memory import MemoryPolicy
 from streamt2v.models.cam import ConditionalAttention
+from streamt2v.runs import pipeline
 from streamt2v.training import parts
 from streamt2v.training.loop import train
 from streamt2v.training.parts import Workshop
@@ -65,8 +69,8 @@ def make(
     wanted = replace(policy, precision="bfloat16")  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch, speed.stand_ins(model):
         patch.setattr(memory, "choose", lambda *_: wanted)
-        pipeline.run(jobs.Job(command, settings, path, source, device, threads=1), speed.Warnings())
-    return np.concatenate(list(video.read_frames(path)))
+        pipeline.run(Job(command, settings, path, source, device, threads=1), speed.Warnings())
+    return np.concatenate(list(reading.read_frames(path)))
 
 
 # --------------------------------------------------------------------------------------------------------- whole runs
@@ -126,16 +130,16 @@ def test_a_batch_keeps_its_networks_on_the_gpu(tmp_path: Path, monkeypatch: pyte
 def stopped(path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that is stopped after its first group of frames."""
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        append = video.SegmentWriter.append
+        append = writing.SegmentWriter.append
         written: list[int] = []
 
-        def stop(writer: video.SegmentWriter, group: Frames) -> video.SegmentMark:
+        def stop(writer: writing.SegmentWriter, group: Frames) -> writing.SegmentMark:
             if written:
                 raise KeyboardInterrupt
             written.append(len(group))
             return append(writer, group)
 
-        patch.setattr(video.SegmentWriter, "append", stop)
+        patch.setattr(writing.SegmentWriter, "append", stop)
         make(path, POLICIES["two passes"], device)
 
 
@@ -161,14 +165,14 @@ def test_a_run_goes_on_on_another_gpu_of_the_same_name(
         places.clear()
         assert call("resume", path, "--device", "cuda:1") == 0
         assert "cuda:1" in places and "cuda:0" not in places
-        assert np.array_equal(np.concatenate(list(video.read_frames(path))), whole)
+        assert np.array_equal(np.concatenate(list(reading.read_frames(path))), whole)
 
         other = tmp_path / "other.mp4"
         stopped(other, "cuda:1", monkeypatch)
         places.clear()
         assert call("resume", other) == 0  # where it began
         assert "cuda:1" in places and "cuda:0" not in places
-    recipe = jobs.recipe_of(video.probe(path).comment)
+    recipe = recipe_of(reading.probe(path).comment)
     assert (recipe["device"], recipe["card"]) == ("cuda", "A")
 
 
@@ -182,7 +186,7 @@ def test_a_run_is_held_to_its_memory_and_repeats(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: held.append(given))
         for gigabytes in (4.6, 1.0, 99, None):
             settings = config.merge(config.preset("demo"), TINY, SIZES["demo"])
-            job = jobs.Job("generate", settings, tmp_path / "out.mp4", device="cuda", threads=1, memory=gigabytes)
+            job = Job("generate", settings, tmp_path / "out.mp4", device="cuda", threads=1, memory=gigabytes)
             with pytest.raises(pytest.fail.Exception):
                 pipeline.run(job, speed.Warnings())
     # Without the 0.6 GB of the context, but at least half; and all there is without a wish.

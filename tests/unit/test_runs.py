@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from streamt2v import files, runs, video
+from streamt2v import files
 from streamt2v.errors import BusyError, OutputError, ResumeError
-from streamt2v.runs import RunDirectory
+from streamt2v.jobs import run_directory
+from streamt2v.jobs.run_directory import RunDirectory
+from streamt2v.media import writing
 from tests.crash import Trap
 
 RECIPE = {"command": "generate", "config": {"seed": 7, "prompt": "a red ball \u00e9", "size": (48, 64)}}
@@ -35,8 +37,8 @@ def work(run: RunDirectory) -> None:
     state = run.resume_point("stream")
     value = 0.0 if state is None else float(state.arrays["value"])
     output = run.load_state("output")
-    mark = None if output is None else video.SegmentMark(**output.meta["mark"])
-    writer = video.SegmentWriter(run.partial_path, 16, 16, Fraction(8), resume=mark)
+    mark = None if output is None else writing.SegmentMark(**output.meta["mark"])
+    writer = writing.SegmentWriter(run.partial_path, 16, 16, Fraction(8), resume=mark)
     done = 0 if output is None else output.meta["groups"]
     for index in range(CHUNKS):
         if index == run.num_base_chunks:
@@ -86,7 +88,7 @@ def test_death_at_any_write_resumes_to_the_same_run(
     assert count > 40
     resumed = 0
     for moment in moments.iterdir():
-        resumed += runs.exists(moment)
+        resumed += run_directory.exists(moment)
         with RunDirectory.open(moment, RECIPE, resume=True) as run:
             work(run)
             assert list(moment.rglob(".*.part")) == []
@@ -229,13 +231,13 @@ def test_a_run_that_ended_while_its_lock_was_waited_for(tmp_path: Path, monkeypa
     monkeypatch.setattr(RunDirectory, "_acquire", wait)
     with RunDirectory.open(path, RECIPE, resume=True) as run:
         assert not run.resumed
-        assert runs.exists(path)
+        assert run_directory.exists(path)
 
 
 def test_no_run_a_damaged_one_and_a_newer_one(tmp_path: Path) -> None:
     path = tmp_path / "run.streamt2v"
     with pytest.raises(ResumeError, match="no run"):
-        runs.recorded(path)
+        run_directory.recorded(path)
     assert not path.exists()
     RunDirectory.open(path, RECIPE, resume=False).close()
     files.write_json(path / "run.json", {"schema": 2, "recipe": {}})
@@ -249,18 +251,18 @@ def test_no_run_a_damaged_one_and_a_newer_one(tmp_path: Path) -> None:
 
 def test_seed_and_places(tmp_path: Path) -> None:
     output = tmp_path / "out.mp4"
-    assert runs.directory_for(output) == tmp_path / "out.mp4.streamt2v"
-    assert runs.recorded_seed(output) is None
-    RunDirectory.open(runs.directory_for(output), RECIPE, resume=False).close()
-    assert runs.recorded_seed(output) == 7
-    assert runs.output_of(runs.directory_for(output)) == runs.output_of(output) == output
-    runs.check_writable(tmp_path)
+    assert run_directory.directory_for(output) == tmp_path / "out.mp4.streamt2v"
+    assert run_directory.recorded_seed(output) is None
+    RunDirectory.open(run_directory.directory_for(output), RECIPE, resume=False).close()
+    assert run_directory.recorded_seed(output) == 7
+    assert run_directory.output_of(run_directory.directory_for(output)) == run_directory.output_of(output) == output
+    run_directory.check_writable(tmp_path)
     with pytest.raises(OutputError, match="does not exist"):
-        runs.check_writable(tmp_path / "none")
+        run_directory.check_writable(tmp_path / "none")
     with pytest.raises(OutputError, match="not a folder"):
-        files.make_directory(runs.directory_for(output) / "run.json")
+        files.make_directory(run_directory.directory_for(output) / "run.json")
     with pytest.raises(OutputError, match="not a folder"):
-        runs.check_writable(runs.directory_for(output) / "run.json")
+        run_directory.check_writable(run_directory.directory_for(output) / "run.json")
 
 
 def test_base_frames_from_any_start_and_while_growing(tmp_path: Path) -> None:
@@ -363,7 +365,7 @@ def test_a_half_removed_run_is_no_run(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(OutputError, match="disk trouble"):
             run.remove()
     run.close()
-    assert not runs.exists(path)
+    assert not run_directory.exists(path)
     with RunDirectory.open(path, RECIPE, resume=True) as fresh:
         assert fresh.num_base_chunks == 0
 
@@ -373,22 +375,22 @@ def test_what_is_left_of_a_finished_run_is_removed(gone: tuple[str, ...], tmp_pa
     path = tmp_path / "run.streamt2v"
     with RunDirectory.open(path, RECIPE, resume=False) as run:
         work(run)
-        runs.discard(path)
-        assert runs.exists(path)  # somebody works on it
+        run_directory.discard(path)
+        assert run_directory.exists(path)  # somebody works on it
     for name in gone:
         shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink()
     for child in path.iterdir() if "lock" in gone else ():
         child.unlink()
-    runs.discard(path)
+    run_directory.discard(path)
     assert not path.exists()
-    runs.discard(path)
+    run_directory.discard(path)
 
 
 def test_a_folder_of_somebody_else_is_not_discarded(tmp_path: Path) -> None:
     path = tmp_path / "run.streamt2v"
     path.mkdir()
     (path / "note.txt").write_text("mine")
-    runs.discard(path)
+    run_directory.discard(path)
     assert [child.name for child in path.iterdir()] == ["note.txt"]
 
 

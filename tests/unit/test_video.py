@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from streamt2v import sound, video
 from streamt2v.errors import ConfigError, InputError, OutputError, ResumeError, VideoError
+from streamt2v.media import lossless, pictures, reading, sound, writing
 
 RATES = [Fraction(7), Fraction(8), Fraction(10), Fraction(24), Fraction(25, 2), Fraction(30000, 1001)]
 
@@ -42,17 +42,17 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def decode(path: Path) -> np.ndarray:
-    return np.concatenate(list(video.read_frames(path)))
+    return np.concatenate(list(reading.read_frames(path)))
 
 
-def written(path: Path, lengths: tuple[int, ...] = (16, 8, 1), fps: Fraction = Fraction(8)) -> video.SegmentWriter:
-    writer = video.SegmentWriter(path, 48, 64, fps)
+def written(path: Path, lengths: tuple[int, ...] = (16, 8, 1), fps: Fraction = Fraction(8)) -> writing.SegmentWriter:
+    writer = writing.SegmentWriter(path, 48, 64, fps)
     for length in lengths:
         writer.append(clip(length, start=writer.mark.frames))
     return writer
 
 
-def carried(source: Path, length: Fraction) -> video.Extras:
+def carried(source: Path, length: Fraction) -> writing.Extras:
     return sound.carry(source, length).extras
 
 
@@ -83,14 +83,14 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["aac.mp4", "mp3.mp4", "opus.webm", "vorbis.mkv", "mp2.ts"])
 def test_probe_counts_frames_and_finds_sound(samples: Path, name: str) -> None:
-    info = video.probe(samples / name)
+    info = reading.probe(samples / name)
     assert (info.frames, info.width, info.height, info.fps) == (75, 128, 96, Fraction(25))
     assert info.has_audio
     assert decode(samples / name).shape == (75, 96, 128, 3)
 
 
 def test_a_gif_is_a_silent_video(samples: Path) -> None:
-    info = video.probe(samples / "silent.gif")
+    info = reading.probe(samples / "silent.gif")
     assert (info.frames, info.fps, info.has_audio) == (10, Fraction(10), False)
 
 
@@ -106,10 +106,10 @@ def test_inputs_that_are_no_video_are_named(tmp_path: Path, samples: Path) -> No
     }
     for path, said in cases.items():
         with pytest.raises(VideoError, match=said) as caught:
-            video.probe(path)
+            reading.probe(path)
         assert str(path) in caught.value.message
         with pytest.raises(VideoError):
-            list(video.read_frames(path))
+            list(reading.read_frames(path))
 
 
 def test_scripts_and_playlists_open_no_other_file(tmp_path: Path, samples: Path) -> None:
@@ -118,7 +118,7 @@ def test_scripts_and_playlists_open_no_other_file(tmp_path: Path, samples: Path)
     (tmp_path / "b.mp4").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\nsecret.mp4\n#EXT-X-ENDLIST\n")
     for path in (tmp_path / "a.mp4", tmp_path / "b.mp4", Path("http://localhost/a.mp4"), Path("concat:a|b")):
         with pytest.raises(VideoError):
-            video.probe(path)
+            reading.probe(path)
 
 
 @pytest.mark.parametrize("name", ["aac.mp4", "opus.webm", "vorbis.mkv"])
@@ -129,7 +129,7 @@ def test_a_cut_file_is_refused(tmp_path: Path, samples: Path, name: str) -> None
         cut = tmp_path / name
         cut.write_bytes(data[: len(data) * percent // 100])
         with pytest.raises(VideoError):
-            video.probe(cut)
+            reading.probe(cut)
 
 
 @pytest.mark.parametrize("count", [12, pytest.param(800, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
@@ -137,16 +137,16 @@ def test_a_cut_file_is_refused(tmp_path: Path, samples: Path, name: str) -> None
 def test_mutated_videos_never_raise_anything_else(tmp_path: Path, samples: Path, name: str, count: int) -> None:
     for broken in mutations(tmp_path / name, (samples / name).read_bytes(), count):
         with contextlib.suppress(VideoError):
-            video.probe(broken)
-            list(video.read_frames(broken))
+            reading.probe(broken)
+            list(reading.read_frames(broken))
 
 
 @pytest.mark.parametrize("count", [12, pytest.param(800, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
 def test_mutated_pictures_never_raise_anything_else(tmp_path: Path, kind: str, count: int) -> None:
-    for broken in mutations(tmp_path / "a", video.encode_image(clip(1)[0], kind), count):
+    for broken in mutations(tmp_path / "a", pictures.encode_image(clip(1)[0], kind), count):
         with contextlib.suppress(InputError):
-            video.read_image(broken)
+            pictures.read(broken)
 
 
 def mutations(path: Path, data: bytes, count: int) -> Iterator[Path]:
@@ -167,19 +167,19 @@ def test_a_video_that_grows_midway_is_refused(tmp_path: Path, samples: Path, mon
     path = tmp_path / "both.ts"
     path.write_bytes((samples / "mp2.ts").read_bytes() + (tmp_path / "large.ts").read_bytes())
     with pytest.raises(VideoError, match="changes its frame size to 256x192"):
-        list(video.read_frames(path))
-    monkeypatch.setattr(video, "_MAX_PIXELS", 128 * 96)
+        list(reading.read_frames(path))
+    monkeypatch.setattr(reading, "_MAX_PIXELS", 128 * 96)
     with pytest.raises(VideoError, match="cannot be read as a video"):  # the decoder does not even begin
-        list(video.read_frames(path))
+        list(reading.read_frames(path))
 
 
 @pytest.mark.parametrize("degrees", [90, 180, 270])
 def test_rotation_is_applied(tmp_path: Path, samples: Path, degrees: int) -> None:
     turned = tmp_path / "turned.mp4"
     ffmpeg("-display_rotation", str(degrees), "-i", str(samples / "aac.mp4"), "-c", "copy", str(turned))
-    first = next(video.read_frames(turned))[0]
-    assert np.array_equal(first, np.rot90(next(video.read_frames(samples / "aac.mp4"))[0], degrees // 90))
-    info = video.probe(turned)
+    first = next(reading.read_frames(turned))[0]
+    assert np.array_equal(first, np.rot90(next(reading.read_frames(samples / "aac.mp4"))[0], degrees // 90))
+    info = reading.probe(turned)
     assert (info.height, info.width) == first.shape[:2]
 
 
@@ -206,8 +206,8 @@ def test_colours_follow_the_tags(tmp_path: Path, matrix: str, tag: str, colours:
 
 
 def test_read_frames_batches_and_leaves_no_thread(samples: Path) -> None:
-    assert [len(part) for part in video.read_frames(samples / "aac.mp4")] == [8] * 9 + [3]
-    reader = video.read_frames(samples / "aac.mp4")
+    assert [len(part) for part in reading.read_frames(samples / "aac.mp4")] == [8] * 9 + [3]
+    reader = reading.read_frames(samples / "aac.mp4")
     next(reader)
     reader.close()  # type: ignore[attr-defined]
 
@@ -218,15 +218,15 @@ def test_read_frames_batches_and_leaves_no_thread(samples: Path) -> None:
 def test_read_image_handles_modes_and_orientation(tmp_path: Path) -> None:
     picture = noise(1, 6, 8)[0]
     Image.fromarray(picture).save(tmp_path / "a.png")
-    assert np.array_equal(video.read_image(tmp_path / "a.png"), picture)
+    assert np.array_equal(pictures.read(tmp_path / "a.png"), picture)
     Image.fromarray(np.dstack([picture, np.zeros((6, 8), np.uint8)])).save(tmp_path / "clear.png")
-    assert np.all(video.read_image(tmp_path / "clear.png") == 255)
+    assert np.all(pictures.read(tmp_path / "clear.png") == 255)
     Image.fromarray(np.array([[0, 32896, 65535]], np.uint16)).save(tmp_path / "deep.png")
-    assert video.read_image(tmp_path / "deep.png")[0, :, 0].tolist() == [0, 128, 255]
+    assert pictures.read(tmp_path / "deep.png")[0, :, 0].tolist() == [0, 128, 255]
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(picture).save(tmp_path / "turned.jpg", exif=exif)
-    assert video.read_image(tmp_path / "turned.jpg").shape == (8, 6, 3)
+    assert pictures.read(tmp_path / "turned.jpg").shape == (8, 6, 3)
 
 
 def test_read_image_refuses_what_is_none(tmp_path: Path) -> None:
@@ -240,15 +240,15 @@ def test_read_image_refuses_what_is_none(tmp_path: Path) -> None:
     cases = {"wide.png": "8192x4321", "none.png": "exist", "text.png": "read", "cut.png": "read", ".": "not a file"}
     for name, said in cases.items():
         with pytest.raises(InputError, match=said):
-            video.read_image(tmp_path / name)
+            pictures.read(tmp_path / name)
 
 
 def test_previews_are_readable(tmp_path: Path) -> None:
     frames = clip(5)
-    video.write_image(tmp_path / "a.png", frames[0])
-    assert np.array_equal(video.read_image(tmp_path / "a.png"), frames[0])
+    pictures.write_image(tmp_path / "a.png", frames[0])
+    assert np.array_equal(pictures.read(tmp_path / "a.png"), frames[0])
     with pytest.raises(OutputError):
-        video.write_image(tmp_path / "none" / "a.png", frames[0])
+        pictures.write_image(tmp_path / "none" / "a.png", frames[0])
 
 
 # -- lossless segments
@@ -257,28 +257,28 @@ def test_previews_are_readable(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(8, 48, 64), (1, 17, 33), (3, 2, 2)])
 def test_lossless_is_exact_and_repeatable(tmp_path: Path, shape: tuple[int, int, int]) -> None:
     frames = noise(*shape)
-    video.write_lossless(tmp_path / "a.mkv", frames)
-    assert np.array_equal(video.read_lossless(tmp_path / "a.mkv"), frames)
-    video.write_lossless(tmp_path / "b.mkv", frames[:, ::-1][:, ::-1])
+    lossless.write_lossless(tmp_path / "a.mkv", frames)
+    assert np.array_equal(lossless.read_lossless(tmp_path / "a.mkv"), frames)
+    lossless.write_lossless(tmp_path / "b.mkv", frames[:, ::-1][:, ::-1])
     assert (tmp_path / "a.mkv").read_bytes() == (tmp_path / "b.mkv").read_bytes()
     assert np.array_equal(decode(tmp_path / "a.mkv"), frames)
 
 
 def test_a_damaged_lossless_segment_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.mkv"
-    video.write_lossless(path, noise(4, 32, 32))
+    lossless.write_lossless(path, noise(4, 32, 32))
     data = path.read_bytes()
     for percent in (5, 40, 80, 95):
         path.write_bytes(data[: len(data) * percent // 100])
         with pytest.raises(VideoError):
-            video.read_lossless(path)
+            lossless.read_lossless(path)
     for position in range(0, len(data), 397):
         flipped = bytearray(data)
         flipped[position] ^= 4
         path.write_bytes(flipped)
         # A bit that does not matter (a date, an unused field) may stay; wrong pixels may not.
         with contextlib.suppress(VideoError):
-            assert np.array_equal(video.read_lossless(path), noise(4, 32, 32))
+            assert np.array_equal(lossless.read_lossless(path), noise(4, 32, 32))
 
 
 # -- the growing output
@@ -288,7 +288,7 @@ def test_a_damaged_lossless_segment_is_refused(tmp_path: Path) -> None:
 def test_finish_keeps_count_rate_timestamps_and_comment(tmp_path: Path, fps: Fraction) -> None:
     out, comment = tmp_path / "out.mp4", json.dumps({"prompt": 'a "b" = c; d\n\u00e9 \U0001f600'})
     info = written(tmp_path / "run.mp4", fps=fps).finish(out, comment)
-    assert info == video.probe(out)
+    assert info == reading.probe(out)
     assert (info.frames, info.width, info.height, info.fps, info.comment) == (25, 64, 48, fps, comment)
     assert not info.has_audio
     with av.open(str(out)) as container:
@@ -306,7 +306,7 @@ def test_finish_keeps_count_rate_timestamps_and_comment(tmp_path: Path, fps: Fra
 
 
 def test_the_conversion_is_really_bt709(tmp_path: Path) -> None:
-    writer = video.SegmentWriter(tmp_path / "a.mp4", 16, 16, Fraction(8), crf=1)
+    writer = writing.SegmentWriter(tmp_path / "a.mp4", 16, 16, Fraction(8), crf=1)
     writer.append(np.broadcast_to(np.array([200, 120, 40], np.uint8), (2, 16, 16, 3)))
     with av.open(str(tmp_path / "a.mp4")) as container:
         planes = next(container.decode(video=0)).to_ndarray()
@@ -317,7 +317,7 @@ def test_the_conversion_is_really_bt709(tmp_path: Path) -> None:
 
 
 def test_a_round_trip_does_not_darken(tmp_path: Path) -> None:
-    writer = video.SegmentWriter(tmp_path / "a.mp4", 48, 64, Fraction(8), crf=8)
+    writer = writing.SegmentWriter(tmp_path / "a.mp4", 48, 64, Fraction(8), crf=8)
     writer.append(clip(8))
     change = decode(tmp_path / "a.mp4").astype(float).mean(axis=(0, 1, 2)) - clip(8).mean(axis=(0, 1, 2))
     assert np.abs(change).max() < 0.2
@@ -325,11 +325,11 @@ def test_a_round_trip_does_not_darken(tmp_path: Path) -> None:
 
 def test_every_stage_of_the_growing_file_plays(tmp_path: Path) -> None:
     path = tmp_path / "run.mp4"
-    writer = video.SegmentWriter(path, 48, 64, Fraction(8))
+    writer = writing.SegmentWriter(path, 48, 64, Fraction(8))
     for length in (8, 3, 1):
         mark = writer.append(clip(length, start=writer.mark.frames))
         assert mark.size == path.stat().st_size
-        assert len(decode(path)) == video.probe(path).frames == mark.frames
+        assert len(decode(path)) == reading.probe(path).frames == mark.frames
 
 
 @pytest.mark.parametrize("segments", [0, 1, 2])
@@ -340,7 +340,7 @@ def test_a_cut_writer_continues_to_the_same_bytes(tmp_path: Path, segments: int,
     mark = written(path, (16, 8, 1)[:segments]).mark
     with path.open("ab") as file:
         file.write(b"\0" * tail)
-    writer = video.SegmentWriter(path, 48, 64, Fraction(8), resume=mark)
+    writer = writing.SegmentWriter(path, 48, 64, Fraction(8), resume=mark)
     for length in (16, 8, 1)[segments:]:
         writer.append(clip(length, start=writer.mark.frames))
     assert path.read_bytes() == (tmp_path / "whole.mp4").read_bytes()
@@ -355,13 +355,13 @@ def test_a_mark_beyond_the_file_or_other_settings_are_refused(tmp_path: Path) ->
     mark = written(path).mark
     for other in (replace(mark, size=mark.size - 1), replace(mark, sha256="")):
         with pytest.raises(ResumeError, match="damaged"):
-            video.SegmentWriter(path, 48, 64, Fraction(8), resume=other)
+            writing.SegmentWriter(path, 48, 64, Fraction(8), resume=other)
     with pytest.raises(ResumeError, match="gone"):
-        video.SegmentWriter(tmp_path / "none.mp4", 48, 64, Fraction(8), resume=mark)
+        writing.SegmentWriter(tmp_path / "none.mp4", 48, 64, Fraction(8), resume=mark)
     (tmp_path / "short.mp4").write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ResumeError, match="damaged"):
-        video.SegmentWriter(tmp_path / "short.mp4", 48, 64, Fraction(8), resume=mark)
-    faster = video.SegmentWriter(path, 48, 64, Fraction(10), resume=mark)
+        writing.SegmentWriter(tmp_path / "short.mp4", 48, 64, Fraction(8), resume=mark)
+    faster = writing.SegmentWriter(path, 48, 64, Fraction(10), resume=mark)
     with pytest.raises(ResumeError, match="other settings"):
         faster.append(clip(1))
 
@@ -396,15 +396,15 @@ def test_odd_names_are_only_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     written(Path("run.mp4"), (2,)).finish(Path(name))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "run.mp4"])
-    assert video.probe(Path(name)).frames == 2
+    assert reading.probe(Path(name)).frames == 2
 
 
 def test_impossible_requests_are_config_errors(tmp_path: Path) -> None:
     path = tmp_path / "run.mp4"
     for height, width, fps in ((47, 64, 8), (48, 63, 8), (0, 64, 8), (48, 64, 0), (48, 64, -1), (48, 64, 100000)):
         with pytest.raises(ConfigError):
-            video.SegmentWriter(path, height, width, Fraction(fps))
-    writer = video.SegmentWriter(path, 48, 64, Fraction(8))
+            writing.SegmentWriter(path, height, width, Fraction(fps))
+    writer = writing.SegmentWriter(path, 48, 64, Fraction(8))
     with pytest.raises(ConfigError, match="at least 1 frame"):
         writer.finish(tmp_path / "out.mp4")
     with pytest.raises(ConfigError, match="do not fit"):
@@ -415,7 +415,7 @@ def test_impossible_requests_are_config_errors(tmp_path: Path) -> None:
     for comment in ("x" * 70_000, "a\0b", "lone \ud800"):
         with pytest.raises(ConfigError, match="comment"):
             writer.finish(tmp_path / "out.mp4", comment)
-    assert video.probe(path).frames == 1
+    assert reading.probe(path).frames == 1
     assert not (tmp_path / "out.mp4").exists()
 
 
@@ -462,7 +462,7 @@ def test_a_missing_folder_or_ffmpeg_is_an_output_error(tmp_path: Path, monkeypat
 
 def test_segments_are_quick_and_memory_is_flat(tmp_path: Path) -> None:
     frames = clip(16, 144, 256)
-    writer = video.SegmentWriter(tmp_path / "run.mp4", 144, 256, Fraction(8))
+    writer = writing.SegmentWriter(tmp_path / "run.mp4", 144, 256, Fraction(8))
     writer.append(frames)
     began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(10):

@@ -7,15 +7,16 @@ from pathlib import Path
 import av
 import pytest
 
-from streamt2v import doctor, sound, video
+from streamt2v.cli import doctor
 from streamt2v.errors import OutputError
+from streamt2v.media import ffmpeg, reading, seal, sound
 from tests.unit.test_video import RATES, written
 from tests.unit.test_video import samples as samples
 
 
 @pytest.fixture
 def no_binary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video, "find_spec", lambda name: None)
+    monkeypatch.setattr(reading, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
 
 
@@ -35,13 +36,13 @@ def content(path: Path) -> tuple[object, ...]:
 def test_the_file_holds_the_same(fps: Fraction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     growing = written(tmp_path / "growing", fps=fps)
     growing.finish(tmp_path / "binary.mp4", "made é by 'me'")
-    monkeypatch.setattr(video, "find_spec", lambda name: None)
-    monkeypatch.setattr(video, "run_ffmpeg", lambda *_: pytest.fail("the binary was started"))
+    monkeypatch.setattr(reading, "find_spec", lambda name: None)
+    monkeypatch.setattr(ffmpeg, "run_ffmpeg", lambda *_: pytest.fail("the binary was started"))
     growing.finish(tmp_path / "odd %d:'.mp4", "made é by 'me'")
     found = [content(tmp_path / name) for name in ("binary.mp4", "odd %d:'.mp4")]
     assert found[0] == found[1]
-    assert video.probe(tmp_path / "odd %d:'.mp4") == video.probe(tmp_path / "binary.mp4")
-    video.check_seal(tmp_path / "odd %d:'.mp4")
+    assert reading.probe(tmp_path / "odd %d:'.mp4") == reading.probe(tmp_path / "binary.mp4")
+    seal.check_seal(tmp_path / "odd %d:'.mp4")
 
 
 def test_sound_needs_the_binary(tmp_path: Path, samples: Path, no_binary: None) -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from streamt2v import files
-from streamt2v.cli import main
+from streamt2v.cli.app import main
 from streamt2v.errors import InputError, OutputError, WeightsError
 from streamt2v.weights import convert, header, networks
 from streamt2v.weights.pickles import Stored

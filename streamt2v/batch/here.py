@@ -1,0 +1,52 @@
+"""Jobs of a batch on this machine, one after the other."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Generator, Iterable
+from dataclasses import asdict
+from functools import cache
+from typing import TYPE_CHECKING
+
+from streamt2v.batch import events
+from streamt2v.batch.events import Event, JobReport, Tell, event
+from streamt2v.batch.tasks import Task
+from streamt2v.errors import Interrupted, StreamT2VError
+
+if TYPE_CHECKING:
+    from streamt2v.runs.pipeline import Loaded
+
+
+def locally(tasks: Iterable[Task], tell: Tell) -> Generator[tuple[Task, Event]]:
+    loaded = still_loaded()
+    for task in tasks:
+        yield task, attempt(task, tell, loaded)
+
+
+@cache
+def still_loaded() -> Loaded:
+    """Return what stays loaded in this process from job to job, whoever sends them."""
+    from streamt2v.runs.pipeline import Loaded
+
+    return Loaded()
+
+
+def attempt(task: Task, tell: Tell, loaded: Loaded) -> Event:
+    """Run one job; return the facts of its result, also of a failure."""
+    from streamt2v.runs import pipeline
+
+    run, output = task.job.config, str(task.job.output)
+    facts = {"output": output, "frames": run.num_frames, "fps": run.output.fps, "seed": run.seed, "model": run.model}
+    tell(event("start", job=task.id, line=task.line, **facts, host=socket.gethostname(), pid=os.getpid()))
+    for notice in task.notices:
+        tell(event("warning", job=task.id, message=notice))
+    try:
+        return {"ok": True, "status": "made", **asdict(pipeline.run(task.job, JobReport(task.id, tell), loaded))}
+    except Interrupted:
+        raise
+    except Exception as error:
+        if not isinstance(error, StreamT2VError | MemoryError):
+            logging.getLogger(__name__).exception("job %s", task.id)
+        return events.failed(error)

@@ -1,0 +1,81 @@
+"""Running a batch: each task once, its events told, the result of the whole last."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Generator, Sequence
+from dataclasses import asdict
+
+from streamt2v.batch import events
+from streamt2v.batch.events import Event, Tell, event
+from streamt2v.batch.here import locally
+from streamt2v.batch.on_ray import on_ray
+from streamt2v.batch.tasks import Refusal, Task
+from streamt2v.errors import SIGNALS, BatchError, ConfigError, Interrupted, StreamT2VError
+from streamt2v.jobs import run_directory
+
+
+def run(tasks: Sequence[Task], refusals: Sequence[Refusal], tell: Tell, *, keep_going: bool, ray: str | None) -> int:
+    """Carry out what was checked and tell it as events, the result of the whole batch last.
+
+    Args:
+        tasks, refusals: from `check`.
+        tell: takes each event.
+        keep_going: make what can be made, although a row cannot be used or a job failed.
+        ray: the address of a Ray cluster, "local" for one on this machine; None runs one job after the other here.
+
+    Returns:
+        The exit code: 0 when every output is there, 2 when a row stopped all, 9 when some jobs failed, 130 or 143.
+
+    Raises:
+        ConfigError: Ray is wanted and not to be had.
+    """
+    began, counts = time.monotonic(), Counter[str]()
+    error: StreamT2VError | None = None
+    total = len(tasks) + len(refusals)
+    for refusal in refusals:
+        counts["failed"] += 1
+        where = {"job": refusal.id, "line": refusal.line, **({"field": refusal.field} if refusal.field else {})}
+        tell(event("result", **where, **events.failed(refusal.error)))
+    try:
+        if refusals and not keep_going:
+            error = ConfigError(
+                f"{len(refusals)} of {total} rows cannot be used, nothing was started",
+                "correct them, or make the others with --keep-going",
+            )
+        else:
+            for task, outcome in _outcomes(tasks, tell, ray):
+                counts[outcome.get("status", "failed")] += 1
+                tell(event("result", job=task.id, line=task.line, **outcome))
+                if not outcome["ok"] and not keep_going:
+                    break
+    except (*SIGNALS, Interrupted) as by:
+        error = Interrupted("stopped", "the same command goes on where it stopped", by=by)
+    left = total - counts.total()
+    if error is None and counts["failed"]:
+        hint = "correct the rows that cannot be used; " * bool(refusals) + "the same command makes what is missing"
+        hint += "; --keep-going does not stop at a failure" * bool(left)
+        error = BatchError(f"{counts['failed']} of {total} jobs failed", hint)
+    facts = events.failed(error) if error else {"ok": True}
+    counted = {key: counts[key] for key in ("made", "there", "failed")}
+    exit_code = error.exit_code if error else 0
+    seconds = round(time.monotonic() - began, 2)
+    tell(event("result", jobs=total, **counted, left=left, seconds=seconds, exit_code=exit_code, **facts))
+    return exit_code
+
+
+def _outcomes(tasks: Sequence[Task], tell: Tell, ray: str | None) -> Generator[tuple[Task, Event]]:
+    """Yield each task with the facts of its result, those that were made before first."""
+    todo = list[Task]()
+    for task in tasks:
+        if task.made is None:
+            todo.append(task)
+        else:
+            if not task.job.keep_run:
+                run_directory.discard(task.job.run_path)
+            yield task, {"ok": True, "status": "there", **asdict(task.made)}
+    if todo:
+        with contextlib.closing(locally(todo, tell) if ray is None else on_ray(todo, tell, ray)) as outcomes:
+            yield from outcomes

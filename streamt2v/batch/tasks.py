@@ -1,0 +1,181 @@
+"""A file of jobs to many videos: every row is checked before the first begins; then one by one here, or on Ray.
+
+A row is what `generate` takes. Its output is found again by its name and compared by its recipe: what is finished is
+left alone, what was stopped goes on, what was made with other settings is an error. So the same command can be given
+again until everything is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from streamt2v import files
+from streamt2v.batch.rows import Row
+from streamt2v.errors import ConfigError, FieldError, InputError, OutputError, StreamT2VError, explained
+from streamt2v.jobs import again, asked, prepare, run_directory
+from streamt2v.jobs.job import BEHAVIOUR, Job, Result
+
+OF_THE_BATCH = {"resume", "resume_anyway", "overwrite", "json", "quiet", "verbose", "set"}
+"""Flags of `generate` that a row has not: they are of the whole batch, or have fields of their own."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job that can run, or was finished before: then `made` says what is there."""
+
+    id: str
+    line: int
+    job: Job
+    notices: tuple[str, ...] = ()
+    made: Result | None = None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A row that cannot be used."""
+
+    id: str
+    line: int
+    error: StreamT2VError
+
+    @property
+    def field(self) -> str:
+        """The field that is wrong, empty where it is not a single one."""
+        known = {"input": "image", "output": "output", "weights": "model"}
+        return self.error.field if isinstance(self.error, FieldError) else known.get(self.error.code, "")
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What holds for all rows: where outputs go, arguments of `options.resolve`, and how runs behave."""
+
+    out_dir: Path
+    arguments: Mapping[str, Any]
+    behaviour: Mapping[str, Any]
+    overwrite: bool
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """Turn ``i/n`` into (i - 1, n). Raises ConfigError: it is not like 1/4."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and len(text) < 20 and 1 <= int(part) <= int(parts)):
+        raise ConfigError(f"--shard is {text!r}, it must look like 1/4 (part 1 of 4)")
+    return int(part) - 1, int(parts)
+
+
+def check(
+    rows: Sequence[Row], shared: Shared, command: Callable[..., None], shard: tuple[int, int] = (0, 1),
+    note: Callable[[str], None] = lambda text: None,
+) -> tuple[list[Task], list[Refusal]]:  # fmt: skip
+    """Check the rows of one shard; ids and outputs are compared among all.
+
+    Args:
+        rows: all of them, in every shard.
+        shared: what holds for all rows; a row's own word comes first.
+        command: the command line's `generate`, whose options rows have.
+        shard: (index, count): every count-th row, from row index on.
+        note: told the size of what must be fetched.
+
+    Raises:
+        OutputError: the folder of outputs cannot be made.
+    """
+    files.make_directory(shared.out_dir)
+    fields = {name: field for name, field in asked.fields_of(command).items() if name not in OF_THE_BATCH}
+    pictures = {files.identity(Path(str(row.fields["image"]))) for row in rows if "image" in row.fields} - {None}
+    tasks, refusals, seen = list[Task](), list[Refusal](), dict[tuple[str, str], int]()
+    for index, (row, name) in enumerate(zip(rows, _names(rows), strict=True)):
+        mine = index % shard[1] == shard[0]
+        try:
+            output = _output(row, name, shared.out_dir, seen)
+            if mine:
+                task = _task(row, name, output, shared, fields, note)
+                for target in filter(None, (output, task.job.preview)):
+                    if files.identity(target) in pictures:
+                        raise OutputError(f"{target} is the picture that a row starts from", "choose another name")
+                tasks.append(task)
+        except (StreamT2VError, OSError) as error:
+            if mine:
+                refusals.append(Refusal(name, row.line, explained(error)))
+    return tasks, refusals
+
+
+def _names(rows: Sequence[Row]) -> list[str]:
+    """Give every row an id: its own, its output's name, or the words of its prompt; counted where those are alike."""
+    given = [str(row.fields.get("id", str(row.fields.get("output", "")).removesuffix(".mp4"))) for row in rows]
+    names, taken, alike = list[str](), {name.casefold() for name in given}, Counter[str]()
+    for row, own in zip(rows, given, strict=True):
+        words = f"line-{row.line}" if row.error else files.slug(str(row.fields.get("prompt", "")))
+        name = own or words
+        while not own and name.casefold() in taken:
+            alike[words] += 1
+            name = f"{words}-{alike[words] + 1}"
+        taken.add(name.casefold())
+        names.append(name)
+    return names
+
+
+def _output(row: Row, name: str, folder: Path, seen: dict[tuple[str, str], int]) -> Path:
+    """Return the output of a row, a place inside the folder that no row before it has; nor has one its preview."""
+    own = row.fields.get("output")
+    if own is not None and not isinstance(own, str):
+        raise FieldError("output", f"output is to be of type str, not {own!r}", "write the name in quotes")
+    path = _inside(folder, "id", f"{name}.mp4") if own is None else _inside(folder, "output", own)
+    preview = [("preview", str(row.fields["preview"]))] if "preview" in row.fields else []
+    for field, value in (("id", name), ("output", str(path)), *preview):
+        before = seen.setdefault((field, value.casefold()), row.line)
+        if before != row.line:
+            raise FieldError(field, f"{field} {value!r} is that of line {before} already", "give each row its own")
+    return path
+
+
+def _inside(folder: Path, field: str, name: Any) -> Path:
+    try:
+        return files.inside(folder, str(name))
+    except ConfigError as error:
+        raise FieldError(field, error.message, error.hint) from None
+
+
+def _task(
+    row: Row, name: str, output: Path, shared: Shared, fields: Mapping[str, asked.Field], note: Callable[[str], None]
+) -> Task:
+    if row.error:
+        raise ConfigError(row.error)
+    own = {key: value for key, value in row.fields.items() if key not in ("id", "output")}
+    settings, arguments = asked.parse_row(own, fields)
+    behaviour = {**shared.behaviour, **{key: arguments.pop(key) for key in BEHAVIOUR if key in arguments}}
+    if "preview" in own:
+        behaviour["preview"] = _inside(shared.out_dir, "preview", own["preview"])
+    run = asked.resolve(**{**shared.arguments, **arguments}, row=settings, seed_of_row=_seed(name))
+    if not run.prompt.strip():
+        raise FieldError("prompt", "the prompt is empty")
+    if run.image and not Path(run.image).is_file():
+        raise FieldError("image", f"{run.image} is not a file")
+    job = Job("generate", run, output, **behaviour)
+    changed = None
+    if output.exists():
+        try:
+            return Task(name, row.line, job, made=again.finished(job))
+        except (InputError, OutputError) as error:
+            changed = error.message
+    if stopped := run_directory.exists(job.run_path):
+        try:
+            difference = again.difference(job, run_directory.recorded(job.run_path).recipe)
+            changed = difference and f"the run in {job.run_path} was started with {difference}"
+        except OutputError as error:
+            changed = error.message
+    if changed and not shared.overwrite:
+        raise OutputError(changed, "make it again with --overwrite, or give the row another id")
+    job = replace(job, resume=not (stopped and changed), overwrite=shared.overwrite)
+    for path in filter(None, (job.output, job.preview)):
+        files.make_directory(path.parent)
+    return Task(name, row.line, job, tuple(prepare.check(job, note)))
+
+
+def _seed(name: str) -> int:
+    """Return the seed of a row that names none: the same for the same id, today and on every machine."""
+    return int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:4]) >> 1

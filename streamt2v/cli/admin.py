@@ -1,0 +1,156 @@
+"""Commands around weights: list, pull, path, verify, convert, train."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from streamt2v import config, weights
+from streamt2v.cli import options
+from streamt2v.cli.terminal import FETCHING, emit, say, terminable
+from streamt2v.errors import ConfigError
+from streamt2v.families import choose
+from streamt2v.weights import home, hub
+
+
+def weights_list(
+    name: Annotated[
+        str | None, typer.Argument(help="A model family: list its files and where they come from.", show_default=False)
+    ] = None,
+    json_output: options.Json = False,
+) -> None:
+    """List the model families: state, size, licence, what they are; or the files of one.
+
+    [b]streamt2v weights list[/b]
+
+    [b]streamt2v weights list streamingt2v[/b]
+    """
+    rows = weights.describe_files(weights.family(name)) if name else weights.describe_families()
+    if json_output:
+        emit(json.dumps(rows))
+        return
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        size = f"{row['bytes'] / 1e6:,.1f} MB" if row["bytes"] else "size unknown"
+        emit(f"{row['name']:<{width}}  {row['state']:<10} {size:>13}  {row['licence']}")
+        emit(f"    {row['what']}")
+
+
+def weights_pull(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A name that `weights list` shows.", show_default=False, autocompletion=options.names_of_weights
+        ),
+    ],
+    source: Annotated[
+        str, typer.Option("--source", help="Which published copy, where there are several: see `weights list NAME`.")
+    ] = "",
+    folder: Annotated[
+        Path | None, typer.Option("--from", help="Folder with published files that are here already.")
+    ] = None,
+) -> None:
+    """Fetch a model family and convert it to 16-bit safetensors; or a model that makes first frames, as it is.
+
+    Says the size before it starts; goes on where it was stopped. Files can be placed by hand: published ones in any
+    folder (--from), converted ones in the folder that `weights path NAME` prints. --offline makes no connection.
+
+    [b]streamt2v weights pull streamingt2v[/b]
+
+    [b]streamt2v weights pull streamingt2v --source original --from ~/downloads[/b]
+
+    [b]streamt2v weights pull svd[/b]
+    """
+    from streamt2v.weights import convert as checkpoints
+
+    with terminable(FETCHING):
+        if (family := weights.listed(name)) is None:
+            if source or folder:
+                raise ConfigError(f"{name} comes from its repository alone", "leave --source and --from out")
+            choose.locate(name, say)
+        else:
+            hub.pull(family, checkpoints.convert, say, source, folder)
+            start = config.merge(config.preset(family.preset)).initialize.text_model
+            if start != choose.OWN:
+                say(f"{start}, which makes the first frames:")
+                choose.locate(start, say)
+    emit(f"{name}: ready")
+
+
+def weights_path(name: options.WeightsName = None) -> None:
+    """Print the folder of the weights, or of one name that `weights list` shows. STREAMT2V_HOME sets it.
+
+    [b]streamt2v weights path streamingt2v[/b]
+    """
+    emit(str(weights.folder_of(name) if name else home.path()))
+
+
+def weights_verify(name: options.WeightsName = None) -> None:
+    """Check every weight file, or those of one name, against recorded sizes and SHA-256.
+
+    [b]streamt2v weights verify[/b]
+
+    [b]streamt2v weights verify svd[/b]
+    """
+    for one in [name] if name else [row["name"] for row in weights.describe_families() if row["state"] != "absent"]:
+        if (family := weights.listed(one)) is None:
+            count = weights.verify_snapshot(one)
+        else:
+            weights.verify(family)
+            count = sum(len(file.parts) for file in family.files)
+        emit(f"{one}: {count} files, all as recorded")
+
+
+def weights_convert(
+    source: Annotated[Path, typer.Argument(help="A published checkpoint, or a folder of it.", show_default=False)],
+    destination: Annotated[Path, typer.Argument(help="Folder for the converted files.", show_default=False)],
+) -> None:
+    """Turn a published checkpoint into files that streamt2v loads: 16 bit, no pickle, no optimizer state.
+
+    Known: streaming_t2v.ckpt, VidXTend (file or folder), the three files of MS-Vid2Vid-XL, OpenCLIP ViT-H-14.
+
+    [b]streamt2v weights convert streaming_t2v.ckpt weights/[/b]
+    """
+    from streamt2v.weights import convert as checkpoints
+
+    for path in checkpoints.convert(source, destination, say):
+        emit(str(path))
+
+
+def train(
+    part: Annotated[
+        str,
+        typer.Argument(
+            help="vae, text, vision, images, base, decoder, cam, apm, joint, concatenated, image_to_video or judge."
+        ),
+    ],
+    minutes: Annotated[float | None, typer.Option("--minutes", help="Stop after so many minutes.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Stop after so many optimiser steps.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder of checkpoints, log and sample sheets.")] = Path(
+        "training"
+    ),
+    resume_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", help="Folder with weights to start from, such as streamt2v/demo. Default: start afresh."
+        ),
+    ] = None,
+    device: options.DeviceOption = "auto",
+    seed: Annotated[int, typer.Option("--seed", help="Seed of data and initial weights.")] = 0,
+    steady: Annotated[
+        bool, typer.Option("--steady", help="Keep the learning rate to the end: this run will be continued.")
+    ] = False,
+    afresh: Annotated[bool, typer.Option("--afresh", help="Forget what an earlier run of this part left.")] = False,
+) -> None:
+    """Train one part of the demo family on the drawn world. The same command again goes on where it stopped.
+
+    [b]streamt2v train images --minutes 60 --out training[/b]
+    """
+    from streamt2v import devices
+    from streamt2v.training import loop
+
+    loop.train(
+        part, minutes=minutes, steps=steps, out=out, device=devices.resolve(device).name, seed=seed,
+        resume_from=resume_from, steady=steady, afresh=afresh, log=say,
+    )  # fmt: skip

@@ -1,0 +1,104 @@
+"""The command line: arguments to a config, one call into the pipeline, results to stdout, everything else to stderr."""
+
+import io
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from streamt2v import __version__
+from streamt2v.cli import options
+from streamt2v.cli.admin import train, weights_convert, weights_list, weights_path, weights_pull, weights_verify
+from streamt2v.cli.look import doctor, evaluate, info, preview, report, verify
+from streamt2v.cli.make import RayCommand, batch, bench, extend, generate, plan, refine, rerun, resume
+from streamt2v.cli.terminal import complain, emit_failure, terminable
+from streamt2v.errors import ConfigError, Interrupted, StreamT2VError, explained
+from streamt2v.weights import hub
+
+Command = Callable[..., None]
+app = typer.Typer(
+    name="streamt2v",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Long videos from text on your own machine, by the StreamingT2V method.\n\n"
+    '[b]streamt2v generate "a red ball bouncing over the sea at sunset" --frames 240 -o ball.mp4[/b]\n\n'
+    "[b]streamt2v refine ball.mp4 -o ball_hd.mp4 --size 1280x720[/b]",
+)
+weights_app = typer.Typer(no_args_is_help=True, help="The weights that are here, and whether they are whole.")
+app.add_typer(weights_app, name="weights")
+
+
+# In the order of the help.
+_FIRST: list[Command] = [generate, refine, extend, resume, verify, rerun]
+_LATER: list[Command] = [plan, bench, info, evaluate, preview, report, doctor, train]
+_WEIGHTS: list[Command] = [weights_list, weights_pull, weights_path, weights_verify, weights_convert]
+for command in _FIRST:
+    app.command()(command)
+app.command(cls=RayCommand)(batch)
+for command in _LATER:
+    app.command()(command)
+for command in _WEIGHTS:
+    weights_app.command(command.__name__.removeprefix("weights_"))(command)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"streamt2v {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Make no connection; STREAMT2V_OFFLINE=1 means the same.")
+    ] = False,
+    no_color: Annotated[bool, typer.Option("--no-color", help="No colours; NO_COLOR=1 means the same.")] = False,
+) -> None:
+    """Long videos from text on your own machine."""
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit with the code that the error, if any, stands for."""
+    argv = sys.argv[1:] if arguments is None else arguments
+    end = argv.index("--") if "--" in argv else len(argv)
+    asked, names = argv[:end], argv[end:]
+    debug = "--debug" in asked
+    if "--offline" in asked:
+        os.environ |= dict.fromkeys(hub.OFFLINE, "1")
+    if "--no-color" in asked:
+        os.environ["NO_COLOR"] = "1"
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started us: no file of ours may take its number
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - until the end
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a prompt may hold what a terminal of ASCII cannot show
+    anywhere = ("--debug", "--offline", "--no-color")
+    try:
+        with terminable():
+            app(
+                options.paired([argument for argument in asked if argument not in anywhere] + names),
+                prog_name="streamt2v",
+            )
+    except SystemExit as stop:
+        if "--json" in asked and (said := getattr(stop.__context__, "format_message", None)):  # typer's usage errors
+            emit_failure(ConfigError(said()))
+        raise
+    except Exception as error:
+        known = explained(error)
+        if "--json" in asked:
+            emit_failure(known)
+        if debug or known.exit_code == StreamT2VError.exit_code:
+            raise
+        complain(known.message if isinstance(known, Interrupted) else f"error: {known.message}", known.hint)
+        sys.exit(known.exit_code)
+    sys.exit(0)

@@ -1,0 +1,202 @@
+"""Commands that look at videos and at this machine: verify, info, evaluate, preview, report, doctor."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from streamt2v import config, files
+from streamt2v.cli import options
+from streamt2v.cli.progress import Progress
+from streamt2v.cli.terminal import complain, emit, plain, saying, terminable
+from streamt2v.errors import ConfigError, VideoError, WeightsError
+from streamt2v.jobs import again, prepare, run_directory
+from streamt2v.jobs.recipe import describe_video, look
+
+
+def verify(
+    videos: Annotated[list[Path], typer.Argument(help="Videos made by streamt2v.", show_default=False)],
+    json_output: options.Json = False,
+) -> None:
+    """Check that videos are whole: every bit as written, every frame decoded, as many as the recipe says.
+
+    Exit code 3 at the first that is cut, damaged or changed. It knows no signatures: who forges a video can forge this.
+
+    [b]streamt2v verify ball.mp4[/b]
+    """
+    for video in videos:
+        facts = again.verify(video)
+        emit(json.dumps(facts) if json_output else f"{video}: whole, {facts['frames']} frames, {facts['seconds']:g} s")
+
+
+def info(
+    video: Annotated[
+        Path, typer.Argument(help="A video made by streamt2v, or an unfinished run of one.", show_default=False)
+    ],
+    json_output: options.Json = False,
+) -> None:
+    """Show the settings that made a video, read from the file itself.
+
+    [b]streamt2v info ball.mp4[/b]
+    """
+    facts = describe_video(video)
+    if json_output:
+        emit(json.dumps(facts))
+        return
+    for key, value in config.flatten(facts).items():
+        emit(plain(f"{key} = {value}"))
+
+
+def evaluate(
+    videos: Annotated[list[Path], typer.Argument(help="Videos to measure, of any origin.", show_default=False)],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="What they show, for CLIP. Default: each video's own prompt.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", help="Compare every frame with this video's: PSNR, SSIM.")
+    ] = None,
+    report_file: Annotated[
+        Path | None, typer.Option("--report", help="Write an HTML page with plots and a contact sheet.")
+    ] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the scores, one row a video.")] = None,
+    frames_csv: Annotated[
+        Path | None, typer.Option("--frames-csv", help="Write what was measured at every frame, one row each.")
+    ] = None,
+    seams: Annotated[
+        str | None,
+        typer.Option("--seams", help="Frames where chunks begin: 16,24,32 or 16:1200:8. Default: the video's own."),
+    ] = None,
+    window: Annotated[int, typer.Option("--window", help="Frames that count as the first, and as the last.")] = 100,
+    flow_size: Annotated[
+        int, typer.Option("--flow-size", help="Square that frames are scaled to before the flow; less is faster.")
+    ] = 720,
+    clip: Annotated[
+        str,
+        typer.Option("--clip", help="auto (the published one if fetched, else demo), demo, hub:OWNER/NAME, none."),
+    ] = "auto",
+    clip_every: Annotated[int, typer.Option("--clip-every", help="CLIP looks at every so manieth frame.")] = 8,
+    device: Annotated[str, typer.Option("--device", help="Where CLIP runs: auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", "-f", help="Replace files that exist.")] = False,
+    json_output: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure videos: scene cuts, motion and warp error (MAWE), CLIP, drift, seams, stagnation, flicker.
+
+    Any length at the same memory. docs/metrics.md defines every score.
+
+    [b]streamt2v evaluate ball.mp4 --report ball.html[/b]
+
+    [b]streamt2v evaluate videos/*.mp4 --json[/b]
+
+    [b]streamt2v evaluate ball_fast.mp4 --against ball.mp4[/b]
+    """
+    try:
+        from streamt2v.metrics import evaluation, report
+    except ImportError as error:
+        hint = 'install what it needs with `pip install "streamt2v[metrics]"`'
+        raise ConfigError(f"evaluate cannot start: {error}", hint) from error
+    settings = evaluation.Settings(
+        prompt, against, None if seams is None else evaluation.parse_seams(seams), window, flow_size, clip,
+        clip_every, device,
+    )  # fmt: skip
+    targets = [target for target in (report_file, csv_file, frames_csv) if target is not None]
+    for number, target in enumerate(targets):
+        prepare.check_target(target, overwrite, *videos, against, *targets[:number])
+    with terminable("stopped; nothing was written"), Progress(quiet=quiet) as progress:
+        results, failures = evaluation.evaluate(videos, settings, progress, saying(quiet))
+    for failure in failures[not results :]:
+        complain(f"error: {failure.message}", failure.hint)
+    if not results:
+        raise failures[0]
+    pages = {
+        report_file: report.as_html(results, settings),
+        csv_file: report.videos_csv(results),
+        frames_csv: report.frames_csv(results),
+    }
+    for path, page in pages.items():
+        if path is not None:
+            files.write_bytes(path, page.encode(errors="replace"))
+    if json_output:
+        emit(json.dumps(report.as_json(results, settings), ensure_ascii=False, allow_nan=False))
+    else:
+        emit(plain(report.as_text(results)))
+    if failures:
+        raise VideoError(f"{len(failures)} of {len(videos)} videos could not be measured", "the others are above")
+
+
+def preview(
+    source: Annotated[
+        Path, typer.Argument(metavar="VIDEO", help="Any video, or an unfinished run of one.", show_default=False)
+    ],
+    output: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--output", "-o", help="A .png is a contact sheet; .webp and .gif move. Default: a .png and a .webp."
+        ),
+    ] = None,
+    width: Annotated[int, typer.Option("--width", help="Width of a frame, at most.", min=16, max=4096)] = 320,
+    overwrite: Annotated[bool, typer.Option("--overwrite", "-f", help="Replace files that exist.")] = False,
+) -> None:
+    """Make small pictures of a video: a contact sheet of 24 frames, and a preview of 96 that moves.
+
+    [b]streamt2v preview ball.mp4[/b]
+
+    [b]streamt2v preview ball.mp4 -o ball.gif --width 160[/b]
+    """
+    named = run_directory.output_of(source)
+    targets = output or [named.parent / f"{named.stem}_preview{kind}" for kind in (".png", ".webp")]
+    for number, target in enumerate(targets):
+        prepare.check_target(target, overwrite, named, *targets[:number])
+    from streamt2v.media import preview
+
+    for target in targets:
+        preview.check(target)
+    seen = look(source)
+    for target in targets:
+        preview.write(seen.video, target, width)
+        emit(str(target))
+
+
+def report(
+    video: Annotated[Path, typer.Argument(help="A video, or an unfinished run of one.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The HTML file. Default: the video's name.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", "-f", help="Replace a file that exists.")] = False,
+) -> None:
+    """Write how a video was made as one HTML file: recipe, prompts, chunks, contact sheet.
+
+    [b]streamt2v report ball.mp4[/b]
+
+    [b]streamt2v report ball.mp4 -o made.html[/b]
+    """
+    named = run_directory.output_of(video)
+    target = output or named.parent / f"{named.stem}.html"
+    prepare.check_target(target, overwrite, named)
+    from streamt2v.cli import report
+
+    files.write_bytes(target, report.as_html(look(video)).encode(errors="replace"))
+    emit(str(target))
+
+
+def doctor(json_output: options.Json = False) -> None:
+    """Check this machine: device, memory, ffmpeg, weights; what works and what to do.
+
+    Exit code 4 if something is missing.
+
+    [b]streamt2v doctor[/b]
+    """
+    from streamt2v.cli.doctor import checks
+
+    results = checks()
+    if json_output:
+        emit(json.dumps([dataclasses.asdict(result) for result in results]))
+    else:
+        for result in results:
+            emit(f"{'ok ' if result.ok else 'BAD'} {result.name}: {result.found}")
+            if not result.ok:
+                emit(f"    -> {result.advice}")
+    if not all(result.ok for result in results):
+        raise typer.Exit(WeightsError.exit_code)

@@ -1,0 +1,354 @@
+"""Commands that make videos: generate, refine, extend, resume, rerun, batch; plan and bench."""
+
+import dataclasses
+import json
+import re
+import sys
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import typer
+
+from streamt2v import config, files, weights
+from streamt2v.batch import events
+from streamt2v.cli import options
+from streamt2v.cli.progress import Progress
+from streamt2v.cli.terminal import FETCHING, complain, emit, plain, saying, terminable
+from streamt2v.errors import ConfigError, DifferenceError, Interrupted
+from streamt2v.jobs import again, asked, forecast, prepare, run_directory
+from streamt2v.jobs.job import BEHAVIOUR, Job, Result
+from streamt2v.jobs.recipe import inspect_source
+
+
+def default_output(prompt: str, seed: int) -> Path:
+    """Return a file name made of the date, the prompt's letters and the seed."""
+    return Path(f"{datetime.now():%Y%m%d-%H%M%S}_{files.slug(prompt)}_{seed}.mp4")
+
+
+@options.knows(options.making, options.streaming, options.starting, options.running, options.alone)
+def generate(
+    prompt: options.Prompt = None,
+    frames: options.Frames = None,
+    output: options.Output = None,
+    fps: options.Fps = None,
+    **given: Any,
+) -> None:
+    """Make a video from a prompt.
+
+    The demo model knows red, green, blue, yellow, purple or white; ball, star, cube or fish;
+
+    drifting left or right, bouncing, rising or circling; sea, meadow, desert or city; day, sunset or night.
+
+    [b]streamt2v generate "a red ball bouncing over the sea at sunset" --frames 240 -o ball.mp4[/b]
+
+    [b]streamt2v generate "a red ball over the sea" --at 10s "a blue ball over the sea" --frames 240[/b]
+
+    [b]streamt2v generate "a blue star drifting left" --image start.png --frames 48[/b]
+
+    [b]streamt2v generate "a cat on the beach" --model streamingt2v --init svd --image-init sdxl --frames 240[/b]
+    """
+    _run("generate", None, output, given, prompt=options.read_prompt(prompt), frames=frames, fps=fps)
+
+
+@options.knows(options.making, options.running, options.alone)
+def refine(
+    source: Annotated[Path, typer.Argument(help="The video to refine.", show_default=False)],
+    output: options.Output = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="What it shows. Default: the video's own prompts.")
+    ] = None,
+    fps: options.SourceFps = None,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", help="Guidance; 1 is off.", rich_help_panel=options.ADVANCED)
+    ] = None,
+    **given: Any,
+) -> None:
+    """Refine a video of any length: same frames, same sound, more detail.
+
+    [b]streamt2v refine holiday.mp4 -o holiday_hd.mp4 --size 1920x1080[/b]
+
+    [b]streamt2v refine ball.mp4 --strength creative -o other.mp4[/b]
+    """
+    output = output or source.parent / f"{source.stem}_refined.mp4"
+    _run("refine", source, output, given, prompt=prompt, fps=fps, refine_guidance=guidance)
+
+
+@options.knows(options.making, options.streaming, options.running, options.alone)
+def extend(
+    source: Annotated[Path, typer.Argument(help="The video to continue.", show_default=False)],
+    frames: Annotated[int, typer.Option("--frames", "-n", help="Frames of the whole result, the source's included.")],
+    output: options.Output = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="What it shows. Default: the video's last prompt.")
+    ] = None,
+    fps: options.SourceFps = None,
+    **given: Any,
+) -> None:
+    """Continue a video: its own frames, then new ones that follow from its last 16.
+
+    [b]streamt2v extend ball.mp4 --frames 240 -o longer.mp4[/b]
+
+    [b]streamt2v extend beach.mp4 --prompt "waves on a beach" --frames 480 -o longer.mp4[/b]
+    """
+    output = output or source.parent / f"{source.stem}_extended.mp4"
+    _run("extend", source, output, given, prompt=prompt, frames=frames, fps=fps)
+
+
+def _run(command: str, source: Path | None, output: Path | None, given: dict[str, Any], **more: Any) -> None:
+    """Carry out a command that makes a video; `given` are the options of the shared groups."""
+    json_output, quiet, verbose = (given.pop(name) for name in ("json_output", "quiet", "verbose"))
+    behaviour = {name: given.pop(name) for name in BEHAVIOUR if name in given}
+    behaviour["inputs"] = tuple(filter(None, (given.get("config_file"), given.get("timeline"))))
+    behaviour["resume"] |= behaviour["resume_anyway"]
+    if behaviour["resume"] and output is None:
+        raise ConfigError("--resume needs to know which output", "name it with -o")
+    found = None if source is None else inspect_source(source)
+    if command == "refine" and found is not None and not found.own:
+        given["strength"] = given["strength"] or "faithful"
+    more |= {"device": behaviour["device"], "resume_from": output if behaviour["resume"] else None, "source": found}
+    resolved = asked.resolve(**given, **more)
+    output = output or default_output(resolved.prompt, resolved.seed)
+    _make(Job(command, resolved, output, source, **behaviour), json_output, quiet, verbose)
+
+
+def _make(job: Job, json_output: bool, quiet: bool, verbose: bool) -> None:
+    """Carry out a job and print its result."""
+    _emit_result(_made(job, quiet, verbose), json_output)
+
+
+def _made(job: Job, quiet: bool, verbose: bool) -> Result:
+    tell = saying(quiet)
+    with terminable(FETCHING):
+        # Everything cheap is checked before torch is imported or a model loads.
+        notices = prepare.check(job, tell)
+    for notice in notices:
+        tell(notice)
+    length = f"{job.config.num_frames} frames at {job.config.output.fps:g} fps"
+    tell(f"{job.output}: {length}, model {job.config.model}, seed {job.config.seed}")
+    with Progress(quiet=quiet, verbose=verbose) as progress:
+        from streamt2v.runs import pipeline
+
+        return pipeline.run(job, progress)
+
+
+def _emit_result(result: Result, json_output: bool) -> None:
+    made = events.event("result", ok=True, **dataclasses.asdict(result))
+    emit(json.dumps(made) if json_output else result.output)
+
+
+def resume(
+    run: Annotated[Path, typer.Argument(help="The output, or its run directory OUT.streamt2v.", show_default=False)],
+    device: Annotated[
+        str | None, typer.Option("--device", help="Another device of the same kind and name. Default: where it began.")
+    ] = None,
+    json_output: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Continue an interrupted run as it was begun, to the same frames.
+
+    The same command with --resume does it too, and --resume-anyway with other settings.
+
+    [b]streamt2v resume ball.mp4[/b]
+    """
+    output = run_directory.output_of(run)
+    if output.exists() and not run_directory.exists(run_directory.directory_for(output)):
+        result = again.made(output)
+        run_directory.discard(run_directory.directory_for(output))
+        saying(quiet)(f"{output} is finished")
+        _emit_result(result, json_output)
+    else:
+        job = again.resumed(output)
+        _make(dataclasses.replace(job, device=device or job.device), json_output, quiet, verbose)
+
+
+@options.knows(options.running, options.alone)
+def rerun(
+    video: Annotated[Path, typer.Argument(help="A video made by streamt2v.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The file to write. Default: VIDEO_rerun.mp4, of its kind.")
+    ] = None,
+    source: Annotated[Path | None, typer.Option("--source", help="What VIDEO was refined or extended from.")] = None,
+    image: options.Image = None,
+    init: options.Init = None,
+    image_init: options.ImageInit = None,
+    **given: Any,
+) -> None:
+    """Make a video again by the recipe inside it, and compare the frames: exit code 10 where they differ.
+
+    The recipe decides what is made. Paths, the device, and models that weights.toml does not know, only you can name.
+
+    [b]streamt2v rerun ball.mp4 -o again.mp4[/b]
+
+    [b]streamt2v rerun ball_hd.mp4 --source ball.mp4[/b]
+    """
+    json_output, quiet, verbose = (given.pop(name) for name in ("json_output", "quiet", "verbose"))
+    given["resume"] |= given["resume_anyway"]
+    places: dict[str, str | None] = {
+        "image": None if image is None else str(image), "initialize.text_model": init, "initialize.picture_model": init,
+        "initialize.text_to_image": image_init,
+    }  # fmt: skip
+    command, settings, like = again.rerun(video, source, places)
+    output, tell = output or video.with_name(f"{video.stem}_rerun{video.suffix}"), saying(quiet)
+    tell(f"{video} says: {command}, with")
+    usual = config.to_flat(config.merge(config.preset(weights.family(settings.model).preset)))
+    for key, value in config.to_flat(settings).items():
+        if value != usual.get(key):
+            tell(f"  {key} = {value}")
+    result = _made(Job(command, settings, output, source, like=like, inputs=(video,), **given), quiet, verbose)
+    if differences := again.compare(video, output):
+        raise DifferenceError(f"the frames of {output} differ from those of {video}: {'; '.join(differences)}")
+    tell(f"the frames are those of {video}")
+    _emit_result(result, json_output)
+
+
+class RayCommand(typer.core.TyperCommand):
+    """A command whose --ray may stand without an address: typer has no options with an optional value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give a bare --ray its value; an address is auto, local, or has a colon."""
+        for index, after in enumerate([*args[1:], ""]):
+            if args[index] == "--ray" and not re.search("^(auto|local)$|:", after):
+                args[index] = "--ray=local"
+        return super().parse_args(ctx, args)
+
+
+@options.knows(options.making, options.streaming, options.starting, options.running)
+def batch(
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="JOBS", show_default=False, help="Rows in .jsonl, .toml, .csv, .txt (a prompt a line); - is stdin."
+        ),
+    ],
+    out_dir: Annotated[
+        Path, typer.Option("--out-dir", help="Folder of the videos; no row writes elsewhere.", show_default=False)
+    ],
+    frames: options.Frames = None,
+    fps: options.Fps = None,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="Make what can be made when rows are wrong or jobs fail.")
+    ] = False,
+    shard: Annotated[
+        str, typer.Option("--shard", metavar="I/N", help="Only every Nth row, from the Ith on: one part a machine.")
+    ] = "1/1",
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", metavar="[ADDRESS]", help="Run on Ray: auto, HOST:PORT, or nothing to start it here."),
+    ] = None,
+    **given: Any,
+) -> None:
+    """Make many videos: a row is a prompt and any option of generate, by its name: frames, refine-steps, stream.eta.
+
+    Options given here hold for rows that do not say otherwise. Rows without a seed get one from their id or prompt.
+    What is finished is not made again, what was stopped goes on; --overwrite makes rows again that were changed.
+    With --json every event is a line on stdout.
+
+    [b]streamt2v batch jobs.jsonl --out-dir videos[/b]
+
+    [b]streamt2v batch prompts.txt --out-dir videos --frames 240 --keep-going --ray --threads 2[/b]
+    """
+    from streamt2v.batch import rows, run, tasks
+
+    json_output, quiet, verbose, overwrite = (
+        given.pop(name) for name in ("json_output", "quiet", "verbose", "overwrite")
+    )
+    behaviour = {name: given.pop(name) for name in BEHAVIOUR if name in given}
+    behaviour["inputs"] = tuple(filter(None, (Path(file), given.get("config_file"), given.get("timeline"))))
+    given |= {"frames": frames, "fps": fps, "device": None if ray else behaviour["device"]}  # a cluster has its own
+    shared = tasks.Shared(out_dir, given, behaviour, overwrite)
+    with terminable(FETCHING), Progress(quiet=quiet, verbose=verbose) as progress:
+        part = tasks.shard_of(shard)
+        checked = tasks.check(rows.read(file), shared, generate, part, saying(quiet))
+        code = run.run(*checked, _follow(progress, json_output), keep_going=keep_going, ray=ray)
+    raise typer.Exit(code)
+
+
+def _follow(progress: Progress, json_output: bool) -> events.Tell:
+    """Return what shows the events of a batch: results on stdout, all else on stderr; with JSON all on stdout too."""
+    out = sys.stdout  # which Ray must not share
+
+    def tell(event: events.Event) -> None:
+        job = event.get("job", "")
+        if json_output:
+            emit(json.dumps(event), out)
+        if event["type"] == "start":
+            progress.say("{job}: {output}: {frames} frames at {fps:g} fps, model {model}, seed {seed}".format(**event))
+        elif event["type"] == "progress":
+            progress.start(f"{job} {event['stage']}", event["total"], event["done"])
+        elif event["type"] == "chunk":
+            progress.advance(f"{job} {event['stage']}", event["done"], event["chunk"], event["chunks"])
+        elif event["type"] == "warning":
+            progress.note(f"{job}: {event['message']}", warning=True)
+        elif "jobs" in event:
+            progress.say("{made} made, {there} there already, {failed} failed, {left} left".format(**event))
+        else:
+            progress.end(*(f"{job} {stage}" for stage in ("stream", "refine")))
+            if event["ok"] and not json_output:
+                emit(event["output"], out)
+        if not event.get("ok", True):
+            error, where = event["error"], [f"line {event['line']}"] if job else []
+            if event.get("field", "") not in error["message"]:
+                where.append(event["field"])
+            stopped = error["code"] == Interrupted.code
+            complain(": ".join([*(["error"] * (not stopped)), *where, error["message"]]), error["hint"])
+
+    return tell
+
+
+@options.knows(options.making, options.streaming, options.starting)
+def plan(
+    prompt: options.Prompt = None,
+    frames: options.Frames = None,
+    fps: options.Fps = None,
+    device: options.DeviceOption = "auto",
+    threads: options.Threads = None,
+    memory: options.Memory = None,
+    json_output: options.Json = False,
+    **given: Any,
+) -> None:
+    """Show chunks, memory and time of a run without loading any weights.
+
+    [b]streamt2v plan "a red ball over the sea" --frames 1200[/b]
+
+    [b]streamt2v plan "a cat on the beach" --model streamingt2v --device cuda --memory 12[/b]
+    """
+    resolved = asked.resolve(prompt=options.read_prompt(prompt), frames=frames, fps=fps, device=device, **given)
+    prepare.check_wishes(resolved)
+    report = forecast.plan(resolved, device, memory, threads)
+    emit(json.dumps(dataclasses.asdict(report)) if json_output else plain(report.as_text()))
+
+
+@options.knows(options.making, options.streaming, options.starting)
+def bench(
+    frames: Annotated[int, typer.Option("--frames", "-n", help="Length that the time is then told for.")] = 1200,
+    device: options.DeviceOption = "auto",
+    threads: options.Threads = None,
+    memory: options.Memory = None,
+    json_output: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    **given: Any,
+) -> None:
+    """Measure this machine: make a short video, throw it away, and show what a long one will take.
+
+    From then on `plan` knows, for the same model, sizes and steps.
+
+    [b]streamt2v bench[/b]
+
+    [b]streamt2v bench --model streamingt2v --quality fast --size 720x720[/b]
+    """
+    prompt = "a red ball bouncing over the sea at sunset"
+    resolved = asked.resolve(prompt=prompt, frames=frames, device=device, **given)
+    short = dataclasses.replace(resolved, num_frames=forecast.short_length(resolved))
+    with TemporaryDirectory(prefix="streamt2v-") as folder, terminable():
+        job = Job("generate", short, Path(folder) / "bench.mp4", device=device, threads=threads, memory=memory)
+        prepare.check(job, saying(quiet))
+        with Progress(quiet=quiet, verbose=verbose) as progress:
+            from streamt2v.runs import pipeline
+
+            pipeline.run(job, progress)
+    report = forecast.plan(resolved, device, memory, threads)
+    emit(json.dumps(dataclasses.asdict(report)) if json_output else report.as_text())

@@ -1,0 +1,91 @@
+"""ModelScope text-to-video as the initializer: its network, in our own sampling loop."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamt2v.chunks import Chunk
+from streamt2v.config import RunConfig
+from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from streamt2v.errors import ConfigError, WeightsError
+from streamt2v.families.choose import read_index
+from streamt2v.families.diffusers_pipelines import dtype_of, load_part
+from streamt2v.models.encoders import decode_latents, encode_text
+from streamt2v.stages.denoise import Sampling, denoise
+from streamt2v.stages.stream import NoiseOfChunk
+
+
+def load_modelscope(folder: Path, device: str) -> ModelScope:
+    """Load the parts of a ModelScope text-to-video folder for our own sampling loop.
+
+    Raises:
+        WeightsError: see `load`; or a noise schedule of another kind.
+    """
+    _, index = read_index(folder)
+    dtype = dtype_of(device, index)
+    wanted = ("unet", "vae", "text_encoder", "tokenizer")
+    if absent := [name for name in (*wanted, "scheduler") if index.get(name, [None])[0] is None]:
+        raise WeightsError(f"{folder} lists no {absent[0]}")
+    unet, vae, text_encoder, tokenizer = (load_part(folder, name, index[name], dtype) for name in wanted)
+    path = folder / "scheduler" / "scheduler_config.json"
+    try:
+        table = json.loads(path.read_text("utf-8"))
+        schedule = ScheduleConfig(
+            kind=table.get("beta_schedule", "linear"),
+            beta_start=table.get("beta_start", 0.0001),
+            beta_end=table.get("beta_end", 0.02),
+            num_train_timesteps=table.get("num_train_timesteps", 1000),
+            prediction={"v_prediction": "v"}.get(table.get("prediction_type"), table.get("prediction_type", "epsilon")),
+            # The last step always arrives at timestep 0 or at a clean latent; "linspace" visits what "leading" does.
+            spacing="trailing" if table.get("timestep_spacing") == "trailing" else "leading",
+            steps_offset=table.get("steps_offset", 0),
+            zero_terminal_snr=table.get("rescale_betas_zero_snr", False),
+            final_alpha_one=table.get("set_alpha_to_one", True),
+        )
+        schedules = NoiseSchedule(schedule)
+    except (OSError, ValueError, TypeError, AttributeError, ConfigError) as error:
+        raise WeightsError(f"{path} is no noise schedule that streamt2v knows: {error}") from None
+    return ModelScope(unet.to(device), vae.to(device), text_encoder.to(device), tokenizer, schedules)
+
+
+MODELSCOPE_STEPS, MODELSCOPE_GUIDANCE = 50, 9.0  # as published with StreamingT2V
+
+
+@dataclass(frozen=True)
+class ModelScope:
+    """The parts of a ModelScope text-to-video model: library networks, its tokenizer, its noise schedule."""
+
+    unet: Any
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    schedule: NoiseSchedule
+
+
+@torch.inference_mode()
+def from_modelscope(model: ModelScope, config: RunConfig, sampling: Sampling, noise: NoiseOfChunk) -> Tensor:
+    """Sample the first chunk from text with the library's 3D UNet: frames [F, 3, H, W] in [-1, 1].
+
+    Steps or a guidance scale of 0 are the published ones.
+
+    Source: arXiv 2308.06571 (ModelScope T2V); steps and guidance as StreamingT2V was published.
+    """
+    sampling = replace(
+        sampling,
+        num_inference_steps=sampling.num_inference_steps or MODELSCOPE_STEPS,
+        guidance_scale=sampling.guidance_scale or MODELSCOPE_GUIDANCE,
+    )
+    text = encode_text(model.tokenizer, model.text_encoder, [config.negative_prompt, config.prompt]).tokens  # [2, S, D]
+
+    def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
+        output: Tensor = model.unet(latents.to(model.unet.dtype), timestep, text[rows]).sample
+        return output.float()
+
+    latents = denoise(predict, model.schedule, noise(Chunk(0, 0, config.stream.chunk, 0)), sampling)
+    return decode_latents(model.vae, latents[0].transpose(0, 1))

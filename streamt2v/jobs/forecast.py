@@ -1,0 +1,229 @@
+"""What a run will do, before it does it: chunks, sizes, memory and time. Loads no weights and no torch."""
+
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamt2v import devices, files, memory, weights
+from streamt2v.chunks import Chunk, count, length, refinement_plan, streaming_plan
+from streamt2v.config import RunConfig
+from streamt2v.errors import ConfigError, OutputError
+from streamt2v.families import choose
+from streamt2v.timeline import Prompt, turns
+from streamt2v.weights import home
+
+MEASURED = (
+    "fixed_seconds", "stream_seconds_per_chunk", "refine_seconds_per_chunk", "seconds_per_frame", "peak_memory_bytes"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Chunks of both stages, sizes in pixels, and estimates; None where this machine has not run the model yet."""
+
+    model: str
+    num_frames: int
+    fps: float
+    initializer: str
+    stream_chunks: tuple[Chunk, ...]
+    refine_chunks: tuple[Chunk, ...]
+    prompts: tuple[Prompt, ...]
+    base_height: int
+    base_width: int
+    box_height: int
+    box_width: int
+    weights_bytes: int
+    device: str
+    free_bytes: int
+    policy: memory.MemoryPolicy
+    needed_bytes: int
+    measured: dict[str, float] | None
+    seconds: float | None
+
+    def as_text(self) -> str:
+        """Return the plan as a few lines for people."""
+        lines = [
+            f"model    {self.model}, {self.weights_bytes / 1e6:.0f} MB of weights",
+            f"video    {self.num_frames} frames at {self.fps:g} fps, {self.num_frames / self.fps:.1f} s",
+            f"start    {'the family itself' if self.initializer == choose.OWN else self.initializer}",
+            f"stream   {len(self.stream_chunks)} chunks at {self.base_width}x{self.base_height}, "
+            f"the first of {self.stream_chunks[0].size} frames",
+        ]
+        if self.refine_chunks:
+            lines.append(
+                f"refine   {len(self.refine_chunks)} chunks of up to {self.refine_chunks[0].size} frames, "
+                f"into {self.box_width}x{self.box_height}"
+            )
+        else:
+            lines.append("refine   no")
+        for prompt in self.prompts[1:]:
+            asked = "" if prompt.asked == prompt.frame else f" (asked for at {prompt.asked})"
+            lines.append(f"prompt   from frame {prompt.frame}{asked}: {prompt.text}")
+        short = "; MORE THAN THERE IS" if self.needed_bytes > self.free_bytes else ""
+        lines.append(f"memory   {self.policy.describe()}")
+        lines.append(
+            f"         up to {self.needed_bytes / 1e9:.1f} of {self.free_bytes / 1e9:.1f} GB ({self.device}), "
+            f"for any length{short}"
+        )
+        if caution := devices.caution(self.device):
+            lines.append(f"         {caution}")
+        if self.measured is None:
+            lines.append("time     unknown until the first run on this machine; `streamt2v bench` measures it")
+        else:
+            start, chunk, refined, frame, peak = (self.measured[name] for name in MEASURED)
+            lines.append(f"         {peak / 1e6:.0f} MB when it last ran")
+            lines.append(
+                f"time     about {self.seconds:.0f} s: {start:.3g} s to load and begin, {chunk:.3g} s a chunk,"
+            )
+            lines.append(f"         {refined:.3g} s a chunk of the refiner, {frame:.3g} s a frame for its pixels")
+        return "\n".join(lines)
+
+
+def stages(config: RunConfig, source: tuple[int, int] | None = None) -> tuple[memory.Stage, ...]:
+    """Return the stages of a run in numbers; `source` is the size (H, W) of a video that is only refined."""
+    family, stream, refine, output = weights.family(config.model), config.stream, config.refine, config.output
+    base, found = source or (stream.height, stream.width), []
+    if source is None:
+        parts = ["vae", *(["cam"] if stream.cam else []), *(["apm"] if stream.apm else [])]
+        guided, kept = stream.guidance_scale != 1, int(stream.reuse_interval > 1)
+        found.append(_stage(family, "stream", parts, stream.chunk, base, guided, stream.cam, kept))
+    if refine.enabled:
+        box = (output.height or base[0], output.width or base[1])
+        scale = min(box[0] / base[0], box[1] / base[1])
+        canvas = box if output.fit == "cover" else (round(base[0] * scale), round(base[1] * scale))
+        frames, chunks = min(refine.chunk, config.num_frames), count(config.num_frames, refine.chunk, refine.overlap)
+        shared = refine.overlap if refine.blending == "randomized" else 0
+        kept = memory.chunks_kept(refine.num_inference_steps, refine.reuse_interval, refine.chunk, shared)
+        guided, kept = refine.guidance_scale != 1, chunks if kept and refine.order == "sweep" else min(kept, chunks)
+        found.append(_stage(family, "refine", ["vae"], frames, canvas, guided, False, kept))
+    return tuple(found)
+
+
+def _stage(
+    family: weights.Family, name: str, parts: list[str], frames: int, size: tuple[int, int], guided: bool, cam: bool,
+    kept: int,
+) -> memory.Stage:  # fmt: skip
+    def config(role: str) -> tuple[str, dict[str, Any]]:
+        here = all((family.root / part).is_file() for part in family.file(role).parts or ["-"])
+        return weights.read_header(family.path(role))[:2] if here else ("", {})
+
+    (kind, unet), (_, vae) = config(f"{name}.unet"), config(f"{name}.vae")
+    widths, finest = unet.get("block_out_channels", [320]), vae.get("block_out_channels", [128] * 4)
+    # To multiples of 8 latent cells, which is as far as a canvas may have to grow.
+    side = 8 * 2 ** (len(finest) - 1)
+    rows, columns = (-(-extent // side) * 8 for extent in size)
+    values, encoders = (
+        sum(family.file(f"{name}.{part}").num_values for part in group if family.has(f"{name}.{part}"))
+        for group in (["unet", *parts], ["text", "image"])
+    )
+    if kind == "Restorer":
+        return memory.Stage(
+            values=values, encoder_values=encoders, cells=frames * rows * columns, width=0, inner=0, guided=guided,
+            cam=False, frame_values=rows * columns * side**2 // 64 * finest[0], kept=kept, waits=True,
+            # Features of a quarter of the size of the latents.
+            kept_width=widths[1] // 16, restoring=unet["out_channels"],
+        )  # fmt: skip
+    return memory.Stage(
+        values=values, encoder_values=encoders, cells=frames * rows * columns, width=widths[0],
+        inner=max(widths[0], unet.get("transformer_in_heads", 8) * unet.get("attention_head_dim", 64)), guided=guided,
+        cam=cam, frame_values=rows * columns * side**2 // 64 * finest[0], kept=kept,
+        waits=name == "refine",
+        # What comes from the first of the last level's layers, or from the level below where that has but two.
+        kept_width=widths[0] if unet.get("layers_per_block", 2) > 1 else widths[:2][-1],
+    )  # fmt: skip
+
+
+def plan(
+    config: RunConfig, device: str = "auto", gigabytes: float | None = None, threads: int | None = None
+) -> Plan:  # fmt: skip
+    """Plan a run on a device.
+
+    Args:
+        config: the run.
+        device: as in `devices.resolve`.
+        gigabytes: memory that it may take, also of a device that is not here; None means what is free.
+        threads: of the run; None means as many as usual.
+
+    Raises:
+        ConfigError: the numbers of frames do not fit together, or no such device is here and no memory is given.
+    """
+    stream, refine, output = config.stream, config.refine, config.output
+    family, known = weights.family(config.model), stages(config)
+    seen = _look(device, gigabytes)
+    kind, free = seen.kind, seen.free if gigabytes is None else int(gigabytes * 1e9)
+    policy = memory.choose(free, known, kind)
+    threads = devices.default_threads() if threads is None else threads
+    measured = _timings().get(_key(config, seen, threads, policy))
+    streaming = streaming_plan(config.num_frames, stream.chunk, stream.overlap)
+    refinement = refinement_plan(config.num_frames, refine.chunk, refine.overlap) if refine.enabled else ()
+    seconds = None
+    if measured is not None:
+        seconds = measured["fixed_seconds"] + (len(streaming) - 1) * measured["stream_seconds_per_chunk"]
+        seconds += len(refinement) * measured["refine_seconds_per_chunk"]
+        seconds += config.num_frames * measured["seconds_per_frame"]
+    return Plan(
+        config.model, config.num_frames, output.fps, choose.named(config), streaming, refinement,
+        turns(config),
+        stream.height, stream.width, output.height, output.width,
+        2 * sum(file.num_values for file in family.files), kind, free, policy, memory.needed(known, policy),
+        measured, seconds,
+    )  # fmt: skip
+
+
+def _look(device: str, gigabytes: float | None) -> devices.Glance:
+    """Look at a device; one that is not here can be planned for where its memory is given."""
+    try:
+        return devices.glance(device)
+    except ConfigError as error:
+        kind, _ = devices.parse(device)
+        if gigabytes is None:
+            raise ConfigError(error.message, f"{error.hint}; or say with --memory what it has") from None
+        return devices.Glance(kind, 0)
+
+
+def _timings_path() -> Path:
+    return home.path() / "timings.json"
+
+
+def _key(config: RunConfig, seen: devices.Glance, threads: int, policy: memory.MemoryPolicy) -> str:
+    """Return what the times depend on: of the memory policy only what makes them many times longer."""
+    stream, refine, output = config.stream, config.refine, config.output
+    parts = [
+        seen.kind, seen.card, threads, policy.offload, config.compile, config.model,
+        choose.named(config), config.initialize.text_to_image, config.initialize.num_inference_steps,
+        (config.initialize.image_guidance_scale if config.image else config.initialize.guidance_scale) != 1,
+        stream.chunk, stream.overlap, stream.height, stream.width,
+        stream.num_inference_steps, stream.guidance_scale > 1, stream.guidance_stop, stream.cam, stream.apm,
+        stream.reuse_interval, stream.replacement,
+        refine.enabled,
+    ]  # fmt: skip
+    if refine.enabled:
+        parts += [refine.chunk, refine.overlap, refine.blending, refine.num_inference_steps, refine.guidance_scale > 1]
+        parts += [refine.guidance_stop, refine.reuse_interval, output.height, output.width, output.fit]
+    return "/".join(map(str, parts))
+
+
+def _timings() -> dict[str, dict[str, float]]:
+    """Return what runs measured by their key; a damaged file counts as none."""
+    try:
+        table = json.loads(_timings_path().read_text(encoding="utf-8"))
+        return {key: {name: float(row[name]) for name in MEASURED} for key, row in table.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def short_length(config: RunConfig) -> int:
+    """Frames of a video that is just long enough to measure: two chunks of the refiner, and two after the first."""
+    stream, refine = config.stream, config.refine
+    return max(length(3, stream.chunk, stream.overlap), length(2, refine.chunk, refine.overlap))
+
+
+def remember(
+    config: RunConfig, seen: devices.Glance, threads: int, policy: memory.MemoryPolicy, measured: dict[str, float]
+) -> None:
+    """Store what a finished run measured, for later plans; a cache that cannot be written is not an error."""
+    with contextlib.suppress(OutputError):
+        files.make_directory(home.path())
+        files.write_json(_timings_path(), _timings() | {_key(config, seen, threads, policy): measured})

@@ -1,0 +1,220 @@
+"""Everything about a job that is cheap to check, before torch is imported or a network loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from streamt2v import devices, files, weights
+from streamt2v.config import RunConfig
+from streamt2v.errors import ConfigError, InputError, OutputError
+from streamt2v.families import choose
+from streamt2v.jobs import run_directory
+from streamt2v.jobs.job import Job
+from streamt2v.jobs.recipe import inspect_source
+from streamt2v.weights import hub, vocabulary
+
+MAX_TEXT_BYTES = 24_000  # as JSON: the recipe, with two prompts, must fit the 64 KiB of a comment tag
+
+
+def check(job: Job, note: hub.Note = lambda text: None) -> list[str]:
+    """Check everything that is cheap to check and return notices for the user.
+
+    Stage 1's model of others is fetched where it is not here yet; `note` is told the size before that.
+
+    Raises:
+        ConfigError, InputError, OutputError, WeightsError: what would make the run fail later.
+    """
+    from streamt2v.media import ffmpeg
+
+    _check_text(str(job.output))
+    check_wishes(job.config, prompt_needed=job.command != "refine")
+    devices.parse(job.device)
+    if job.command == "refine":
+        _check_refined(job)
+    _check_output(job)
+    ffmpeg.check_ffmpeg(pictures_only=True)  # what else is carried is checked when it is looked at
+    needed = int(1.2 * _disk_bytes(job.config)) - (run_directory.size(job.run_path) if job.resume else 0)
+    files.require_space(job.output, needed, "this run")
+    family, notices = weights.family(job.config.model), list[str]()
+    weights.require(family)
+    if job.command != "refine":
+        _check_sizes(job.config, family)
+    if job.command == "generate":
+        notices += _check_initializer(job.config, family, note)
+    if job.command == "extend":
+        _check_continued(job)
+    turns = [prompt for prompt in job.timeline() if prompt.frame != prompt.asked]
+    notices += [f"the prompt of frame {turn.asked} begins with the next chunk, at frame {turn.frame}" for turn in turns]
+    return notices + _prompt_notices(job, family.vocabulary_path()) + _source_notices(job)
+
+
+def check_wishes(config: RunConfig, prompt_needed: bool = True) -> None:
+    """Check what somebody wrote and drew: the prompts and the picture. Raises ConfigError or InputError."""
+    prompts = (config.prompt, *config.prompts.values())
+    if prompt_needed and not all(text.strip() for text in prompts):
+        raise ConfigError("the prompt is empty", 'try "a red ball bouncing over the sea at sunset"')
+    for text in (*prompts, config.negative_prompt):
+        _check_text(text)
+    size = sum(len(json.dumps(text)) + 24 for text in prompts)  # with its key
+    if size > MAX_TEXT_BYTES + 24:
+        raise ConfigError(f"{len(prompts)} prompts of {size} bytes are too long", f"at most {MAX_TEXT_BYTES} together")
+    if config.image:
+        from streamt2v.media import pictures
+
+        pictures.read(Path(config.image))
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{text!r} is not valid text (UTF-8)") from None
+    size = len(json.dumps(text))
+    if size > MAX_TEXT_BYTES or "\0" in text:
+        raise ConfigError(f"a text of {size} bytes is too long or holds a NUL", f"at most {MAX_TEXT_BYTES} bytes")
+
+
+def _check_sizes(config: RunConfig, family: weights.Family) -> None:
+    """Compare the settings with the sizes written in the weights' headers."""
+    stream = config.stream
+    # What a file does not say is the default of its network's class.
+    factor = 2 ** (len(weights.read_header(family.path("stream.vae"))[1].get("block_out_channels", [64])) - 1)
+    if stream.height % factor or stream.width % factor:
+        raise ConfigError(f"the base size {stream.width}x{stream.height} must be made of multiples of {factor}")
+    if not stream.cam:
+        return
+    if not family.has("stream.cam"):
+        raise ConfigError(f"model {config.model} has no CAM", "use --set stream.cam=false")
+    looked_at = weights.read_header(family.path("stream.cam"))[1].get("num_cond_frames", 8)
+    if stream.overlap != looked_at and config.num_frames > stream.chunk:
+        raise ConfigError(f"stream.overlap is {stream.overlap}, the CAM of {config.model} looks at {looked_at} frames")
+
+
+def _check_initializer(run: RunConfig, family: weights.Family, note: hub.Note) -> list[str]:
+    own, chosen = run.initialize, choose.choose(run, note)
+    idle = own.text_to_image and not (chosen and chosen.drawing)
+    notices = [f"nothing here starts from a picture that is drawn: {own.text_to_image} is not used"] if idle else []
+    if chosen is not None:
+        return notices
+    if run.image and not family.has("initialize.image"):
+        raise ConfigError(f"model {family.name} cannot start from a picture by itself", "use --init svd")
+    if not own.num_inference_steps or not (own.image_guidance_scale if run.image else own.guidance_scale):
+        raise ConfigError(
+            "initialize.num_inference_steps or a guidance scale is 0, which only a model of others understands",
+            "name one with --init, or set them to at least 1",
+        )
+    return notices
+
+
+def _check_refined(job: Job) -> None:
+    assert job.source is not None
+    if not job.config.refine.enabled:
+        raise ConfigError("refine.enabled is false, so there is nothing to do")
+    if job.config.num_frames > (found := inspect_source(job.source)).frames:
+        raise ConfigError(
+            f"num_frames is {job.config.num_frames}, {job.source} has only {found.frames}", "leave it out to refine all"
+        )
+
+
+def _check_continued(job: Job) -> None:
+    assert job.source is not None
+    config, found = job.config, inspect_source(job.source)
+    if found.frames < config.stream.chunk:
+        raise InputError(
+            f"{job.source} has {found.frames} frames, model {config.model} continues from {config.stream.chunk}",
+            "streamt2v generate --image starts from a single picture",
+        )
+    if config.num_frames <= found.frames:
+        raise ConfigError(
+            f"--frames is {config.num_frames}, {job.source} has {found.frames} already",
+            "it counts the frames of the whole video",
+        )
+
+
+def _source_notices(job: Job) -> list[str]:
+    if job.source is None:
+        return []
+    found, output, stream = inspect_source(job.source), job.config.output, job.config.stream
+    notices = list(job.carried().notices)
+    if not found.clock.steady:
+        uneven = f"the {found.clock.pictures} pictures of {job.source} come at uneven times"
+        notices.append(f"{uneven}: {found.frames} frames at {found.fps:g} fps show each when it is due")
+    if found.damaged:
+        notices.append(f"{found.damaged} parts of {job.source} cannot be decoded; the pictures before them stay on")
+    if job.command == "extend" and abs(found.width / found.height * stream.height / stream.width - 1) > 0.02:
+        shapes = f"{found.width}x{found.height}, model {job.config.model} makes {stream.width}x{stream.height}"
+        notices.append(f"{job.source} is {shapes}: what does not fit into that shape is cut off")
+    if job.command == "refine" and output.width and (found.width > output.width or found.height > output.height):
+        box = f"{output.width}x{output.height}"
+        notices.append(f"{job.source} is {found.width}x{found.height}, the result fits into {box}; --size changes it")
+    if found.has_audio and abs(found.fps - output.fps) > 1e-6:
+        notices.append(f"the sound keeps its speed, the picture changes from {found.fps:g} to {output.fps:g} fps")
+    return notices
+
+
+def check_target(path: Path, overwrite: bool, *inputs: Path | str | None) -> None:
+    """Refuse a name that a file cannot be written to, or that is one of the files that are read, links included.
+
+    Raises:
+        OutputError: with the reason.
+    """
+    for given in inputs:
+        if given and files.is_same(path, Path(given)):
+            raise OutputError(f"{path} is read by this command: it is not written over", "choose another name")
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder", "give the name of a file")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists already", "choose another name, or --overwrite")
+    run_directory.check_writable(path.parent)
+
+
+def check_place(job: Job) -> None:
+    """Refuse an output that is there, that is read, or in whose folder something is read. Raises OutputError."""
+    inputs = (job.source, job.config.image, *job.inputs)
+    if job.output.suffix or not job.output.is_dir():
+        check_target(job.output, job.overwrite or job.resume, *inputs)
+        return
+    if not (job.overwrite or job.resume) and any(job.output.iterdir()):
+        raise OutputError(f"{job.output} is a folder with something in it", "choose another name, or --overwrite")
+    run_directory.check_writable(job.output)
+    for given in filter(None, (*inputs, job.preview)):
+        if Path(str(given)).resolve().is_relative_to(job.output.resolve()):
+            raise OutputError(f"{given} lies in {job.output}", "choose another name with -o")
+
+
+def _check_output(job: Job) -> None:
+    from streamt2v.media import exports
+
+    if job.output.suffix.lower() not in exports.KINDS:
+        endings = ", ".join(exports.KINDS[:-1])
+        raise ConfigError(f"the output {job.output} must end in {endings}; without an ending it is a folder of PNGs")
+    check_place(job)
+    if job.preview is not None:
+        if job.preview.suffix.lower() != ".png":
+            raise ConfigError(f"the preview {job.preview} must end in .png")
+        begun = job.resume and (run_directory.exists(job.run_path) or job.output.exists())  # it is that of the run
+        check_target(job.preview, job.overwrite or begun, job.source, job.config.image, *job.inputs, job.output)
+    if run_directory.exists(job.run_path) and not (job.resume or job.overwrite):
+        run_directory.RunDirectory(job.run_path).close()  # refuses one that is being worked on
+        raise OutputError(
+            f"an unfinished run lies in {job.run_path}", "continue it with --resume, or start again with --overwrite"
+        )
+
+
+def _disk_bytes(config: RunConfig) -> int:
+    """Estimate what run directory and output take: lossless base frames at half their size, the video twice."""
+    stream, output = config.stream, config.output
+    return config.num_frames * (stream.height * stream.width * 3 // 2 + output.height * output.width // 4)
+
+
+def _prompt_notices(job: Job, words: Path | None) -> list[str]:
+    if words is None:
+        return []
+    known = vocabulary.load(words)
+    said = (job.config.prompt, *job.config.prompts.values(), job.config.negative_prompt)
+    unknown = known.unknown_words(" ".join(said))
+    if not unknown:
+        return []
+    plural = "words" if len(unknown) > 1 else "word"
+    return [f"model {job.config.model} does not know the {plural} {', '.join(unknown)}", f"  it knows {known.hint()}"]

@@ -1,0 +1,444 @@
+"""Video in and out: the one module that knows PyAV and the ffmpeg binary.
+
+Reading, the lossless store and the encoding of segments run in this process (PyAV): errors are raised, and nothing
+goes on writing after we die. Measured for 16 frames of 256x144 (two cores, four encoder threads): 40 ms a segment here,
+60 ms through a process of the ffmpeg binary. The final file is a copy (no re-encoding) made by the ffmpeg binary,
+audio included.
+
+The growing output is fragmented MP4: one `moov`, then one `moof` + `mdat` pair a segment. It plays in any player at
+any moment, keeps exact timestamps at any rate (MPEG-TS rounds them to 1/90000 s), grows by plain appending, and is
+whole again after being cut back to the end of a segment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import av
+import av.error
+import numpy as np
+from av.container import InputContainer
+from av.video.reformatter import ColorRange, Colorspace, Interpolation
+
+from streamt2v.errors import VideoError
+from streamt2v.media import colour, containers, shape, stills
+from streamt2v.media.clock import Clock, Straightened, measure, placed
+from streamt2v.media.ffmpeg import INPUT_OPTIONS
+
+if TYPE_CHECKING:
+    from av.packet import Packet
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+    from streamt2v.media.frames import Frames
+
+_MAX_PIXELS = 8192 * 4320
+# Plain swscale drops fractions and repeats chroma samples: a smooth picture came back at 37 dB and 1.2 levels darker,
+# with these flags at 51 dB and unchanged in the mean. A video that is extended again and again would show it.
+EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+
+
+@dataclass(frozen=True)
+class Track:
+    """What a file holds beside its pictures: one stream, and when it begins, seconds on the clock of the file."""
+
+    kind: str
+    index: int
+    codec: str
+    begin: float
+    channels: int
+    language: str
+    title: str
+    default: bool
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video holds: frames on a steady clock, size in square pixels as it is shown, sound, comment tag.
+
+    `damaged` counts what could not be decoded, as far as the video was decoded to be measured.
+    """
+
+    width: int
+    height: int
+    clock: Clock
+    tracks: tuple[Track, ...]
+    comment: str
+    chapters: int = 0
+    damaged: int = 0
+
+    @property
+    def frames(self) -> int:
+        """Number of frames that `read_frames` gives."""
+        return self.clock.frames
+
+    @property
+    def fps(self) -> Fraction:
+        """Exact frame rate."""
+        return self.clock.rate
+
+    @property
+    def has_audio(self) -> bool:
+        """Whether there is sound."""
+        return any(track.kind == "audio" for track in self.tracks)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[InputContainer]:
+    """Open a local video; every failure of the library in the body becomes a VideoError that names the file."""
+    if not path.exists():
+        raise VideoError(f"{path} does not exist")
+    if not path.is_file():
+        raise VideoError(f"{path} is not a file", "give the path of a video file")
+    try:
+        if path.stat().st_size == 0:
+            raise VideoError(f"{path} is empty (0 bytes)")
+        url = f"file:{path.absolute()}"
+        with av.open(url, options=dict(INPUT_OPTIONS), metadata_errors="replace") as container:
+            yield container
+    except PermissionError as error:
+        raise VideoError(f"{path} cannot be read: permission denied") from error
+    # What hostile files were seen to raise from the library, besides its own errors.
+    except (av.error.FFmpegError, OSError, ValueError, IndexError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise VideoError(f"{path} cannot be read as a video: {reason}", containers.hint(path)) from error
+
+
+def video_stream(container: InputContainer, path: Path) -> VideoStream:
+    """Return the first real video stream (cover art is not one), set up for threaded decoding."""
+    for stream in container.streams.video:
+        if stream.disposition & stream.disposition.attached_pic:
+            continue
+        if stream.codec_context is None:
+            raise VideoError(f"{path} uses a video format that is not known")
+        width, height = stream.codec_context.width, stream.codec_context.height
+        if not 0 < width * height <= _MAX_PIXELS:
+            raise VideoError(f"{path} declares frames of {width}x{height} pixels", "up to 8192x4320 is read")
+        stream.thread_type = "AUTO"
+        stream.codec_context.options = {"max_pixels": str(_MAX_PIXELS)}  # also of what it did not declare
+        return stream
+    kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "no"
+    raise VideoError(f"{path} holds no video ({kinds} streams only)")
+
+
+def declared_size(path: Path) -> tuple[int, int]:
+    """Return the (H, W) that a video announces, nothing of which was decoded. Raises as `probe`."""
+    if stills.handles(path):
+        return next((picture.shape[0], picture.shape[1]) for _, picture in stills.read(path))
+    with opened(path) as container:
+        context = video_stream(container, path).codec_context
+        return context.height, context.width
+
+
+def is_longer(path: Path, count: int) -> bool:
+    """Tell whether a video has more than so many frames; none is decoded. Raises as `probe`."""
+    if stills.handles(path):
+        return path.is_dir() and len(stills.numbered(path)) > count
+    with opened(path) as container:
+        stream = video_stream(container, path)
+        if "mp4" in container.format.name and stream.frames:  # its index, beside which there are none
+            return stream.frames > count
+        packets = (packet for packet in container.demux(stream) if packet.size)
+        return next(islice(packets, count, None), None) is not None
+
+
+def probe(path: Path) -> VideoInfo:
+    """Measure a video: its frames are counted by the times of its pictures, not taken from the header.
+
+    MP4 tells these without decoding; other containers are decoded. A file that ends before what its header announces is
+    refused as truncated (Matroska would otherwise just be shorter).
+
+    Raises:
+        VideoError: the file is missing, empty, a directory, no video, damaged or truncated.
+    """
+    if stills.handles(path):
+        clock, height, width = stills.measured(path)
+        return VideoInfo(width, height, clock, (), "")
+    with opened(path) as container:
+        stream = video_stream(container, path)
+        time, first = next(_pictures(container, stream), (None, None))
+        if first is None or time is None:
+            raise VideoError(f"{path} holds no video frame that can be decoded")
+        shown = _to_rgb(first, _Reading(stream, first, path))
+    with opened(path) as container:
+        stream = video_stream(container, path)
+        announced = [rate for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate) if rate]
+        scan = _Scan(container, stream, path)
+        times = scan.of_packets(time) if _tells_times(container) else scan.of_pictures()
+        if not announced and len(times) < 2:
+            raise VideoError(f"{path} has no frame rate")
+        time_base = stream.time_base or Fraction(1, 90_000)
+        clock = measure(times, time_base, announced, scan.hold)
+        scan.check_length(float(2 / clock.rate))
+        return VideoInfo(
+            width=shown.shape[1],
+            height=shown.shape[0],
+            clock=dataclasses.replace(clock, joined=scan.joined),
+            tracks=tuple(_track(other) for other in container.streams if other.type != "video"),
+            chapters=len(container.chapters()),
+            comment=next((text for key, text in container.metadata.items() if key.lower() == "comment"), ""),
+            damaged=scan.damaged,
+        )
+
+
+def _track(stream: Any) -> Track:
+    context, meta = stream.codec_context, {key.lower(): text for key, text in stream.metadata.items()}
+    return Track(
+        kind=stream.type,
+        index=stream.index,
+        codec="" if context is None else context.codec.canonical_name,
+        begin=float((stream.start_time or 0) * (stream.time_base or 0)),
+        channels=getattr(context, "channels", 0) or 0,
+        language=meta.get("language", "und"),
+        title=meta.get("title", "").replace("\0", ""),
+        default=bool(stream.disposition & stream.disposition.default),
+    )
+
+
+def _tells_times(container: InputContainer) -> bool:
+    """Tell whether the container has one packet a picture, with the time at which it is shown."""
+    return "mp4" in container.format.name
+
+
+class _Scan:
+    """One pass over a file: when its pictures are shown, where it ends, and what cannot be decoded."""
+
+    def __init__(self, container: InputContainer, stream: VideoStream, path: Path) -> None:
+        self.container, self.stream, self.path = container, stream, path
+        self.packets = self.damaged = self.hold = 0
+        self.end = 0.0
+        self.joined = False
+
+    def _packets(self) -> Iterator[Packet[Any]]:
+        cut_is_damage = not self.container.format.name.startswith("mpeg")  # a broadcast goes on after a gap
+        for packet in self.container.demux():
+            if packet.is_corrupt and cut_is_damage:
+                raise VideoError(f"{self.path} is damaged or truncated after {self.packets} frames")
+            if packet.pts is not None and packet.time_base is not None:
+                self.end = max(self.end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            if packet.stream.index == self.stream.index:
+                self.packets += packet.size > 0
+                yield packet
+
+    def of_packets(self, first: int) -> array[int]:
+        """Return the times of the packets, from that of the first picture that could be decoded on."""
+        times, last = array("q"), first
+        for packet in self._packets():
+            time = packet.pts if packet.pts is not None else packet.dts
+            if packet.size and not packet.is_discard and time is not None and time >= first:
+                times.append(time)
+                if time >= last:
+                    last, self.hold = time, packet.duration or 0
+        return times or array("q", [first])
+
+    def of_pictures(self) -> array[int]:
+        """Return the times of the pictures that can be decoded."""
+        times, straight = array("q"), _straightened(self.container, self.stream)
+        for packet in self._packets():
+            for frame in _decode(self.stream, packet, self._count):
+                times.append(straight.add(_time_of(self.container, frame)))
+                self.hold = frame.duration or 0
+        self.joined = straight.joined
+        return times
+
+    def _count(self, _: str) -> None:
+        self.damaged += 1
+
+    def check_length(self, slack: float) -> None:
+        """Refuse a file that is shorter than it announces; containers differ in whether the last frame has a duration.
+
+        Raises:
+            VideoError: with both lengths.
+        """
+        name, declared = self.container.format.name, (self.container.duration or 0) / av.time_base
+        if name == "avi":  # which counts what it leaves out, and announces what was planned
+            cut = containers.is_cut_avi(self.path)
+        elif _tells_times(self.container) and self.packets >= self.stream.frames:
+            cut = False
+        else:
+            cut = self.end < declared - 0.05 - slack
+        if cut:
+            raise VideoError(f"{self.path} is truncated: it announces {declared:.1f} s and ends at {self.end:.1f} s")
+
+
+def _straightened(container: InputContainer, stream: VideoStream) -> Straightened:
+    base = stream.time_base or Fraction(1, 90_000)
+    rate = stream.guessed_rate or stream.average_rate or Fraction(25)
+    joins = container.format.name in ("mpegts", "mpeg")
+    return Straightened(round(1 / (rate * base)), round(10 / base) if joins else None)
+
+
+def _time_of(container: InputContainer, frame: VideoFrame) -> int | None:
+    """Return the time of a decoded picture, ticks. AVI stores none: its pictures come one after the other."""
+    return frame.dts if container.format.name == "avi" else frame.pts
+
+
+def _decode(stream: VideoStream, packet: Packet[Any], broken: Callable[[str], None]) -> list[VideoFrame]:
+    """Decode one packet; where it cannot be, say so and go on with the next one."""
+    # Decoders in several threads tell an error some packets later: what holds no picture must not come to them.
+    if 0 < packet.size < 1000 and containers.says_only(stream.codec_context.codec.canonical_name, bytes(packet)):
+        return []
+    try:
+        return stream.decode(packet)
+    except av.error.InvalidDataError as error:
+        broken(error.strerror or "invalid data")
+        return []
+
+
+def _pictures(
+    container: InputContainer, stream: VideoStream, broken: Callable[[str], None] = lambda reason: None
+) -> Iterator[tuple[int, VideoFrame]]:
+    """Yield (time in ticks, picture) of a video; `broken` is told why what cannot be decoded is passed over."""
+    straight = _straightened(container, stream)
+    for packet in container.demux(stream):
+        for frame in _decode(stream, packet, broken):
+            yield straight.add(_time_of(container, frame)), frame
+
+
+def read_frames(
+    path: Path, batch: int = 8, clock: Clock | None = None, note: Callable[[str], None] | None = None
+) -> Iterator[Frames]:
+    """Decode a video as a stream of uint8 arrays [<=batch,H,W,3] with flat memory.
+
+    Pictures are turned, mirrored and stretched as they are to be shown. Colours are converted by the matrix and range
+    that the file is tagged with; an untagged file is taken as BT.709 from 720 rows on and as BT.601 below, in limited
+    range. High dynamic range and wide primaries become those of BT.709, see `colour`.
+
+    Args:
+        path: the video.
+        batch: frames of an array.
+        clock: gives exactly its frames, each at its time; None gives every picture once, in order.
+        note: told what cannot be decoded, with the frames that show the picture before instead; None refuses that.
+
+    Raises:
+        VideoError: see `probe`.
+    """
+    pending: list[Frames] = []
+    for frame, count in read_pictures(path, clock, note):
+        for _ in range(count):
+            pending.append(frame)
+            if len(pending) == batch:
+                yield np.stack(pending)
+                pending.clear()
+    if pending:
+        yield np.stack(pending)
+
+
+def read_pictures(
+    path: Path, clock: Clock | None = None, note: Callable[[str], None] | None = None
+) -> Iterator[tuple[Frames, int]]:
+    """Yield (frame [H,W,3], how many frames show it) as `read_frames` does, each picture once."""
+    if stills.handles(path):
+        timed_stills = stills.read(path)
+        if clock is None:
+            yield from ((picture, 1) for _, picture in timed_stills)
+        else:
+            yield from ((picture, count) for picture, _, count in placed(timed_stills, clock))
+        return
+    broken: list[str] = []
+    with opened(path) as container:
+        stream = video_stream(container, path)
+        base = stream.time_base or Fraction(1, 90_000)
+        timed = ((time * base, frame) for time, frame in _pictures(container, stream, broken.append))
+        plan = ((frame, place, 1) for place, (_, frame) in enumerate(timed)) if clock is None else placed(timed, clock)
+        reading: _Reading | None = None
+        for frame, first, shown in plan:
+            reading = reading or _Reading(stream, frame, path, note)
+            lost = f"frames {first + 1} to {first + shown - 1}" if shown > 2 else f"frame {first + 1}"
+            if broken and (shown > 1 or clock is None):  # the decoder may have told it some frames before
+                if note is None:
+                    raise VideoError(f"{path} is damaged: {lost} cannot be decoded ({broken[0].lower()})")
+                note(f"{path} is damaged: {lost} cannot be decoded, frame {first} is shown instead")
+                broken.clear()
+            elif shown > 1 and note is not None and clock is not None and clock.steady:
+                note(f"{path} has no picture for {lost}: frame {first} is shown instead")
+            yield _to_rgb(frame, reading), shown
+        if broken and note is None:
+            raise VideoError(f"{path} is damaged: not all of it can be decoded ({broken[0].lower()})")
+        if reading is None:
+            raise VideoError(f"{path} holds no video frame that can be decoded")
+
+
+class _Reading:
+    """What holds for all pictures of a video: how its first one is turned, and at what size it is shown."""
+
+    def __init__(
+        self, stream: VideoStream, first: VideoFrame, path: Path, note: Callable[[str], None] | None = None
+    ) -> None:
+        data: Any = first.side_data  # a mapping to its types, a sequence to who iterates
+        matrix = next((bytes(one) for one in data if one.type.name == "DISPLAYMATRIX"), b"")
+        self.turns, self.mirrored = shape.orientation(matrix) if matrix else (0, False)
+        self.coded = first.height, first.width
+        self.size = shape.squared(first.height, first.width, stream.sample_aspect_ratio or None)
+        if self.size[0] * self.size[1] > _MAX_PIXELS:
+            self.size = self.coded
+        self.path, self.note = path, note
+
+    def check(self, frame: VideoFrame) -> None:
+        """Say, once, that pictures of another size are scaled to that of the first."""
+        if (frame.height, frame.width) != self.coded:
+            if self.note is None:
+                raise VideoError(f"{self.path} changes its frame size to {frame.width}x{frame.height} midway")
+            height, width = self.size
+            self.note(f"{self.path} changes its frame size to {frame.width}x{frame.height}; scaled to {width}x{height}")
+            self.coded = frame.height, frame.width
+
+
+def _to_rgb(frame: VideoFrame, reading: _Reading) -> Frames:
+    """Convert one decoded frame to upright uint8 RGB [H,W,3] of BT.709."""
+    reading.check(frame)
+    matrix: int = frame.colorspace
+    transfer = int(frame.color_trc)
+    primaries = colour.primaries_of(int(frame.color_primaries), matrix)
+    plain = colour.is_plain(primaries, transfer, matrix)
+    full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
+    odd = frame.format.is_planar and not frame.format.is_rgb and len(frame.format.components) >= 3
+    if matrix in colour.ODD and odd:
+        coded = colour.from_matrix(_luma_chroma(frame, reading.size, full), matrix, primaries, transfer)
+        deep = np.asarray(np.clip(coded, 0, 1) * 65535 + 0.5, np.uint16)
+        rgb = colour.convert(deep, primaries, transfer) if not plain else np.asarray(deep // 257, np.uint8)
+    else:
+        if matrix not in (0, 2, *colour.DIRECT):
+            raise VideoError(
+                f"{reading.path} has colours of matrix {matrix}, which cannot be converted",
+                f"convert it with: ffmpeg -i {reading.path.name} -vf zscale=matrix=709 -c:a copy converted.mp4",
+            )
+        if matrix in (0, 2):  # RGB or untagged
+            matrix = Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
+        scaled: Any = frame.reformat(
+            width=reading.size[1],
+            height=reading.size[0],
+            format="rgb24" if plain else "rgb48le",
+            src_colorspace=matrix,
+            src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
+            interpolation=EXACT,
+        ).to_ndarray()
+        rgb = scaled if plain else colour.convert(scaled, primaries, transfer)
+    return shape.upright(rgb, reading.turns, reading.mirrored)
+
+
+def _luma_chroma(frame: VideoFrame, size: tuple[int, int], full: bool) -> colour.Values:
+    """Return Y'CbCr [H,W,3] of a frame: 0..1 and -0.5..0.5."""
+    kept, same = ColorRange.JPEG if full else ColorRange.MPEG, Colorspace.ITU709  # which then changes nothing
+    wide = frame.reformat(
+        width=size[1], height=size[0], format="yuv444p16le", src_color_range=kept, dst_color_range=kept,
+        src_colorspace=same, dst_colorspace=same, interpolation=EXACT,
+    ).to_ndarray()  # fmt: skip
+    planes = wide.astype(np.float64)
+    if full:
+        return (planes - (0, 32768, 32768)) / 65535
+    return (planes - (16 * 256, 32768, 32768)) / (219 * 256, 224 * 256, 224 * 256)
+
+
+def holds_packets(path: Path) -> bool:
+    """Tell whether something is in the first stream of a file. Raises VideoError: it cannot be read."""
+    with opened(path) as container:
+        return any(packet.size for packet in container.demux(0))

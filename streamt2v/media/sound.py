@@ -1,0 +1,155 @@
+"""Sound, subtitles and chapters: what a source has beside its pictures, and how the result carries it.
+
+Every track is tried before the work, by the very arguments that write it at the end: copied where the container holds
+it, else encoded anew, else with plain rate and channels, else left out. So what cannot be done is said first. Times
+stay those of the source's own clock, on which frame 0 of the result stands at `Clock.start`: whichever begins first,
+sound and picture stay together; what comes before the first frame or after the last is cut off.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+
+from streamt2v import files
+from streamt2v.errors import OutputError, VideoError
+from streamt2v.media import ffmpeg, isolated, reading
+from streamt2v.media.reading import Track
+from streamt2v.media.writing import Extras
+
+_SMALL = 0.05  # seconds: what lies before the picture by less is the priming of a codec, which players skip
+
+
+@dataclass(frozen=True)
+class Holder:
+    """What a container holds: codecs that are copied, what all other sound becomes, and text."""
+
+    name: str
+    copied: frozenset[str]
+    encoder: str
+    encoded: str
+    text: str
+
+
+_MP4 = frozenset({"aac", "mp3", "ac3", "eac3", "alac", "opus", "flac"})
+HOLDERS = {
+    ".mp4": Holder("MP4", _MP4, "aac", "AAC", "mov_text"),
+    ".mov": Holder("QuickTime", _MP4 - {"opus", "flac"}, "aac", "AAC", "mov_text"),
+    ".webm": Holder("WebM", frozenset({"opus", "vorbis"}), "libopus", "Opus", "webvtt"),
+}
+_TEXTS = {"subrip", "srt", "ass", "ssa", "mov_text", "webvtt", "text"}
+
+
+@dataclass(frozen=True)
+class Carried:
+    """How the tracks of a source go into the result, and what is to be said of them before."""
+
+    extras: Extras
+    notices: tuple[str, ...] = ()
+
+
+def carry(source: Path, length: Fraction, suffix: str = ".mp4") -> Carried:
+    """Find out how a result of so many seconds carries what its source has besides pictures.
+
+    Raises:
+        VideoError: see `foreign.probe`. OutputError: there is no ffmpeg.
+    """
+    return _carry(source, length, suffix.lower(), files.stamp(source))
+
+
+@lru_cache(maxsize=8)
+def _carry(source: Path, length: Fraction, suffix: str, _stamp: tuple[int, int, int] | None) -> Carried:
+    found = isolated.probe(source)
+    tracks = [track for track in found.tracks if track.kind in ("audio", "subtitle")]
+    if (holder := HOLDERS.get(suffix)) is None:
+        left = "its sound is left out" if found.has_audio else ""
+        return Carried(Extras(), (f"a {suffix or 'folder'} holds no sound: {left}",) if left else ())
+    if tracks:
+        ffmpeg.check_ffmpeg()
+    start = found.clock.start
+    if found.clock.joined:  # ffmpeg then sets the times of the first track to 0, and joins what follows
+        start -= Fraction(min((track.begin for track in tracks), default=0.0))
+    timing = [*([] if found.clock.joined else ["-copyts"]), "-itsoffset", f"{float(-start):.6f}"]
+    reading = [*timing, *ffmpeg.input_options(source)]
+    kept, notices = list[tuple[Track, list[str]]](), list[str]()
+    for track in tracks:
+        name = _name(track, tracks)
+        early = float(found.clock.start) - track.begin
+        cut = ["-copypriorss", "0"] if track.kind == "audio" and early > _SMALL else []
+        written, reason = None, f"{holder.name} cannot hold it and it cannot be encoded"
+        if -early >= length:
+            reason = "it begins after the end of the picture"
+        else:
+            tried = ([*cut, *way] for way in _ways(track, holder))
+            written = next((way for way in tried if _works(reading, track, way, length, suffix)), None)
+        if written is None:
+            notices.append(f"{source}: {name} is left out: {reason}")
+            continue
+        kept.append((track, written))
+        if track.kind == "audio" and "copy" not in written:
+            notices.append(f"{source}: {name} is encoded anew, as {holder.encoded}")
+        if cut:
+            notices.append(f"{source}: the first {early:.2f} s of {name} come before the picture and are cut off")
+    others = [track for track in found.tracks if track.kind not in ("audio", "subtitle")]
+    if others:
+        notices.append(f"{source}: {len(others)} {'tracks' if len(others) > 1 else 'track'} of data left out")
+    return Carried(_extras(reading, kept, found.chapters, length), tuple(notices))
+
+
+def _name(track: Track, tracks: Sequence[Track]) -> str:
+    kind = "sound" if track.kind == "audio" else "subtitles"
+    same = [other.index for other in tracks if other.kind == track.kind]
+    number = f" {same.index(track.index) + 1}" if len(same) > 1 else ""
+    facts = ", ".join(filter(None, (track.codec, track.language if track.language != "und" else "")))
+    return f"{kind}{number} ({facts or 'of an unknown kind'})"
+
+
+def _ways(track: Track, holder: Holder) -> Iterator[list[str]]:
+    """Yield arguments that write one track, the best first; {} stands for its number in the result."""
+    if track.kind == "subtitle":
+        if track.codec in _TEXTS:
+            yield ["-c:s:{}", holder.text]
+        return
+    if track.codec in holder.copied:
+        yield ["-c:a:{}", "copy"]
+    # Fills pauses, and begins with frame 0 whatever the track does.
+    filled = ["-filter:a:{}", "aresample=async=1:first_pts=0"]
+    rate = f"{64 * max(3, track.channels)}k"
+    yield ["-c:a:{}", holder.encoder, "-b:a:{}", rate, *filled]
+    yield ["-c:a:{}", holder.encoder, "-b:a:{}", "192k", "-ar:a:{}", "48000", "-ac:a:{}", "2", *filled]
+
+
+def _numbered(arguments: Sequence[str], number: int) -> list[str]:
+    return [argument.replace("{}", str(number)) for argument in arguments]
+
+
+def _works(source: Sequence[str], track: Track, way: Sequence[str], length: Fraction, suffix: str) -> bool:
+    """Tell whether one track can be written so, by writing it; it is whole in what is thrown away."""
+    with tempfile.TemporaryDirectory(prefix="streamt2v-") as folder:
+        path = Path(folder) / f"track{suffix}"
+        arguments = [*source, "-map", f"0:{track.index}", *_numbered(way, 0), "-t", f"{float(length):.6f}"]
+        try:
+            ffmpeg.run_ffmpeg([*arguments, "-map_chapters", "-1", "-f", suffix[1:]], path, path)
+            return reading.holds_packets(path)
+        except (OutputError, VideoError):
+            return False
+
+
+def _extras(reading: Sequence[str], kept: Sequence[tuple[Track, list[str]]], chapters: int, length: Fraction) -> Extras:
+    """Return the arguments for all tracks together: the source is input 1, the pictures are input 0."""
+    if not kept and not chapters:
+        return Extras()
+    outputs = list[str]()
+    for kind, letter in (("audio", "a"), ("subtitle", "s")):
+        for number, (track, way) in enumerate((track, way) for track, way in kept if track.kind == kind):
+            outputs += ["-map", f"1:{track.index}", *_numbered(way, number)]
+            outputs += [f"-metadata:s:{letter}:{number}", f"language={track.language}"]
+            if track.title:
+                outputs += [f"-metadata:s:{letter}:{number}", f"title={track.title}"]
+            outputs += [f"-disposition:{letter}:{number}", "default" if track.default else "0"]
+    outputs += ["-t", f"{float(length):.6f}", "-map_chapters", "1" if chapters else "-1"]
+    return Extras(tuple(reading), tuple(outputs), sum(track.kind == "audio" for track, _ in kept))
