@@ -47,7 +47,7 @@ from streamt2v.config import RunConfig
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from streamt2v.errors import MemoryLimitError
-from streamt2v.jobs import forecast
+from streamt2v.jobs import needs
 from streamt2v.jobs.job import Job, Result
 from streamt2v.models import refiner
 from streamt2v.models.encoders import decode_latents, encode_frames, latent_factor, latent_size
@@ -595,7 +595,7 @@ def measure_tiers(
     asked = config.merge(config.to_flat(asked), one_step, {"num_frames": frames})
     found = []
     for gigabytes in tiers:
-        stages = forecast.stages(asked)
+        stages = needs.stages(asked)
         policy = memory.choose(int(gigabytes * 1e9), stages, tools.device.kind)
         row: dict[str, Any] = {
             "gigabytes": gigabytes,

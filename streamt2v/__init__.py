@@ -3,11 +3,11 @@
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Job", "RunConfig", "StreamT2VError", "__version__", "check", "run"]
+__all__ = ["Job", "RunConfig", "StreamT2VError", "__version__", "prepare", "run"]
 
 _HOMES = {
     "Job": "streamt2v.jobs.job",
-    "check": "streamt2v.jobs.prepare",
+    "prepare": "streamt2v.jobs.prepare",
     "run": "streamt2v.runs.pipeline",
     "RunConfig": "streamt2v.config",
     "StreamT2VError": "streamt2v.errors",

@@ -16,7 +16,7 @@ from streamt2v.batch.tasks import Task
 from streamt2v.errors import Interrupted, StreamT2VError
 
 if TYPE_CHECKING:
-    from streamt2v.runs.pipeline import Loaded
+    from streamt2v.families.networks import Loaded
 
 
 def locally(tasks: Iterable[Task], tell: Tell) -> Generator[tuple[Task, Event]]:
@@ -28,7 +28,7 @@ def locally(tasks: Iterable[Task], tell: Tell) -> Generator[tuple[Task, Event]]:
 @cache
 def still_loaded() -> Loaded:
     """Return what stays loaded in this process from job to job, whoever sends them."""
-    from streamt2v.runs.pipeline import Loaded
+    from streamt2v.families.networks import Loaded
 
     return Loaded()
 

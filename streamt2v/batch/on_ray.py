@@ -19,7 +19,7 @@ from streamt2v.batch.here import attempt, still_loaded
 from streamt2v.batch.tasks import Task
 from streamt2v.errors import ConfigError, Terminated
 from streamt2v.families.choose import OWN, named
-from streamt2v.jobs import forecast
+from streamt2v.jobs import needs
 from streamt2v.weights import hub
 
 RETRIES = 3
@@ -122,7 +122,7 @@ def _placed(task: Task, has_gpu: bool) -> tuple[Task, dict[str, float]]:
     if kind != "cuda":
         return task, {"num_cpus": job.threads or devices.default_threads()}
     seen, free, _ = devices.glance()  # the GPU of this machine stands for all
-    stages = forecast.stages(job.config)
+    stages = needs.stages(job.config)
     wanted = job.memory * 1e9 if job.memory else memory.needed(stages, memory.choose(free, stages, "cuda"))
     if seen != "cuda" or free < 2 * wanted or named(job.config) != OWN:
         return task, {"num_cpus": 1, "num_gpus": 1}

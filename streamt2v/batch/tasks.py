@@ -19,6 +19,7 @@ from streamt2v.batch.rows import Row
 from streamt2v.errors import ConfigError, FieldError, InputError, OutputError, StreamT2VError, explained
 from streamt2v.jobs import again, asked, prepare, run_directory
 from streamt2v.jobs.job import BEHAVIOUR, Job, Result
+from streamt2v.jobs.prepared import Prepared
 
 OF_THE_BATCH = {"resume", "resume_anyway", "overwrite", "json", "quiet", "verbose", "set"}
 """Flags of `generate` that a row has not: they are of the whole batch, or have fields of their own."""
@@ -156,15 +157,16 @@ def _task(
     if run.image and not Path(run.image).is_file():
         raise FieldError("image", f"{run.image} is not a file")
     job = Job("generate", run, output, **behaviour)
+    known = Prepared(job)
     changed = None
     if output.exists():
         try:
-            return Task(name, row.line, job, made=again.finished(job))
+            return Task(name, row.line, job, made=again.finished(known))
         except (InputError, OutputError) as error:
             changed = error.message
     if stopped := run_directory.exists(job.run_path):
         try:
-            difference = again.difference(job, run_directory.recorded(job.run_path).recipe)
+            difference = again.difference(known, run_directory.recorded(job.run_path).recipe)
             changed = difference and f"the run in {job.run_path} was started with {difference}"
         except OutputError as error:
             changed = error.message
@@ -173,7 +175,7 @@ def _task(
     job = replace(job, resume=not (stopped and changed), overwrite=shared.overwrite)
     for path in filter(None, (job.output, job.preview)):
         files.make_directory(path.parent)
-    return Task(name, row.line, job, tuple(prepare.check(job, note)))
+    return Task(name, row.line, job, tuple(prepare.prepare(job, note).notices))
 
 
 def _seed(name: str) -> int:

@@ -19,6 +19,7 @@ from streamt2v.cli.terminal import FETCHING, complain, emit, plain, saying, term
 from streamt2v.errors import ConfigError, DifferenceError, Interrupted
 from streamt2v.jobs import again, asked, forecast, prepare, run_directory
 from streamt2v.jobs.job import BEHAVIOUR, Job, Result
+from streamt2v.jobs.prepared import Prepared
 from streamt2v.jobs.recipe import inspect_source
 
 
@@ -122,15 +123,15 @@ def _made(job: Job, quiet: bool, verbose: bool) -> Result:
     tell = saying(quiet)
     with terminable(FETCHING):
         # Everything cheap is checked before torch is imported or a model loads.
-        notices = prepare.check(job, tell)
-    for notice in notices:
+        known = prepare.prepare(job, tell)
+    for notice in known.notices:
         tell(notice)
     length = f"{job.config.num_frames} frames at {job.config.output.fps:g} fps"
     tell(f"{job.output}: {length}, model {job.config.model}, seed {job.config.seed}")
     with Progress(quiet=quiet, verbose=verbose) as progress:
         from streamt2v.runs import pipeline
 
-        return pipeline.run(job, progress)
+        return pipeline.make(known, progress)
 
 
 def _emit_result(result: Result, json_output: bool) -> None:
@@ -317,7 +318,8 @@ def plan(
     """
     resolved = asked.resolve(prompt=options.read_prompt(prompt), frames=frames, fps=fps, device=device, **given)
     prepare.check_wishes(resolved)
-    report = forecast.plan(resolved, device, memory, threads)
+    job = Job("generate", resolved, Path(), device=device, threads=threads, memory=memory)
+    report = forecast.plan(Prepared(job))
     emit(json.dumps(dataclasses.asdict(report)) if json_output else plain(report.as_text()))
 
 
@@ -345,10 +347,10 @@ def bench(
     short = dataclasses.replace(resolved, num_frames=forecast.short_length(resolved))
     with TemporaryDirectory(prefix="streamt2v-") as folder, terminable():
         job = Job("generate", short, Path(folder) / "bench.mp4", device=device, threads=threads, memory=memory)
-        prepare.check(job, saying(quiet))
+        known = prepare.prepare(job, saying(quiet))
         with Progress(quiet=quiet, verbose=verbose) as progress:
             from streamt2v.runs import pipeline
 
-            pipeline.run(job, progress)
-    report = forecast.plan(resolved, device, memory, threads)
+            pipeline.make(known, progress)
+    report = forecast.plan(Prepared(dataclasses.replace(job, config=resolved)))
     emit(json.dumps(dataclasses.asdict(report)) if json_output else report.as_text())

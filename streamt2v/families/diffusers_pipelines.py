@@ -4,30 +4,50 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from streamt2v import weights
-from streamt2v.errors import ConfigError, WeightsError
-
-if TYPE_CHECKING:
-    import torch
-
-    from streamt2v.config import RunConfig
-    from streamt2v.memory import MemoryPolicy
-import math
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from streamt2v import devices, weights
 from streamt2v.config import RunConfig
-from streamt2v.families.choose import ADAPTER, read_index
+from streamt2v.errors import ConfigError, WeightsError
+from streamt2v.families.choose import ADAPTER, Chosen, read_index
+from streamt2v.families.makers import First
+from streamt2v.families.networks import Networks
 from streamt2v.media.frames import apply_fit, fit_into, to_u8
+from streamt2v.memory import MemoryPolicy
+
+
+def first(networks: Networks, chosen: Chosen) -> First:
+    """Return the maker of first frames: a pipeline at its own size, from text, a picture, or a picture drawn first."""
+
+    def pipeline(folder: Path, base: Path | None = None) -> Any:
+        networks.note(f"loading {folder}")
+        loaded = load(folder, networks.device.name, base, networks.policy)
+        if networks.run.negative_prompt and ignores_negative_prompt(loaded):
+            networks.note(f"{type(loaded).__name__} knows no negative prompt", warning=True)
+        return loaded
+
+    def make(prompt: str, picture: Tensor | None) -> Tensor:
+        run, draws = networks.run, networks.draws
+        if chosen.kind == ADAPTER:
+            return from_pipeline(pipeline(chosen.folder, chosen.drawing[0]), run, draws.generator("initialize"))
+        if chosen.drawing:
+            artists = [pipeline(folder) for folder in chosen.drawing]
+            picture = draw_picture(artists, run, draws.generator("initialize.picture"))
+            del artists
+            devices.release_memory(networks.device)
+        at_once = 8 if networks.policy.keep_networks else 2
+        return from_pipeline(pipeline(chosen.folder), run, draws.generator("initialize"), picture, at_once)
+
+    return make
 
 
 def load(folder: Path, device: str, base: Path | None = None, policy: MemoryPolicy | None = None) -> Any:

@@ -14,11 +14,27 @@ from streamt2v.chunks import Chunk
 from streamt2v.config import RunConfig
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from streamt2v.errors import ConfigError, WeightsError
-from streamt2v.families.choose import read_index
+from streamt2v.families.choose import Chosen, read_index
 from streamt2v.families.diffusers_pipelines import dtype_of, load_part
-from streamt2v.models.encoders import decode_latents, encode_text
+from streamt2v.families.makers import First
+from streamt2v.families.networks import Networks
+from streamt2v.models.encoders import decode_latents, encode_text, latent_size
 from streamt2v.stages.denoise import Sampling, denoise
-from streamt2v.stages.stream import NoiseOfChunk
+from streamt2v.stages.stream import NoiseOfChunk, chunk_noise
+
+
+def first(networks: Networks, chosen: Chosen) -> First:
+    """Return the maker of first frames: from text alone, at the size of the model's own setting."""
+
+    def make(prompt: str, picture: Tensor | None) -> Tensor:
+        run = networks.run
+        model = load_modelscope(chosen.folder, networks.device.name)
+        height, width = run.initialize.size or run.stream.size
+        shape = (model.unet.config.out_channels, *latent_size(model.vae, height, width))
+        noise = chunk_noise(networks.draws, run.stream.chunk, shape, networks.device.name)
+        return from_modelscope(model, run, Sampling.of(run.initialize, networks.policy.batched_guidance), noise)
+
+    return make
 
 
 def load_modelscope(folder: Path, device: str) -> ModelScope:

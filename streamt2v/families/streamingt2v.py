@@ -1,17 +1,134 @@
-"""Stage 1, the initializer: a prompt, or a picture and a prompt, to the first chunk of frames.
+"""StreamingT2V (arXiv 2403.14773), published or of the demo: its own initializer, CAM and APM, SDEdit refinement."""
 
-One function per kind of base model: the family's own two, ModelScope's network in our own loop, and any pipeline of
-diffusers, which is called with what its signature knows.
-"""
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from streamt2v.chunks import Chunk
-from streamt2v.models.encoders import decode_latents, embed_image, encode_frames
-from streamt2v.models.unet3d import TextContext, UNet3D
+from streamt2v.errors import VideoError
+from streamt2v.families import choose
+from streamt2v.families.makers import Enlarged, Makers, Refined
+from streamt2v.families.networks import Networks
+from streamt2v.media import frames
+from streamt2v.models import refiner
+from streamt2v.models.encoders import (
+    decode_latents,
+    embed_image,
+    encode_frames,
+    latent_factor,
+    latent_size,
+)
+from streamt2v.models.unet3d import Conditioning, TextContext, UNet3D
+from streamt2v.stages import stream
 from streamt2v.stages.denoise import Sampling, denoise
-from streamt2v.stages.stream import NoiseOfChunk, StreamModels
+from streamt2v.stages.refine import Denoiser, Refiner, RefineState, noise_grid
+from streamt2v.stages.stream import NoiseOfChunk, Streamer, StreamModels, StreamState
+
+
+def build(networks: Networks) -> Makers:
+    """Return the family's callables; each loads what it needs when it is first called."""
+    run, device, policy = networks.run, networks.device.name, networks.policy
+
+    def first(prompt: str, picture: Tensor | None) -> Tensor:
+        models, text, noise = _models(networks), _texts(networks, prompt), _noise(networks)
+        sampling = Sampling.of(run.initialize, policy.batched_guidance)
+        if picture is None:
+            return from_text(models, text, sampling, noise, run.stream.chunk)
+        shape = (picture.shape[-2], picture.shape[-1])
+        fitted = frames.apply_fit(picture.unsqueeze(0).to(device), frames.fit_into(shape, run.stream.size, "cover"))
+        sampling = replace(sampling, guidance_scale=run.initialize.image_guidance_scale)
+        unet = networks.load("initialize.image")
+        return from_image(models, unet, fitted[0], text, sampling, noise, run.stream.chunk)
+
+    def extend(state: StreamState, prompt: str, chunk: Chunk) -> Tensor:
+        def streamer() -> Streamer:
+            sampling = Sampling.of(run.stream, policy.batched_guidance)
+            return Streamer(_models(networks), _texts(networks, prompt), state.anchor, sampling, _noise(networks))
+
+        return networks.once("streamer", streamer, prompt).new_frames(chunk, state.conditioning_frames)
+
+    return Makers(first, extend, lambda enlarged: _refine(networks, enlarged))
+
+
+def _texts(networks: Networks, prompt: str) -> TextContext:
+    return networks.once("stream.texts", lambda: networks.texts("stream"))[prompt]
+
+
+def _models(networks: Networks) -> StreamModels:
+    run, load = networks.run, networks.load
+    apm = run.stream.apm and networks.family.has("stream.apm")
+    from_picture = run.image and choose.named(run) == choose.OWN
+    return networks.once(
+        "stream",
+        lambda: StreamModels(
+            unet=load("stream.unet"),
+            schedule=networks.schedule("stream.unet"),
+            vae=load("stream.vae"),
+            cam=load("stream.cam") if run.stream.cam else None,
+            apm=load("stream.apm") if apm else None,
+            image_encoder=load("stream.image") if apm or from_picture else None,
+            # Small networks: starting their kernels takes longer than the kernels.
+            step=networks.compiled(stream.network_step, graphs=networks.policy.keep_networks),
+        ),
+    )
+
+
+def _noise(networks: Networks) -> NoiseOfChunk:
+    models, config = _models(networks), networks.run.stream
+    shape = (models.unet.config.out_channels, *latent_size(models.vae, config.height, config.width))
+    return stream.chunk_noise(networks.draws, config.chunk, shape, networks.device.name)
+
+
+def _refine(networks: Networks, given: Enlarged) -> Iterator[Refined]:
+    """Refine by SDEdit with randomized blending on the smallest canvas that the networks accept."""
+    settings, policy, device = networks.run.refine, networks.policy, networks.device.name
+    schedule = networks.schedule("refine.unet")
+    noise_grid(schedule, settings)  # what it refuses should not cost a first chunk
+    state = RefineState.from_tensors(given.state, device) if given.state else None
+    source = given.frames(0 if state is None else state.encoded)
+    first = next(source, None)  # before the refiner's networks take memory: whatever makes it may need it all
+    texts = networks.texts("refine") if networks.family.has("refine.text") else {}
+    vae, unet = networks.load("refine.vae"), networks.load("refine.unet")
+    canvas = refiner.legal_canvas(*given.size, unet.config, latent_factor(vae))
+
+    @lru_cache(maxsize=settings.num_inference_steps + 2)  # those of the chunks in flight, at any length
+    def prepared(prompt: str) -> Conditioning:
+        return refiner.prepare(unet, texts.get(prompt), given.scale)
+
+    denoiser = Denoiser(
+        networks.compiled(unet.run),
+        schedule,
+        lambda chunk: prepared(given.prompt_of(chunk)),
+        policy.batched_guidance,
+        "cpu" if policy.encoders_on_host else None,
+        refiner.sees_source(unet.config),
+    )
+
+    def encode(start: int, stop: int) -> Tensor:
+        return torch.cat([encode_frame(frame) for frame in range(start, stop)])
+
+    def encode_frame(number: int) -> Tensor:
+        nonlocal first
+        frame, first = (next(source, None) if first is None else first), None
+        if frame is None:
+            raise VideoError(f"the video ended early, after {number} of {given.plan[-1].stop} frames")
+        noise = None
+        if settings.posterior == "published":
+            shape = (unet.config.out_channels, *latent_size(vae, *canvas))
+            noise = networks.draws.normal("refine.posterior", (number,), shape).unsqueeze(0)
+        with networks.pixel_time.running():
+            return encode_frames(vae, frames.letterbox(frame, canvas), noise)
+
+    def decode(latent: Tensor) -> Tensor:
+        with networks.pixel_time.running():
+            return frames.unletterbox(decode_latents(vae, latent.unsqueeze(0)), given.size)
+
+    stage = Refiner(denoiser, given.plan, settings, networks.draws, encode, state)
+    for latents in stage.run():
+        yield Refined(stage.state.finished - len(latents), map(decode, latents), stage.state.tensors)
 
 
 @torch.inference_mode()

@@ -12,7 +12,8 @@ from streamt2v.config import RunConfig, exact_rate, merge
 from streamt2v.errors import ConfigError, InputError, OutputError, ResumeError, VideoError
 from streamt2v.families import choose
 from streamt2v.jobs import run_directory
-from streamt2v.jobs.job import Job, Result, contents_hash
+from streamt2v.jobs.job import Job, Result
+from streamt2v.jobs.prepared import Prepared, contents_hash
 from streamt2v.jobs.recipe import recipe_of, recorded_run
 
 
@@ -148,13 +149,13 @@ def recorded_seed(output: Path) -> int | None:
     return seed
 
 
-def difference(job: Job, recorded: dict[str, Any]) -> str | None:
+def difference(known: Prepared, recorded: dict[str, Any]) -> str | None:
     """Name the first setting in which a recorded recipe differs from the job's, None when there is none."""
-    asked = job.recipe()
+    asked = known.recipe()
     return next((said for _, said in run_directory.differences({key: recorded.get(key) for key in asked}, asked)), None)
 
 
-def finished(job: Job) -> Result:
+def finished(known: Prepared) -> Result:
     """Describe the output of a job that was made before.
 
     Raises:
@@ -162,8 +163,9 @@ def finished(job: Job) -> Result:
     """
     from streamt2v.media import isolated
 
+    job = known.job
     found = isolated.probe(job.output)
-    if changed := difference(job, recipe_of(found.comment)):
+    if changed := difference(known, recipe_of(found.comment)):
         message = f"{job.output} was made with other settings: {changed}"
         raise OutputError(message, "choose another name with -o, or --overwrite")
     return Result.of(job, found.width, found.height, 0.0)

@@ -4,14 +4,14 @@ import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from streamt2v import devices, files, memory, weights
-from streamt2v.chunks import Chunk, count, length, refinement_plan, streaming_plan
+from streamt2v import devices, files, memory
+from streamt2v.chunks import Chunk, length
 from streamt2v.config import RunConfig
 from streamt2v.errors import ConfigError, OutputError
 from streamt2v.families import choose
-from streamt2v.timeline import Prompt, turns
+from streamt2v.jobs.prepared import Prepared
+from streamt2v.timeline import Prompt
 from streamt2v.weights import home
 
 MEASURED = (
@@ -81,95 +81,43 @@ class Plan:
         return "\n".join(lines)
 
 
-def stages(config: RunConfig, source: tuple[int, int] | None = None) -> tuple[memory.Stage, ...]:
-    """Return the stages of a run in numbers; `source` is the size (H, W) of a video that is only refined."""
-    family, stream, refine, output = weights.family(config.model), config.stream, config.refine, config.output
-    base, found = source or (stream.height, stream.width), []
-    if source is None:
-        parts = ["vae", *(["cam"] if stream.cam else []), *(["apm"] if stream.apm else [])]
-        guided, kept = stream.guidance_scale != 1, int(stream.reuse_interval > 1)
-        found.append(_stage(family, "stream", parts, stream.chunk, base, guided, stream.cam, kept))
-    if refine.enabled:
-        box = (output.height or base[0], output.width or base[1])
-        scale = min(box[0] / base[0], box[1] / base[1])
-        canvas = box if output.fit == "cover" else (round(base[0] * scale), round(base[1] * scale))
-        frames, chunks = min(refine.chunk, config.num_frames), count(config.num_frames, refine.chunk, refine.overlap)
-        shared = refine.overlap if refine.blending == "randomized" else 0
-        kept = memory.chunks_kept(refine.num_inference_steps, refine.reuse_interval, refine.chunk, shared)
-        guided, kept = refine.guidance_scale != 1, chunks if kept and refine.order == "sweep" else min(kept, chunks)
-        found.append(_stage(family, "refine", ["vae"], frames, canvas, guided, False, kept))
-    return tuple(found)
-
-
-def _stage(
-    family: weights.Family, name: str, parts: list[str], frames: int, size: tuple[int, int], guided: bool, cam: bool,
-    kept: int,
-) -> memory.Stage:  # fmt: skip
-    def config(role: str) -> tuple[str, dict[str, Any]]:
-        here = all((family.root / part).is_file() for part in family.file(role).parts or ["-"])
-        return weights.read_header(family.path(role))[:2] if here else ("", {})
-
-    (kind, unet), (_, vae) = config(f"{name}.unet"), config(f"{name}.vae")
-    widths, finest = unet.get("block_out_channels", [320]), vae.get("block_out_channels", [128] * 4)
-    # To multiples of 8 latent cells, which is as far as a canvas may have to grow.
-    side = 8 * 2 ** (len(finest) - 1)
-    rows, columns = (-(-extent // side) * 8 for extent in size)
-    values, encoders = (
-        sum(family.file(f"{name}.{part}").num_values for part in group if family.has(f"{name}.{part}"))
-        for group in (["unet", *parts], ["text", "image"])
-    )
-    if kind == "Restorer":
-        return memory.Stage(
-            values=values, encoder_values=encoders, cells=frames * rows * columns, width=0, inner=0, guided=guided,
-            cam=False, frame_values=rows * columns * side**2 // 64 * finest[0], kept=kept, waits=True,
-            # Features of a quarter of the size of the latents.
-            kept_width=widths[1] // 16, restoring=unet["out_channels"],
-        )  # fmt: skip
-    return memory.Stage(
-        values=values, encoder_values=encoders, cells=frames * rows * columns, width=widths[0],
-        inner=max(widths[0], unet.get("transformer_in_heads", 8) * unet.get("attention_head_dim", 64)), guided=guided,
-        cam=cam, frame_values=rows * columns * side**2 // 64 * finest[0], kept=kept,
-        waits=name == "refine",
-        # What comes from the first of the last level's layers, or from the level below where that has but two.
-        kept_width=widths[0] if unet.get("layers_per_block", 2) > 1 else widths[:2][-1],
-    )  # fmt: skip
-
-
-def plan(
-    config: RunConfig, device: str = "auto", gigabytes: float | None = None, threads: int | None = None
-) -> Plan:  # fmt: skip
-    """Plan a run on a device.
-
-    Args:
-        config: the run.
-        device: as in `devices.resolve`.
-        gigabytes: memory that it may take, also of a device that is not here; None means what is free.
-        threads: of the run; None means as many as usual.
+def plan(known: Prepared) -> Plan:
+    """Plan a run on its device.
 
     Raises:
         ConfigError: the numbers of frames do not fit together, or no such device is here and no memory is given.
     """
-    stream, refine, output = config.stream, config.refine, config.output
-    family, known = weights.family(config.model), stages(config)
-    seen = _look(device, gigabytes)
-    kind, free = seen.kind, seen.free if gigabytes is None else int(gigabytes * 1e9)
-    policy = memory.choose(free, known, kind)
-    threads = devices.default_threads() if threads is None else threads
+    job, config = known.job, known.job.config
+    seen = _look(job.device, job.memory)
+    kind, free = seen.kind, seen.free if job.memory is None else int(job.memory * 1e9)
+    policy = memory.choose(free, known.stages, kind)
+    threads = devices.default_threads() if job.threads is None else job.threads
     measured = _timings().get(_key(config, seen, threads, policy))
-    streaming = streaming_plan(config.num_frames, stream.chunk, stream.overlap)
-    refinement = refinement_plan(config.num_frames, refine.chunk, refine.overlap) if refine.enabled else ()
     seconds = None
     if measured is not None:
-        seconds = measured["fixed_seconds"] + (len(streaming) - 1) * measured["stream_seconds_per_chunk"]
-        seconds += len(refinement) * measured["refine_seconds_per_chunk"]
+        seconds = measured["fixed_seconds"] + (len(known.stream_plan) - 1) * measured["stream_seconds_per_chunk"]
+        seconds += len(known.refine_plan) * measured["refine_seconds_per_chunk"]
         seconds += config.num_frames * measured["seconds_per_frame"]
     return Plan(
-        config.model, config.num_frames, output.fps, choose.named(config), streaming, refinement,
-        turns(config),
-        stream.height, stream.width, output.height, output.width,
-        2 * sum(file.num_values for file in family.files), kind, free, policy, memory.needed(known, policy),
-        measured, seconds,
-    )  # fmt: skip
+        model=config.model,
+        num_frames=config.num_frames,
+        fps=config.output.fps,
+        initializer=choose.named(config),
+        stream_chunks=known.stream_plan,
+        refine_chunks=known.refine_plan,
+        prompts=known.timeline,
+        base_height=config.stream.height,
+        base_width=config.stream.width,
+        box_height=config.output.height,
+        box_width=config.output.width,
+        weights_bytes=2 * sum(file.num_values for file in known.family.files),
+        device=kind,
+        free_bytes=free,
+        policy=policy,
+        needed_bytes=memory.needed(known.stages, policy),
+        measured=measured,
+        seconds=seconds,
+    )
 
 
 def _look(device: str, gigabytes: float | None) -> devices.Glance:

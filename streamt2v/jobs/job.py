@@ -1,24 +1,19 @@
-"""A job: what to make, from what, where to; and everything that can be checked before torch is imported."""
+"""A job: what to make, from what, where to, and how the run behaves; and the result of one."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamt2v import devices, files, weights
-from streamt2v.config import RunConfig, to_flat
-from streamt2v.families import choose
+from streamt2v import devices
+from streamt2v.config import RunConfig
 from streamt2v.jobs import run_directory
-from streamt2v.jobs.recipe import inspect_source
-from streamt2v.timeline import Prompt, turns
-from streamt2v.weights.home import sha256_of
 
 if TYPE_CHECKING:
-    from streamt2v.media.sound import Carried
+    pass
 
 # What fixes the number and the sizes of frames and states: no run goes on after a change there.
 _FIXED = (
@@ -55,35 +50,6 @@ class Job:
     def run_path(self) -> Path:
         """The run directory, beside the output."""
         return run_directory.directory_for(self.output)
-
-    def timeline(self) -> tuple[Prompt, ...]:
-        """Return the prompts and the frames at which the run turns to them, see `timeline.turns`."""
-        kept = inspect_source(self.source).frames if self.source and self.command == "extend" else 0
-        return turns(self.config, self.command, kept)
-
-    def recipe(self) -> dict[str, Any]:
-        """Return what decides the frames: a run may only be resumed by a job with an equal recipe."""
-        chosen = choose.choose(self.config) if self.command == "generate" else None
-        return {
-            "command": self.command,
-            # Of a picture the name says enough: a recipe travels with the video, the folder stays private.
-            "config": to_flat(self.config) | {"image": Path(self.config.image).name},
-            "source": self.source and {**_fingerprint(self.source), "frames": inspect_source(self.source).frames},
-            "image": _fingerprint(Path(self.config.image)) if self.config.image else None,
-            "initializer": None if chosen is None else chosen.fingerprint(),
-            "weights": {
-                name: part.sha256
-                for file in weights.family(self.config.model).files
-                for name, part in file.parts.items()
-            },
-        }
-
-    def carried(self) -> Carried:
-        """Return how the result carries what the source has besides its pictures; there must be one."""
-        assert self.source is not None
-        from streamt2v.media import sound
-
-        return sound.carry(self.source, self.config.num_frames / self.config.output.rate, self.output.suffix)
 
     def local(self) -> dict[str, Any]:
         """Return what `resumed` needs besides the recipe; it stays on this machine.
@@ -128,15 +94,3 @@ class Result:
             str(job.output), config.num_frames, width, height, config.output.fps, round(seconds, 2), config.seed,
             config.model, round(devices.peak_memory(device) / 2**20, 1),
         )  # fmt: skip
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    size = sum(part.stat().st_size for part in path.iterdir()) if path.is_dir() else path.stat().st_size
-    return {"name": path.name, "bytes": size, "sha256": contents_hash(path, files.stamp(path))}
-
-
-@lru_cache(maxsize=8)
-def contents_hash(path: Path, _stamp: tuple[int, int, int] | None) -> str:
-    from streamt2v.media import exports
-
-    return exports.sha256_of(path) if path.is_dir() else sha256_of(path)

@@ -9,44 +9,48 @@ from streamt2v import devices, files, weights
 from streamt2v.config import RunConfig
 from streamt2v.errors import ConfigError, InputError, OutputError
 from streamt2v.families import choose
-from streamt2v.jobs import run_directory
+from streamt2v.jobs import needs, run_directory
 from streamt2v.jobs.job import Job
-from streamt2v.jobs.recipe import inspect_source
+from streamt2v.jobs.prepared import Prepared
 from streamt2v.weights import hub, vocabulary
 
 MAX_TEXT_BYTES = 24_000  # as JSON: the recipe, with two prompts, must fit the 64 KiB of a comment tag
 
 
-def check(job: Job, note: hub.Note = lambda text: None) -> list[str]:
-    """Check everything that is cheap to check and return notices for the user.
+def prepare(job: Job, note: hub.Note = lambda text: None) -> Prepared:
+    """Check everything about a job that is cheap to check, and return what is known of it.
 
-    Stage 1's model of others is fetched where it is not here yet; `note` is told the size before that.
+    A third-party model of the first frames is fetched where it is not here yet; `note` is told the size before that.
 
     Raises:
         ConfigError, InputError, OutputError, WeightsError: what would make the run fail later.
     """
     from streamt2v.media import ffmpeg
 
+    known = Prepared(job)
     _check_text(str(job.output))
     check_wishes(job.config, prompt_needed=job.command != "refine")
     devices.parse(job.device)
     if job.command == "refine":
-        _check_refined(job)
+        _check_refined(known)
     _check_output(job)
     ffmpeg.check_ffmpeg(pictures_only=True)  # what else is carried is checked when it is looked at
-    needed = int(1.2 * _disk_bytes(job.config)) - (run_directory.size(job.run_path) if job.resume else 0)
+    needed = int(1.2 * needs.disk_bytes(job.config)) - (run_directory.size(job.run_path) if job.resume else 0)
     files.require_space(job.output, needed, "this run")
-    family, notices = weights.family(job.config.model), list[str]()
-    weights.require(family)
+    weights.require(known.family)
     if job.command != "refine":
-        _check_sizes(job.config, family)
+        _check_sizes(job.config, known.family)
     if job.command == "generate":
-        notices += _check_initializer(job.config, family, note)
+        choose.choose(job.config, note)
+        known.notices.extend(_check_initializer(known))
     if job.command == "extend":
-        _check_continued(job)
-    turns = [prompt for prompt in job.timeline() if prompt.frame != prompt.asked]
-    notices += [f"the prompt of frame {turn.asked} begins with the next chunk, at frame {turn.frame}" for turn in turns]
-    return notices + _prompt_notices(job, family.vocabulary_path()) + _source_notices(job)
+        _check_continued(known)
+    turns = [prompt for prompt in known.timeline if prompt.frame != prompt.asked]
+    known.notices.extend(
+        f"the prompt of frame {turn.asked} begins with the next chunk, at frame {turn.frame}" for turn in turns
+    )
+    known.notices.extend([*_prompt_notices(known), *_source_notices(known)])
+    return known
 
 
 def check_wishes(config: RunConfig, prompt_needed: bool = True) -> None:
@@ -78,10 +82,11 @@ def _check_text(text: str) -> None:
 def _check_sizes(config: RunConfig, family: weights.Family) -> None:
     """Compare the settings with the sizes written in the weights' headers."""
     stream = config.stream
-    # What a file does not say is the default of its network's class.
-    factor = 2 ** (len(weights.read_header(family.path("stream.vae"))[1].get("block_out_channels", [64])) - 1)
-    if stream.height % factor or stream.width % factor:
-        raise ConfigError(f"the base size {stream.width}x{stream.height} must be made of multiples of {factor}")
+    if family.has("stream.vae"):
+        # What a file does not say is the default of its network's class.
+        factor = 2 ** (len(weights.read_header(family.path("stream.vae"))[1].get("block_out_channels", [64])) - 1)
+        if stream.height % factor or stream.width % factor:
+            raise ConfigError(f"the base size {stream.width}x{stream.height} must be made of multiples of {factor}")
     if not stream.cam:
         return
     if not family.has("stream.cam"):
@@ -91,8 +96,9 @@ def _check_sizes(config: RunConfig, family: weights.Family) -> None:
         raise ConfigError(f"stream.overlap is {stream.overlap}, the CAM of {config.model} looks at {looked_at} frames")
 
 
-def _check_initializer(run: RunConfig, family: weights.Family, note: hub.Note) -> list[str]:
-    own, chosen = run.initialize, choose.choose(run, note)
+def _check_initializer(known: Prepared) -> list[str]:
+    run, family, chosen = known.job.config, known.family, known.chosen
+    own = run.initialize
     idle = own.text_to_image and not (chosen and chosen.drawing)
     notices = [f"nothing here starts from a picture that is drawn: {own.text_to_image} is not used"] if idle else []
     if chosen is not None:
@@ -107,19 +113,20 @@ def _check_initializer(run: RunConfig, family: weights.Family, note: hub.Note) -
     return notices
 
 
-def _check_refined(job: Job) -> None:
-    assert job.source is not None
+def _check_refined(known: Prepared) -> None:
+    job, found = known.job, known.source
+    assert found is not None
     if not job.config.refine.enabled:
         raise ConfigError("refine.enabled is false, so there is nothing to do")
-    if job.config.num_frames > (found := inspect_source(job.source)).frames:
+    if job.config.num_frames > found.frames:
         raise ConfigError(
             f"num_frames is {job.config.num_frames}, {job.source} has only {found.frames}", "leave it out to refine all"
         )
 
 
-def _check_continued(job: Job) -> None:
-    assert job.source is not None
-    config, found = job.config, inspect_source(job.source)
+def _check_continued(known: Prepared) -> None:
+    job, config, found = known.job, known.job.config, known.source
+    assert found is not None
     if found.frames < config.stream.chunk:
         raise InputError(
             f"{job.source} has {found.frames} frames, model {config.model} continues from {config.stream.chunk}",
@@ -132,11 +139,12 @@ def _check_continued(job: Job) -> None:
         )
 
 
-def _source_notices(job: Job) -> list[str]:
-    if job.source is None:
+def _source_notices(known: Prepared) -> list[str]:
+    job, found = known.job, known.source
+    if found is None:
         return []
-    found, output, stream = inspect_source(job.source), job.config.output, job.config.stream
-    notices = list(job.carried().notices)
+    output, stream = job.config.output, job.config.stream
+    notices = list(known.carried().notices)
     if not found.clock.steady:
         uneven = f"the {found.clock.pictures} pictures of {job.source} come at uneven times"
         notices.append(f"{uneven}: {found.frames} frames at {found.fps:g} fps show each when it is due")
@@ -202,19 +210,14 @@ def _check_output(job: Job) -> None:
         )
 
 
-def _disk_bytes(config: RunConfig) -> int:
-    """Estimate what run directory and output take: lossless base frames at half their size, the video twice."""
-    stream, output = config.stream, config.output
-    return config.num_frames * (stream.height * stream.width * 3 // 2 + output.height * output.width // 4)
-
-
-def _prompt_notices(job: Job, words: Path | None) -> list[str]:
+def _prompt_notices(known: Prepared) -> list[str]:
+    job, words = known.job, known.family.vocabulary_path()
     if words is None:
         return []
-    known = vocabulary.load(words)
+    grammar = vocabulary.load(words)
     said = (job.config.prompt, *job.config.prompts.values(), job.config.negative_prompt)
-    unknown = known.unknown_words(" ".join(said))
+    unknown = grammar.unknown_words(" ".join(said))
     if not unknown:
         return []
     plural = "words" if len(unknown) > 1 else "word"
-    return [f"model {job.config.model} does not know the {plural} {', '.join(unknown)}", f"  it knows {known.hint()}"]
+    return [f"model {job.config.model} does not know the {plural} {', '.join(unknown)}", f"  it knows {grammar.hint()}"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,25 @@ from streamt2v.devices import send
 from streamt2v.errors import ConfigError, NumericsError
 
 Frames: TypeAlias = npt.NDArray[np.uint8]
+
+
+class Group(NamedTuple):
+    """Frames that stand in a row, uint8 [F,H,W,3], and the number of the first."""
+
+    start: int
+    frames: Frames
+
+    @property
+    def stop(self) -> int:
+        """The number of the frame after them."""
+        return self.start + len(self.frames)
+
+    def since(self, first: int) -> Group:
+        """Leave out the frames before number `first`."""
+        start = min(max(first, self.start), self.stop)
+        return Group(start, self.frames[start - self.start :])
+
+
 FitMode: TypeAlias = Literal["contain", "cover", "pad"]
 
 
@@ -174,12 +193,16 @@ def singly(source: Iterable[Frames]) -> Iterator[Frames]:
     return (part[index : index + 1] for part in source for index in range(len(part)))
 
 
-def skip(source: Iterator[Frames], count: int) -> Iterator[Frames]:
-    """Leave out the first `count` frames of a stream."""
+def numbered(source: Iterable[Frames], start: int = 0) -> Iterator[Group]:
+    """Say of the frames of a stream which they are; the first is number `start`."""
     for part in source:
-        if count < len(part):
-            yield part[count:]
-        count = max(0, count - len(part))
+        yield Group(start, part)
+        start += len(part)
+
+
+def since(source: Iterable[Group], first: int) -> Iterator[Group]:
+    """Leave out the frames before number `first`."""
+    return (group.since(first) for group in source if group.stop > first)
 
 
 def contact_sheet(frames: Frames) -> Frames:

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -23,9 +23,11 @@ from streamt2v.media.frames import Frames
 from streamt2v.metrics import clip as clips
 from streamt2v.metrics import motion, scores
 from streamt2v.metrics.scores import Series
-from streamt2v.runs.watch import Report
 from streamt2v.timeline import Prompt
 from streamt2v.weights import hub
+
+if TYPE_CHECKING:
+    from streamt2v.runs.watch import Report
 
 GROUP = 8  # frames read at once
 MOST_SEAMS = 1_000_000

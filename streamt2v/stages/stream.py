@@ -65,6 +65,17 @@ class StreamState:
         """Start from the initializer's frames [F, 3, H, W] in [-1, 1]; `anchor` is the number of one of them."""
         return cls(1, frames[len(frames) - overlap :], frames[anchor])
 
+    def after(self, chunk: Chunk, new: Tensor) -> "tuple[Tensor, StreamState]":
+        """Continue with a chunk: (the frames of `new` that the video takes, the state after them).
+
+        Args:
+            chunk: of a streaming plan.
+            new: the frames [n, 3, H, W] that it adds when it is generated whole.
+        """
+        shown = torch.cat([self.conditioning_frames, new])
+        kept = shown[len(shown) - (chunk.new_start - chunk.start) :]
+        return new[: chunk.num_new], StreamState(chunk.index + 1, kept, self.anchor)
+
 
 def chunk_noise(draws: Draws, chunk_size: int, latent_shape: Sequence[int], device: str = "cpu") -> NoiseOfChunk:
     """Return the addressed noise of every chunk: frame f of the video draws the same whichever chunk denoises it.
@@ -141,10 +152,8 @@ def continued(
         chunks: of a streaming plan, in order.
     """
     for chunk in chunks:
-        new = new_frames(chunk, state.conditioning_frames)
-        shown = torch.cat([state.conditioning_frames, new])
-        state = StreamState(chunk.index + 1, shown[len(shown) - (chunk.new_start - chunk.start) :], state.anchor)
-        yield new[: chunk.num_new], state
+        new, state = state.after(chunk, new_frames(chunk, state.conditioning_frames))
+        yield new, state
 
 
 class Streamer:
@@ -175,14 +184,12 @@ class Streamer:
         return denoise(predict, schedule, self.noise(chunk), sampling, observe, known)
 
     @torch.inference_mode()
+    def new_frames(self, chunk: Chunk, conditioning_frames: Tensor) -> Tensor:
+        """Return the frames [n, 3, H, W] in [-1, 1] that the whole chunk adds; no others are decoded."""
+        latents = self.chunk_latents(chunk, conditioning_frames)[0, :, chunk.new_start - chunk.start :]
+        return decode_latents(self.models.vae, latents.transpose(0, 1))
+
+    @torch.inference_mode()
     def run(self, state: StreamState, chunks: Sequence[Chunk]) -> Iterator[tuple[Tensor, StreamState]]:
-        """Yield (new frames [n, 3, H, W] in [-1, 1], state after them) for each of `chunks`, which continue the state.
-
-        Only the frames that the chunk adds are decoded.
-        """
-
-        def new_frames(chunk: Chunk, conditioning_frames: Tensor) -> Tensor:
-            latents = self.chunk_latents(chunk, conditioning_frames)[0, :, chunk.new_start - chunk.start :]
-            return decode_latents(self.models.vae, latents.transpose(0, 1))
-
-        yield from continued(new_frames, state, chunks)
+        """Yield (new frames [n, 3, H, W], state after them) for each of `chunks`, which continue the state."""
+        yield from continued(self.new_frames, state, chunks)

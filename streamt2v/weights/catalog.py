@@ -69,7 +69,8 @@ class Source:
 class Family:
     """A model family: which file plays which role ("stream.unet", "refine.vae", ...), its preset and its vocabulary.
 
-    `root` is the package, or the weights home for a family that is converted from published files (`sources`).
+    `root` is the package, or the weights home for a family that is converted from published files (`sources`);
+    `builder` names what turns the files into callables, see `families.makers`.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Family:
     files: tuple[WeightFile, ...]
     root: Path
     sources: tuple[Source, ...] = ()
+    builder: str = "streamingt2v"
 
     @property
     def num_bytes(self) -> int:
@@ -171,7 +173,7 @@ def _families(root: Path, manifest: Path, pulled: Path, _stamps: object) -> dict
         for name, table in raw["families"].items():
             roles = config.flatten(table["components"])
             used = dict.fromkeys([*roles.values(), *filter(None, [table["vocabulary"]])])
-            head = {key: table[key] for key in ("title", "licence", "preset", "vocabulary")}
+            head = {key: table[key] for key in ("title", "licence", "preset", "vocabulary", "builder") if key in table}
             sources = tuple(Source(**{**row, "makes": tuple(row["makes"])}) for row in table.get("sources", ()))
             place = pulled if sources else root
             known = home.recorded("files") if sources else {}

@@ -20,6 +20,7 @@ from streamt2v.batch import here, on_ray, rows, run, tasks
 from streamt2v.cli.make import generate
 from streamt2v.jobs import run_directory
 from streamt2v.jobs.job import Job, Result
+from streamt2v.jobs.prepared import Prepared
 from streamt2v.runs import pipeline
 from tests.cli.helpers import PROMPT, TINY, call, digest, start
 
@@ -418,7 +419,7 @@ def test_networks_are_loaded_once_and_what_is_there_is_not_made_again(
 def test_a_stopped_run_goes_on_with_its_own_settings_only(tmp_path: Path) -> None:
     path, out = jsonl(tmp_path / "jobs.jsonl", [{"id": "x", "prompt": "a"}]), tmp_path / "out"
     [task], _ = check(path, out)
-    run_directory.RunDirectory.open(task.job.run_path, task.job.recipe(), resume=False).close()
+    run_directory.RunDirectory.open(task.job.run_path, Prepared(task.job).recipe(), resume=False).close()
     [task], _ = check(path, out)
     assert (task.job.resume, task.job.overwrite) == (True, False)
     [task], _ = check(path, out, overwrite=True)

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from streamt2v import devices
+from streamt2v import devices, weights
+from streamt2v.families import networks, streamingt2v
 from streamt2v.jobs import forecast
 from streamt2v.media import writing
-from streamt2v.runs import pipeline
+from streamt2v.runs import pipeline, watch
 from streamt2v.stages import refine, stream
 from tests.cli.helpers import PROMPT, TINY, call, generate, result, start
 
@@ -22,7 +23,7 @@ class SlowMachine:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now, self.patch = 0.0, patch
-        for module in (pipeline, devices):
+        for module in (pipeline, networks, watch, devices):
             patch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
 
     def takes(self, owner: Any, name: str, seconds: float) -> None:
@@ -40,12 +41,12 @@ def test_a_short_run_foretells_a_long_one(
 ) -> None:
     monkeypatch.setenv("STREAMT2V_HOME", str(tmp_path))
     machine = SlowMachine(monkeypatch)
-    machine.takes(pipeline.weights, "load", 5)
-    machine.takes(pipeline.initialize, "from_text", 20)
+    machine.takes(weights, "load", 5)
+    machine.takes(streamingt2v, "from_text", 20)
     machine.takes(stream.Streamer, "chunk_latents", 7)
     machine.takes(refine.Refiner, "_run_step", 3)
-    machine.takes(pipeline, "encode_frames", 0.25)
-    machine.takes(pipeline, "decode_latents", 0.5)
+    machine.takes(streamingt2v, "encode_frames", 0.25)
+    machine.takes(streamingt2v, "decode_latents", 0.5)
     machine.takes(writing.SegmentWriter, "append", 1)
 
     assert call("plan", PROMPT, *PLANNED, "--frames", 72) == 0

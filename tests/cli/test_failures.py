@@ -227,10 +227,10 @@ def test_a_nan_of_the_vae_is_caught(picture: int, tmp_path: Path, whole: tuple[i
 def test_black_frames_are_said_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from streamt2v.runs import pipeline
+    from streamt2v.media import frames
 
-    real = pipeline.decode_latents
-    monkeypatch.setattr(pipeline, "decode_latents", lambda vae, latents: torch.full_like(real(vae, latents), -1))
+    real = frames.unletterbox  # what the refiner does last
+    monkeypatch.setattr(frames, "unletterbox", lambda images, size: torch.full_like(real(images, size), -1))
     path = tmp_path / "out.mp4"
     assert call("generate", PROMPT, "--frames", 20, "-o", path, *[a for a in TINY if a != "--quiet"]) == 0
     said = capsys.readouterr().err
@@ -291,6 +291,7 @@ def test_too_little_memory_for_good_names_the_cheapest_plan(
 def test_a_gpu_has_one_more_step_to_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from streamt2v import config, devices, memory
     from streamt2v.jobs.job import Job
+    from streamt2v.jobs.prepared import Prepared
     from streamt2v.runs import pipeline
 
     monkeypatch.setattr(devices, "free_memory", lambda device=None: 2 * 10**9)
@@ -298,7 +299,7 @@ def test_a_gpu_has_one_more_step_to_go(monkeypatch: pytest.MonkeyPatch, tmp_path
     fast, *sparing = memory.ladder("cuda")
     assert memory.more_sparing(fast, "cuda") == sparing
     assert memory.more_sparing(sparing[-1], "cuda") == []
-    said = pipeline._more_room(job, devices.Device("cuda:0"), sparing[pipeline.RETRIES :])
+    said = pipeline._more_room(Prepared(job), devices.Device("cuda:0"), sparing[pipeline.RETRIES :])
     assert "weights on the host" in said
     assert "--resume-anyway --memory" in said
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from streamt2v.families import networks
 from streamt2v.jobs import run_directory
 from streamt2v.media import reading
 from streamt2v.media.frames import Frames
 from streamt2v.models.encoders import encode_text
 from streamt2v.models.unet3d import TextContext
-from streamt2v.runs import pipeline
 from tests.cli.helpers import PROMPT, TINY, call, digest, generate, result, start, wait_for
 
 LATER = "a blue star rising over the desert at night"
@@ -91,7 +91,7 @@ def test_a_text_is_encoded_once_a_stage_and_a_moved_change_is_said(
         encoded.append(texts[1])
         return encode_text(tokenizer, encoder, texts)
 
-    monkeypatch.setattr(pipeline, "encode_text", encode)
+    monkeypatch.setattr(networks, "encode_text", encode)
     loud = [option for option in TINY if option != "--quiet"]
     turns, long = ["--at", 20, LATER, "--at", 28, PROMPT], "ball " * 4000
     assert call("generate", PROMPT, "--frames", 48, "-o", tmp_path / "out.mp4", *loud, *turns, "--at", 40, long) == 0

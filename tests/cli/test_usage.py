@@ -7,15 +7,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from streamt2v import devices, weights
+from streamt2v.cli import look
 from streamt2v.cli.app import main
-from streamt2v.config import merge, preset, to_flat
+from streamt2v.config import RunConfig, merge, preset, to_flat
 from streamt2v.errors import ConfigError, OutputError
-from streamt2v.jobs import again, forecast, prepare, recipe
+from streamt2v.jobs import again, forecast, prepare
 from streamt2v.jobs.job import Job
+from streamt2v.jobs.prepared import Prepared
 from streamt2v.jobs.run_directory import RunDirectory, directory_for
 from streamt2v.weights import inventory
 from tests.cli.helpers import PROMPT, call, made
@@ -154,7 +157,7 @@ def test_what_weights_do_not_say_is_their_networks_default(tmp_path: Path, monke
     monkeypatch.setattr(weights, "read_header", lambda path: ("any", {}, None))
     wish = merge(preset("demo"), {"prompt": "a red ball", "num_frames": 40, "stream.overlap": 4})
     with pytest.raises(ConfigError, match="looks at 8 frames"):
-        prepare.check(Job("generate", wish, tmp_path / "out.mp4"))
+        prepare.prepare(Job("generate", wish, tmp_path / "out.mp4"))
 
 
 def test_a_run_of_another_version_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -168,23 +171,23 @@ def test_a_run_of_another_version_is_refused(capsys: pytest.CaptureFixture[str],
 def test_a_video_of_another_version_is_finished_where_the_settings_are_the_same(tmp_path: Path) -> None:
     wish = merge(preset("demo"), {"prompt": "a red ball", "num_frames": 4})
     job = Job("generate", wish, tmp_path / "out.mp4")
-    made(job.output, 4, json.dumps({"streamt2v": "0.0.1", "version": "0.0.1", **job.recipe()}))
-    assert again.finished(job).frames == 4
+    made(job.output, 4, json.dumps({"streamt2v": "0.0.1", "version": "0.0.1", **Prepared(job).recipe()}))
+    assert again.finished(Prepared(job)).frames == 4
     with pytest.raises(OutputError, match=r"config\.seed"):
-        again.finished(dataclasses.replace(job, config=dataclasses.replace(wish, seed=9)))
+        again.finished(Prepared(dataclasses.replace(job, config=dataclasses.replace(wish, seed=9))))
 
 
 def test_what_a_video_was_made_from_is_known_by_its_bytes(tmp_path: Path) -> None:
     source = made(tmp_path / "in.mp4", 4)
     job = Job("refine", merge(preset("demo"), {"num_frames": 4}), tmp_path / "out.mp4", source)
-    made(job.output, 4, json.dumps({"streamt2v": "0.0.1", **job.recipe()}))
+    made(job.output, 4, json.dumps({"streamt2v": "0.0.1", **Prepared(job).recipe()}))
     os.utime(source, (1, 1))  # as a copy or a checkout does
-    assert again.finished(job).frames == 4
+    assert again.finished(Prepared(job)).frames == 4
     data = bytearray(source.read_bytes())
     data[-1] ^= 1
     source.write_bytes(data)
     with pytest.raises(OutputError, match=r"source\.sha256"):
-        again.finished(job)
+        again.finished(Prepared(job))
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"a": 3}', '{"a": {"fixed_seconds": 1}}', '{"a": null}'])
@@ -192,15 +195,18 @@ def test_damaged_timings_are_forgotten(text: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("STREAMT2V_HOME", str(tmp_path))
     (tmp_path / "timings.json").write_text(text)
     wish = merge(preset("demo"), {"prompt": "a red ball"})
-    assert forecast.plan(wish, "cpu").seconds is None
-    found = forecast.plan(wish, "cpu", threads=2)
+
+    def plan(run: RunConfig, device: str = "cpu", **more: Any) -> forecast.Plan:
+        return forecast.plan(Prepared(Job("generate", run, tmp_path / "out.mp4", device=device, **more)))
+
+    assert plan(wish).seconds is None
+    found = plan(wish, threads=2)
     seen, measured = devices.Glance("cpu", found.free_bytes), dict.fromkeys(forecast.MEASURED, 2.0)
     forecast.remember(wish, seen, 2, found.policy, measured)
-    assert forecast.plan(wish, "cpu", threads=2).seconds == 2.0 + (1 + 1 + 24) * 2.0
-    unlike = merge(to_flat(wish), {"initialize.num_inference_steps": 3})
-    assert forecast.plan(unlike, "cpu", threads=2).seconds is None
-    assert forecast.plan(wish, "cpu", threads=3).seconds is None
-    assert forecast.plan(wish, "mps", 16, threads=2).seconds is None
+    assert plan(wish, threads=2).seconds == 2.0 + (1 + 1 + 24) * 2.0
+    assert plan(merge(to_flat(wish), {"initialize.num_inference_steps": 3}), threads=2).seconds is None
+    assert plan(wish, threads=3).seconds is None
+    assert plan(wish, "mps", memory=16, threads=2).seconds is None
 
 
 def test_existing_output_is_kept(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -213,9 +219,8 @@ def test_existing_output_is_kept(capsys: pytest.CaptureFixture[str], tmp_path: P
 
 def test_unknown_words_are_named(tmp_path: Path) -> None:
     path = tmp_path / "out.mp4"
-    notices = prepare.check(
-        Job("generate", merge(preset("demo"), {"prompt": "a red zebra over the sea"}), path, overwrite=True)
-    )
+    wish = merge(preset("demo"), {"prompt": "a red zebra over the sea"})
+    notices = prepare.prepare(Job("generate", wish, path, overwrite=True)).notices
     assert "zebra" in notices[0]
     assert "red" not in notices[0]
     assert "red" in notices[1]
@@ -223,7 +228,7 @@ def test_unknown_words_are_named(tmp_path: Path) -> None:
 
 def test_an_artist_that_is_not_asked_is_named(tmp_path: Path) -> None:
     wish = merge(preset("demo"), {"prompt": "a red ball", "initialize.text_to_image": "sdxl"})
-    assert "sdxl is not used" in prepare.check(Job("generate", wish, tmp_path / "out.mp4"))[0]
+    assert "sdxl is not used" in prepare.prepare(Job("generate", wish, tmp_path / "out.mp4")).notices[0]
 
 
 def test_plan_is_json_and_counts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -315,7 +320,7 @@ def test_whatever_the_shell_connects(command: str, code: int, printed: str, tmp_
 
 
 def test_a_bug_is_an_event_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "describe_video", lambda path: 1 / 0)
+    monkeypatch.setattr(look, "describe_video", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["info", "x.mp4", "--json"])
     assert json.loads(capsys.readouterr().out)["error"]["code"] == "unexpected"

@@ -5,14 +5,15 @@ from typing import Any
 
 import pytest
 
-from streamt2v.runs import pipeline
+from streamt2v.runs import refined
+from streamt2v.runs.output import Finished
 
 
 @pytest.fixture
 def unrefined(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the refiner pass on its frames, so that colours and times of the source can be looked at in the result."""
 
-    def passed_on(maker: Any, geometry: Any, state: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
-        yield from ((group, {}) for group in maker._unrefined(geometry, maker.writer.mark.frames - maker.base_offset))
+    def passed_on(known: Any, geometry: Any, base: Any, *more: Any) -> Iterator[Finished]:
+        yield from refined.unrefined(geometry, base, more[-1].num_frames)
 
-    monkeypatch.setattr(pipeline._Maker, "_refined", passed_on)
+    monkeypatch.setattr(refined, "groups", passed_on)

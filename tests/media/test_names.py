@@ -15,9 +15,11 @@ from PIL import Image
 from streamt2v import files
 from streamt2v.config import merge
 from streamt2v.errors import ResumeError
-from streamt2v.jobs import again, prepare, run_directory
+from streamt2v.jobs import again, run_directory
 from streamt2v.jobs.job import Job
+from streamt2v.jobs.prepared import Prepared
 from streamt2v.runs import pipeline
+from streamt2v.runs.output import Output
 from tests.cli.helpers import call, made
 from tests.media.makers import refine
 
@@ -80,7 +82,7 @@ def test_a_preview_that_exists_needs_overwrite(here: Path, monkeypatch: pytest.M
     command = ["generate", "a red ball", "--preview", "mine.png", "-o", "out.mp4", *GENERATE]
     assert call(*command) == 5
     assert Path("mine.png").read_bytes() == Path("start.png").read_bytes()
-    monkeypatch.setattr(pipeline, "run", lambda job, report: prepare.check(job) and None)
+    monkeypatch.setattr(pipeline, "make", lambda known, report: None)
     with pytest.raises((SystemExit, AttributeError, TypeError)):  # it got past the checks
         call(*command, "--overwrite")
 
@@ -115,7 +117,7 @@ def begun(folder: Path, source: str = "in.mp4", output: str = "out.mp4") -> Path
         "refine", merge({"prompt": "a red ball", "num_frames": 8}), folder / output, folder / source,
         preview=folder / "sheet.png",
     )  # fmt: skip
-    recipe = {**job.recipe(), "device": "cpu"}
+    recipe = {**Prepared(job).recipe(), "device": "cpu"}
     run_directory.RunDirectory.open(job.run_path, recipe, resume=False, local=job.local()).close()
     return folder
 
@@ -163,10 +165,10 @@ def test_a_moved_run_ends(tmp_path: Path, unrefined: None, monkeypatch: pytest.M
     folder = tmp_path / "job"
     folder.mkdir()
     made(folder / "in.mp4", 16)
-    real = pipeline._Maker.finish
-    monkeypatch.setattr(pipeline._Maker, "finish", lambda maker: (_ for _ in ()).throw(KeyboardInterrupt()))
+    real = Output.finish
+    monkeypatch.setattr(Output, "finish", lambda output: (_ for _ in ()).throw(KeyboardInterrupt()))
     assert refine(folder / "in.mp4", folder / "out.mp4") == 130
-    monkeypatch.setattr(pipeline._Maker, "finish", real)
+    monkeypatch.setattr(Output, "finish", real)
     moved = folder.rename(tmp_path / "moved")
     assert call("resume", moved / "out.mp4", "-q") == 0
     assert call("verify", moved / "out.mp4") == 0

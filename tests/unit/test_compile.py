@@ -179,7 +179,8 @@ def test_what_was_compiled_is_kept_for_later_processes(tmp_path: Path) -> None:
     code = """
 import sys, torch
 from pathlib import Path
-from streamt2v import devices, pipeline
+from streamt2v import devices
+from streamt2v.runs import pipeline
 devices.keep_compiled(Path(sys.argv[1]))
 from transformers import CLIPTextModel
 from torch._dynamo.utils import counters

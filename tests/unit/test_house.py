@@ -21,7 +21,12 @@ HEAVY = ("torch", "diffusers", "transformers", "av", "ray", "imageio_ffmpeg")
 
 
 @pytest.mark.parametrize(
-    "modules", ["streamt2v", "streamt2v.cli.app", "streamt2v.cli.doctor, streamt2v.devices, streamt2v.weights, streamt2v.jobs.prepare"]
+    "modules",
+    [
+        "streamt2v",
+        "streamt2v.cli.app",
+        "streamt2v.cli.doctor, streamt2v.weights, streamt2v.jobs.prepare",
+    ],
 )
 def test_starting_loads_nothing_heavy(modules: str) -> None:
     code = f"import sys, {modules}; print([name for name in {HEAVY!r} if name in sys.modules])"

@@ -15,7 +15,8 @@ from streamt2v.cli import doctor
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from streamt2v.errors import ConfigError, MemoryLimitError
 from streamt2v.families import diffusers_pipelines
-from streamt2v.jobs import forecast
+from streamt2v.families.networks import Networks
+from streamt2v.jobs import needs
 from streamt2v.memory import MemoryPolicy
 from streamt2v.models import layers
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
@@ -34,14 +35,14 @@ PUBLISHED = config.merge(config.preset("streamingt2v"), {"model": "streamingt2v"
 
 
 def published(gigabytes: float, kind: str = "cuda") -> MemoryPolicy:
-    return memory.choose(int(gigabytes * 1e9), forecast.stages(PUBLISHED), kind)
+    return memory.choose(int(gigabytes * 1e9), needs.stages(PUBLISHED), kind)
 
 
 # --------------------------------------------------------------------------------------------------------- the choice
 
 
 def test_every_tier_has_a_policy_that_fits_it() -> None:
-    stages = forecast.stages(PUBLISHED)
+    stages = needs.stages(PUBLISHED)
     found = {tier: published(tier) for tier in (3, 8, 12, 16, 24, 48, 80)}
     for tier, policy in found.items():
         assert memory.needed(stages, policy) <= tier * 1e9 or tier == 3
@@ -53,17 +54,17 @@ def test_every_tier_has_a_policy_that_fits_it() -> None:
 
 
 def test_more_memory_never_gives_a_more_sparing_policy() -> None:
-    stages = forecast.stages(PUBLISHED)
+    stages = needs.stages(PUBLISHED)
     for kind in ("cpu", "cuda", "mps"):
-        needs = [memory.needed(stages, published(gigabytes, kind)) for gigabytes in range(1, 90)]
-        assert all(before <= after for before, after in pairwise(needs))
+        needed = [memory.needed(stages, published(gigabytes, kind)) for gigabytes in range(1, 90)]
+        assert all(before <= after for before, after in pairwise(needed))
         assert published(0.1, kind).offload == (kind == "cuda")
     assert published(90, "cpu") == FULL
 
 
 def test_the_estimate_is_near_what_was_counted() -> None:
     """Peaks of the published refiner, 24 frames of 1280x720 in 16 bit, without weights: reference counts in GB."""
-    *_, stage = forecast.stages(config.merge(config.to_flat(PUBLISHED), {"output.fit": "cover"}))
+    *_, stage = needs.stages(config.merge(config.to_flat(PUBLISHED), {"output.fit": "cover"}))
     bare = replace(stage, values=0, encoder_values=0)
     counted = {(True, 1 << 30): 13.89, (False, 1 << 30): 6.95, (False, 1 << 17): 3.56, (False, 1 << 15): 3.05}
     for (batched, rows), gigabytes in counted.items():
@@ -78,7 +79,7 @@ def test_the_estimate_is_not_below_what_a_cpu_took() -> None:
     streamed = {"num_frames": 32, "refine.enabled": False}
     refined = {"num_frames": 24, "output.width": 512, "output.height": 288}
     for name, more, source in (("stage 2", streamed, None), ("refiner", refined, (144, 256))):
-        stages = forecast.stages(config.merge(config.to_flat(PUBLISHED), more), source)
+        stages = needs.stages(config.merge(config.to_flat(PUBLISHED), more), source)
         policy = MemoryPolicy("float32", False, True, memory.MANY_ROWS, False)
         taken = record[f"{name}, one chunk"]["peak_resident_mb"] * 2**20
         assert taken <= memory.needed(stages, policy) <= 1.15 * taken
@@ -86,14 +87,14 @@ def test_the_estimate_is_not_below_what_a_cpu_took() -> None:
 
 def test_longer_videos_need_no_more_and_larger_ones_do() -> None:
     def need(**more: Any) -> int:
-        return memory.needed(forecast.stages(config.merge(config.to_flat(PUBLISHED), more)), FULL)
+        return memory.needed(needs.stages(config.merge(config.to_flat(PUBLISHED), more)), FULL)
 
     assert need(num_frames=100_000) == need()
     assert need(**{"output.width": 2560, "output.height": 1440}) > need()
     assert need(**{"refine.chunk": 112}) > need()
     assert need(**{"refine.guidance_scale": 1.0}) < need()
     assert need(**{"refine.enabled": False}) < need()
-    assert forecast.stages(PUBLISHED, (256, 256)) == forecast.stages(PUBLISHED)[1:]
+    assert needs.stages(PUBLISHED, (256, 256)) == needs.stages(PUBLISHED)[1:]
 
 
 def test_the_counts_in_the_list_are_those_of_the_networks() -> None:
@@ -281,14 +282,14 @@ def test_a_run_gives_the_same_frames_whatever_the_policy(tmp_path: Path, monkeyp
 
 def test_one_stage_at_a_time_never_holds_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[set[str]] = []
-    load = pipeline._Maker._load
+    load = Networks.load
 
-    def spy(maker: Any, role: str) -> Any:
-        network = load(maker, role)
-        loaded.append({path.name for path in maker.networks})
+    def spy(networks: Networks, role: str) -> Any:
+        network = load(networks, role)
+        loaded.append({path.name for path in networks.here})
         return network
 
-    monkeypatch.setattr(pipeline._Maker, "_load", spy)
+    monkeypatch.setattr(Networks, "load", spy)
     frames_of(tmp_path / "a.mp4", POLICIES["one stage"], monkeypatch)
     refining = [names for names in loaded if "refiner.safetensors" in names]
     assert refining
@@ -347,7 +348,7 @@ def test_features_that_wait_are_counted_where_they_wait() -> None:
 
     def refiner(**more: Any) -> memory.Stage:
         given = {"output.fit": "cover", "refine.num_inference_steps": 10, **more}
-        return forecast.stages(config.merge(config.to_flat(PUBLISHED), given))[-1]
+        return needs.stages(config.merge(config.to_flat(PUBLISHED), given))[-1]
 
     sixteen = replace(FULL, precision="float16")
     hosted = replace(sixteen, keep_networks=False, encoders_on_host=True)
@@ -386,13 +387,13 @@ def test_every_kind_of_exhausted_memory_leads_down_the_ladder(
 ) -> None:
     tried: list[MemoryPolicy] = []
 
-    def make(maker: pipeline._Maker) -> tuple[int, int]:
-        tried.append(maker.policy)
+    def make(known: Any, report: Any, directory: Any, networks: Networks) -> Any:
+        tried.append(networks.policy)
         if len(tried) < 3:
             raise error
         raise KeyboardInterrupt  # seen enough
 
-    monkeypatch.setattr(pipeline._Maker, "make", make)
+    monkeypatch.setattr(pipeline, "_attempt", make)
     assert generate(tmp_path / "out.mp4", 17) == 130
     first, *_ = tried
     assert tried[1:] == memory.more_sparing(first, "cpu")[:2]

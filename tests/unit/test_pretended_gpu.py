@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks import speed
-from streamt2v import config, devices, memory
+from streamt2v import config, devices, memory, weights
 from streamt2v.diffusion import guidance
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.errors import Interrupted
@@ -113,10 +113,8 @@ def test_a_batch_keeps_its_networks_on_the_gpu(tmp_path: Path, monkeypatch: pyte
     """The second video is made of networks that lie there, and the third is found finished."""
     monkeypatch.setattr(memory, "choose", lambda *_: replace(POLICIES["all loaded"], precision="bfloat16"))
     loaded: list[str] = []
-    load = pipeline.weights.load
-    monkeypatch.setattr(
-        pipeline.weights, "load", lambda family, role, *more: loaded.append(role) or load(family, role, *more)
-    )
+    load = weights.load
+    monkeypatch.setattr(weights, "load", lambda family, role, *more: loaded.append(role) or load(family, role, *more))
     rows = tmp_path / "rows.txt"
     rows.write_text("a red ball\na blue star\n")
     options = [f"--set={key}={value}" for key, value in {**TINY, **SIZES["demo"]}.items() if "." in key]
@@ -147,13 +145,13 @@ def test_a_run_goes_on_on_another_gpu_of_the_same_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, places = tmp_path / "out.mp4", list[str]()
-    load = pipeline.weights.load
+    load = weights.load
 
     def watch(family: Any, role: str, device: str, dtype: torch.dtype) -> Any:
         places.append(str(device))
         return load(family, role, device, dtype)
 
-    monkeypatch.setattr(pipeline.weights, "load", watch)
+    monkeypatch.setattr(weights, "load", watch)
     monkeypatch.setattr(memory, "choose", lambda *_: replace(POLICIES["two passes"], precision="bfloat16"))
     with pretended("A", "A", "B"):
         whole = make(tmp_path / "whole.mp4", POLICIES["two passes"], "cuda:0")

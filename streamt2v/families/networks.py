@@ -1,0 +1,163 @@
+"""The networks of a run: each is loaded when it is first needed, and placed as the memory policy says."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from streamt2v import devices, weights
+from streamt2v.config import RunConfig
+from streamt2v.diffusion.noise import SeededDraws
+from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from streamt2v.memory import MemoryPolicy
+from streamt2v.models.encoders import encode_text
+from streamt2v.models.layers import slice_feed_forwards
+from streamt2v.models.text import clean_prompt
+from streamt2v.models.unet3d import TextContext
+from streamt2v.weights.home import path as home
+
+ENCODERS = ("stream.text", "stream.image", "refine.text")
+Made = TypeVar("Made")
+
+
+@dataclass
+class Loaded:
+    """Networks that stay in memory from one run to the next, so that each is loaded once."""
+
+    networks: dict[Path, Any] = field(default_factory=dict)
+    loaded_for: object = None
+    free: dict[devices.Device, int] = field(default_factory=dict)
+
+    def free_memory(self, device: devices.Device) -> int:
+        """Bytes that were free before the first run: what stays loaded must not make the next one more sparing."""
+        return self.free.setdefault(device, devices.free_memory(device))
+
+    def fitting(self, *loaded_for: object) -> dict[Path, Any]:
+        """Return the networks for a run on a family, device and policy; first drop those loaded for any other."""
+        if self.loaded_for != loaded_for:
+            self.networks.clear()
+            self.loaded_for = loaded_for
+        return self.networks
+
+
+class Networks:
+    """What a family's builder is given: networks by role, the run's settings and draws, and where to compute.
+
+    Args:
+        run: the settings.
+        prompts: every text that the run will follow.
+        device: where it computes.
+        policy: what may stay on the device.
+        here: networks by path, some of them perhaps loaded by an earlier run.
+        note: says a line; `warning=True` says it to everybody.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        prompts: Sequence[str],
+        device: devices.Device,
+        policy: MemoryPolicy,
+        here: dict[Path, Any],
+        note: Callable[..., None],
+    ) -> None:
+        self.run, self.prompts, self.note = run, prompts, note
+        self.device, self.policy, self.here = device, policy, here
+        self.family, self.draws = weights.family(run.model), SeededDraws(run.seed)
+        self.seconds = 0.0
+        """Spent on loading so far."""
+        self.pixel_time = devices.Stopwatch(device)
+        """Spent on the refiner's pixels: its VAE, writing, the final file."""
+        self._made: dict[str, tuple[object, Any]] = {}
+        self._loading = False
+        # Weights that come and go with every layer cannot be compiled in.
+        self._compiles = run.compile and not policy.offload
+        if run.compile and policy.offload:
+            note("with weights on the host the networks are not compiled", warning=True)
+        if self._compiles:
+            devices.keep_compiled(home() / "compiled")
+
+    def load(self, role: str) -> Any:
+        """Return the network or tokenizer of a role, such as "stream.unet". Raises WeightsError."""
+        path = self.family.path(role)
+        if path not in self.here:
+            with self._loads():
+                self.note(f"loading {role}")
+                self.here[path] = self._load(role)
+        return self.here[path]
+
+    def _load(self, role: str) -> Any:
+        policy = self.policy
+        on_host = policy.offload or (policy.encoders_on_host and role in ENCODERS)
+        place, precision = "cpu" if on_host else self.device.name, getattr(torch, policy.precision)
+        network = weights.load(self.family, role, place, precision)
+        if isinstance(network, torch.nn.Module):
+            slice_feed_forwards(network, policy.feed_forward_rows)
+            devices.arrange(network, self.device)
+            if role.endswith(".vae"):
+                for half in (network.get_submodule("encoder"), network.get_submodule("decoder")):
+                    half.forward = self.compiled(half.forward)
+            if on_host:
+                devices.offload(network, self.device)
+        return network
+
+    def schedule(self, role: str) -> NoiseSchedule:
+        """Return the noise schedule that the file of a network names."""
+        _, _, schedule = weights.read_header(self.family.path(role))
+        return NoiseSchedule(ScheduleConfig.from_dict(schedule or {}))
+
+    def compiled(self, function: Callable[..., Any], graphs: bool = False) -> Callable[..., Any]:
+        """Return a function compiled for the device where the run asks for that, else as it is."""
+        return devices.compiled(function, self.device, graphs=graphs) if self._compiles else function
+
+    @torch.inference_mode()
+    def texts(self, stage: str) -> dict[str, TextContext]:
+        """Encode every prompt of the run for one stage: rows (negative, positive).
+
+        All at once, so that the encoder can go; one by one, as rounding may depend on the size of a batch.
+        """
+        tokenizer, encoder = self.load(f"{stage}.tokenizer"), self.load(f"{stage}.text")
+        room, encoded = encoder.config.max_position_embeddings, {}
+        for prompt in dict.fromkeys(self.prompts):
+            texts = [self.run.negative_prompt, prompt]
+            if self.family.file(f"{stage}.tokenizer").tidy:
+                texts = [clean_prompt(text) for text in texts]
+            for text, ids in zip(texts, tokenizer(texts).input_ids, strict=True):
+                if len(ids) > room:
+                    cut = f"the text encoder reads {room} of {len(ids)} tokens, the rest is cut off: {text[:60]!r}..."
+                    self.note(cut, warning=True)
+            encoded[prompt] = encode_text(tokenizer, encoder, texts)
+        if not self.policy.keep_networks:
+            del self.here[self.family.path(f"{stage}.text")]
+        return encoded
+
+    def once(self, name: str, make: Callable[[], Made], key: object = None) -> Made:
+        """Return what `make` makes; it is kept under a name until `release`, or until another key is asked for."""
+        if name not in self._made or self._made[name][0] != key:
+            self._made.pop(name, None)  # its memory is free before the next takes any
+            with self._loads():
+                self._made[name] = key, make()
+        made: Made = self._made[name][1]
+        return made
+
+    def release(self) -> None:
+        """Drop every network and what was made from them."""
+        self.here.clear()
+        self._made.clear()
+        devices.release_memory(self.device, graphs=True)
+
+    @contextmanager
+    def _loads(self) -> Iterator[None]:
+        """Count the time of what is done inside, once."""
+        began, outermost = time.monotonic(), not self._loading
+        self._loading = True
+        try:
+            yield
+        finally:
+            if outermost:
+                self._loading = False
+                self.seconds += time.monotonic() - began

@@ -1,0 +1,87 @@
+"""What a run needs: memory on its device, by stage, and room on the disk."""
+
+from typing import Any
+
+from streamt2v import memory, weights
+from streamt2v.chunks import count
+from streamt2v.config import RunConfig
+
+
+def stages(config: RunConfig, source: tuple[int, int] | None = None) -> tuple[memory.Stage, ...]:
+    """Return the stages of a run in numbers; `source` is the size (H, W) of a video that is only refined."""
+    family, stream, refine, output = weights.family(config.model), config.stream, config.refine, config.output
+    base, found = source or (stream.height, stream.width), []
+    if source is None:
+        parts = ["vae", *(["cam"] if stream.cam else []), *(["apm"] if stream.apm else [])]
+        guided, kept = stream.guidance_scale != 1, int(stream.reuse_interval > 1)
+        found.append(_stage(family, "stream", parts, stream.chunk, base, guided, stream.cam, kept))
+    if refine.enabled:
+        box = (output.height or base[0], output.width or base[1])
+        scale = min(box[0] / base[0], box[1] / base[1])
+        canvas = box if output.fit == "cover" else (round(base[0] * scale), round(base[1] * scale))
+        frames, chunks = min(refine.chunk, config.num_frames), count(config.num_frames, refine.chunk, refine.overlap)
+        shared = refine.overlap if refine.blending == "randomized" else 0
+        kept = memory.chunks_kept(refine.num_inference_steps, refine.reuse_interval, refine.chunk, shared)
+        guided, kept = refine.guidance_scale != 1, chunks if kept and refine.order == "sweep" else min(kept, chunks)
+        found.append(_stage(family, "refine", ["vae"], frames, canvas, guided, False, kept))
+    return tuple(found)
+
+
+def _stage(
+    family: weights.Family, name: str, parts: list[str], frames: int, size: tuple[int, int], guided: bool, cam: bool,
+    kept: int,
+) -> memory.Stage:  # fmt: skip
+    (kind, unet), (_, vae) = _header(family, f"{name}.unet"), _header(family, f"{name}.vae")
+    widths, finest = unet.get("block_out_channels", [320]), vae.get("block_out_channels", [128] * 4)
+    # To multiples of 8 latent cells, which is as far as a canvas may have to grow.
+    side = 8 * 2 ** (len(finest) - 1)
+    rows, columns = (-(-extent // side) * 8 for extent in size)
+    values, encoders = (
+        sum(family.file(f"{name}.{part}").num_values for part in group if family.has(f"{name}.{part}"))
+        for group in (["unet", *parts], ["text", "image"])
+    )
+    if kind == "Restorer":
+        return memory.Stage(
+            values=values, encoder_values=encoders, cells=frames * rows * columns, width=0, inner=0, guided=guided,
+            cam=False, frame_values=rows * columns * side**2 // 64 * finest[0], kept=kept, waits=True,
+            # Features of a quarter of the size of the latents.
+            kept_width=widths[1] // 16, restoring=unet["out_channels"],
+        )  # fmt: skip
+    return memory.Stage(
+        values=values, encoder_values=encoders, cells=frames * rows * columns, width=widths[0],
+        inner=max(widths[0], unet.get("transformer_in_heads", 8) * unet.get("attention_head_dim", 64)), guided=guided,
+        cam=cam, frame_values=rows * columns * side**2 // 64 * finest[0], kept=kept,
+        waits=name == "refine",
+        # What comes from the first of the last level's layers, or from the level below where that has but two.
+        kept_width=widths[0] if unet.get("layers_per_block", 2) > 1 else widths[:2][-1],
+    )  # fmt: skip
+
+
+def _header(family: weights.Family, role: str) -> tuple[str, dict[str, Any]]:
+    """Class and sizes of the network of a role, as far as the family has it and it is here."""
+    here = family.has(role) and all((family.root / part).is_file() for part in family.file(role).parts or ["-"])
+    return weights.read_header(family.path(role))[:2] if here else ("", {})
+
+
+def disk_bytes(config: RunConfig) -> int:
+    """Estimate what run directory and output take, in bytes.
+
+    Lossless base frames at half their size, the video twice, and the refiner's state: the newest two, and one more
+    while it is written.
+    """
+    stream, output = config.stream, config.output
+    frames = stream.height * stream.width * 3 // 2 + output.height * output.width // 4
+    return config.num_frames * frames + 3 * _state_bytes(config)
+
+
+def _state_bytes(config: RunConfig) -> int:
+    """Bytes of the refiner's state: of every frame in flight the latents, the last and the next estimate."""
+    refine, output, family = config.refine, config.output, weights.family(config.model)
+    if not refine.enabled or not family.has("refine.vae"):
+        return 0
+    _, vae = _header(family, "refine.vae")
+    factor = 2 ** (len(vae.get("block_out_channels", [128] * 4)) - 1)
+    cells: int = -(-output.height // factor) * -(-output.width // factor)
+    in_flight = refine.chunk + (refine.num_inference_steps - 1) * (refine.chunk - refine.overlap)
+    channels: int = vae.get("latent_channels", 4)
+    return min(config.num_frames, in_flight) * 3 * channels * cells * 4

@@ -1,0 +1,130 @@
+"""One record of all that can be known of a job before torch is imported; found out once, handed down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamt2v import files, memory, weights
+from streamt2v.chunks import Chunk, refinement_plan, streaming_plan
+from streamt2v.config import to_flat
+from streamt2v.families import choose
+from streamt2v.jobs import needs
+from streamt2v.jobs.job import Job
+from streamt2v.jobs.recipe import Source, inspect_source
+from streamt2v.timeline import Prompt, prompt_at, turns
+from streamt2v.weights.home import sha256_of
+
+if TYPE_CHECKING:
+    from streamt2v.media.sound import Carried
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job, and what follows from it and from the files it names; each fact is found when it is first asked for.
+
+    Frames are numbered twice: those of the output from 0, and those of the base video, which begins with frame
+    `base_offset` of the output: a continued video keeps its frames, and the last of them are the first chunk.
+    """
+
+    job: Job
+    notices: list[str] = field(default_factory=list)
+    """What the user should know before it begins."""
+
+    @cached_property
+    def family(self) -> weights.Family:
+        """The model family. Raises ConfigError where there is none of that name."""
+        return weights.family(self.job.config.model)
+
+    @cached_property
+    def source(self) -> Source | None:
+        """The video that is refined or continued. Raises VideoError where it is none."""
+        return None if self.job.source is None else inspect_source(self.job.source)
+
+    @cached_property
+    def chosen(self) -> choose.Chosen | None:
+        """The third-party model of the first frames; None where the family makes them. Raises as `choose.choose`."""
+        return choose.choose(self.job.config) if self.job.command == "generate" else None
+
+    @property
+    def kept(self) -> int:
+        """Frames of a continued video."""
+        return self.source.frames if self.source and self.job.command == "extend" else 0
+
+    @property
+    def base_offset(self) -> int:
+        """The frame of the output that the base video begins with."""
+        return max(0, self.kept - self.job.config.stream.chunk)
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of the base video."""
+        return self.job.config.num_frames - self.base_offset
+
+    @property
+    def base_size(self) -> tuple[int, int]:
+        """(H, W) of the base video."""
+        refined = self.source if self.job.command == "refine" else None
+        return self.job.config.stream.size if refined is None else (refined.height, refined.width)
+
+    @cached_property
+    def timeline(self) -> tuple[Prompt, ...]:
+        """The prompts, with the frames at which the run turns to them. Raises as `timeline.turns`."""
+        return turns(self.job.config, self.job.command, self.kept)
+
+    def prompt_of(self, chunk: Chunk) -> str:
+        """Return what a chunk of either plan follows: the prompt of its first new frame."""
+        return prompt_at(self.timeline, self.base_offset + chunk.new_start)
+
+    @cached_property
+    def stream_plan(self) -> tuple[Chunk, ...]:
+        """The chunks of the streaming stage, in frames of the base video."""
+        stream = self.job.config.stream
+        return streaming_plan(self.num_frames, stream.chunk, stream.overlap)
+
+    @cached_property
+    def refine_plan(self) -> tuple[Chunk, ...]:
+        """The chunks of the refiner, in frames of the base video; none where it is off."""
+        refine = self.job.config.refine
+        return refinement_plan(self.num_frames, refine.chunk, refine.overlap) if refine.enabled else ()
+
+    @cached_property
+    def stages(self) -> tuple[memory.Stage, ...]:
+        """What the stages need."""
+        return needs.stages(self.job.config, self.base_size if self.job.command == "refine" else None)
+
+    def carried(self) -> Carried:
+        """Return how the result carries what the source has besides its pictures; there must be one."""
+        assert self.job.source is not None
+        from streamt2v.media import sound
+
+        config = self.job.config
+        return sound.carry(self.job.source, config.num_frames / config.output.rate, self.job.output.suffix)
+
+    def recipe(self) -> dict[str, Any]:
+        """Return what decides the frames: a run may only be resumed by a job with an equal recipe."""
+        config, source = self.job.config, self.job.source
+        return {
+            "command": self.job.command,
+            # Of a picture the name says enough: a recipe travels with the video, the folder stays private.
+            "config": to_flat(config) | {"image": Path(config.image).name},
+            "source": source and self.source and {**_fingerprint(source), "frames": self.source.frames},
+            "image": _fingerprint(Path(config.image)) if config.image else None,
+            "initializer": None if self.chosen is None else self.chosen.fingerprint(),
+            "weights": {name: part.sha256 for file in self.family.files for name, part in file.parts.items()},
+        }
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    size = sum(part.stat().st_size for part in path.iterdir()) if path.is_dir() else path.stat().st_size
+    return {"name": path.name, "bytes": size, "sha256": contents_hash(path, files.stamp(path))}
+
+
+@lru_cache(maxsize=8)
+def contents_hash(path: Path, _stamp: tuple[int, int, int] | None) -> str:
+    """Return the SHA-256 of a file, or of the pictures in a folder; an unchanged one is read once."""
+    from streamt2v.media import exports
+
+    return exports.sha256_of(path) if path.is_dir() else sha256_of(path)

@@ -1,0 +1,116 @@
+"""The base video: what is stored of it first, then what the family makes; every chunk is stored before it is used."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from streamt2v import devices
+from streamt2v.chunks import Chunk
+from streamt2v.errors import NumericsError
+from streamt2v.families.makers import Makers
+from streamt2v.families.networks import Networks
+from streamt2v.jobs.prepared import Prepared
+from streamt2v.jobs.run_directory import RunDirectory
+from streamt2v.media import frames, isolated, pictures
+from streamt2v.media.frames import Group
+from streamt2v.runs.watch import Report, Speed, look_at
+from streamt2v.stages.stream import StreamState
+
+STREAM = "stream"
+
+
+class Base:
+    """Groups of base frames from any one on, as often as asked; made once."""
+
+    def __init__(
+        self,
+        known: Prepared,
+        making: Makers,
+        directory: RunDirectory,
+        networks: Networks,
+        report: Report,
+        speed: Speed,
+    ) -> None:
+        self.known, self.making, self.directory, self.networks = known, making, directory, networks
+        self.report, self.speed, self.device = report, speed, networks.device.name
+        # Before any frame is read: the store drops what no state accounts for.
+        self.stored = directory.resume_point("stream")
+
+    def groups(self, start: int) -> Iterator[Group]:
+        """Yield the base video from frame `start` on; of a video that is only refined, its own frames."""
+        if self.known.job.command == "refine":
+            yield from self.source(start)
+            return
+        stored = self.directory.num_base_frames
+        yield from frames.numbered(self.directory.base_frames(start), start)
+        if stored < self.known.num_frames:
+            yield from frames.since(self._made(), max(start, stored))
+
+    def source(self, start: int) -> Iterator[Group]:
+        """Yield the frames of the source from one on, at their times; what is damaged is bridged, and said."""
+        assert self.known.job.source is not None
+        said = partial(self.report.note, warning=True)
+        return frames.since(frames.numbered(isolated.read_frames(self.known.job.source, note=said)), start)
+
+    def finish(self) -> None:
+        """Make all base frames and drop the networks that made them."""
+        if self.known.job.command != "refine":
+            for _ in self.groups(self.directory.num_base_frames):
+                pass
+        self.networks.release()
+
+    def _made(self) -> Iterator[Group]:
+        """Continue the base video from the stored state, or begin it; store every chunk before passing it on."""
+        self.report.start(STREAM, self.known.num_frames, self.directory.num_base_frames)
+        if self.stored is None:
+            with self.speed.beginning():
+                first = self._first_chunk()
+            if not frames.is_finite(first):  # also in frames that only the next chunk looks at
+                raise NumericsError("the first chunk holds NaN or Inf")
+            state = StreamState.after_first_chunk(first, self.known.job.config.stream.overlap)
+            with self.speed.streaming():
+                group = self._store(0, first[: self.known.num_frames], state)
+            yield group
+        else:
+            tensors = {name: tensor.to(self.device) for name, tensor in self.stored.torch().items()}
+            state = StreamState(self.stored.meta["next_chunk"], tensors["conditioning_frames"], tensors["anchor"])
+        for chunk in self.known.stream_plan[state.next_chunk :]:
+            with self.speed.streaming():
+                new, state = self._next_chunk(state, chunk)
+                group = self._store(chunk.index, new, state)
+            yield group
+
+    @torch.inference_mode()
+    def _next_chunk(self, state: StreamState, chunk: Chunk) -> tuple[Tensor, StreamState]:
+        return state.after(chunk, self.making.extend(state, self.known.prompt_of(chunk), chunk))
+
+    def _store(self, index: int, new: Tensor, state: StreamState) -> Group:
+        """Store the new frames of one chunk and the state after it; return the frames."""
+        group = Group(self.directory.num_base_frames, frames.to_u8(new))
+        self.directory.append_base(index, group.frames)
+        tensors = {"conditioning_frames": state.conditioning_frames, "anchor": state.anchor}
+        self.directory.save_state("stream", tensors, {"next_chunk": state.next_chunk})
+        look_at(group, "base frames", self.directory, self.report)
+        self.report.advance(STREAM, group.stop, index + 1, len(self.known.stream_plan))
+        return group
+
+    def _first_chunk(self) -> Tensor:
+        """Return the first chunk [F, 3, H, W]: the end of a continued video, or what the initializer makes."""
+        job, chosen = self.known.job, self.known.chosen
+        if job.source is not None:
+            shown = np.concatenate([group.frames for group in self.source(self.known.base_offset)])
+            first = frames.to_float(shown, self.device)
+        else:
+            if chosen is not None:
+                self.report.note(f"the first frames come from {chosen.name}")
+            read = pictures.read(Path(job.config.image)) if job.config.image else None
+            picture = None if read is None else frames.to_float(read[None])[0]
+            first = self.making.first(job.config.prompt, picture).to(self.device)
+            if chosen is not None:
+                devices.release_memory(self.networks.device)
+        size = (first.shape[-2], first.shape[-1])
+        return frames.apply_fit(first, frames.fit_into(size, job.config.stream.size, "cover"))
