@@ -21,30 +21,26 @@ Crash-only: nothing is repaired on the way out, everything on the way in. Each f
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from streamt2v import files
 from streamt2v.errors import BusyError, OutputError, ResumeError, VideoError
+from streamt2v.jobs import states
+from streamt2v.jobs.states import State
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-    from torch import Tensor
-
     from streamt2v.media.frames import Frames
 
 
 SCHEMA = 1
 GROWING = "video.mp4"
 _SUFFIX = ".streamt2v"
-_STATES_KEPT = 2
 HEADROOM = 32 * 2**20
 
 
@@ -131,22 +127,6 @@ def check_writable(folder: Path) -> None:
         raise OutputError(f"the folder {folder} does not exist" if not folder.exists() else f"{folder} is not a folder")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"the folder {folder} cannot be written", "choose another place with -o")
-
-
-@dataclass(frozen=True)
-class State:
-    """A saved state: the number of base chunks it accounts for, its arrays, and a small JSON record."""
-
-    index: int
-    arrays: dict[str, npt.NDArray[Any]]
-    meta: dict[str, Any]
-
-    def torch(self) -> dict[str, Tensor]:
-        """Return the arrays as CPU tensors (bfloat16 ones come back as the float32 they were stored in)."""
-        from torch import from_numpy
-
-        # Copied into torch's aligned memory: MKL may round differently on other alignments, as its manual says.
-        return {name: from_numpy(array).clone() for name, array in self.arrays.items()}
 
 
 class _Segment(NamedTuple):
@@ -374,30 +354,14 @@ class RunDirectory:
         Raises:
             OutputError: it cannot be written; the state before it still is there.
         """
-        from safetensors.numpy import save
-
-        plain = {key: _array(value) for key, value in arrays.items()}
-        header = {"index": str(self.num_base_chunks), "meta": json.dumps(_plain(meta or {}))}
-        header["sha256"] = _digest(plain, header)
-        older = self._state_files(name)
-        serial = 1 + (_serial(older[-1]) if older else 0)
-        files.write_bytes(self._states / f"{name}-{serial:06d}.safetensors", save(plain, metadata=header))
-        with files.output_errors(self._states):
-            for path in older[: 1 - _STATES_KEPT]:
-                path.unlink(missing_ok=True)
+        states.write(self._states, name, self.num_base_chunks, arrays, _plain(meta or {}))
 
     def load_state(self, name: str) -> State | None:
         """Return the newest whole state of that name that is not ahead of the base frames, or None.
 
         A damaged state (every state carries a checksum) and one whose frames are gone are skipped and removed.
         """
-        for path in reversed(self._state_files(name)):
-            state = _read_state(path)
-            if state is not None and state.index <= self.num_base_chunks:
-                return state
-            with files.output_errors(path):
-                path.unlink(missing_ok=True)
-        return None
+        return states.newest(self._states, name, self.num_base_chunks)
 
     def resume_point(self, name: str) -> State | None:
         """Return `load_state` and drop the base chunks that it does not account for (all of them when it is None).
@@ -412,46 +376,6 @@ class RunDirectory:
                 self._segments.pop().path.unlink(missing_ok=True)
             files.sync_directory(self._base)
         return state
-
-    def _state_files(self, name: str) -> list[Path]:
-        """The states of a name, oldest first."""
-        return sorted(self._states.glob(f"{name}-*.safetensors"), key=_serial)
-
-
-def _serial(path: Path) -> int:
-    return int(path.stem.rpartition("-")[2])
-
-
-def _array(value: Any) -> npt.NDArray[Any]:
-    import numpy as np
-
-    if not isinstance(value, np.ndarray):
-        value = value.detach().cpu()
-        value = (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
-    return np.asarray(value, order="C")
-
-
-def _digest(arrays: Mapping[str, npt.NDArray[Any]], header: Mapping[str, str]) -> str:
-    """Hash a state; safetensors itself loads flipped bits without complaint."""
-    digest = hashlib.sha256(f"{header['index']} {header['meta']}".encode())
-    for name in sorted(arrays):
-        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        digest.update(arrays[name].tobytes())
-    return digest.hexdigest()
-
-
-def _read_state(path: Path) -> State | None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            header = file.metadata() or {}
-            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-        if _digest(arrays, header) != header["sha256"]:
-            return None
-        return State(int(header["index"]), arrays, json.loads(header["meta"]))
-    except (SafetensorError, OSError, ValueError, KeyError):
-        return None
 
 
 def _plain(value: Any) -> Any:
