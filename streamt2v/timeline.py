@@ -61,6 +61,14 @@ def parse_time(text: str, fps: float) -> int:
     return round((float(seconds) if seconds else 60 * int(minutes) + int(rest)) * fps)
 
 
+def parse_at(pair: str) -> tuple[str, str]:
+    """Split ``TIME=PROMPT``. Raises ConfigError where one of them is missing."""
+    time, equals, text = pair.partition("=")
+    if not equals:
+        raise ConfigError("--at needs a time and a prompt", 'it must look like --at 10s "a blue ball"')
+    return time, text
+
+
 def read_timeline(path: Path) -> list[tuple[str, str]]:
     """Read times and prompts from a TOML or JSON file.
 

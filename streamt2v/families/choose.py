@@ -1,4 +1,4 @@
-"""Stage-1 models of others: what a user names becomes a folder, and a folder becomes a pipeline of diffusers.
+"""Third-party models for the first frames: what a user names becomes a folder, which says what kind of pipeline it is.
 
 A name is a row of `weights.toml`, `hub:OWNER/NAME` or a local folder. A folder is data: only safetensors are read, only
 classes of diffusers and transformers are built, and every parameter must come from the files. Nothing heavy is imported

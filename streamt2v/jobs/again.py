@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from streamt2v import files, weights
 from streamt2v.config import RunConfig, exact_rate, merge
@@ -18,7 +18,7 @@ from streamt2v.jobs.recipe import recipe_of, recorded_run
 
 
 def resumed(path: Path) -> Job:
-    """Return the job of the unfinished run of an output, or in a run directory, as it was asked.
+    """Return the job of an unfinished run, as it was first asked for; `path` is its output or its run directory.
 
     Raises:
         ResumeError: there is none, or its record is damaged.
@@ -29,10 +29,8 @@ def resumed(path: Path) -> Job:
         source, image = (_found_again(name, output, recipe, local) for name in ("source", "image"))
         settings = merge(recipe["config"], {"image": "" if image is None else str(image)})
         preview = _moved("preview", output, local)
-        return Job(
-            recipe["command"], settings, output, source, local.get("device", recipe["device"]), resume=True,
-            keep_run=local["keep_run"], preview=preview,
-        )  # fmt: skip
+        device, keep_run = local.get("device", recipe["device"]), local["keep_run"]
+        return Job(recipe["command"], settings, output, source, device, resume=True, keep_run=keep_run, preview=preview)
     except (KeyError, TypeError, AttributeError) as error:
         hint = "continue it by the command that began it, with --resume"
         raise ResumeError(f"{run_directory.directory_for(output)} does not say how it was begun", hint) from error
@@ -85,10 +83,16 @@ def verify(path: Path) -> dict[str, Any]:
     return {"video": str(path), "frames": frames, "seconds": float(frames / found.fps), "digest": digest}
 
 
-def rerun(
-    path: Path, source: Path | None, given: Mapping[str, str | None]
-) -> tuple[str, RunConfig, dict[str, Any]]:  # fmt: skip
-    """Read from a video how to make it again: the command, its settings, and what `Job.like` takes.
+class Again(NamedTuple):
+    """How to make a video again: the command, its settings, and what `Job.like` takes."""
+
+    command: str
+    settings: RunConfig
+    like: dict[str, Any]
+
+
+def rerun(path: Path, source: Path | None, given: Mapping[str, str | None]) -> Again:
+    """Read from a video how to make it again.
 
     Anybody may have written the recipe. It may set what is made; paths and models that others published are the
     user's to choose.
@@ -125,7 +129,7 @@ def rerun(
             raise InputError(f"{file} is not what {path} was made from: that had {was.get('bytes')} bytes")
     threads = recipe.get("threads")
     like = {"memory": recipe.get("memory"), "threads": threads if type(threads) is int and 0 < threads < 1025 else None}
-    return command, merge(settings), like
+    return Again(command, merge(settings), like)
 
 
 def compare(path: Path, again: Path) -> list[str]:

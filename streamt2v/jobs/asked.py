@@ -17,7 +17,7 @@ from streamt2v.errors import ConfigError, FieldError
 from streamt2v.families.choose import OWN, named
 from streamt2v.jobs import again
 from streamt2v.jobs.recipe import Source
-from streamt2v.timeline import prompts_at, read_timeline
+from streamt2v.timeline import parse_at, prompts_at, read_timeline
 
 # Flags that set one thing in several places, or whose name differs from the setting's.
 _KEYS = {
@@ -196,13 +196,7 @@ def resolve(
         if "prompt" not in asked:
             known = {frame: text for frame, text in source.prompts.items() if frame < given["num_frames"]}
             layers.append({f"prompts.{frame}" if frame else "prompt": text for frame, text in known.items()})
-    rows = read_timeline(timeline) if timeline else []
-    for pair in at or []:
-        time, equals, text = pair.partition("=")
-        if not equals:
-            raise ConfigError("--at needs a time and a prompt", 'it must look like --at 10s "a blue ball"')
-        rows.append((time, text))
-    if rows:
+    if rows := [*(read_timeline(timeline) if timeline else []), *map(parse_at, at or [])]:
         fps = config.merge(*layers, from_file, given).output.fps
         if "prompt" in (found := prompts_at(rows, fps, source.frames if source else 0)) and "prompt" in given:
             raise ConfigError("two prompts are to begin at frame 0", "leave one of them out")

@@ -6,22 +6,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streamt2v import devices
 from streamt2v.config import RunConfig
 from streamt2v.jobs import run_directory
 
-if TYPE_CHECKING:
-    pass
-
 # What fixes the number and the sizes of frames and states: no run goes on after a change there.
 _FIXED = (
-    "command", "source", "config.model", "config.num_frames", "config.stream.chunk", "config.stream.overlap",
-    "config.stream.height", "config.stream.width", "config.refine.enabled", "config.refine.chunk",
-    "config.refine.overlap", "config.refine.blending", "config.refine.num_inference_steps",
-    "config.refine.reuse_interval", "config.output",
-)  # fmt: skip
+    *("command", "source", "config.model", "config.num_frames", "config.output"),
+    *(f"config.stream.{name}" for name in ("chunk", "overlap", "height", "width")),
+    *(f"config.refine.{name}" for name in ("enabled", "chunk", "overlap", "num_inference_steps", "reuse_interval")),
+)
 
 
 @dataclass(frozen=True)
@@ -91,6 +87,13 @@ class Result:
         """Describe the finished output of a job."""
         config = job.config
         return cls(
-            str(job.output), config.num_frames, width, height, config.output.fps, round(seconds, 2), config.seed,
-            config.model, round(devices.peak_memory(device) / 2**20, 1),
-        )  # fmt: skip
+            output=str(job.output),
+            frames=config.num_frames,
+            width=width,
+            height=height,
+            fps=config.output.fps,
+            seconds=round(seconds, 2),
+            seed=config.seed,
+            model=config.model,
+            peak_memory_mb=round(devices.peak_memory(device) / 2**20, 1),
+        )

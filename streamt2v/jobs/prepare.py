@@ -54,7 +54,7 @@ def prepare(job: Job, note: hub.Note = lambda text: None) -> Prepared:
 
 
 def check_wishes(config: RunConfig, prompt_needed: bool = True) -> None:
-    """Check what somebody wrote and drew: the prompts and the picture. Raises ConfigError or InputError."""
+    """Check the prompts and the picture that a user gave. Raises ConfigError or InputError."""
     prompts = (config.prompt, *config.prompts.values())
     if prompt_needed and not all(text.strip() for text in prompts):
         raise ConfigError("the prompt is empty", 'try "a red ball bouncing over the sea at sunset"')
@@ -107,7 +107,7 @@ def _check_initializer(known: Prepared) -> list[str]:
         raise ConfigError(f"model {family.name} cannot start from a picture by itself", "use --init svd")
     if not own.num_inference_steps or not (own.image_guidance_scale if run.image else own.guidance_scale):
         raise ConfigError(
-            "initialize.num_inference_steps or a guidance scale is 0, which only a model of others understands",
+            "initialize.num_inference_steps or a guidance scale is 0, which only a third-party model understands",
             "name one with --init, or set them to at least 1",
         )
     return notices

@@ -50,9 +50,16 @@ def inspect_source(path: Path) -> Source:
     recipe = recipe_of(found.comment)
     prompts = {prompt.frame: prompt.text for prompt in recorded_timeline(recipe, found.frames)}
     return Source(
-        found.frames, found.width, found.height, float(exact_rate(found.fps)), found.clock, found.damaged,
-        found.has_audio, prompts, bool(recipe),
-    )  # fmt: skip
+        frames=found.frames,
+        width=found.width,
+        height=found.height,
+        fps=float(exact_rate(found.fps)),
+        clock=found.clock,
+        damaged=found.damaged,
+        has_audio=found.has_audio,
+        prompts=prompts,
+        own=bool(recipe),
+    )
 
 
 def recipe_of(comment: str) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def directory_for(output: Path) -> Path:
 
 def output_of(path: Path) -> Path:
     """Return the output that a path means: itself, or, of a run directory, the one it belongs to."""
-    named = path if path.name else path.absolute()  # "." is the run directory that somebody stands in
+    named = path if path.name else path.absolute()  # "." is the run directory itself, for a user inside it
     return named.parent / named.name.removesuffix(_SUFFIX) if named.name.endswith(_SUFFIX) else path
 
 
@@ -76,9 +76,9 @@ def size(path: Path) -> int:
 
 
 def discard(path: Path) -> None:
-    """Remove the run directory of a finished output, which whoever made it was killed before doing or while doing."""
+    """Remove the run directory of a finished output whose maker was killed before or while it removed it."""
     if path.is_dir() and (exists(path) or (path / "lock").exists() or not any(path.iterdir())):
-        with contextlib.suppress(BusyError, OutputError):  # somebody makes the output again; or it may not be written
+        with contextlib.suppress(BusyError, OutputError):  # the output is being made again, or it may not be written
             RunDirectory(path).remove()
 
 
@@ -154,9 +154,15 @@ class RunDirectory:
 
     @classmethod
     def open(
-        cls, path: Path, recipe: Mapping[str, Any], *, resume: bool, overwrite: bool = False,
-        local: Mapping[str, Any] | None = None, may_change: Callable[[str], bool] = lambda key: False,
-    ) -> RunDirectory:  # fmt: skip
+        cls,
+        path: Path,
+        recipe: Mapping[str, Any],
+        *,
+        resume: bool,
+        overwrite: bool = False,
+        local: Mapping[str, Any] | None = None,
+        may_change: Callable[[str], bool] = lambda key: False,
+    ) -> RunDirectory:
         """Continue the run in a directory if there is one and that is wanted, else start one, clearing what is there.
 
         Args:
@@ -169,17 +175,16 @@ class RunDirectory:
 
         Raises:
             ResumeError: the run to continue has another recipe (names the first key).
-            OutputError: the directory is somebody else's, or cannot be written.
+            OutputError: the directory belongs to another program, or cannot be written.
             BusyError: another process works on it.
         """
         if path.is_dir() and any(path.iterdir()) and not exists(path) and not (path / "lock").exists():
             raise OutputError(f"{path} is not a run directory, so it is left alone", "choose another name with -o")
         run = cls(path)
         try:
-            # Looked at only now: whoever held the lock may have finished it, and removed all this.
-            changed = [] if not (resume and exists(path)) else [
-                said for key, said in differences(recorded(path).recipe, recipe) if not may_change(key)
-            ]  # fmt: skip
+            # Looked at only now: another process may have held the lock, finished the run and removed all this.
+            begun = differences(recorded(path).recipe, recipe) if resume and exists(path) else ()
+            changed = [said for key, said in begun if not may_change(key)]
             if changed and not overwrite:
                 raise ResumeError(
                     f"the run in {path} was started with {changed[0]}",
@@ -344,7 +349,7 @@ class RunDirectory:
     def save_state(self, name: str, arrays: Mapping[str, Any], meta: Mapping[str, Any] | None = None) -> None:
         """Save a named state that accounts for every base chunk stored so far; older ones but one are removed.
 
-        A generator saves before it yields the frames: whoever takes them may save a state of its own next.
+        A generator saves before it yields the frames: the consumer may save a state of its own next.
 
         Args:
             name: letters only, such as "stream".
