@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,7 @@ from streamt2v.errors import ConfigError, FieldError, InputError, OutputError, S
 from streamt2v.jobs import again, asked, prepare, run_directory
 from streamt2v.jobs.job import BEHAVIOUR, Job, Result
 from streamt2v.jobs.prepared import Prepared
-
-OF_THE_BATCH = {"resume", "resume_anyway", "overwrite", "json", "quiet", "verbose", "set"}
-"""Flags of `generate` that a row has not: they are of the whole batch, or have fields of their own."""
+from streamt2v.weights import hub
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Shared:
-    """What holds for all rows: where outputs go, arguments of `options.resolve`, and how runs behave."""
+    """What holds for all rows: where outputs go, arguments of `asked.resolve`, and how runs behave."""
 
     out_dir: Path
     arguments: Mapping[str, Any]
@@ -70,15 +68,13 @@ def shard_of(text: str) -> tuple[int, int]:
 
 
 def check(
-    rows: Sequence[Row], shared: Shared, command: Callable[..., None], shard: tuple[int, int] = (0, 1),
-    note: Callable[[str], None] = lambda text: None,
-) -> tuple[list[Task], list[Refusal]]:  # fmt: skip
+    rows: Sequence[Row], shared: Shared, shard: tuple[int, int] = (0, 1), note: hub.Note = lambda text: None
+) -> tuple[list[Task], list[Refusal]]:
     """Check the rows of one shard; ids and outputs are compared among all.
 
     Args:
         rows: all of them, in every shard.
         shared: what holds for all rows; a row's own word comes first.
-        command: the command line's `generate`, whose options rows have.
         shard: (index, count): every count-th row, from row index on.
         note: told the size of what must be fetched.
 
@@ -86,7 +82,6 @@ def check(
         OutputError: the folder of outputs cannot be made.
     """
     files.make_directory(shared.out_dir)
-    fields = {name: field for name, field in asked.fields_of(command).items() if name not in OF_THE_BATCH}
     pictures = {files.identity(Path(str(row.fields["image"]))) for row in rows if "image" in row.fields} - {None}
     tasks, refusals, seen = list[Task](), list[Refusal](), dict[tuple[str, str], int]()
     for index, (row, name) in enumerate(zip(rows, _names(rows), strict=True)):
@@ -94,7 +89,7 @@ def check(
         try:
             output = _output(row, name, shared.out_dir, seen)
             if mine:
-                task = _task(row, name, output, shared, fields, note)
+                task = _task(row, name, output, shared, note)
                 for target in filter(None, (output, task.job.preview)):
                     if files.identity(target) in pictures:
                         raise OutputError(f"{target} is the picture that a row starts from", "choose another name")
@@ -141,13 +136,11 @@ def _inside(folder: Path, field: str, name: Any) -> Path:
         raise FieldError(field, error.message, error.hint) from None
 
 
-def _task(
-    row: Row, name: str, output: Path, shared: Shared, fields: Mapping[str, asked.Field], note: Callable[[str], None]
-) -> Task:
+def _task(row: Row, name: str, output: Path, shared: Shared, note: hub.Note) -> Task:
     if row.error:
         raise ConfigError(row.error)
     own = {key: value for key, value in row.fields.items() if key not in ("id", "output")}
-    settings, arguments = asked.parse_row(own, fields)
+    settings, arguments = asked.parse_row(own)
     behaviour = {**shared.behaviour, **{key: arguments.pop(key) for key in BEHAVIOUR if key in arguments}}
     if "preview" in own:
         behaviour["preview"] = _inside(shared.out_dir, "preview", own["preview"])

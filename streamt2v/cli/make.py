@@ -73,7 +73,7 @@ def refine(
     [b]streamt2v refine ball.mp4 --strength creative -o other.mp4[/b]
     """
     output = output or source.parent / f"{source.stem}_refined.mp4"
-    _run("refine", source, output, given, prompt=prompt, fps=fps, refine_guidance=guidance)
+    _run("refine", source, output, given, prompt=prompt, fps=fps, **{"refine.guidance_scale": guidance})
 
 
 @options.knows(options.making, options.streaming, options.running, options.alone)
@@ -262,7 +262,7 @@ def batch(
     shared = tasks.Shared(out_dir, given, behaviour, overwrite)
     with terminable(FETCHING), Progress(quiet=quiet, verbose=verbose) as progress:
         part = tasks.shard_of(shard)
-        checked = tasks.check(rows.read(file), shared, generate, part, saying(quiet))
+        checked = tasks.check(rows.read(file), shared, part, saying(quiet))
         code = run.run(*checked, _follow(progress, json_output), keep_going=keep_going, ray=ray)
     raise typer.Exit(code)
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import jsonschema
 import pytest
+import typer
 
-from streamt2v import devices, errors, weights
+from streamt2v import config, devices, errors, weights
 from streamt2v.batch import here, on_ray, rows, run, tasks
-from streamt2v.cli.make import generate
-from streamt2v.jobs import run_directory
+from streamt2v.cli import app
+from streamt2v.jobs import asked, run_directory
 from streamt2v.jobs.job import Job, Result
 from streamt2v.jobs.prepared import Prepared
 from streamt2v.runs import pipeline
@@ -63,7 +64,7 @@ def check(
     """Read and check a file with options of the command line."""
     none = dict.fromkeys(("model", "preset", "quality", "config_file", "settings", "size"))
     for_all = tasks.Shared(folder, {**none, **shared}, {"threads": 1}, overwrite)
-    return tasks.check(rows.read(str(place)), for_all, generate, tasks.shard_of(shard))
+    return tasks.check(rows.read(str(place)), for_all, tasks.shard_of(shard))
 
 
 @pytest.fixture
@@ -215,6 +216,16 @@ def test_a_bad_row_names_line_and_field(line: str, field: str, said: str, tmp_pa
     assert (refusal.line, refusal.field) == (2, field)
     assert said in refusal.error.message + refusal.error.hint
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_row_may_hold_every_option_of_generate() -> None:
+    """But for those of the whole batch; `id` and `output` name the row and its video."""
+    command: Any = typer.main.get_command(app.app)
+    options = {name for option in command.commands["generate"].params for name in option.opts if name[:2] == "--"}
+    of_the_batch = {"output", "overwrite", "resume", "resume-anyway", "json", "quiet", "verbose", "set"}
+    wanted = {name[2:] for name in options} - of_the_batch
+    assert wanted <= set(asked.row_fields())
+    assert set(asked.row_fields()) <= wanted | set(config.describe())
 
 
 def test_a_row_may_turn_to_other_prompts(tmp_path: Path) -> None:
