@@ -136,7 +136,7 @@ def train(
             "--from", help="Folder with weights to start from, such as streamt2v/demo. Default: start afresh."
         ),
     ] = None,
-    device: options.DeviceOption = "auto",
+    device: options.Device = "auto",
     seed: Annotated[int, typer.Option("--seed", help="Seed of data and initial weights.")] = 0,
     steady: Annotated[
         bool, typer.Option("--steady", help="Keep the learning rate to the end: this run will be continued.")

@@ -10,7 +10,7 @@ import typer
 from streamt2v import config, files
 from streamt2v.cli import options
 from streamt2v.cli.progress import Progress
-from streamt2v.cli.terminal import complain, emit, plain, saying, terminable
+from streamt2v.cli.terminal import complain, emit, plain, terminable
 from streamt2v.errors import ConfigError, VideoError, WeightsError
 from streamt2v.jobs import again, prepare, run_directory
 from streamt2v.jobs.recipe import describe_video, look
@@ -97,15 +97,13 @@ def evaluate(
     except ImportError as error:
         hint = 'install what it needs with `pip install "streamt2v[metrics]"`'
         raise ConfigError(f"evaluate cannot start: {error}", hint) from error
-    settings = evaluation.Settings(
-        prompt, against, None if seams is None else evaluation.parse_seams(seams), window, flow_size, clip,
-        clip_every, device,
-    )  # fmt: skip
+    begins = None if seams is None else evaluation.parse_seams(seams)
+    settings = evaluation.Settings(prompt, against, begins, window, flow_size, clip, clip_every, device)
     targets = [target for target in (report_file, csv_file, frames_csv) if target is not None]
     for number, target in enumerate(targets):
         prepare.check_target(target, overwrite, *videos, against, *targets[:number])
     with terminable("stopped; nothing was written"), Progress(quiet=quiet) as progress:
-        results, failures = evaluation.evaluate(videos, settings, progress, saying(quiet))
+        results, failures = evaluation.evaluate(videos, settings, progress, progress.say)
     for failure in failures[not results :]:
         complain(f"error: {failure.message}", failure.hint)
     if not results:

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn, TextIO
@@ -37,11 +37,6 @@ def silence(stream: TextIO) -> None:
 
 
 FETCHING = "stopped; the same command goes on where it stopped"
-
-
-def saying(quiet: bool) -> Callable[[str], None]:
-    """Return what says a line on stderr, unless only errors are wanted."""
-    return (lambda text: None) if quiet else say
 
 
 def emit(text: str, out: TextIO | None = None) -> None:
