@@ -22,7 +22,7 @@ from streamt2v.models.cam import CamConfig, ConditionalAttention
 from streamt2v.models.restorer import PixelCodec, PixelCodecConfig, Restorer, RestorerConfig
 from streamt2v.models.unet3d import UNet3D, UNet3DConfig
 from streamt2v.weights import catalog, header, inventory, networks
-from tests.unit.weights.conftest import TOY
+from tests.weights.conftest import TOY
 
 UNET = UNet3DConfig(
     block_out_channels=(8, 16),

@@ -10,8 +10,8 @@ import pytest
 from streamt2v.cli import doctor
 from streamt2v.errors import OutputError
 from streamt2v.media import ffmpeg, reading, seal, sound
-from tests.unit.test_video import RATES, written
-from tests.unit.test_video import samples as samples
+from tests.media.test_video import RATES, written
+from tests.media.test_video import samples as samples
 
 
 @pytest.fixture

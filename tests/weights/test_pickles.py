@@ -22,7 +22,7 @@ from streamt2v.errors import WeightsError
 from streamt2v.weights import pickles
 from tests import checkpoints as tiny
 from tests.checkpoints import REFINER
-from tests.unit.weights.test_convert import SHAPES, make, tiny_convert
+from tests.weights.test_convert import SHAPES, make, tiny_convert
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None:
