@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -35,6 +36,16 @@ def stamp(path: Path) -> tuple[int, int, int] | None:
         status = path.stat()
         return status.st_ino, status.st_size, status.st_mtime_ns
     return None
+
+
+def hashed(path: Path, size: int | None = None) -> hashlib._Hash:
+    """Hash a file, or its first `size` bytes, with SHA-256."""
+    sha256, left = hashlib.sha256(), path.stat().st_size if size is None else size
+    with path.open("rb") as file:
+        while left > 0 and (data := file.read(min(left, 1 << 20))):
+            sha256.update(data)
+            left -= len(data)
+    return sha256
 
 
 def identity(path: Path) -> tuple[int, int] | None:

@@ -46,7 +46,7 @@ def test_the_file_holds_the_same(fps: Fraction, tmp_path: Path, monkeypatch: pyt
 
 
 def test_sound_needs_the_binary(tmp_path: Path, samples: Path, no_binary: None) -> None:
-    with pytest.raises(OutputError, match="sound is copied by imageio-ffmpeg, which is not here"):
+    with pytest.raises(OutputError, match="sound is copied with imageio-ffmpeg, which is not installed"):
         sound.carry(samples / "aac.mp4", Fraction(1))  # before any work
 
 
