@@ -1,8 +1,8 @@
-"""A file of jobs to many videos: every row is checked before the first begins; then one by one here, or on Ray.
+"""Rows of a batch to tasks: every row is checked before the first job starts.
 
-A row is what `generate` takes. Its output is found again by its name and compared by its recipe: what is finished is
-left alone, what was stopped goes on, what was made with other settings is an error. So the same command can be given
-again until everything is there.
+A row holds what `generate` takes. Its output is found again by name and compared by recipe: a finished video is left
+alone, an interrupted run continues, a video made with other settings is an error. So the same command can be repeated
+until everything is there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from streamt2v.weights import hub
 
 @dataclass(frozen=True)
 class Task:
-    """A job that can run, or was finished before: then `made` says what is there."""
+    """A job that can run, or that is already finished: then `made` describes its output."""
 
     id: str
     line: int
@@ -36,7 +36,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A row that cannot be used."""
+    """An invalid row."""
 
     id: str
     line: int
@@ -44,14 +44,14 @@ class Refusal:
 
     @property
     def field(self) -> str:
-        """The field that is wrong, empty where it is not a single one."""
+        """The invalid field; empty if it is not a single one."""
         known = {"input": "image", "output": "output", "weights": "model"}
         return self.error.field if isinstance(self.error, FieldError) else known.get(self.error.code, "")
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What holds for all rows: where outputs go, arguments of `asked.resolve`, and how runs behave."""
+    """What all rows share: the output folder, arguments of `asked.resolve`, and how runs behave."""
 
     out_dir: Path
     arguments: Mapping[str, Any]
@@ -60,7 +60,7 @@ class Shared:
 
 
 def shard_of(text: str) -> tuple[int, int]:
-    """Turn ``i/n`` into (i - 1, n). Raises ConfigError: it is not like 1/4."""
+    """Parse ``i/n`` into (i - 1, n). Raises ConfigError."""
     part, _, parts = text.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and len(text) < 20 and 1 <= int(part) <= int(parts)):
         raise ConfigError(f"--shard is {text!r}, it must look like 1/4 (part 1 of 4)")
@@ -70,13 +70,13 @@ def shard_of(text: str) -> tuple[int, int]:
 def check(
     rows: Sequence[Row], shared: Shared, shard: tuple[int, int] = (0, 1), note: hub.Note = lambda text: None
 ) -> tuple[list[Task], list[Refusal]]:
-    """Check the rows of one shard; ids and outputs are compared among all.
+    """Check the rows of one shard; ids and outputs must be unique among all rows.
 
     Args:
-        rows: all of them, in every shard.
-        shared: what holds for all rows; a row's own word comes first.
-        shard: (index, count): every count-th row, from row index on.
-        note: told the size of what must be fetched.
+        rows: all rows, whatever the shard.
+        shared: what all rows share; the row's own fields win.
+        shard: (index, count): every count-th row, starting with row `index`.
+        note: called with the size of what has to be fetched.
 
     Raises:
         OutputError: the folder of outputs cannot be made.
@@ -101,7 +101,7 @@ def check(
 
 
 def _names(rows: Sequence[Row]) -> list[str]:
-    """Give every row an id: its own, its output's name, or the words of its prompt; counted where those are alike."""
+    """Give every row an id: its own, its output's name, or the words of its prompt, numbered where these repeat."""
     given = [str(row.fields.get("id", str(row.fields.get("output", "")).removesuffix(".mp4"))) for row in rows]
     names, taken, alike = list[str](), {name.casefold() for name in given}, Counter[str]()
     for row, own in zip(rows, given, strict=True):
@@ -116,16 +116,16 @@ def _names(rows: Sequence[Row]) -> list[str]:
 
 
 def _output(row: Row, name: str, folder: Path, seen: dict[tuple[str, str], int]) -> Path:
-    """Return the output of a row, a place inside the folder that no row before it has; nor has one its preview."""
+    """Return the output of a row: inside the folder, and like its preview not used by an earlier row."""
     own = row.fields.get("output")
     if own is not None and not isinstance(own, str):
-        raise FieldError("output", f"output is to be of type str, not {own!r}", "write the name in quotes")
+        raise FieldError("output", f"output is {own!r}, it must be of type str", "write the name in quotes")
     path = _inside(folder, "id", f"{name}.mp4") if own is None else _inside(folder, "output", own)
     preview = [("preview", str(row.fields["preview"]))] if "preview" in row.fields else []
     for field, value in (("id", name), ("output", str(path)), *preview):
         before = seen.setdefault((field, value.casefold()), row.line)
         if before != row.line:
-            raise FieldError(field, f"{field} {value!r} is that of line {before} already", "give each row its own")
+            raise FieldError(field, f"{field} {value!r} is already used in line {before}", "give each row its own")
     return path
 
 
@@ -172,5 +172,5 @@ def _task(row: Row, name: str, output: Path, shared: Shared, note: hub.Note) -> 
 
 
 def _seed(name: str) -> int:
-    """Return the seed of a row that names none: the same for the same id, today and on every machine."""
+    """Return the seed of a row without one: always the same for the same id, on every machine."""
     return int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:4]) >> 1

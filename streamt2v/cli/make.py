@@ -1,4 +1,4 @@
-"""Commands that make videos: generate, refine, extend, resume, rerun, batch; plan and bench."""
+"""The commands that make videos: generate, refine, extend, resume, rerun and batch; and plan and bench."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ _RUNNING = (options.computing, options.writing, options.talking)
 
 
 def default_output(prompt: str, seed: int) -> Path:
-    """Return a file name made of the date, the prompt's letters and the seed."""
+    """Return a file name made of the date, the words of the prompt and the seed."""
     return Path(f"{datetime.now():%Y%m%d-%H%M%S}_{files.slug(prompt)}_{seed}.mp4")
 
 
@@ -40,9 +40,9 @@ def generate(
 ) -> None:
     """Make a video from a prompt.
 
-    The demo model knows red, green, blue, yellow, purple or white; ball, star, cube or fish;
+    The demo model knows red, green, blue, yellow, purple and white; ball, star, cube and fish;
 
-    drifting left or right, bouncing, rising or circling; sea, meadow, desert or city; day, sunset or night.
+    drifting left or right, bouncing, rising and circling; sea, meadow, desert and city; day, sunset and night.
 
     [b]streamt2v generate "a red ball bouncing over the sea at sunset" --frames 240 -o ball.mp4[/b]
 
@@ -60,7 +60,7 @@ def refine(
     source: Annotated[Path, typer.Argument(help="The video to refine.", show_default=False)],
     output: options.Output = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="What it shows. Default: the video's own prompts.")
+        str | None, typer.Option("--prompt", help="What the video shows. Default: its own prompts.")
     ] = None,
     fps: options.SourceFps = None,
     guidance: Annotated[
@@ -68,7 +68,7 @@ def refine(
     ] = None,
     **given: Any,
 ) -> None:
-    """Refine a video of any length: same frames, same sound, more detail.
+    """Refine a video of any length: more detail, the same number of frames, the same sound.
 
     [b]streamt2v refine holiday.mp4 -o holiday_hd.mp4 --size 1920x1080[/b]
 
@@ -81,15 +81,15 @@ def refine(
 @options.knows(options.making, options.streaming, *_RUNNING, options.alone)
 def extend(
     source: Annotated[Path, typer.Argument(help="The video to continue.", show_default=False)],
-    frames: Annotated[int, typer.Option("--frames", "-n", help="Frames of the whole result, the source's included.")],
+    frames: Annotated[int, typer.Option("--frames", "-n", help="Frames of the whole result, source included.")],
     output: options.Output = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="What it shows. Default: the video's last prompt.")
+        str | None, typer.Option("--prompt", help="What the video shows. Default: its last prompt.")
     ] = None,
     fps: options.SourceFps = None,
     **given: Any,
 ) -> None:
-    """Continue a video: its own frames, then new ones that follow from its last 16.
+    """Continue a video: its own frames, then new ones generated from its last 16.
 
     [b]streamt2v extend ball.mp4 --frames 240 -o longer.mp4[/b]
 
@@ -115,13 +115,13 @@ def _run(command: str, source: Path | None, output: Path | None, given: dict[str
 
 
 def _talking(given: dict[str, Any]) -> tuple[Progress, bool]:
-    """Take from options how a command reports: its progress, and whether the result is JSON."""
+    """Take out of the options how a command reports: its progress, and whether the result is JSON."""
     quiet, verbose, as_json = (given.pop(name) for name in ("quiet", "verbose", "json_output"))
     return Progress(quiet, verbose), as_json
 
 
 def _behaviour(given: dict[str, Any], *inputs: Path) -> dict[str, Any]:
-    """Take from options what says how a run behaves; note the files that the command reads."""
+    """Take out of the options those that say how a run behaves, and add the files that the command reads."""
     behaviour = {name: given.pop(name) for name in BEHAVIOUR if name in given}
     if behaviour.get("resume_anyway"):
         behaviour["resume"] = True
@@ -130,7 +130,7 @@ def _behaviour(given: dict[str, Any], *inputs: Path) -> dict[str, Any]:
 
 def _make(job: Job, progress: Progress) -> Result:
     with terminable(FETCHING):
-        # Everything cheap is checked before torch is imported or a model loads.
+        # All cheap checks come before torch is imported or a model loads.
         known = prepare.prepare(job, progress.say)
     for notice in known.notices:
         progress.say(notice)
@@ -155,13 +155,14 @@ def _tell_plan(job: Job, as_json: bool) -> None:
 def resume(
     run: Annotated[Path, typer.Argument(help="The output, or its run directory OUT.streamt2v.", show_default=False)],
     device: Annotated[
-        str | None, typer.Option("--device", help="Another device of the same kind and name. Default: where it began.")
+        str | None,
+        typer.Option("--device", help="Another device of the same kind and name. Default: the one the run began on."),
     ] = None,
     **given: Any,
 ) -> None:
-    """Continue an interrupted run as it was begun, to the same frames.
+    """Continue an interrupted run with its own settings; the frames are those of an uninterrupted one.
 
-    The same command with --resume does it too, and --resume-anyway with other settings.
+    Repeating the original command with --resume does the same; with --resume-anyway, settings may change.
 
     [b]streamt2v resume ball.mp4[/b]
     """
@@ -183,15 +184,17 @@ def rerun(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The file to write. Default: VIDEO_rerun.mp4, of its kind.")
     ] = None,
-    source: Annotated[Path | None, typer.Option("--source", help="What VIDEO was refined or extended from.")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--source", help="The video that VIDEO was refined or extended from.")
+    ] = None,
     image: options.Image = None,
     init: options.Init = None,
     image_init: options.ImageInit = None,
     **given: Any,
 ) -> None:
-    """Make a video again by the recipe inside it, and compare the frames: exit code 10 where they differ.
+    """Make a video again from the recipe inside it and compare the frames; exit code 10 if they differ.
 
-    The recipe decides what is made. Paths, the device, and models that weights.toml does not know, only you can name.
+    The recipe decides what is made. Paths, the device and models that weights.toml does not list have to be given.
 
     [b]streamt2v rerun ball.mp4 -o again.mp4[/b]
 
@@ -216,10 +219,10 @@ def rerun(
 
 
 class RayCommand(typer.core.TyperCommand):
-    """A command whose --ray may stand without an address: typer has no options with an optional value."""
+    """A command whose --ray needs no address, because typer has no options with an optional value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Give a bare --ray its value; an address is auto, local, or has a colon."""
+        """Give a bare --ray its value; an address is auto, local or contains a colon."""
         for index, after in enumerate([*args[1:], ""]):
             if args[index] == "--ray" and not re.search("^(auto|local)$|:", after):
                 args[index] = "--ray=local"
@@ -231,31 +234,32 @@ def batch(
     file: Annotated[
         str,
         typer.Argument(
-            metavar="JOBS", show_default=False, help="Rows in .jsonl, .toml, .csv, .txt (a prompt a line); - is stdin."
+            metavar="JOBS",
+            show_default=False,
+            help="Rows in .jsonl, .toml, .csv or .txt (one prompt per line); - is stdin.",
         ),
     ],
     out_dir: Annotated[
-        Path, typer.Option("--out-dir", help="Folder of the videos; no row writes elsewhere.", show_default=False)
+        Path, typer.Option("--out-dir", help="Folder for the videos; no row writes elsewhere.", show_default=False)
     ],
     frames: options.Frames = None,
     fps: options.Fps = None,
-    keep_going: Annotated[
-        bool, typer.Option("--keep-going", help="Make what can be made when rows are wrong or jobs fail.")
-    ] = False,
+    keep_going: Annotated[bool, typer.Option("--keep-going", help="Go on when rows are invalid or jobs fail.")] = False,
     shard: Annotated[
-        str, typer.Option("--shard", metavar="I/N", help="Only every Nth row, from the Ith on: one part a machine.")
+        str,
+        typer.Option("--shard", metavar="I/N", help="Only every Nth row, starting with the Ith: one part per machine."),
     ] = "1/1",
     ray: Annotated[
         str | None,
-        typer.Option("--ray", metavar="[ADDRESS]", help="Run on Ray: auto, HOST:PORT, or nothing to start it here."),
+        typer.Option("--ray", metavar="[ADDRESS]", help="Run on Ray: auto, HOST:PORT, or no address to start it here."),
     ] = None,
     **given: Any,
 ) -> None:
-    """Make many videos: a row is a prompt and any option of generate, by its name: frames, refine-steps, stream.eta.
+    """Make many videos: each row is a prompt with any option of generate by name, such as frames or refine-steps.
 
-    Options given here hold for rows that do not say otherwise. Rows without a seed get one from their id or prompt.
-    What is finished is not made again, what was stopped goes on; --overwrite makes rows again that were changed.
-    With --json every event is a line on stdout.
+    Settings such as stream.eta work too. Options given here apply to rows that do not set them. Rows without a seed get
+    one from their id or prompt. Finished videos are skipped, interrupted ones continue; --overwrite makes changed rows
+    again. With --json every event is a line on stdout.
 
     [b]streamt2v batch jobs.jsonl --out-dir videos[/b]
 
@@ -266,7 +270,11 @@ def batch(
     progress, as_json = _talking(given)
     behaviour = _behaviour(given, Path(file))
     overwrite = behaviour.pop("overwrite")
-    given |= {"frames": frames, "fps": fps, "device": None if ray else behaviour["device"]}  # a cluster has its own
+    given |= {
+        "frames": frames,
+        "fps": fps,
+        "device": None if ray else behaviour["device"],
+    }  # a cluster has its own devices
     shared = tasks.Shared(out_dir, given, behaviour, overwrite)
     with terminable(FETCHING), progress:
         part = tasks.shard_of(shard)
@@ -276,8 +284,8 @@ def batch(
 
 
 def _follow(progress: Progress, as_json: bool) -> events.Tell:
-    """Return what shows the events of a batch: results on stdout, all else on stderr; with JSON all on stdout too."""
-    out = sys.stdout  # which Ray must not share
+    """Return a function that shows the events of a batch: results or JSON on stdout, text on stderr."""
+    out = sys.stdout  # Ray replaces it
 
     def tell(event: events.Event) -> None:
         job = event.get("job", "")
@@ -292,7 +300,7 @@ def _follow(progress: Progress, as_json: bool) -> events.Tell:
         elif event["type"] == "warning":
             progress.note(f"{job}: {event['message']}", warning=True)
         elif "jobs" in event:
-            progress.say("{made} made, {there} there already, {failed} failed, {left} left".format(**event))
+            progress.say("{made} made, {there} already there, {failed} failed, {left} left".format(**event))
         else:
             progress.end(*(f"{job} {stage}" for stage in ("stream", "refine")))
             if event["ok"] and not as_json:
@@ -315,7 +323,7 @@ def plan(
     json_output: options.Json = False,
     **given: Any,
 ) -> None:
-    """Show chunks, memory and time of a run without loading any weights.
+    """Show the chunks, memory and time of a run without loading any weights.
 
     [b]streamt2v plan "a red ball over the sea" --frames 1200[/b]
 
@@ -329,12 +337,12 @@ def plan(
 
 @options.knows(options.making, options.streaming, options.starting, options.computing, options.talking)
 def bench(
-    frames: Annotated[int, typer.Option("--frames", "-n", help="Length that the time is then told for.")] = 1200,
+    frames: Annotated[int, typer.Option("--frames", "-n", help="Length to state the time for.")] = 1200,
     **given: Any,
 ) -> None:
-    """Measure this machine: make a short video, throw it away, and show what a long one will take.
+    """Measure this machine: make a short video, discard it, and show what a long one will take.
 
-    From then on `plan` knows, for the same model, sizes and steps.
+    From then on `plan` knows the time for the same model, sizes and steps.
 
     [b]streamt2v bench[/b]
 

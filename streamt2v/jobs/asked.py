@@ -196,6 +196,6 @@ def resolve(
     if rows:
         fps = config.merge(*layers, from_file, given).output.fps
         if "prompt" in (found := prompts_at(rows, fps, source.frames if source else 0)) and "prompt" in given:
-            raise ConfigError("two prompts are to begin at frame 0", "leave one of them out")
+            raise ConfigError("two prompts begin at frame 0", "leave one of them out")
         given.update(found)
     return config.merge(*layers, from_file, given)

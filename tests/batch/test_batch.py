@@ -144,7 +144,7 @@ def test_standard_input(text: str, tmp_path: Path) -> None:
         ("jobs.yaml", "a: 1", 2, "known: .jsonl"),
         ("jobs.jsonl", "\n\n", 2, "holds no jobs"),
         ("jobs.toml", "[[job]]\nprompt = 'x'", 2, "'job' is not known"),
-        ("jobs.toml", "jobs = [1]", 2, "is not like"),
+        ("jobs.toml", "jobs = [1]", 2, "does not look like"),
         ("jobs.toml", "[[jobs]]\nprompt = = 1", 2, "line 2"),
         ("jobs.csv", "prompt,prompt\na,b\n", 2, "same name"),
         ("jobs.csv", 'prompt\n"a red ball\n', 2, "cannot be read as csv"),
@@ -201,9 +201,9 @@ MISTAKES = [
     ('{"prompt": ["a"]}', "prompt", "of type str"),
     (r'{"prompt": "\ud800"}', "", "not valid text"),
     ("{}", "prompt", "empty"),
-    ('["a"]', "", "is not like"),
-    ('{"prompt": ', "", "no JSON object"),
-    ("[" * 9000, "", "no JSON object"),
+    ('["a"]', "", "does not look like"),
+    ('{"prompt": ', "", "not a JSON object"),
+    ("[" * 9000, "", "not a JSON object"),
 ]
 
 
@@ -242,7 +242,7 @@ def test_a_bad_row_of_a_table_of_text(tmp_path: Path) -> None:
     [task], [first, second] = check(path, tmp_path)
     assert task.line == 2
     assert (first.line, first.field) == (4, "frames")
-    assert (second.line, "cell 3 stands in a column without a name" in second.error.message) == (5, True)
+    assert (second.line, "cell 3 is in a column without a name" in second.error.message) == (5, True)
 
 
 NAMES = [
@@ -453,7 +453,7 @@ def test_what_is_no_video_of_ours_is_kept(tmp_path: Path, capsys: pytest.Capture
     assert call("batch", path, "--out-dir", tmp_path / "a.mp4") == 5
     assert "is not a folder" in capsys.readouterr().err
     assert call("batch", path, "--out-dir", tmp_path, "--keep-going") == 9
-    assert "correct the rows" in capsys.readouterr().err
+    assert "correct the invalid rows" in capsys.readouterr().err
     assert (tmp_path / "a.mp4").read_text() == "precious"
 
 

@@ -67,4 +67,4 @@ def test_a_full_disk_is_said(tmp_path: Path, no_binary: None, monkeypatch: pytes
 def test_the_doctor_says_what_that_means(no_binary: None) -> None:
     found = doctor._ffmpeg()
     assert found.ok
-    assert "PyAV writes videos, and their sound is not copied" in found.found
+    assert "PyAV writes the videos, and sound is not copied" in found.found
