@@ -282,5 +282,5 @@ def test_a_broken_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="missing"):
         networks.load_tokenizer(path)
     path.write_text("{}")
-    with pytest.raises(WeightsError, match="no tokenizer"):
+    with pytest.raises(WeightsError, match="not a tokenizer"):
         networks.load_tokenizer(path)
