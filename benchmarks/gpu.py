@@ -175,7 +175,7 @@ def rules(small: bool) -> None:
         held.clear()
         if not small:
             torch.cuda.empty_cache()
-    files = ["tests/unit/test_devices.py", *([] if small else ["tests/unit/test_speed.py"])]
+    files = ["tests/test_devices.py", *([] if small else ["tests/benchmarks/test_speed.py"])]
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=--import-mode=importlib", "-W", "default", *files]
     ended = subprocess.run([*command, "-m", "gpu"], cwd=ROOT, capture_output=True, text=True)
     last = (ended.stdout.strip() or ended.stderr.strip()).splitlines()[-1:]

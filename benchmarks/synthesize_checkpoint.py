@@ -79,7 +79,7 @@ def fill(path: Path) -> None:
 
 def measure(source: Path, destination: Path) -> dict[str, Any]:
     """Convert in a process of its own and return time and peak resident memory."""
-    code = "import sys; from streamt2v.cli import main; main(['weights', 'convert', *sys.argv[1:]])"
+    code = "import sys; from streamt2v.cli.app import main; main(['weights', 'convert', *sys.argv[1:]])"
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code, source, destination], check=True, capture_output=True, text=True)
     seconds = time.monotonic() - began

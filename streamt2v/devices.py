@@ -1,4 +1,4 @@
-"""The device a run computes on: its name, its threads, its memory. No other file decides any of these.
+"""The device a run computes on: its name, threads and memory. No other file decides any of these.
 
 Torch is imported when a device is resolved, not with this module.
 """
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 BACKEND = "inductor"  # of torch.compile
-# CUDA, HIP, MPS and Triton say the first, cuBLAS and cuDNN the second, the allocator of a CPU the third.
+# The words of CUDA, HIP, MPS and Triton; of cuBLAS and cuDNN; of the CPU allocator.
 _OUT_OF_MEMORY = re.compile(r"out of memory|_STATUS_ALLOC_FAILED|allocate memory", re.IGNORECASE)
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device that is there, `name` as torch spells it: "cpu", "cuda:0", "mps"."""
+    """A device of this machine; `name` as torch spells it: "cpu", "cuda:0", "mps"."""
 
     name: str
 
@@ -47,7 +47,7 @@ class Device:
 
 
 class Glance(NamedTuple):
-    """What can be known of a device without torch: its kind, its free bytes, and the name of a GPU."""
+    """What can be known of a device without torch: its kind, free bytes, and the name of a GPU."""
 
     kind: str
     free: int
@@ -55,16 +55,16 @@ class Glance(NamedTuple):
 
 
 def resolve(name: str = "auto") -> Device:
-    """Find a device by name; a CUDA device becomes the one that this process works on.
+    """Find a device by name; a CUDA device becomes the current one of this process.
 
-    CUDA devices are counted in the order of their slots, as nvidia-smi does, unless CUDA_DEVICE_ORDER says otherwise;
-    and only those that CUDA_VISIBLE_DEVICES leaves.
+    CUDA devices are numbered by slot, as in nvidia-smi, unless CUDA_DEVICE_ORDER says otherwise; only those in
+    CUDA_VISIBLE_DEVICES count.
 
     Args:
         name: "auto" (the first CUDA device, else MPS, else the CPU), "cpu", "cuda", "cuda:N" or "mps".
 
     Raises:
-        ConfigError: the name means nothing, or this machine has no such device.
+        ConfigError: the name is invalid, or this machine has no such device.
     """
     kind, index = parse(name)
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
@@ -80,24 +80,24 @@ def resolve(name: str = "auto") -> Device:
         if int(index or 0) >= count:
             why = "" if torch.version.cuda or torch.version.hip else "; the installed torch is a CPU build"
             found = f"{count} CUDA device{'s' if count != 1 else ''}"
-            raise ConfigError(f"{name!r} is not there: torch finds {found}{why}", "use --device cpu, or auto")
+            raise ConfigError(f"there is no {name!r}: torch finds {found}{why}", "use --device cpu, or auto")
     if kind != "cuda":
         return Device(kind)
-    # Else memory would be pinned, and events recorded, by the first device.
+    # Otherwise the first device would pin memory and record events.
     torch.cuda.set_device(int(index or 0))
     return Device(f"cuda:{int(index or 0)}")
 
 
 def parse(name: str) -> tuple[str, str]:
-    """Split the name of a device into kind and index ("" where it has none); ConfigError where it means nothing."""
+    """Split the name of a device into kind and index ("" if it has none). Raises ConfigError for an invalid name."""
     kind, _, index = name.partition(":")
     if kind not in ("auto", "cpu", "cuda", "mps") or (":" in name and not (kind == "cuda" and index.isdecimal())):
-        raise ConfigError(f"{name!r} is no device", "devices are auto, cpu, cuda, cuda:0, cuda:1, ... and mps")
+        raise ConfigError(f"{name!r} is not a device", "devices are auto, cpu, cuda, cuda:0, cuda:1, ... and mps")
     return kind, index
 
 
 def card(device: Device) -> str:
-    """Name of a GPU; "" for other devices. Two of one name compute the same bits."""
+    """Return the name of a GPU, "" for other devices. Two GPUs of the same name compute the same bits."""
     if device.kind != "cuda":
         return ""
     import torch
@@ -106,17 +106,17 @@ def card(device: Device) -> str:
 
 
 def caution(kind: str) -> str:
-    """What a user should know before a run on a kind of device; "" where there is nothing to say."""
+    """Return what users should know before a run on a kind of device, or ""."""
     if kind != "mps":
         return ""
     return (
-        "streamt2v was never tried on MPS: its attention keeps all pairs of positions there, so large frames take far "
-        "more memory than is stated; --device cpu is tested"
+        "streamt2v was never tested on MPS, where attention stores all pairs of positions, so large frames take far "
+        "more memory than stated; --device cpu is tested"
     )
 
 
 def describe(device: Device) -> str:
-    """One line for people: the device, its size and its number format."""
+    """Describe a device in one line: its name and its size."""
     import torch
 
     if device.kind == "cuda":
@@ -126,7 +126,7 @@ def describe(device: Device) -> str:
 
 
 def usable_cpus() -> int:
-    """Cores that this process may use: its affinity, and the quota of its container when there is one."""
+    """Return the number of cores this process may use, by its affinity and the quota of its container."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = _first_line("/sys/fs/cgroup/cpu.max").partition(" ")
     if quota.isdecimal() and period.isdecimal():
@@ -135,34 +135,34 @@ def usable_cpus() -> int:
 
 
 def default_threads() -> int:
-    """Threads of a run that asks for none in particular: OMP_NUM_THREADS, else all usable cores."""
+    """Return the number of threads of a run that does not set it: OMP_NUM_THREADS, else all usable cores."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return int(asked) if asked.isdecimal() and int(asked) > 0 else usable_cpus()
 
 
 def set_threads(threads: int | None = None) -> int:
-    """Fix the number of threads of CPU maths, and return it; None means `default_threads`.
+    """Set the number of threads for maths on the CPU and return it; None means `default_threads`.
 
-    The number is part of what makes a run repeatable: sums split over other numbers of threads round differently.
+    A run is only repeatable with the same number: sums split over other numbers of threads round differently.
 
     Raises:
-        ConfigError: fewer than one thread is asked for.
+        ConfigError: fewer than one thread.
     """
     import torch
 
     if threads is not None and threads < 1:
-        raise ConfigError(f"{threads} threads cannot compute", "use --threads 1 or more")
+        raise ConfigError(f"a run cannot have {threads} threads", "use --threads 1 or more")
     threads = default_threads() if threads is None else threads
     torch.set_num_threads(threads)
     return threads
 
 
 def repeat_exactly(device: Device) -> None:
-    """Let a CUDA device answer the same question by the same kernels, so that a run repeats to the bit.
+    """Make a CUDA device use the same kernels for the same work, so that a run repeats to the bit.
 
-    cuDNN then leaves out what adds up in no fixed order, and tries no kernels against each other; cuBLAS gets its
-    memory beforehand, 32 MiB. What that costs in time, `benchmarks/gpu.py` measures (not run on CUDA yet). Where hardly
-    any memory is free, cuDNN may still have to take another kernel: then bits can differ.
+    cuDNN then avoids kernels that sum in no fixed order, and does not time kernels against each other; cuBLAS gets its
+    32 MiB of memory in advance. `benchmarks/gpu.py` measures the cost in time (not yet run on CUDA). When memory is
+    nearly exhausted, cuDNN may still have to choose another kernel, and bits can differ.
     """
     if device.kind == "cuda":
         import torch
@@ -172,9 +172,9 @@ def repeat_exactly(device: Device) -> None:
 
 
 def limit_memory(device: Device, limit: int | None) -> None:
-    """Hold this process to so many bytes of a CUDA device, its context included; None: to no less than there are.
+    """Limit this process to `limit` bytes of a CUDA device, its context included; None allows all of it.
 
-    What asks for more fails as if there were no more. Other devices are not held to anything.
+    Allocations beyond it fail as if the device were full. Other devices are not limited.
     """
     if device.kind == "cuda":
         import torch
@@ -185,10 +185,10 @@ def limit_memory(device: Device, limit: int | None) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep freed blocks for the next tensor; returns whether it can (glibc only).
+    """Make the C library keep freed blocks for the next tensor; return whether it can (glibc only).
 
-    By default glibc gives large blocks back to the system at once and asks for them again, zeroed page by page:
-    decoding one 1280x720 frame took 1.7 s instead of 3.7 s with this set, for about a third more memory at the peak.
+    By default glibc returns large blocks to the system at once and requests them again, zeroed page by page. Keeping
+    them cut the decoding of a 1280x720 frame from 3.7 s to 1.7 s, for about a third more memory at the peak.
     """
     trim_threshold, mmap_threshold = -1, -3  # names of these limits in malloc.h
     try:
@@ -199,12 +199,12 @@ def keep_freed_memory() -> bool:
 
 
 def arrange(network: torch.nn.Module, device: Device) -> None:
-    """Lay the weights of convolutions out as a device computes fastest: on a CPU with channels last, else as they are.
+    """Arrange a network's weights as the device computes fastest: on a CPU, convolutions with channels last.
 
-    A network that says it is `narrow` enough becomes bfloat16 where that is faster than float32.
+    Features then keep their channels last from layer to layer, and nothing is reordered around a convolution: 3 to 6 %
+    less time for the UNets, 13 % for the VAE. On GPUs this is not measured yet (benchmarks/speed.py does it).
 
-    Features then keep their channels last from one layer to the next, and nothing is reordered around a convolution:
-    3 to 6 % less time for the UNets, 13 % for the VAE. On GPUs it is not measured yet (benchmarks/speed.py does it).
+    A network that calls itself `narrow` becomes bfloat16 where that is faster than float32.
     """
     import torch
 
@@ -218,29 +218,29 @@ def arrange(network: torch.nn.Module, device: Device) -> None:
 
 
 def has_bfloat16(device: Device) -> bool:
-    """Tell whether a device multiplies bfloat16 faster than float32: GPUs, and CPUs with instructions for it."""
+    """Return whether a device multiplies bfloat16 faster than float32: GPUs, and CPUs with instructions for it."""
     import torch
 
-    # Before torch 2.7 it could not be asked.
+    # Torch before 2.7 cannot tell.
     asked = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return device.kind == "cuda" or (device.kind == "cpu" and bool(asked()))
 
 
 def keep_compiled(folder: Path) -> None:
-    """Keep what torch compiles for later processes in a folder, unless TORCHINDUCTOR_CACHE_DIR names one.
+    """Cache what torch compiles in a folder, for later processes, unless TORCHINDUCTOR_CACHE_DIR is set.
 
-    To be called before diffusers or transformers is imported: they set the variable to a temporary folder.
+    Call this before diffusers or transformers is imported: they set the variable to a temporary folder.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def compiled(function: Function, device: Device, *, graphs: bool = False) -> Function:
-    """Return a function of tensors that torch compiles at its first call, and again for tensors of other shapes.
+    """Return a function of tensors that torch compiles at its first call, and again for other shapes.
 
-    Where that fails, a warning says so and the function itself is called from then on.
+    If compiling fails, a warning is logged and the original function is called from then on.
 
     Args:
-        function: computes without looking at values, so that one graph holds all of it.
+        function: must not depend on values of tensors, so that one graph holds all of it.
         device: where it runs; a CPU needs a C++ compiler.
         graphs: on a CUDA device also record the kernels as graphs, which keep their memory until `release_memory`; for
             functions whose kernels take less time than their launch.
@@ -255,13 +255,13 @@ def compiled(function: Function, device: Device, *, graphs: bool = False) -> Fun
         if made is not None:
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # what torch thinks of the code of others while it compiles that
+                    warnings.simplefilter("ignore")  # torch warns about the libraries it compiles
                     result = made(*args)
-                # The next call of a recorded graph writes to the same memory.
+                # The next call of a recorded graph overwrites its results.
                 if mode:
                     result = tuple(map(torch.clone, result)) if isinstance(result, tuple) else result.clone()
                 return result
-            except Exception as error:  # of any kind: what is wrong with the function itself, its own call will say
+            except Exception as error:  # of any kind: the function's own errors will show up below
                 if stopped_by(error) or is_out_of_memory(error):
                     raise
                 log.warning("not compiled, which is slower: %s", " ".join(str(error).splitlines()[:2]))
@@ -272,7 +272,7 @@ def compiled(function: Function, device: Device, *, graphs: bool = False) -> Fun
 
 
 def wait(device: Device) -> None:
-    """Return when the device has done what it was given; a CUDA device works behind our back."""
+    """Wait until the device has finished its work; a CUDA device works asynchronously."""
     if device.kind == "cuda":
         import torch
 
@@ -280,15 +280,15 @@ def wait(device: Device) -> None:
 
 
 class Stopwatch:
-    """Adds up the seconds of some work; on a CUDA device by the device's own clock, so that nobody waits for it."""
+    """Adds up the seconds of some work; on a CUDA device by its own clock, so that the host need not wait."""
 
     def __init__(self, device: Device) -> None:
         self.device, self._seconds = device, 0.0
-        self._pending: deque[tuple[Any, Any]] = deque()  # events: when some work began, and when it ended
+        self._pending: deque[tuple[Any, Any]] = deque()  # events at the start and the end of some work
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Count what is done inside the block; what was queued before it does not belong to it."""
+        """Time what is done in the block, not what was queued before it."""
         if self.device.kind != "cuda":
             began = time.monotonic()
             yield
@@ -311,16 +311,16 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """What was counted so far; waits for the device."""
+        """Seconds so far; waits for the device."""
         wait(self.device)
         self._collect()
         return self._seconds
 
 
 def send(values: torch.Tensor, device: str | torch.device) -> torch.Tensor:
-    """Return a tensor of the host on a device; a CUDA device may still be busy then, and nobody waits for it.
+    """Copy a tensor from the host to a device, without waiting for a CUDA device that is still busy.
 
-    Only out of pinned memory can a copy be left to the device, so the values go there first.
+    An asynchronous copy needs pinned memory, so the values go there first.
     """
     if not str(device).startswith("cuda"):
         return values.to(device)
@@ -328,11 +328,11 @@ def send(values: torch.Tensor, device: str | torch.device) -> torch.Tensor:
 
 
 def release_memory(device: Device, *, graphs: bool = False) -> None:
-    """Give freed blocks of a CUDA device back, before another model wants them in other sizes.
+    """Return freed blocks to a CUDA device, before another model needs them in other sizes.
 
     Args:
-        device: where.
-        graphs: also those that recorded graphs keep; what is called again after that is compiled anew.
+        device: the device.
+        graphs: also release what recorded graphs keep; their functions are compiled again at the next call.
     """
     if device.kind == "cuda":
         import torch
@@ -343,10 +343,10 @@ def release_memory(device: Device, *, graphs: bool = False) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that the device or the host had too little memory.
+    """Return whether an error means that the device or the host ran out of memory.
 
-    Only the allocators of torch have a class of their own for that: of libraries, of pinned memory and of graphs there
-    is the message alone.
+    Only torch's allocators have an exception class for it; errors of libraries, pinned memory and graphs are known by
+    their message.
     """
     import torch
 
@@ -356,19 +356,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def glance(name: str = "auto") -> Glance:
-    """Look at the device that `resolve` would most likely find, without importing torch where that can be helped.
+    """Look at the device that `resolve` would most likely find, without importing torch if possible.
 
     Raises:
-        ConfigError: the name means nothing, or this machine has no such device.
+        ConfigError: the name is invalid, or this machine has no such device.
     """
-    from importlib.metadata import version  # not at import: it takes 15 ms of every command
+    from importlib.metadata import version  # importing it takes 15 ms
 
     kind, index = parse(name)
     if kind == "cuda" or (kind == "auto" and "+cpu" not in version("torch")):
         cards = _cards()
         if int(index or 0) < len(cards):
             return cards[int(index or 0)]
-    if kind in ("cuda", "mps"):  # torch knows of devices that nvidia-smi does not, and says what it lacks
+    if kind in ("cuda", "mps"):  # torch knows devices that nvidia-smi does not, and reports what is missing
         device = resolve(name)
         return Glance(kind, free_memory(device), card(device))
     apple = kind == "auto" and (sys.platform, platform.machine()) == ("darwin", "arm64")
@@ -376,7 +376,7 @@ def glance(name: str = "auto") -> Glance:
 
 
 def _cards() -> list[Glance]:
-    """The GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES leaves, in the order of the latter."""
+    """Return the GPUs in nvidia-smi that CUDA_VISIBLE_DEVICES allows, in the order of the latter."""
     ask = ["nvidia-smi", "--query-gpu=index,uuid,memory.free,name", "--format=csv,noheader,nounits"]
     try:
         said = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout
@@ -391,13 +391,13 @@ def _cards() -> list[Glance]:
     for asked in map(str.strip, named.split(",")):
         meant = [key for key in found if asked == key[0] or (asked.startswith("GPU-") and key[1].startswith(asked))]
         if not meant:
-            break  # CUDA sees nothing of what comes behind a name that means nothing
+            break  # CUDA ignores everything after an invalid name
         seen.append(found[meant[0]])
     return seen
 
 
 def offload(network: torch.nn.Module, device: Device) -> None:
-    """Keep the weights of a network on the host; those of each layer are copied to the device while it runs."""
+    """Keep the weights of a network on the host, and copy those of each layer to the device while it runs."""
     import torch
 
     host: dict[torch.nn.Parameter, torch.Tensor] = {}
@@ -413,7 +413,7 @@ def offload(network: torch.nn.Module, device: Device) -> None:
 
     def give_back(layer: torch.nn.Module, *_: Any) -> None:
         for parameter in layer.parameters(recurse=False):
-            parameter.data = host.pop(parameter, parameter.data)  # not fetched where memory ended before
+            parameter.data = host.pop(parameter, parameter.data)  # not there if memory ran out before
 
     for buffer in network.buffers():
         buffer.data = moved(buffer.data)
@@ -422,13 +422,13 @@ def offload(network: torch.nn.Module, device: Device) -> None:
             continue
         for parameter in layer.parameters(recurse=False):
             if device.kind == "cuda":
-                parameter.data = parameter.data.pin_memory()  # copied without waiting
+                parameter.data = parameter.data.pin_memory()  # for asynchronous copies
         layer.register_forward_pre_hook(fetch, with_kwargs=True)
         layer.register_forward_hook(give_back, always_call=True)
 
 
 def free_memory(device: Device | None = None) -> int:
-    """Bytes that can still be allocated on a device; None means the host, or its container if that is smaller."""
+    """Return the bytes that can still be allocated on a device; None means the host, or its container if smaller."""
     if device is not None and device.kind == "cuda":
         import torch
 
@@ -437,7 +437,7 @@ def free_memory(device: Device | None = None) -> int:
     limits = [_available_on_host()]
     limit, used = _first_line("/sys/fs/cgroup/memory.max"), _first_line("/sys/fs/cgroup/memory.current")
     if limit.isdecimal() and used.isdecimal():
-        # Cached file pages count as used there although they give way.
+        # The cgroup counts cached file pages as used, although they can be reclaimed.
         limits.append(int(limit) - int(used) + _field("/sys/fs/cgroup/memory.stat", "inactive_file"))
     return max(0, min(limits))
 
@@ -446,16 +446,16 @@ def _available_on_host() -> int:
     available = _field("/proc/meminfo", "MemAvailable:") * 1024
     if available:
         return available
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # no such file (macOS): all memory there is
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # no such file (macOS): total memory
 
 
 def peak_memory(device: Device | None = None) -> int:
-    """Largest number of bytes this process has held so far on a device; None means the host."""
+    """Return the most bytes this process has held so far on a device; None means the host."""
     if device is not None and device.kind == "cuda":
         import torch
 
         return int(torch.cuda.max_memory_allocated(device.name))
-    # The kernel's own mark starts anew with the program; ru_maxrss would count a larger parent process too.
+    # The kernel resets this mark when the program starts; ru_maxrss would include a larger parent process.
     mark = _field("/proc/self/status", "VmHWM:") * 1024
     if mark:
         return mark
@@ -472,7 +472,7 @@ def _first_line(path: str) -> str:
 
 
 def _field(path: str, name: str) -> int:
-    """The first number behind `name` in a file of the system; 0 when there is none."""
+    """Return the first number after `name` in a system file, 0 if there is none."""
     try:
         rows = [line.split() for line in Path(path).read_text("utf-8").splitlines() if line.startswith(name)]
     except OSError:

@@ -7,12 +7,12 @@ StreamT2VError            1    base; a bare one is a bug
 │   └── VideoError        3    ... a video
 ├── WeightsError          4    weights are missing, damaged or of another layout
 ├── OutputError           5    the output exists, cannot be written, or the disk is full
-│   └── ResumeError       5    a run directory does not fit the run that should resume it
-├── MemoryLimitError      6    the device or the host has not enough memory
+│   └── ResumeError       5    a run directory does not belong to the run that should resume it
+├── MemoryLimitError      6    the device or the host has too little memory
 ├── NumericsError         7    a network produced NaN, Inf or an all-black chunk
 ├── BusyError             8    another process holds the output or the weights
-├── BatchError            9    a batch ended, and some of its jobs failed
-├── DifferenceError      10    what was made again does not hold the frames of the first time
+├── BatchError            9    a batch ended with failed jobs
+├── DifferenceError      10    a rerun gave other frames than the original
 └── Interrupted         130    SIGINT (143 for SIGTERM); the run can be resumed
 """
 
@@ -37,14 +37,14 @@ class StreamT2VError(Exception):
 
 
 def explained(error: BaseException) -> StreamT2VError:
-    """Return an error of this package as it is, and what stands for any other one."""
+    """Return an error of this package unchanged, and any other one as the error of this package it stands for."""
     if isinstance(error, StreamT2VError):
         return error
     if isinstance(error, MemoryError):
         return MemoryLimitError("out of memory", "try a lower --memory, or a smaller --size or --chunk")
     if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM):
-        # A question about a path that somebody gave: whether it is there cannot be told.
-        return ConfigError(f"{str(error.filename)[:200]} cannot be looked at: {(error.strerror or '').lower()}")
+        # From asking whether a path given by the user exists.
+        return ConfigError(f"{str(error.filename)[:200]} cannot be accessed: {(error.strerror or '').lower()}")
     first_line = str(error).strip().partition("\n")[0]
     return StreamT2VError(f"{type(error).__name__}: {first_line}", "this is a bug")
 
@@ -98,7 +98,7 @@ class ResumeError(OutputError):
 
 
 class MemoryLimitError(StreamT2VError):
-    """The device or the host has not enough memory for the asked settings."""
+    """The device or the host has too little memory for the requested settings."""
 
     code = "memory"
     exit_code = 6
@@ -119,14 +119,14 @@ class BusyError(StreamT2VError):
 
 
 class BatchError(StreamT2VError):
-    """A batch ended, and some of its jobs failed."""
+    """A batch ended with failed jobs."""
 
     code = "batch"
     exit_code = 9
 
 
 class DifferenceError(StreamT2VError):
-    """What was made again does not hold the frames of the first time; it is kept."""
+    """A rerun gave other frames than the original; it is kept."""
 
     code = "difference"
     exit_code = 10
@@ -143,7 +143,7 @@ class Interrupted(StreamT2VError):
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived; like Ctrl-C no `Exception`, so that no library takes it for a failure of its own."""
+    """SIGTERM arrived. Like KeyboardInterrupt not an `Exception`, so that no library handles it as its own failure."""
 
     exit_code = 143
 
@@ -152,9 +152,9 @@ SIGNALS = (KeyboardInterrupt, Terminated)
 
 
 def stopped_by(error: BaseException | None) -> BaseException | None:
-    """Return the signal that an error is or came of, None for any other error.
+    """Return the signal that an error is, or was caused by; None for any other error.
 
-    A library that is hit in the middle of its own work may fail in its own way while it cleans up.
+    A library interrupted in the middle of its work may fail in its own way while cleaning up.
     """
     while error is not None and not isinstance(error, SIGNALS):
         error = error.__context__
@@ -163,12 +163,12 @@ def stopped_by(error: BaseException | None) -> BaseException | None:
 
 @contextlib.contextmanager
 def signals_wait() -> Iterator[None]:
-    """Hold back SIGINT and SIGTERM for one short call of a library that would turn them into an error of its own."""
+    """Delay SIGINT and SIGTERM during a short call of a library that would turn them into an error of its own."""
     arrived: list[tuple[Any, ...]] = []
     both = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     before = {one: signal.getsignal(one) for one in both}
     try:
-        for one in both:  # the other one may still raise here: then both are given back, too
+        for one in both:  # if the other one raises here, both are restored as well
             signal.signal(one, lambda *said: arrived.append(said))
         yield
     finally:

@@ -1,13 +1,14 @@
-"""Writing files so that a crash, a full disk or a second process never leaves a half file under a real name.
+"""Writing files so that a crash, a full disk or a second process never leaves an incomplete file under its real name.
 
-Every byte the package writes goes through this file (or, from the ffmpeg binary, into a temporary name that `replacing`
-hands out), so one place turns system errors into sentences and one place can be made to fail in tests.
+Every byte the package writes goes through this file (or, from the ffmpeg binary, into a temporary name from
+`replacing`), so one place turns system errors into sentences, and one place can be made to fail in tests.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -21,8 +22,8 @@ from streamt2v.errors import ConfigError, OutputError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
-# Names that every system can keep, with room for what is appended to them: no control or half characters, none that
-# separate folders, drives or streams, none at the end that are dropped, none that stand for a device.
+# Names that every system accepts, with room for suffixes: no control characters or lone surrogates, no separators of
+# folders, drives or streams, no trailing characters that are dropped, no device names.
 _UNFIT = r'\x00-\x1f\x7f\ud800-\udfff<>:"/\\|?*'
 _NAME = re.compile(rf"(?!(?i:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))[^{_UNFIT}]*[^{_UNFIT}. ]")
 _MAX_NAME_BYTES = 200
@@ -30,15 +31,25 @@ _WRITE = os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0)
 
 
 def stamp(path: Path) -> tuple[int, int, int] | None:
-    """Return what tells a file from its later contents, for caches: inode, size, time; None where there is none."""
+    """Return a cache key that changes with the file's contents: inode, size, time; None if there is no file."""
     with contextlib.suppress(OSError):
         status = path.stat()
         return status.st_ino, status.st_size, status.st_mtime_ns
     return None
 
 
+def hashed(path: Path, size: int | None = None) -> hashlib._Hash:
+    """Hash a file, or its first `size` bytes, with SHA-256."""
+    sha256, left = hashlib.sha256(), path.stat().st_size if size is None else size
+    with path.open("rb") as file:
+        while left > 0 and (data := file.read(min(left, 1 << 20))):
+            sha256.update(data)
+            left -= len(data)
+    return sha256
+
+
 def identity(path: Path) -> tuple[int, int] | None:
-    """Return what all names of one file share, links included; None where there is none."""
+    """Return what all names of a file share, links included; None if there is no file."""
     with contextlib.suppress(OSError):
         status = path.stat()
         return status.st_dev, status.st_ino
@@ -46,7 +57,7 @@ def identity(path: Path) -> tuple[int, int] | None:
 
 
 def is_same(path: Path, other: Path) -> bool:
-    """Tell whether two names mean one file: as they are written, by links, or as one file with two names."""
+    """Return whether two paths mean the same file, also by symbolic or hard links."""
     found = identity(path)
     if found is not None and found == identity(other):
         return True
@@ -56,7 +67,7 @@ def is_same(path: Path, other: Path) -> bool:
 
 
 def free_bytes(path: Path) -> int:
-    """Return the free bytes of the file system that holds a path, or would hold it (0 if that cannot be told)."""
+    """Return the free bytes of the file system that holds a path, or would hold it; 0 if unknown."""
     for parent in (path, *path.absolute().parents):
         with contextlib.suppress(OSError):
             return shutil.disk_usage(parent).free
@@ -66,11 +77,7 @@ def free_bytes(path: Path) -> int:
 def require_space(
     path: Path, needed: int, purpose: str, hint: str = "free some space, or choose another place with -o"
 ) -> None:
-    """Refuse to start what the disk cannot hold.
-
-    Raises:
-        OutputError: fewer than `needed` bytes are free where `path` is or will be.
-    """
+    """Raise OutputError if fewer than `needed` bytes are free where `path` is or will be."""
     free = free_bytes(path)
     if free < needed:
         message = f"{purpose} needs about {needed / 1e6:,.0f} MB at {path}, {free / 1e6:,.0f} MB are free"
@@ -78,7 +85,7 @@ def require_space(
 
 
 def explain(path: Path, error: OSError, needed: int = 0) -> OutputError:
-    """Turn a system error on writing `needed` bytes to `path` into an OutputError with the reason and what to do."""
+    """Turn a system error while writing `needed` bytes to `path` into an OutputError with the reason and a hint."""
     if error.errno in _FULL:
         wanted = f"{needed / 1e6:.2f} MB are needed, " if needed else ""
         message = f"no space left for {path}: {wanted}{free_bytes(path) / 1e6:.2f} MB are free"
@@ -89,22 +96,22 @@ def explain(path: Path, error: OSError, needed: int = 0) -> OutputError:
 
 
 def slug(text: str) -> str:
-    """Return letters and digits of a text, joined by dashes, as part of a file name: at most 48 bytes, never empty."""
+    """Return the letters and digits of a text, joined by dashes, for a file name: at most 48 bytes, never empty."""
     words = unicodedata.normalize("NFKC", text).lower()
     dashed = "-".join("".join(c if c.isalnum() else " " for c in words).split())
     return dashed.encode()[:48].decode(errors="ignore").strip("-") or "video"
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return the path of a relative name inside a folder; it may name folders of its own.
+    """Return the path of a relative name, with subfolders if it has any, inside a folder.
 
     Raises:
-        ConfigError: it leads elsewhere, by itself or by a link, or is a name that some system cannot keep.
+        ConfigError: the path leads out of the folder, also by a link, or some system cannot store the name.
     """
     path = folder / name
     for part in name.split("/"):
         if not _NAME.fullmatch(part) or len(part.encode()) > _MAX_NAME_BYTES:
-            raise ConfigError(f"{name!r} cannot be the name of a file", f"give a plain name of a file inside {folder}")
+            raise ConfigError(f"{name!r} cannot be the name of a file", f"give a plain file name inside {folder}")
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ConfigError(f"{path} leads outside of {folder}", "remove the link, or choose another name")
     return path
@@ -112,7 +119,7 @@ def inside(folder: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def output_errors(path: Path, needed: int = 0) -> Iterator[None]:
-    """Turn every OSError of the body, which writes `needed` bytes, into an OutputError that names `path`."""
+    """Turn every OSError of the body, which writes `needed` bytes, into an OutputError naming `path`."""
     try:
         yield
     except OSError as error:
@@ -130,16 +137,16 @@ def make_directory(path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """Return the hidden name beside `path` under which it grows; fixed, so that the next writer clears a leftover."""
+    """Return the hidden name beside `path` under which it grows; fixed, so that the next writer removes a leftover."""
     return path.with_name(f".{path.name}.part")
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Hand out a temporary name; when the body ends well, sync that file and rename it to `path` in one step.
+    """Yield a temporary name; when the body succeeds, sync that file and rename it to `path` atomically.
 
     Raises:
-        OutputError: anything failed; whatever was under `path` before is untouched and the temporary file is gone.
+        OutputError: anything failed; what was at `path` is untouched, and the temporary file is gone.
     """
     temporary = temporary_name(path)
     with output_errors(path):
@@ -155,15 +162,15 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Sync a whole file and give it its name in one step; system errors are the caller's."""
-    with temporary.open("r+b") as file:  # Windows syncs only what is open for writing
+    """Sync a complete file and rename it atomically; the caller handles system errors."""
+    with temporary.open("r+b") as file:  # Windows syncs only files open for writing
         os.fsync(file.fileno())
-    os.replace(temporary, path)  # noqa: PTH105 - so that tests can make `os` of this module fail
+    os.replace(temporary, path)  # noqa: PTH105 - tests make this module's `os` fail
     sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:
-    """Make a rename or removal in a directory survive a power cut, where the system can (Windows cannot)."""
+    """Make a rename or removal in a directory survive a power cut, if the system supports it (Windows does not)."""
     if os.name != "posix":
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -189,10 +196,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_bytes(path: Path, data: bytes | memoryview, at: int) -> int:
-    """Cut a file to `at` bytes, append `data` durably and return the new size; on failure the file is cut back.
+    """Cut a file to `at` bytes, append `data` durably and return the new size; a failure cuts the file back.
 
     Raises:
-        OutputError: the write failed; the first `at` bytes are as before.
+        OutputError: the write failed; the first `at` bytes are unchanged.
     """
     with output_errors(path, len(data)):
         descriptor = os.open(path, _WRITE, 0o666)

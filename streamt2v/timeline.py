@@ -1,4 +1,4 @@
-"""Time in words and frames: prompts over time, when the run turns to each, and how people write a time."""
+"""Prompts over time: how a time is written, and at which frame a run switches to each prompt."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from streamt2v.errors import ConfigError
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt of a timeline: the frame that it was asked for, and the one at which the run turns to it."""
+    """A prompt of a timeline: the frame it was requested for, and the frame at which the run switches to it."""
 
     asked: int
     frame: int
@@ -22,13 +22,13 @@ class Prompt:
 
 
 def turns(run: RunConfig, command: str = "generate", kept: int = 0) -> tuple[Prompt, ...]:
-    """Return the prompts of a run in order, with the frames at which the run turns to them.
+    """Return the prompts of a run in order, with the frames at which the run switches to them.
 
-    A change waits for the next streaming chunk. What is only refined has none, so that every change is where it
-    was asked for; so are those inside the `kept` frames of a video that is continued.
+    A change waits for the next streaming chunk. A video that is only refined has none, so every change takes effect
+    where it was requested, as do changes inside the `kept` frames of a video that is continued.
 
     Raises:
-        ConfigError: a change that would never be seen.
+        ConfigError: a change would never be seen.
     """
     asked = sorted(run.prompts)
     later = [] if command == "refine" else [frame for frame in asked if frame >= kept]
@@ -42,19 +42,19 @@ def turns(run: RunConfig, command: str = "generate", kept: int = 0) -> tuple[Pro
 
 
 def prompt_at(timeline: Sequence[Prompt], frame: int) -> str:
-    """Return the text that is valid at a frame."""
+    """Return the prompt at a frame."""
     return next(prompt.text for prompt in reversed(timeline) if prompt.frame <= frame)
 
 
 def parse_time(text: str, fps: float) -> int:
-    """Turn a time into a frame: ``240`` is one, ``10s`` and ``1:20`` (minutes:seconds) are where it is in the video.
+    """Parse a time into a frame number: ``240`` (a frame), ``10s`` or ``1:20`` (minutes:seconds).
 
     Raises:
-        ConfigError: none of these.
+        ConfigError: the text is none of these.
     """
     found = re.fullmatch(r"([0-9]{1,9})|([0-9]{1,9}(?:\.[0-9]{1,9})?)s|([0-9]{1,7}):([0-5]?[0-9])", text.strip())
     if not found:
-        raise ConfigError(f"{text!r} is no time", "give a frame such as 240, or 10s, or 1:20")
+        raise ConfigError(f"{text!r} is not a time", "give a frame such as 240, or 10s, or 1:20")
     frame, seconds, minutes, rest = found.groups()
     if frame:
         return int(frame)
@@ -73,7 +73,7 @@ def read_timeline(path: Path) -> list[tuple[str, str]]:
     """Read times and prompts from a TOML or JSON file.
 
     Raises:
-        ConfigError: unreadable, not one table of texts, or a time that is named twice.
+        ConfigError: the file is unreadable or not a table of texts.
     """
     if path.suffix.lower() != ".json":
         rows = list(config.read_toml(path).items())
@@ -83,19 +83,19 @@ def read_timeline(path: Path) -> list[tuple[str, str]]:
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"cannot read the timeline {path}: {error}") from None
     if not isinstance(rows, list) or not all(isinstance(row, tuple) and isinstance(row[1], str) for row in rows):
-        raise ConfigError(f"{path} is no timeline", 'it must look like {"0": "a red ball", "240": "a blue ball"}')
+        raise ConfigError(f"{path} is not a timeline", 'it must look like {"0": "a red ball", "240": "a blue ball"}')
     return rows
 
 
 def prompts_at(rows: list[tuple[str, str]], fps: float, kept: int) -> dict[str, str]:
-    """Turn times and prompts into settings; frame 0 is that of the prompt itself, and `kept` frames are there."""
+    """Turn times and prompts into settings; frame 0 sets the main prompt, and no change may lie in `kept` frames."""
     found: dict[str, str] = {}
     for time, text in rows:
         frame = parse_time(time, fps)
         key = f"prompts.{frame}" if frame else "prompt"
         if frame < kept:
-            raise ConfigError(f"frame {frame} is there already: new ones begin at {kept}", "name a later time")
+            raise ConfigError(f"frame {frame} already exists: new ones begin at {kept}", "give a later time")
         if key in found:
-            raise ConfigError(f"two prompts are to begin at frame {frame}", "leave one of them out")
+            raise ConfigError(f"two prompts begin at frame {frame}", "leave one of them out")
         found[key] = text
     return found

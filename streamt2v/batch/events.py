@@ -1,4 +1,4 @@
-"""What `--json` prints: one JSON object a line, as `event.schema.json` beside this file says."""
+"""What `--json` prints: one JSON object per line, as described by `event.schema.json` in the package."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from streamt2v.errors import explained
 
 SCHEMA = "streamt2v.event/1"
-"""Fields may be added to it; a change of one raises the number."""
+"""New fields may appear under the same number; a changed field raises it."""
 
 Event = dict[str, Any]
 Tell = Callable[[Event], None]
@@ -21,7 +21,7 @@ def event(kind: str, **facts: Any) -> Event:
 
 
 def failed(error: BaseException) -> Event:
-    """Return the facts of a result that is a failure."""
+    """Return the fields of a failed result."""
     known = explained(error)
     said = {"code": known.code, "exit_code": known.exit_code, "message": known.message, "hint": known.hint}
     return {"ok": False, "error": said}
@@ -29,20 +29,20 @@ def failed(error: BaseException) -> Event:
 
 @dataclass(frozen=True)
 class JobReport:
-    """A `progress.Report` of one job among others, told as events."""
+    """A `watch.Report` of one job of a batch, emitted as events."""
 
     job: str
     tell: Tell
 
     def start(self, stage: str, total_frames: int, done: int = 0) -> None:
-        """A stage begins, or continues after `done` frames."""
+        """Begin a stage, or continue it after `done` frames."""
         self.tell(event("progress", job=self.job, stage=stage, done=done, total=total_frames))
 
     def advance(self, stage: str, done: int, chunk: int, num_chunks: int) -> None:
-        """A chunk of a stage is finished."""
+        """Report a finished chunk."""
         self.tell(event("chunk", job=self.job, stage=stage, done=done, chunk=chunk, chunks=num_chunks))
 
     def note(self, text: str, warning: bool = False) -> None:
-        """Pass warnings on; details are left out."""
+        """Pass on warnings; drop details."""
         if warning:
             self.tell(event("warning", job=self.job, message=text))

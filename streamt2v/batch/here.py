@@ -1,4 +1,4 @@
-"""Jobs of a batch on this machine, one after the other."""
+"""The jobs of a batch on this machine, one after the other."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def locally(tasks: Iterable[Task], tell: Tell) -> Generator[tuple[Task, Event]]:
 
 @cache
 def still_loaded() -> Loaded:
-    """Return what stays loaded in this process from job to job, whoever sends them."""
+    """Return what this process keeps loaded from job to job."""
     from streamt2v.families.networks import Loaded
 
     return Loaded()
 
 
 def attempt(task: Task, tell: Tell, loaded: Loaded) -> Event:
-    """Run one job; return the facts of its result, also of a failure."""
+    """Run one job; return the fields of its result, also for a failure."""
     from streamt2v.runs import pipeline
 
     run, output = task.job.config, str(task.job.output)

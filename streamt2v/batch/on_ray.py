@@ -1,4 +1,4 @@
-"""Jobs of a batch on a Ray cluster, one task each."""
+"""The jobs of a batch on a Ray cluster, one task each."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from streamt2v.jobs import needs
 from streamt2v.weights import hub
 
 RETRIES = 3
-"""How often Ray starts a job again whose worker died."""
+"""How often Ray restarts a job whose worker died."""
 SECONDS_TO_STOP = 5.0
 
 
 def on_ray(tasks: Sequence[Task], tell: Tell, address: str) -> Generator[tuple[Task, Event]]:
-    """Run each job as a Ray task; one whose worker dies is tried again and goes on where it was stopped."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is reported to anybody
-    # Ray handles SIGTERM, and prints notices of its own.
-    with _given_back(signal.SIGTERM), contextlib.redirect_stdout(io.StringIO()):
+    """Run each job as a Ray task; a job whose worker dies is retried and continues where it stopped."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # no telemetry
+    # Ray installs a SIGTERM handler and prints notices of its own.
+    with _restored(signal.SIGTERM), contextlib.redirect_stdout(io.StringIO()):
         try:
             import ray
             from ray.util.queue import Queue
@@ -39,7 +39,7 @@ def on_ray(tasks: Sequence[Task], tell: Tell, address: str) -> Generator[tuple[T
             hint = 'install it with `pip install "streamt2v[ray]"`'
             raise ConfigError(f"--ray cannot start: {error}", hint) from error
         _connect(address, max(task.job.threads or devices.default_threads() for task in tasks))
-        stopped: list[int] = []  # nothing but KeyboardInterrupt may be raised while Ray waits
+        stopped: list[int] = []  # while Ray waits, only KeyboardInterrupt may be raised
         signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
         waiting: dict[Any, Task] = {}
         try:
@@ -55,7 +55,7 @@ def on_ray(tasks: Sequence[Task], tell: Tell, address: str) -> Generator[tuple[T
                 done, _ = ray.wait(list(waiting), timeout=0.2)
                 for told in queue.get_nowait_batch(queue.qsize()):
                     if told["type"] == "start" and told["job"] in begun:
-                        tell(event("warning", job=told["job"], message="its worker died, it goes on where it was"))
+                        tell(event("warning", job=told["job"], message="its worker died; continuing where it stopped"))
                     begun |= {told["job"]}
                     tell(told)
                 for reference in done:
@@ -73,10 +73,10 @@ def on_ray(tasks: Sequence[Task], tell: Tell, address: str) -> Generator[tuple[T
 
 
 def _connect(address: str, threads: int) -> None:
-    """Join a Ray cluster, or start one on this machine for jobs of so many threads."""
+    """Join a Ray cluster, or start one on this machine for jobs with that many threads."""
     import ray
 
-    # Workers on other machines make no connections either.
+    # Offline holds for workers on other machines too.
     settings: dict[str, Any] = {"runtime_env": {"env_vars": dict.fromkeys(hub.OFFLINE, "1")}} if hub.offline() else {}
     if address == "local":
         cores = max(devices.usable_cpus(), threads)
@@ -84,13 +84,13 @@ def _connect(address: str, threads: int) -> None:
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **settings)
     except (OSError, RuntimeError, ValueError) as error:
-        hint = "leave the address out to start one here"
+        hint = "omit the address to start one here"
         raise ConfigError(f"there is no Ray cluster at {address}: {error}", hint) from error
 
 
 @contextlib.contextmanager
-def _given_back(number: signal.Signals) -> Iterator[None]:
-    """Put the handler of a signal back at the end."""
+def _restored(number: signal.Signals) -> Iterator[None]:
+    """Restore the handler of a signal at the end."""
     before = signal.getsignal(number)
     try:
         yield
@@ -104,29 +104,29 @@ def _remotely(task: Task, folder: Path, queue: Any) -> Event:
     sent: list[Any] = []
 
     def tell(told: Event) -> None:
-        sent[:] = [queue.actor.put_nowait.remote(told)]  # not waited for: Ray lends the cores of a task that waits
+        sent[:] = [queue.actor.put_nowait.remote(told)]  # not awaited: Ray lends out the cores of a waiting task
 
-    os.chdir(folder)  # so that relative names mean the same
+    os.chdir(folder)  # so that relative paths mean the same
     outcome = attempt(task, tell, still_loaded())
-    ray.get(sent)  # those before it have arrived then, too
+    ray.get(sent)  # the earlier ones have arrived by then
     return outcome
 
 
 def _placed(task: Task, has_gpu: bool) -> tuple[Task, dict[str, float]]:
-    """Return a task and what Ray must keep for it: its threads; or a GPU, or the share of one that its plan needs."""
+    """Return a task and the resources Ray reserves for it: its threads, a GPU, or the share of one that it needs."""
     job = task.job
     kind = job.device if job.device != "auto" else "cuda" if has_gpu else "cpu"
     if kind.startswith("cuda:") or (kind == "cuda" and not has_gpu):
-        found = "gives out the GPUs itself" if has_gpu else "has no GPU"
-        raise ConfigError(f"the device of {task.id} is {kind}, Ray {found}", "use --device auto, cuda or cpu")
+        found = "assigns the GPUs itself" if has_gpu else "has no GPU"
+        raise ConfigError(f"the device of {task.id} is {kind}, but Ray {found}", "use --device auto, cuda or cpu")
     if kind != "cuda":
         return task, {"num_cpus": job.threads or devices.default_threads()}
-    seen, free, _ = devices.glance()  # the GPU of this machine stands for all
+    seen, free, _ = devices.glance()  # assuming that all GPUs are like this machine's
     stages = needs.stages(job.config)
     wanted = job.memory * 1e9 if job.memory else memory.needed(stages, memory.choose(free, stages, "cuda"))
     if seen != "cuda" or free < 2 * wanted or named(job.config) != OWN:
         return task, {"num_cpus": 1, "num_gpus": 1}
     jobs_at_once = int(free // wanted)
-    # Each is told its share: it must not see more while it is alone.
+    # Each job gets a fixed share, so that it does not take more while it is alone.
     shared = replace(task, job=replace(job, memory=free / jobs_at_once / 1e9))
     return shared, {"num_cpus": 1, "num_gpus": int(10_000 / jobs_at_once) / 10_000}

@@ -1,4 +1,4 @@
-"""A file of jobs as rows: JSON lines, TOML, CSV, or a prompt a line."""
+"""A file of jobs as rows: JSON lines, TOML, CSV, or one prompt per line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from streamt2v.errors import ConfigError, InputError
 
 @dataclass(frozen=True)
 class Row:
-    """One job as it was written: where it stands, and what is wrong with the line itself, if anything is."""
+    """One job as written: its line, its fields, and what is wrong with the line itself, if anything."""
 
     line: int
     fields: dict[str, Any]
@@ -28,10 +28,10 @@ class Row:
 
 
 def read(place: str) -> list[Row]:
-    """Read the rows of a file of jobs, or of standard input ("-": JSON lines, or a prompt a line).
+    """Read the rows of a file of jobs, or of standard input ("-": JSON lines, or one prompt per line).
 
     Raises:
-        InputError: it cannot be read. ConfigError: no such kind of file, not whole as such, or without a job.
+        InputError: the file cannot be read. ConfigError: unknown kind of file, invalid content, or no jobs.
     """
     try:
         data = sys.stdin.buffer.read() if place == "-" else Path(place).read_bytes()
@@ -40,7 +40,7 @@ def read(place: str) -> list[Row]:
     text = _text(data)
     kind = Path(place).suffix.lower() if place != "-" else ".jsonl" if text.lstrip().startswith("{") else ".txt"
     if kind not in _READERS:
-        raise ConfigError(f"{place} is no file of jobs", f"known: {', '.join(_READERS)}, or - for standard input")
+        raise ConfigError(f"{place} is not a file of jobs", f"known: {', '.join(_READERS)}, or - for standard input")
     try:
         rows = list(_READERS[kind](text))
     except (ValueError, RecursionError, csv.Error) as error:
@@ -48,7 +48,7 @@ def read(place: str) -> list[Row]:
     if not rows:
         raise ConfigError(
             f"{place if place != '-' else 'standard input'} holds no jobs",
-            "write a prompt a line, or rows as `streamt2v batch --help` shows",
+            "write one prompt per line, or rows as in `streamt2v batch --help`",
         )
     return rows
 
@@ -58,9 +58,9 @@ _MARKS |= {codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}
 
 
 def _text(data: bytes) -> str:
-    """Decode by the mark that programs put first; without one, as UTF-16 where every other byte is 0, else as UTF-8.
+    """Decode by the byte order mark; without one, as UTF-16 if every other byte is 0, else as UTF-8.
 
-    Bytes that are no text are kept as they are, for the check of the row that holds them.
+    Invalid UTF-8 is kept as it is; the check of its row names it.
     """
     encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8")
     if encoding == "utf-8" and len(data) >= 8:
@@ -84,23 +84,23 @@ def _read_json_lines(text: str) -> Iterator[Row]:
         try:
             yield Row(number, _fields(json.loads(line)))
         except (ValueError, RecursionError) as error:
-            yield Row(number, {}, f"no JSON object: {error}")
+            yield Row(number, {}, f"not a JSON object: {error}")
 
 
 def _fields(table: Any) -> dict[str, Any]:
     if not isinstance(table, dict):
-        raise ValueError(f'{table!r} is not like {{"prompt": "a red ball", "frames": 48}}')
+        raise ValueError(f'{table!r} does not look like {{"prompt": "a red ball", "frames": 48}}')
     return {name: value for name, value in config.flatten(table).items() if value is not None}
 
 
 def _read_csv(text: str) -> Iterator[Row]:
-    """Read the tables of spreadsheets; rows and columns without anything are passed over."""
+    """Read a table of a spreadsheet; empty rows and columns are skipped."""
     first, separator, _ = text.partition("\n")
-    declared = re.fullmatch(r"sep=(.)\s*", first, re.IGNORECASE)  # the line that one program writes for itself
+    declared = re.fullmatch(r"sep=(.)\s*", first, re.IGNORECASE)  # a line that one program adds for itself
     skipped = len(first + separator) if declared else 0
     delimiter = declared[1] if declared else _delimiter(text)
     reader = csv.reader(io.StringIO(text[skipped:], newline=""), strict=True, delimiter=delimiter)
-    before = 1 if declared else 0  # lines that the reader does not see
+    before = 1 if declared else 0  # lines that the reader does not count
     header: list[str] = []
     begin = 1
     for row in reader:
@@ -112,21 +112,20 @@ def _read_csv(text: str) -> Iterator[Row]:
             header = cells
             names = [name for name in header if name]
             if twice := next((name for name in names if names.count(name) > 1), None):
-                raise ValueError(f"two columns of line {line} have the same name, {twice!r}")
+                raise ValueError(f"two columns in line {line} have the same name, {twice!r}")
             continue
         header += [""] * (len(cells) - len(header))
-        fields = {name: cell for name, cell in zip(header, cells, strict=False) if cell}
-        nameless = [
-            number for number, (name, cell) in enumerate(zip(header, cells, strict=False), 1) if cell and not name
+        filled = [
+            (number, name, cell) for number, (name, cell) in enumerate(zip(header, cells, strict=False), 1) if cell
         ]
-        lost = (
-            f"cell {nameless[0]} stands in a column without a name: {cells[nameless[0] - 1][:40]!r}" if nameless else ""
-        )
-        yield Row(line, {name: cell for name, cell in fields.items() if name}, lost)
+        lost = [
+            f"cell {number} is in a column without a name: {cell[:40]!r}" for number, name, cell in filled if not name
+        ]
+        yield Row(line, {name: cell for _, name, cell in filled if name}, "".join(lost[:1]))
 
 
 def _delimiter(text: str) -> str:
-    """Return what separates the names of the header: a comma, unless it has none and has semicolons or tabs."""
+    """Return the delimiter of the header: a comma, or a semicolon or tab if there is no comma."""
     first = next((line for line in text.splitlines() if line.strip(" ,;\t")), "")
     bare = re.sub(r'"[^"]*"', "", first)
     return next((mark for mark in ",;\t" if mark in bare), ",")
@@ -136,12 +135,15 @@ def _read_toml(text: str) -> Iterator[Row]:
     table = tomllib.loads(text.replace("\r\n", "\n"))
     rows = table.pop("jobs", [])
     if table or not isinstance(rows, list):
-        raise ValueError(f"{next(iter(table), 'jobs')!r} is not known here: write every job as [[jobs]]")
+        raise ValueError(f"{next(iter(table), 'jobs')!r} is not known here: write each job as [[jobs]]")
     heads = [number for number, line in _lines(text) if re.match(r"\[\[\s*jobs\s*\]\]", line)]
-    numbers = heads if len(heads) == len(rows) else range(1, len(rows) + 1)  # the parser tells no line
+    numbers = heads if len(heads) == len(rows) else range(1, len(rows) + 1)  # the parser gives no line numbers
     return (Row(number, _fields(row)) for number, row in zip(numbers, rows, strict=True))
 
 
 _READERS: Mapping[str, Callable[[str], Iterator[Row]]] = {
-    ".jsonl": _read_json_lines, ".toml": _read_toml, ".csv": _read_csv, ".txt": _read_text
-}  # fmt: skip
+    ".jsonl": _read_json_lines,
+    ".toml": _read_toml,
+    ".csv": _read_csv,
+    ".txt": _read_text,
+}

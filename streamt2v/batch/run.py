@@ -1,4 +1,4 @@
-"""Running a batch: each task once, its events told, the result of the whole last."""
+"""Running a batch: each task once, its events emitted, the result of the whole batch last."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from streamt2v.jobs import run_directory
 
 
 def run(tasks: Sequence[Task], refusals: Sequence[Refusal], tell: Tell, *, keep_going: bool, ray: str | None) -> int:
-    """Carry out what was checked and tell it as events, the result of the whole batch last.
+    """Run checked tasks and emit events, with the result of the whole batch last.
 
     Args:
         tasks, refusals: from `check`.
-        tell: takes each event.
-        keep_going: make what can be made, although a row cannot be used or a job failed.
-        ray: the address of a Ray cluster, "local" for one on this machine; None runs one job after the other here.
+        tell: called with each event.
+        keep_going: go on although a row is invalid or a job failed.
+        ray: the address of a Ray cluster, "local" for one on this machine; None runs the jobs here in turn.
 
     Returns:
-        The exit code: 0 when every output is there, 2 when a row stopped all, 9 when some jobs failed, 130 or 143.
+        The exit code: 0 if every output is there, 2 if an invalid row stopped everything, 9 if jobs failed, 130 or 143.
 
     Raises:
-        ConfigError: Ray is wanted and not to be had.
+        ConfigError: Ray is requested but not available.
     """
     began, counts = time.monotonic(), Counter[str]()
     error: StreamT2VError | None = None
@@ -42,7 +42,7 @@ def run(tasks: Sequence[Task], refusals: Sequence[Refusal], tell: Tell, *, keep_
     try:
         if refusals and not keep_going:
             error = ConfigError(
-                f"{len(refusals)} of {total} rows cannot be used, nothing was started",
+                f"{len(refusals)} of {total} rows are invalid, nothing was started",
                 "correct them, or make the others with --keep-going",
             )
         else:
@@ -52,10 +52,10 @@ def run(tasks: Sequence[Task], refusals: Sequence[Refusal], tell: Tell, *, keep_
                 if not outcome["ok"] and not keep_going:
                     break
     except (*SIGNALS, Interrupted) as by:
-        error = Interrupted("stopped", "the same command goes on where it stopped", by=by)
+        error = Interrupted("stopped", "repeat the command to continue", by=by)
     left = total - counts.total()
     if error is None and counts["failed"]:
-        hint = "correct the rows that cannot be used; " * bool(refusals) + "the same command makes what is missing"
+        hint = "correct the invalid rows; " * bool(refusals) + "repeat the command to make what is missing"
         hint += "; --keep-going does not stop at a failure" * bool(left)
         error = BatchError(f"{counts['failed']} of {total} jobs failed", hint)
     facts = events.failed(error) if error else {"ok": True}
@@ -67,7 +67,7 @@ def run(tasks: Sequence[Task], refusals: Sequence[Refusal], tell: Tell, *, keep_
 
 
 def _outcomes(tasks: Sequence[Task], tell: Tell, ray: str | None) -> Generator[tuple[Task, Event]]:
-    """Yield each task with the facts of its result, those that were made before first."""
+    """Yield each task with the fields of its result, starting with those that were already made."""
     todo = list[Task]()
     for task in tasks:
         if task.made is None:

@@ -1,15 +1,15 @@
-"""A file of jobs to many videos: every row is checked before the first begins; then one by one here, or on Ray.
+"""Rows of a batch to tasks: every row is checked before the first job starts.
 
-A row is what `generate` takes. Its output is found again by its name and compared by its recipe: what is finished is
-left alone, what was stopped goes on, what was made with other settings is an error. So the same command can be given
-again until everything is there.
+A row holds what `generate` takes. Its output is found again by name and compared by recipe: a finished video is left
+alone, an interrupted run continues, a video made with other settings is an error. So the same command can be repeated
+until everything is there.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,12 @@ from streamt2v.errors import ConfigError, FieldError, InputError, OutputError, S
 from streamt2v.jobs import again, asked, prepare, run_directory
 from streamt2v.jobs.job import BEHAVIOUR, Job, Result
 from streamt2v.jobs.prepared import Prepared
-
-OF_THE_BATCH = {"resume", "resume_anyway", "overwrite", "json", "quiet", "verbose", "set"}
-"""Flags of `generate` that a row has not: they are of the whole batch, or have fields of their own."""
+from streamt2v.weights import hub
 
 
 @dataclass(frozen=True)
 class Task:
-    """A job that can run, or was finished before: then `made` says what is there."""
+    """A job that can run, or that is already finished: then `made` describes its output."""
 
     id: str
     line: int
@@ -38,7 +36,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A row that cannot be used."""
+    """An invalid row."""
 
     id: str
     line: int
@@ -46,14 +44,14 @@ class Refusal:
 
     @property
     def field(self) -> str:
-        """The field that is wrong, empty where it is not a single one."""
+        """The invalid field; empty if it is not a single one."""
         known = {"input": "image", "output": "output", "weights": "model"}
         return self.error.field if isinstance(self.error, FieldError) else known.get(self.error.code, "")
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What holds for all rows: where outputs go, arguments of `options.resolve`, and how runs behave."""
+    """What all rows share: the output folder, arguments of `asked.resolve`, and how runs behave."""
 
     out_dir: Path
     arguments: Mapping[str, Any]
@@ -62,7 +60,7 @@ class Shared:
 
 
 def shard_of(text: str) -> tuple[int, int]:
-    """Turn ``i/n`` into (i - 1, n). Raises ConfigError: it is not like 1/4."""
+    """Parse ``i/n`` into (i - 1, n). Raises ConfigError."""
     part, _, parts = text.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and len(text) < 20 and 1 <= int(part) <= int(parts)):
         raise ConfigError(f"--shard is {text!r}, it must look like 1/4 (part 1 of 4)")
@@ -70,23 +68,20 @@ def shard_of(text: str) -> tuple[int, int]:
 
 
 def check(
-    rows: Sequence[Row], shared: Shared, command: Callable[..., None], shard: tuple[int, int] = (0, 1),
-    note: Callable[[str], None] = lambda text: None,
-) -> tuple[list[Task], list[Refusal]]:  # fmt: skip
-    """Check the rows of one shard; ids and outputs are compared among all.
+    rows: Sequence[Row], shared: Shared, shard: tuple[int, int] = (0, 1), note: hub.Note = lambda text: None
+) -> tuple[list[Task], list[Refusal]]:
+    """Check the rows of one shard; ids and outputs must be unique among all rows.
 
     Args:
-        rows: all of them, in every shard.
-        shared: what holds for all rows; a row's own word comes first.
-        command: the command line's `generate`, whose options rows have.
-        shard: (index, count): every count-th row, from row index on.
-        note: told the size of what must be fetched.
+        rows: all rows, whatever the shard.
+        shared: what all rows share; the row's own fields win.
+        shard: (index, count): every count-th row, starting with row `index`.
+        note: called with the size of what has to be fetched.
 
     Raises:
         OutputError: the folder of outputs cannot be made.
     """
     files.make_directory(shared.out_dir)
-    fields = {name: field for name, field in asked.fields_of(command).items() if name not in OF_THE_BATCH}
     pictures = {files.identity(Path(str(row.fields["image"]))) for row in rows if "image" in row.fields} - {None}
     tasks, refusals, seen = list[Task](), list[Refusal](), dict[tuple[str, str], int]()
     for index, (row, name) in enumerate(zip(rows, _names(rows), strict=True)):
@@ -94,7 +89,7 @@ def check(
         try:
             output = _output(row, name, shared.out_dir, seen)
             if mine:
-                task = _task(row, name, output, shared, fields, note)
+                task = _task(row, name, output, shared, note)
                 for target in filter(None, (output, task.job.preview)):
                     if files.identity(target) in pictures:
                         raise OutputError(f"{target} is the picture that a row starts from", "choose another name")
@@ -106,7 +101,7 @@ def check(
 
 
 def _names(rows: Sequence[Row]) -> list[str]:
-    """Give every row an id: its own, its output's name, or the words of its prompt; counted where those are alike."""
+    """Give every row an id: its own, its output's name, or the words of its prompt, numbered where these repeat."""
     given = [str(row.fields.get("id", str(row.fields.get("output", "")).removesuffix(".mp4"))) for row in rows]
     names, taken, alike = list[str](), {name.casefold() for name in given}, Counter[str]()
     for row, own in zip(rows, given, strict=True):
@@ -121,16 +116,16 @@ def _names(rows: Sequence[Row]) -> list[str]:
 
 
 def _output(row: Row, name: str, folder: Path, seen: dict[tuple[str, str], int]) -> Path:
-    """Return the output of a row, a place inside the folder that no row before it has; nor has one its preview."""
+    """Return the output of a row: inside the folder, and like its preview not used by an earlier row."""
     own = row.fields.get("output")
     if own is not None and not isinstance(own, str):
-        raise FieldError("output", f"output is to be of type str, not {own!r}", "write the name in quotes")
+        raise FieldError("output", f"output is {own!r}, it must be of type str", "write the name in quotes")
     path = _inside(folder, "id", f"{name}.mp4") if own is None else _inside(folder, "output", own)
     preview = [("preview", str(row.fields["preview"]))] if "preview" in row.fields else []
     for field, value in (("id", name), ("output", str(path)), *preview):
         before = seen.setdefault((field, value.casefold()), row.line)
         if before != row.line:
-            raise FieldError(field, f"{field} {value!r} is that of line {before} already", "give each row its own")
+            raise FieldError(field, f"{field} {value!r} is already used in line {before}", "give each row its own")
     return path
 
 
@@ -141,13 +136,11 @@ def _inside(folder: Path, field: str, name: Any) -> Path:
         raise FieldError(field, error.message, error.hint) from None
 
 
-def _task(
-    row: Row, name: str, output: Path, shared: Shared, fields: Mapping[str, asked.Field], note: Callable[[str], None]
-) -> Task:
+def _task(row: Row, name: str, output: Path, shared: Shared, note: hub.Note) -> Task:
     if row.error:
         raise ConfigError(row.error)
     own = {key: value for key, value in row.fields.items() if key not in ("id", "output")}
-    settings, arguments = asked.parse_row(own, fields)
+    settings, arguments = asked.parse_row(own)
     behaviour = {**shared.behaviour, **{key: arguments.pop(key) for key in BEHAVIOUR if key in arguments}}
     if "preview" in own:
         behaviour["preview"] = _inside(shared.out_dir, "preview", own["preview"])
@@ -179,5 +172,5 @@ def _task(
 
 
 def _seed(name: str) -> int:
-    """Return the seed of a row that names none: the same for the same id, today and on every machine."""
+    """Return the seed of a row without one: always the same for the same id, on every machine."""
     return int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:4]) >> 1

@@ -1,4 +1,4 @@
-"""Commands around weights: list, pull, path, verify, convert, train."""
+"""The commands around weights: list, pull, path, verify and convert; and train."""
 
 import json
 from pathlib import Path
@@ -16,11 +16,11 @@ from streamt2v.weights import home, hub
 
 def weights_list(
     name: Annotated[
-        str | None, typer.Argument(help="A model family: list its files and where they come from.", show_default=False)
+        str | None, typer.Argument(help="A model family, to list its files and their origin.", show_default=False)
     ] = None,
     json_output: options.Json = False,
 ) -> None:
-    """List the model families: state, size, licence, what they are; or the files of one.
+    """List the model families with state, size and licence, or the files of one family.
 
     [b]streamt2v weights list[/b]
 
@@ -40,20 +40,19 @@ def weights_list(
 def weights_pull(
     name: Annotated[
         str,
-        typer.Argument(
-            help="A name that `weights list` shows.", show_default=False, autocompletion=options.names_of_weights
-        ),
+        typer.Argument(help="A name from `weights list`.", show_default=False, autocompletion=options.names_of_weights),
     ],
     source: Annotated[
-        str, typer.Option("--source", help="Which published copy, where there are several: see `weights list NAME`.")
+        str,
+        typer.Option("--source", help="Which published copy to take if there are several; see `weights list NAME`."),
     ] = "",
     folder: Annotated[
-        Path | None, typer.Option("--from", help="Folder with published files that are here already.")
+        Path | None, typer.Option("--from", help="Folder of published files that are already here.")
     ] = None,
 ) -> None:
-    """Fetch a model family and convert it to 16-bit safetensors; or a model that makes first frames, as it is.
+    """Fetch a model family and convert it to 16-bit safetensors, or fetch a model for the first frames as it is.
 
-    Says the size before it starts; goes on where it was stopped. Files can be placed by hand: published ones in any
+    Prints the size first, and resumes an interrupted download. Files can be placed by hand: published ones in any
     folder (--from), converted ones in the folder that `weights path NAME` prints. --offline makes no connection.
 
     [b]streamt2v weights pull streamingt2v[/b]
@@ -79,7 +78,7 @@ def weights_pull(
 
 
 def weights_path(name: options.WeightsName = None) -> None:
-    """Print the folder of the weights, or of one name that `weights list` shows. STREAMT2V_HOME sets it.
+    """Print the folder of all weights, or of one name from `weights list`. STREAMT2V_HOME sets it.
 
     [b]streamt2v weights path streamingt2v[/b]
     """
@@ -87,7 +86,7 @@ def weights_path(name: options.WeightsName = None) -> None:
 
 
 def weights_verify(name: options.WeightsName = None) -> None:
-    """Check every weight file, or those of one name, against recorded sizes and SHA-256.
+    """Check all weight files, or those of one name, against their recorded sizes and SHA-256.
 
     [b]streamt2v weights verify[/b]
 
@@ -103,10 +102,10 @@ def weights_verify(name: options.WeightsName = None) -> None:
 
 
 def weights_convert(
-    source: Annotated[Path, typer.Argument(help="A published checkpoint, or a folder of it.", show_default=False)],
+    source: Annotated[Path, typer.Argument(help="A published checkpoint, or its folder.", show_default=False)],
     destination: Annotated[Path, typer.Argument(help="Folder for the converted files.", show_default=False)],
 ) -> None:
-    """Turn a published checkpoint into files that streamt2v loads: 16 bit, no pickle, no optimizer state.
+    """Convert a published checkpoint to files that streamt2v loads: 16 bit, no pickle, no optimizer state.
 
     Known: streaming_t2v.ckpt, VidXTend (file or folder), the three files of MS-Vid2Vid-XL, OpenCLIP ViT-H-14.
 
@@ -125,25 +124,23 @@ def train(
             help="vae, text, vision, images, base, decoder, cam, apm, joint, concatenated, image_to_video or judge."
         ),
     ],
-    minutes: Annotated[float | None, typer.Option("--minutes", help="Stop after so many minutes.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Stop after so many optimiser steps.")] = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder of checkpoints, log and sample sheets.")] = Path(
+    minutes: Annotated[float | None, typer.Option("--minutes", help="Stop after this many minutes.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Stop after this many optimizer steps.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for checkpoints, log and sample sheets.")] = Path(
         "training"
     ),
     resume_from: Annotated[
         Path | None,
-        typer.Option(
-            "--from", help="Folder with weights to start from, such as streamt2v/demo. Default: start afresh."
-        ),
+        typer.Option("--from", help="Folder of weights to start from, such as streamt2v/demo. Default: start afresh."),
     ] = None,
-    device: options.DeviceOption = "auto",
-    seed: Annotated[int, typer.Option("--seed", help="Seed of data and initial weights.")] = 0,
+    device: options.Device = "auto",
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the data and the initial weights.")] = 0,
     steady: Annotated[
-        bool, typer.Option("--steady", help="Keep the learning rate to the end: this run will be continued.")
+        bool, typer.Option("--steady", help="Keep the learning rate constant, for a run that will be continued.")
     ] = False,
-    afresh: Annotated[bool, typer.Option("--afresh", help="Forget what an earlier run of this part left.")] = False,
+    afresh: Annotated[bool, typer.Option("--afresh", help="Discard the state of an earlier run of this part.")] = False,
 ) -> None:
-    """Train one part of the demo family on the drawn world. The same command again goes on where it stopped.
+    """Train one part of the demo family on the drawn world. Repeating the command continues an interrupted run.
 
     [b]streamt2v train images --minutes 60 --out training[/b]
     """
@@ -151,6 +148,14 @@ def train(
     from streamt2v.training import loop
 
     loop.train(
-        part, minutes=minutes, steps=steps, out=out, device=devices.resolve(device).name, seed=seed,
-        resume_from=resume_from, steady=steady, afresh=afresh, log=say,
-    )  # fmt: skip
+        part,
+        minutes=minutes,
+        steps=steps,
+        out=out,
+        device=devices.resolve(device).name,
+        seed=seed,
+        resume_from=resume_from,
+        steady=steady,
+        afresh=afresh,
+        log=say,
+    )

@@ -1,4 +1,4 @@
-"""The command line: arguments to a config, one call into the pipeline, results to stdout, everything else to stderr."""
+"""The command line: all commands, global options, and how a failure becomes an exit code."""
 
 import io
 import os
@@ -26,15 +26,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Long videos from text on your own machine, by the StreamingT2V method.\n\n"
+    help="Make long videos from text on your own machine, with the StreamingT2V method.\n\n"
     '[b]streamt2v generate "a red ball bouncing over the sea at sunset" --frames 240 -o ball.mp4[/b]\n\n'
     "[b]streamt2v refine ball.mp4 -o ball_hd.mp4 --size 1280x720[/b]",
 )
-weights_app = typer.Typer(no_args_is_help=True, help="The weights that are here, and whether they are whole.")
+weights_app = typer.Typer(no_args_is_help=True, help="The installed weights, and whether they are intact.")
 app.add_typer(weights_app, name="weights")
 
 
-# In the order of the help.
+# In the order in which the help lists them.
 _FIRST: list[Command] = [generate, refine, extend, resume, verify, rerun]
 _LATER: list[Command] = [plan, bench, info, evaluate, preview, report, doctor, train]
 _WEIGHTS: list[Command] = [weights_list, weights_pull, weights_path, weights_verify, weights_convert]
@@ -64,11 +64,11 @@ def root(
     ] = False,
     no_color: Annotated[bool, typer.Option("--no-color", help="No colours; NO_COLOR=1 means the same.")] = False,
 ) -> None:
-    """Long videos from text on your own machine."""
+    """Make long videos from text on your own machine."""
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line and exit with the code that the error, if any, stands for."""
+    """Run the command line and exit with 0 or the exit code of the error."""
     argv = sys.argv[1:] if arguments is None else arguments
     end = argv.index("--") if "--" in argv else len(argv)
     asked, names = argv[:end], argv[end:]
@@ -78,10 +78,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     if "--no-color" in asked:
         os.environ["NO_COLOR"] = "1"
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by who started us: no file of ours may take its number
-            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - until the end
+        if getattr(sys, name) is None:  # closed by the caller: no file of ours may get its descriptor
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - stays open
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a prompt may hold what a terminal of ASCII cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal cannot show every prompt
     anywhere = ("--debug", "--offline", "--no-color")
     try:
         with terminable():

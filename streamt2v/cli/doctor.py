@@ -1,4 +1,4 @@
-"""What works on this machine and what to do about the rest: the checks behind `streamt2v doctor`."""
+"""The checks behind `streamt2v doctor`: what works on this machine, and what to do about the rest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOW_DISK_BYTES = 2 * 10**9
 
 @dataclass(frozen=True)
 class Check:
-    """One finding: what was looked at, whether it will do, what was found, and what to do when it will not."""
+    """One check: what was examined, whether it is fine, what was found, and what to do if it is not fine."""
 
     name: str
     ok: bool
@@ -30,11 +30,11 @@ class Check:
 
 
 def checks(folder: Path | None = None, device: str = "auto") -> list[Check]:
-    """Look at everything a run needs; never raises.
+    """Check everything a run needs; never raises.
 
     Args:
         folder: where videos will be written; None means the current folder.
-        device: the device to look for, as in `devices.resolve`.
+        device: the device to check, as in `devices.resolve`.
     """
     place = folder or Path.cwd()
     questions: list[tuple[str, Callable[[], Check]]] = [
@@ -51,7 +51,7 @@ def checks(folder: Path | None = None, device: str = "auto") -> list[Check]:
 
 
 def _answer(name: str, ask: Callable[[], Check]) -> Check:
-    """Ask, and turn whatever breaks into a finding: a report of what is broken must not break itself."""
+    """Run one check and turn any failure into a finding: a report of what is broken must not break itself."""
     try:
         return ask()
     except StreamT2VError as error:
@@ -81,7 +81,7 @@ def _libraries() -> Check:
 
 
 def _memory(name: str) -> Check:
-    """How the family that a run takes by default fits into the device's memory at its default size."""
+    """Check whether the default family fits into the device's memory at its default size."""
     device = devices.resolve(name)
     family = weights.family(weights.default_family(device.kind))
     free = devices.free_memory(device)
@@ -96,7 +96,7 @@ def _ffmpeg() -> Check:
     try:
         import imageio_ffmpeg  # type: ignore[import-untyped]
     except ImportError:
-        found = "no imageio-ffmpeg: PyAV writes videos, and their sound is not copied"
+        found = "no imageio-ffmpeg: PyAV writes the videos, and sound is not copied"
         return Check("ffmpeg", True, found, "install imageio-ffmpeg")
 
     binary = imageio_ffmpeg.get_ffmpeg_exe()

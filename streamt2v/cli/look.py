@@ -1,7 +1,8 @@
-"""Commands that look at videos and at this machine: verify, info, evaluate, preview, report, doctor."""
+"""The commands that inspect videos and this machine: verify, info, evaluate, preview, report, doctor."""
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 from streamt2v import config, files
 from streamt2v.cli import options
 from streamt2v.cli.progress import Progress
-from streamt2v.cli.terminal import complain, emit, plain, saying, terminable
+from streamt2v.cli.terminal import complain, emit, plain, terminable
 from streamt2v.errors import ConfigError, VideoError, WeightsError
 from streamt2v.jobs import again, prepare, run_directory
 from streamt2v.jobs.recipe import describe_video, look
@@ -20,21 +21,19 @@ def verify(
     videos: Annotated[list[Path], typer.Argument(help="Videos made by streamt2v.", show_default=False)],
     json_output: options.Json = False,
 ) -> None:
-    """Check that videos are whole: every bit as written, every frame decoded, as many as the recipe says.
+    """Check that videos are intact: every bit as written, every frame decodable, as many as the recipe says.
 
-    Exit code 3 at the first that is cut, damaged or changed. It knows no signatures: who forges a video can forge this.
+    Exit code 3 at the first that is truncated, damaged or changed. There is no signature: a forger can pass this check.
 
     [b]streamt2v verify ball.mp4[/b]
     """
     for video in videos:
         facts = again.verify(video)
-        emit(json.dumps(facts) if json_output else f"{video}: whole, {facts['frames']} frames, {facts['seconds']:g} s")
+        emit(json.dumps(facts) if json_output else f"{video}: intact, {facts['frames']} frames, {facts['seconds']:g} s")
 
 
 def info(
-    video: Annotated[
-        Path, typer.Argument(help="A video made by streamt2v, or an unfinished run of one.", show_default=False)
-    ],
+    video: Annotated[Path, typer.Argument(help="A video made by streamt2v, or an unfinished run.", show_default=False)],
     json_output: options.Json = False,
 ) -> None:
     """Show the settings that made a video, read from the file itself.
@@ -50,33 +49,38 @@ def info(
 
 
 def evaluate(
-    videos: Annotated[list[Path], typer.Argument(help="Videos to measure, of any origin.", show_default=False)],
+    videos: Annotated[list[Path], typer.Argument(help="The videos to measure, from any source.", show_default=False)],
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="What they show, for CLIP. Default: each video's own prompt.")
     ] = None,
     against: Annotated[
-        Path | None, typer.Option("--against", help="Compare every frame with this video's: PSNR, SSIM.")
+        Path | None, typer.Option("--against", help="Compare every frame with this video: PSNR and SSIM.")
     ] = None,
     report_file: Annotated[
         Path | None, typer.Option("--report", help="Write an HTML page with plots and a contact sheet.")
     ] = None,
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the scores, one row a video.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the scores, one row per video.")] = None,
     frames_csv: Annotated[
-        Path | None, typer.Option("--frames-csv", help="Write what was measured at every frame, one row each.")
+        Path | None, typer.Option("--frames-csv", help="Write the measurements, one row per frame.")
     ] = None,
     seams: Annotated[
         str | None,
-        typer.Option("--seams", help="Frames where chunks begin: 16,24,32 or 16:1200:8. Default: the video's own."),
+        typer.Option("--seams", help="Frames where chunks begin: 16,24,32 or 16:1200:8. Default: read from the video."),
     ] = None,
-    window: Annotated[int, typer.Option("--window", help="Frames that count as the first, and as the last.")] = 100,
+    window: Annotated[
+        int, typer.Option("--window", help="Number of frames that count as the first, and as the last.")
+    ] = 100,
     flow_size: Annotated[
-        int, typer.Option("--flow-size", help="Square that frames are scaled to before the flow; less is faster.")
+        int,
+        typer.Option(
+            "--flow-size", help="Side of the square that frames are scaled to for the flow; smaller is faster."
+        ),
     ] = 720,
     clip: Annotated[
         str,
-        typer.Option("--clip", help="auto (the published one if fetched, else demo), demo, hub:OWNER/NAME, none."),
+        typer.Option("--clip", help="auto (the published CLIP if fetched, else demo's), demo, hub:OWNER/NAME or none."),
     ] = "auto",
-    clip_every: Annotated[int, typer.Option("--clip-every", help="CLIP looks at every so manieth frame.")] = 8,
+    clip_every: Annotated[int, typer.Option("--clip-every", help="Apply CLIP to every Nth frame.")] = 8,
     device: Annotated[str, typer.Option("--device", help="Where CLIP runs: auto, cpu, cuda, cuda:1, mps.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", "-f", help="Replace files that exist.")] = False,
     json_output: options.Json = False,
@@ -84,7 +88,7 @@ def evaluate(
 ) -> None:
     """Measure videos: scene cuts, motion and warp error (MAWE), CLIP, drift, seams, stagnation, flicker.
 
-    Any length at the same memory. docs/metrics.md defines every score.
+    Memory does not grow with the length. docs/metrics.md defines every score.
 
     [b]streamt2v evaluate ball.mp4 --report ball.html[/b]
 
@@ -97,49 +101,45 @@ def evaluate(
     except ImportError as error:
         hint = 'install what it needs with `pip install "streamt2v[metrics]"`'
         raise ConfigError(f"evaluate cannot start: {error}", hint) from error
-    settings = evaluation.Settings(
-        prompt, against, None if seams is None else evaluation.parse_seams(seams), window, flow_size, clip,
-        clip_every, device,
-    )  # fmt: skip
+    begins = None if seams is None else evaluation.parse_seams(seams)
+    settings = evaluation.Settings(prompt, against, begins, window, flow_size, clip, clip_every, device)
     targets = [target for target in (report_file, csv_file, frames_csv) if target is not None]
     for number, target in enumerate(targets):
         prepare.check_target(target, overwrite, *videos, against, *targets[:number])
     with terminable("stopped; nothing was written"), Progress(quiet=quiet) as progress:
-        results, failures = evaluation.evaluate(videos, settings, progress, saying(quiet))
+        results, failures = evaluation.evaluate(videos, settings, progress, progress.say)
     for failure in failures[not results :]:
         complain(f"error: {failure.message}", failure.hint)
     if not results:
         raise failures[0]
-    pages = {
-        report_file: report.as_html(results, settings),
-        csv_file: report.videos_csv(results),
-        frames_csv: report.frames_csv(results),
-    }
-    for path, page in pages.items():
+    pages: list[tuple[Path | None, Callable[[], str]]] = [
+        (report_file, lambda: report.as_html(results, settings)),
+        (csv_file, lambda: report.videos_csv(results)),
+        (frames_csv, lambda: report.frames_csv(results)),
+    ]
+    for path, page in pages:
         if path is not None:
-            files.write_bytes(path, page.encode(errors="replace"))
-    if json_output:
-        emit(json.dumps(report.as_json(results, settings), ensure_ascii=False, allow_nan=False))
-    else:
-        emit(plain(report.as_text(results)))
+            files.write_bytes(path, page().encode(errors="replace"))
+    facts = report.as_json(results, settings)
+    emit(json.dumps(facts, ensure_ascii=False, allow_nan=False) if json_output else plain(report.as_text(results)))
     if failures:
         raise VideoError(f"{len(failures)} of {len(videos)} videos could not be measured", "the others are above")
 
 
 def preview(
     source: Annotated[
-        Path, typer.Argument(metavar="VIDEO", help="Any video, or an unfinished run of one.", show_default=False)
+        Path, typer.Argument(metavar="VIDEO", help="Any video, or an unfinished run.", show_default=False)
     ],
     output: Annotated[
         list[Path] | None,
         typer.Option(
-            "--output", "-o", help="A .png is a contact sheet; .webp and .gif move. Default: a .png and a .webp."
+            "--output", "-o", help="A .png is a contact sheet, .webp and .gif move. Default: a .png and a .webp."
         ),
     ] = None,
-    width: Annotated[int, typer.Option("--width", help="Width of a frame, at most.", min=16, max=4096)] = 320,
+    width: Annotated[int, typer.Option("--width", help="Maximum width of a frame.", min=16, max=4096)] = 320,
     overwrite: Annotated[bool, typer.Option("--overwrite", "-f", help="Replace files that exist.")] = False,
 ) -> None:
-    """Make small pictures of a video: a contact sheet of 24 frames, and a preview of 96 that moves.
+    """Make small pictures of a video: a contact sheet of 24 frames and a moving preview of 96.
 
     [b]streamt2v preview ball.mp4[/b]
 
@@ -160,13 +160,13 @@ def preview(
 
 
 def report(
-    video: Annotated[Path, typer.Argument(help="A video, or an unfinished run of one.", show_default=False)],
+    video: Annotated[Path, typer.Argument(help="A video, or an unfinished run.", show_default=False)],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The HTML file. Default: the video's name.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", "-f", help="Replace a file that exists.")] = False,
 ) -> None:
-    """Write how a video was made as one HTML file: recipe, prompts, chunks, contact sheet.
+    """Write an HTML page on how a video was made: recipe, prompts, chunks, contact sheet.
 
     [b]streamt2v report ball.mp4[/b]
 
@@ -182,7 +182,7 @@ def report(
 
 
 def doctor(json_output: options.Json = False) -> None:
-    """Check this machine: device, memory, ffmpeg, weights; what works and what to do.
+    """Check this machine: device, memory, ffmpeg, weights; what works, and what to do about the rest.
 
     Exit code 4 if something is missing.
 

@@ -1,4 +1,4 @@
-"""Commands that make videos: generate, refine, extend, resume, rerun, batch; plan and bench."""
+"""The commands that make videos: generate, refine, extend, resume, rerun and batch; and plan and bench."""
 
 import dataclasses
 import json
@@ -15,20 +15,22 @@ from streamt2v import config, files, weights
 from streamt2v.batch import events
 from streamt2v.cli import options
 from streamt2v.cli.progress import Progress
-from streamt2v.cli.terminal import FETCHING, complain, emit, plain, saying, terminable
+from streamt2v.cli.terminal import FETCHING, complain, emit, plain, terminable
 from streamt2v.errors import ConfigError, DifferenceError, Interrupted
 from streamt2v.jobs import again, asked, forecast, prepare, run_directory
 from streamt2v.jobs.job import BEHAVIOUR, Job, Result
 from streamt2v.jobs.prepared import Prepared
 from streamt2v.jobs.recipe import inspect_source
 
+_RUNNING = (options.computing, options.writing, options.talking)
+
 
 def default_output(prompt: str, seed: int) -> Path:
-    """Return a file name made of the date, the prompt's letters and the seed."""
+    """Return a file name made of the date, the words of the prompt and the seed."""
     return Path(f"{datetime.now():%Y%m%d-%H%M%S}_{files.slug(prompt)}_{seed}.mp4")
 
 
-@options.knows(options.making, options.streaming, options.starting, options.running, options.alone)
+@options.knows(options.making, options.streaming, options.starting, *_RUNNING, options.alone)
 def generate(
     prompt: options.Prompt = None,
     frames: options.Frames = None,
@@ -38,9 +40,9 @@ def generate(
 ) -> None:
     """Make a video from a prompt.
 
-    The demo model knows red, green, blue, yellow, purple or white; ball, star, cube or fish;
+    The demo model knows red, green, blue, yellow, purple and white; ball, star, cube and fish;
 
-    drifting left or right, bouncing, rising or circling; sea, meadow, desert or city; day, sunset or night.
+    drifting left or right, bouncing, rising and circling; sea, meadow, desert and city; day, sunset and night.
 
     [b]streamt2v generate "a red ball bouncing over the sea at sunset" --frames 240 -o ball.mp4[/b]
 
@@ -53,12 +55,12 @@ def generate(
     _run("generate", None, output, given, prompt=options.read_prompt(prompt), frames=frames, fps=fps)
 
 
-@options.knows(options.making, options.running, options.alone)
+@options.knows(options.making, *_RUNNING, options.alone)
 def refine(
     source: Annotated[Path, typer.Argument(help="The video to refine.", show_default=False)],
     output: options.Output = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="What it shows. Default: the video's own prompts.")
+        str | None, typer.Option("--prompt", help="What the video shows. Default: its own prompts.")
     ] = None,
     fps: options.SourceFps = None,
     guidance: Annotated[
@@ -66,28 +68,28 @@ def refine(
     ] = None,
     **given: Any,
 ) -> None:
-    """Refine a video of any length: same frames, same sound, more detail.
+    """Refine a video of any length: more detail, the same number of frames, the same sound.
 
     [b]streamt2v refine holiday.mp4 -o holiday_hd.mp4 --size 1920x1080[/b]
 
     [b]streamt2v refine ball.mp4 --strength creative -o other.mp4[/b]
     """
     output = output or source.parent / f"{source.stem}_refined.mp4"
-    _run("refine", source, output, given, prompt=prompt, fps=fps, refine_guidance=guidance)
+    _run("refine", source, output, given, prompt=prompt, fps=fps, **{"refine.guidance_scale": guidance})
 
 
-@options.knows(options.making, options.streaming, options.running, options.alone)
+@options.knows(options.making, options.streaming, *_RUNNING, options.alone)
 def extend(
     source: Annotated[Path, typer.Argument(help="The video to continue.", show_default=False)],
-    frames: Annotated[int, typer.Option("--frames", "-n", help="Frames of the whole result, the source's included.")],
+    frames: Annotated[int, typer.Option("--frames", "-n", help="Frames of the whole result, source included.")],
     output: options.Output = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="What it shows. Default: the video's last prompt.")
+        str | None, typer.Option("--prompt", help="What the video shows. Default: its last prompt.")
     ] = None,
     fps: options.SourceFps = None,
     **given: Any,
 ) -> None:
-    """Continue a video: its own frames, then new ones that follow from its last 16.
+    """Continue a video: its own frames, then new ones generated from its last 16.
 
     [b]streamt2v extend ball.mp4 --frames 240 -o longer.mp4[/b]
 
@@ -99,10 +101,8 @@ def extend(
 
 def _run(command: str, source: Path | None, output: Path | None, given: dict[str, Any], **more: Any) -> None:
     """Carry out a command that makes a video; `given` are the options of the shared groups."""
-    json_output, quiet, verbose = (given.pop(name) for name in ("json_output", "quiet", "verbose"))
-    behaviour = {name: given.pop(name) for name in BEHAVIOUR if name in given}
-    behaviour["inputs"] = tuple(filter(None, (given.get("config_file"), given.get("timeline"))))
-    behaviour["resume"] |= behaviour["resume_anyway"]
+    progress, as_json = _talking(given)
+    behaviour = _behaviour(given)
     if behaviour["resume"] and output is None:
         raise ConfigError("--resume needs to know which output", "name it with -o")
     found = None if source is None else inspect_source(source)
@@ -111,141 +111,155 @@ def _run(command: str, source: Path | None, output: Path | None, given: dict[str
     more |= {"device": behaviour["device"], "resume_from": output if behaviour["resume"] else None, "source": found}
     resolved = asked.resolve(**given, **more)
     output = output or default_output(resolved.prompt, resolved.seed)
-    _make(Job(command, resolved, output, source, **behaviour), json_output, quiet, verbose)
+    _tell(_make(Job(command, resolved, output, source, **behaviour), progress), as_json)
 
 
-def _make(job: Job, json_output: bool, quiet: bool, verbose: bool) -> None:
-    """Carry out a job and print its result."""
-    _emit_result(_made(job, quiet, verbose), json_output)
+def _talking(given: dict[str, Any]) -> tuple[Progress, bool]:
+    """Take out of the options how a command reports: its progress, and whether the result is JSON."""
+    quiet, verbose, as_json = (given.pop(name) for name in ("quiet", "verbose", "json_output"))
+    return Progress(quiet, verbose), as_json
 
 
-def _made(job: Job, quiet: bool, verbose: bool) -> Result:
-    tell = saying(quiet)
+def _behaviour(given: dict[str, Any], *inputs: Path) -> dict[str, Any]:
+    """Take out of the options those that say how a run behaves, and add the files that the command reads."""
+    behaviour = {name: given.pop(name) for name in BEHAVIOUR if name in given}
+    if behaviour.get("resume_anyway"):
+        behaviour["resume"] = True
+    return behaviour | {"inputs": tuple(filter(None, (*inputs, given.get("config_file"), given.get("timeline"))))}
+
+
+def _make(job: Job, progress: Progress) -> Result:
     with terminable(FETCHING):
-        # Everything cheap is checked before torch is imported or a model loads.
-        known = prepare.prepare(job, tell)
+        # All cheap checks come before torch is imported or a model loads.
+        known = prepare.prepare(job, progress.say)
     for notice in known.notices:
-        tell(notice)
+        progress.say(notice)
     length = f"{job.config.num_frames} frames at {job.config.output.fps:g} fps"
-    tell(f"{job.output}: {length}, model {job.config.model}, seed {job.config.seed}")
-    with Progress(quiet=quiet, verbose=verbose) as progress:
+    progress.say(f"{job.output}: {length}, model {job.config.model}, seed {job.config.seed}")
+    with progress:
         from streamt2v.runs import pipeline
 
         return pipeline.make(known, progress)
 
 
-def _emit_result(result: Result, json_output: bool) -> None:
-    made = events.event("result", ok=True, **dataclasses.asdict(result))
-    emit(json.dumps(made) if json_output else result.output)
+def _tell(result: Result, as_json: bool) -> None:
+    emit(json.dumps(events.event("result", ok=True, **dataclasses.asdict(result))) if as_json else result.output)
 
 
+def _tell_plan(job: Job, as_json: bool) -> None:
+    report = forecast.plan(Prepared(job))
+    emit(json.dumps(dataclasses.asdict(report)) if as_json else plain(report.as_text()))
+
+
+@options.knows(options.talking)
 def resume(
     run: Annotated[Path, typer.Argument(help="The output, or its run directory OUT.streamt2v.", show_default=False)],
     device: Annotated[
-        str | None, typer.Option("--device", help="Another device of the same kind and name. Default: where it began.")
+        str | None,
+        typer.Option("--device", help="Another device of the same kind and name. Default: the one the run began on."),
     ] = None,
-    json_output: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
+    **given: Any,
 ) -> None:
-    """Continue an interrupted run as it was begun, to the same frames.
+    """Continue an interrupted run with its own settings; the frames are those of an uninterrupted one.
 
-    The same command with --resume does it too, and --resume-anyway with other settings.
+    Repeating the original command with --resume does the same; with --resume-anyway, settings may change.
 
     [b]streamt2v resume ball.mp4[/b]
     """
+    progress, as_json = _talking(given)
     output = run_directory.output_of(run)
     if output.exists() and not run_directory.exists(run_directory.directory_for(output)):
         result = again.made(output)
         run_directory.discard(run_directory.directory_for(output))
-        saying(quiet)(f"{output} is finished")
-        _emit_result(result, json_output)
+        progress.say(f"{output} is finished")
     else:
         job = again.resumed(output)
-        _make(dataclasses.replace(job, device=device or job.device), json_output, quiet, verbose)
+        result = _make(dataclasses.replace(job, device=device or job.device), progress)
+    _tell(result, as_json)
 
 
-@options.knows(options.running, options.alone)
+@options.knows(*_RUNNING, options.alone)
 def rerun(
     video: Annotated[Path, typer.Argument(help="A video made by streamt2v.", show_default=False)],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The file to write. Default: VIDEO_rerun.mp4, of its kind.")
     ] = None,
-    source: Annotated[Path | None, typer.Option("--source", help="What VIDEO was refined or extended from.")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--source", help="The video that VIDEO was refined or extended from.")
+    ] = None,
     image: options.Image = None,
     init: options.Init = None,
     image_init: options.ImageInit = None,
     **given: Any,
 ) -> None:
-    """Make a video again by the recipe inside it, and compare the frames: exit code 10 where they differ.
+    """Make a video again from the recipe inside it and compare the frames; exit code 10 if they differ.
 
-    The recipe decides what is made. Paths, the device, and models that weights.toml does not know, only you can name.
+    The recipe decides what is made. Paths, the device and models that weights.toml does not list have to be given.
 
     [b]streamt2v rerun ball.mp4 -o again.mp4[/b]
 
     [b]streamt2v rerun ball_hd.mp4 --source ball.mp4[/b]
     """
-    json_output, quiet, verbose = (given.pop(name) for name in ("json_output", "quiet", "verbose"))
-    given["resume"] |= given["resume_anyway"]
-    places: dict[str, str | None] = {
-        "image": None if image is None else str(image), "initialize.text_model": init, "initialize.picture_model": init,
-        "initialize.text_to_image": image_init,
-    }  # fmt: skip
+    progress, as_json = _talking(given)
+    behaviour = _behaviour(given, video)
+    places = dict.fromkeys(("initialize.text_model", "initialize.picture_model"), init)
+    places |= {"initialize.text_to_image": image_init, "image": None if image is None else str(image)}
     command, settings, like = again.rerun(video, source, places)
-    output, tell = output or video.with_name(f"{video.stem}_rerun{video.suffix}"), saying(quiet)
-    tell(f"{video} says: {command}, with")
+    output = output or video.with_name(f"{video.stem}_rerun{video.suffix}")
+    progress.say(f"{video} says: {command}, with")
     usual = config.to_flat(config.merge(config.preset(weights.family(settings.model).preset)))
     for key, value in config.to_flat(settings).items():
         if value != usual.get(key):
-            tell(f"  {key} = {value}")
-    result = _made(Job(command, settings, output, source, like=like, inputs=(video,), **given), quiet, verbose)
+            progress.say(f"  {key} = {value}")
+    result = _make(Job(command, settings, output, source, like=like, **behaviour), progress)
     if differences := again.compare(video, output):
         raise DifferenceError(f"the frames of {output} differ from those of {video}: {'; '.join(differences)}")
-    tell(f"the frames are those of {video}")
-    _emit_result(result, json_output)
+    progress.say(f"the frames are those of {video}")
+    _tell(result, as_json)
 
 
 class RayCommand(typer.core.TyperCommand):
-    """A command whose --ray may stand without an address: typer has no options with an optional value."""
+    """A command whose --ray needs no address, because typer has no options with an optional value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Give a bare --ray its value; an address is auto, local, or has a colon."""
+        """Give a bare --ray its value; an address is auto, local or contains a colon."""
         for index, after in enumerate([*args[1:], ""]):
             if args[index] == "--ray" and not re.search("^(auto|local)$|:", after):
                 args[index] = "--ray=local"
         return super().parse_args(ctx, args)
 
 
-@options.knows(options.making, options.streaming, options.starting, options.running)
+@options.knows(options.making, options.streaming, options.starting, *_RUNNING)
 def batch(
     file: Annotated[
         str,
         typer.Argument(
-            metavar="JOBS", show_default=False, help="Rows in .jsonl, .toml, .csv, .txt (a prompt a line); - is stdin."
+            metavar="JOBS",
+            show_default=False,
+            help="Rows in .jsonl, .toml, .csv or .txt (one prompt per line); - is stdin.",
         ),
     ],
     out_dir: Annotated[
-        Path, typer.Option("--out-dir", help="Folder of the videos; no row writes elsewhere.", show_default=False)
+        Path, typer.Option("--out-dir", help="Folder for the videos; no row writes elsewhere.", show_default=False)
     ],
     frames: options.Frames = None,
     fps: options.Fps = None,
-    keep_going: Annotated[
-        bool, typer.Option("--keep-going", help="Make what can be made when rows are wrong or jobs fail.")
-    ] = False,
+    keep_going: Annotated[bool, typer.Option("--keep-going", help="Go on when rows are invalid or jobs fail.")] = False,
     shard: Annotated[
-        str, typer.Option("--shard", metavar="I/N", help="Only every Nth row, from the Ith on: one part a machine.")
+        str,
+        typer.Option("--shard", metavar="I/N", help="Only every Nth row, starting with the Ith: one part per machine."),
     ] = "1/1",
     ray: Annotated[
         str | None,
-        typer.Option("--ray", metavar="[ADDRESS]", help="Run on Ray: auto, HOST:PORT, or nothing to start it here."),
+        typer.Option("--ray", metavar="[ADDRESS]", help="Run on Ray: auto, HOST:PORT, or no address to start it here."),
     ] = None,
     **given: Any,
 ) -> None:
-    """Make many videos: a row is a prompt and any option of generate, by its name: frames, refine-steps, stream.eta.
+    """Make many videos: each row is a prompt with any option of generate by name, such as frames or refine-steps.
 
-    Options given here hold for rows that do not say otherwise. Rows without a seed get one from their id or prompt.
-    What is finished is not made again, what was stopped goes on; --overwrite makes rows again that were changed.
-    With --json every event is a line on stdout.
+    Settings such as stream.eta work too. Options given here apply to rows that do not set them. Rows without a seed get
+    one from their id or prompt. Finished videos are skipped, interrupted ones continue; --overwrite makes changed rows
+    again. With --json every event is a line on stdout.
 
     [b]streamt2v batch jobs.jsonl --out-dir videos[/b]
 
@@ -253,27 +267,29 @@ def batch(
     """
     from streamt2v.batch import rows, run, tasks
 
-    json_output, quiet, verbose, overwrite = (
-        given.pop(name) for name in ("json_output", "quiet", "verbose", "overwrite")
-    )
-    behaviour = {name: given.pop(name) for name in BEHAVIOUR if name in given}
-    behaviour["inputs"] = tuple(filter(None, (Path(file), given.get("config_file"), given.get("timeline"))))
-    given |= {"frames": frames, "fps": fps, "device": None if ray else behaviour["device"]}  # a cluster has its own
+    progress, as_json = _talking(given)
+    behaviour = _behaviour(given, Path(file))
+    overwrite = behaviour.pop("overwrite")
+    given |= {
+        "frames": frames,
+        "fps": fps,
+        "device": None if ray else behaviour["device"],
+    }  # a cluster has its own devices
     shared = tasks.Shared(out_dir, given, behaviour, overwrite)
-    with terminable(FETCHING), Progress(quiet=quiet, verbose=verbose) as progress:
+    with terminable(FETCHING), progress:
         part = tasks.shard_of(shard)
-        checked = tasks.check(rows.read(file), shared, generate, part, saying(quiet))
-        code = run.run(*checked, _follow(progress, json_output), keep_going=keep_going, ray=ray)
+        checked = tasks.check(rows.read(file), shared, part, progress.say)
+        code = run.run(*checked, _follow(progress, as_json), keep_going=keep_going, ray=ray)
     raise typer.Exit(code)
 
 
-def _follow(progress: Progress, json_output: bool) -> events.Tell:
-    """Return what shows the events of a batch: results on stdout, all else on stderr; with JSON all on stdout too."""
-    out = sys.stdout  # which Ray must not share
+def _follow(progress: Progress, as_json: bool) -> events.Tell:
+    """Return a function that shows the events of a batch: results or JSON on stdout, text on stderr."""
+    out = sys.stdout  # Ray replaces it
 
     def tell(event: events.Event) -> None:
         job = event.get("job", "")
-        if json_output:
+        if as_json:
             emit(json.dumps(event), out)
         if event["type"] == "start":
             progress.say("{job}: {output}: {frames} frames at {fps:g} fps, model {model}, seed {seed}".format(**event))
@@ -284,10 +300,10 @@ def _follow(progress: Progress, json_output: bool) -> events.Tell:
         elif event["type"] == "warning":
             progress.note(f"{job}: {event['message']}", warning=True)
         elif "jobs" in event:
-            progress.say("{made} made, {there} there already, {failed} failed, {left} left".format(**event))
+            progress.say("{made} made, {there} already there, {failed} failed, {left} left".format(**event))
         else:
             progress.end(*(f"{job} {stage}" for stage in ("stream", "refine")))
-            if event["ok"] and not json_output:
+            if event["ok"] and not as_json:
                 emit(event["output"], out)
         if not event.get("ok", True):
             error, where = event["error"], [f"line {event['line']}"] if job else []
@@ -299,58 +315,48 @@ def _follow(progress: Progress, json_output: bool) -> events.Tell:
     return tell
 
 
-@options.knows(options.making, options.streaming, options.starting)
+@options.knows(options.making, options.streaming, options.starting, options.computing)
 def plan(
     prompt: options.Prompt = None,
     frames: options.Frames = None,
     fps: options.Fps = None,
-    device: options.DeviceOption = "auto",
-    threads: options.Threads = None,
-    memory: options.Memory = None,
     json_output: options.Json = False,
     **given: Any,
 ) -> None:
-    """Show chunks, memory and time of a run without loading any weights.
+    """Show the chunks, memory and time of a run without loading any weights.
 
     [b]streamt2v plan "a red ball over the sea" --frames 1200[/b]
 
     [b]streamt2v plan "a cat on the beach" --model streamingt2v --device cuda --memory 12[/b]
     """
-    resolved = asked.resolve(prompt=options.read_prompt(prompt), frames=frames, fps=fps, device=device, **given)
+    threads, memory = given.pop("threads"), given.pop("memory")
+    resolved = asked.resolve(prompt=options.read_prompt(prompt), frames=frames, fps=fps, **given)
     prepare.check_wishes(resolved)
-    job = Job("generate", resolved, Path(), device=device, threads=threads, memory=memory)
-    report = forecast.plan(Prepared(job))
-    emit(json.dumps(dataclasses.asdict(report)) if json_output else plain(report.as_text()))
+    _tell_plan(Job("generate", resolved, Path(), threads=threads, memory=memory, device=given["device"]), json_output)
 
 
-@options.knows(options.making, options.streaming, options.starting)
+@options.knows(options.making, options.streaming, options.starting, options.computing, options.talking)
 def bench(
-    frames: Annotated[int, typer.Option("--frames", "-n", help="Length that the time is then told for.")] = 1200,
-    device: options.DeviceOption = "auto",
-    threads: options.Threads = None,
-    memory: options.Memory = None,
-    json_output: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
+    frames: Annotated[int, typer.Option("--frames", "-n", help="Length to state the time for.")] = 1200,
     **given: Any,
 ) -> None:
-    """Measure this machine: make a short video, throw it away, and show what a long one will take.
+    """Measure this machine: make a short video, discard it, and show what a long one will take.
 
-    From then on `plan` knows, for the same model, sizes and steps.
+    From then on `plan` knows the time for the same model, sizes and steps.
 
     [b]streamt2v bench[/b]
 
     [b]streamt2v bench --model streamingt2v --quality fast --size 720x720[/b]
     """
-    prompt = "a red ball bouncing over the sea at sunset"
-    resolved = asked.resolve(prompt=prompt, frames=frames, device=device, **given)
+    progress, as_json = _talking(given)
+    device, threads, memory = given["device"], given.pop("threads"), given.pop("memory")
+    resolved = asked.resolve(prompt="a red ball bouncing over the sea at sunset", frames=frames, **given)
     short = dataclasses.replace(resolved, num_frames=forecast.short_length(resolved))
     with TemporaryDirectory(prefix="streamt2v-") as folder, terminable():
         job = Job("generate", short, Path(folder) / "bench.mp4", device=device, threads=threads, memory=memory)
-        known = prepare.prepare(job, saying(quiet))
-        with Progress(quiet=quiet, verbose=verbose) as progress:
+        known = prepare.prepare(job, progress.say)
+        with progress:
             from streamt2v.runs import pipeline
 
             pipeline.make(known, progress)
-    report = forecast.plan(Prepared(dataclasses.replace(job, config=resolved)))
-    emit(json.dumps(dataclasses.asdict(report)) if json_output else report.as_text())
+    _tell_plan(dataclasses.replace(job, config=resolved), as_json)

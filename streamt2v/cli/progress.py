@@ -1,4 +1,4 @@
-"""Progress of a run on stderr: a live line on a terminal, a calm line now and then elsewhere."""
+"""Progress of a run on stderr: live on a terminal, an occasional line elsewhere."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _clock(seconds: float) -> str:
 
 
 class Progress:
-    """The command line's report: live with rich on a terminal, plain lines at most every ten seconds elsewhere."""
+    """Reports a run on stderr: live with rich on a terminal, elsewhere a plain line at most every ten seconds."""
 
     def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
         self.quiet, self.verbose = quiet, verbose
@@ -57,7 +57,7 @@ class Progress:
             self.live = Live(console=Console(stderr=True), refresh_per_second=4, get_renderable=self._render)
             try:
                 self.live.start()
-            except BaseException:  # a signal: the cursor may be hidden already
+            except BaseException:  # such as a signal: the cursor may already be hidden
                 self.live.stop()
                 raise
         return self
@@ -69,13 +69,13 @@ class Progress:
             self.live.stop()
 
     def start(self, stage: str, total_frames: int, done: int = 0) -> None:
-        """A stage begins, or continues after `done` frames."""
+        """Begin a stage, or continue it after `done` frames."""
         self.stages[stage] = _Stage(total_frames, done)
         if self.live is None and self.verbose:
-            self.say(f"{stage}: {total_frames} frames" + (f", {done} of them are there already" if done else ""))
+            self.say(f"{stage}: {total_frames} frames" + (f", {done} of them already there" if done else ""))
 
     def advance(self, stage: str, done: int, chunk: int, num_chunks: int) -> None:
-        """Show the new state: at once on a terminal, elsewhere every ten seconds and at the end."""
+        """Show progress: at once on a terminal, elsewhere every ten seconds and at the end."""
         state = self.stages[stage]
         state.done, state.chunk, state.num_chunks = done, chunk, num_chunks
         now = time.monotonic()
@@ -85,17 +85,17 @@ class Progress:
             self.say(state.text(stage))
 
     def end(self, *stages: str) -> None:
-        """Show these stages no longer."""
+        """Stop showing these stages."""
         for stage in stages:
             self.stages.pop(stage, None)
 
     def note(self, text: str, warning: bool = False) -> None:
-        """Say a warning, or what is worth a line when details are wanted."""
+        """Print a warning, or a detail if the user asked for details."""
         if self.verbose or warning:
             self.say(text)
 
     def say(self, text: str) -> None:
-        """Say a line, unless only errors are wanted."""
+        """Print a line, unless the user wants errors only."""
         if not self.quiet:
             say(text)
 

@@ -1,4 +1,4 @@
-"""How a video was made, as one HTML file: its recipe, prompts and chunks, and what it looks like."""
+"""How a video was made, as one HTML page: recipe, prompts, chunks and a contact sheet."""
 
 from dataclasses import dataclass
 
@@ -49,14 +49,14 @@ class _Row:
 
 
 def as_html(seen: Look) -> str:
-    """Return the page of a video, or of the run that is to make it."""
-    facts, sheet, recipe = "nothing of it can be seen yet", "", seen.recipe
+    """Return the page of a video, or of an unfinished run."""
+    facts, sheet, recipe = "nothing can be seen yet", "", seen.recipe
     if (found := seen.found) is not None:
         facts = f"{found.frames} frames of {found.width}x{found.height} at {float(found.fps):g} fps"
         sheet = pages.picture(contact_sheet(preview.thumbnails(seen.video)))
     known = recorded_run(recipe)
     if known is not None and found is not None and not seen.unfinished and known[0].num_frames != found.frames:
-        known = None  # of a video that was cut since, and of what only claims to be one, the chunks are not known
+        known = None  # cut since, or a false claim: its chunks are not known
     stages: dict[str, list[_Row]] = {}
     prompts: tuple[Prompt, ...] = ()
     if known is not None:
@@ -69,7 +69,7 @@ def as_html(seen: Look) -> str:
 
 
 def _stages(run: config.RunConfig, command: str, kept: int, seconds: dict[int, float]) -> dict[str, list[_Row]]:
-    """The chunks of both stages; the seconds between two chunks of the first, as far as their run is still there."""
+    """Return the chunks of both stages, with the seconds per chunk of the first if the run directory still exists."""
     begin = max(0, kept - run.stream.chunk)
     made = run.num_frames - begin
     streaming = chunks.streaming_plan(made, run.stream.chunk, run.stream.overlap) if command != "refine" else ()

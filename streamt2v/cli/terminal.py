@@ -1,4 +1,4 @@
-"""What is said on stdout and stderr, and how signals end a command."""
+"""Output on stdout and stderr, and how signals end a command."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn, TextIO
@@ -22,7 +22,7 @@ def plain(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """Print a line on stderr; that nobody reads there, or a log is full, ends no run."""
+    """Print a line on stderr; a closed terminal or a full log does not end a run."""
     try:
         print(plain(text), file=sys.stderr, flush=True)
     except OSError:
@@ -30,22 +30,17 @@ def say(text: str) -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """Let a stream that failed lead nowhere: what it still holds would fail again at the exit."""
+    """Redirect a stream that failed to nowhere, as its buffered rest would fail again at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
-FETCHING = "stopped; the same command goes on where it stopped"
-
-
-def saying(quiet: bool) -> Callable[[str], None]:
-    """Return what says a line on stderr, unless only errors are wanted."""
-    return (lambda text: None) if quiet else say
+FETCHING = "stopped; repeat the command to continue"
 
 
 def emit(text: str, out: TextIO | None = None) -> None:
-    """Print a result; when the reader of our output went away there is nobody to tell."""
+    """Print a result; exit quietly if the reader of our output is gone."""
     try:
         print(text, flush=True, file=out)
     except OSError as error:
@@ -53,14 +48,14 @@ def emit(text: str, out: TextIO | None = None) -> None:
         gone = isinstance(error, BrokenPipeError)
         if not gone:
             say(f"error: the result cannot be printed: {error.strerror}")
-        raise SystemExit(141 if gone else OutputError.exit_code) from None  # no failure of a job that is being made
+        raise SystemExit(141 if gone else OutputError.exit_code) from None  # not a failure of the job
 
 
 @contextmanager
 def terminable(said: str = "stopped") -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that a run can say how it goes on as it does on Ctrl-C; and name both.
+    """Turn SIGTERM into an exception, so that a run can say how to continue as on Ctrl-C, and name both signals.
 
-    Also where a library lost the exception and raises another one.
+    This also works where a library swallows the exception and raises another one.
     """
     arrived: list[BaseException] = []
 
@@ -68,7 +63,7 @@ def terminable(said: str = "stopped") -> Iterator[None]:
         arrived.append(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
         raise arrived[-1]
 
-    # Started with SIGINT ignored, as in the background of a script, it stays ignored.
+    # A SIGINT that is ignored from the start, as for a background job of a script, stays ignored.
     both = [signal.SIGTERM, *([signal.SIGINT] if callable(signal.getsignal(signal.SIGINT)) else [])]
     before = {number: signal.signal(number, stop) for number in both}
     try:

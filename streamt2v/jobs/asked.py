@@ -1,15 +1,10 @@
 """What was asked, as one checked config: options, files and presets in their order of precedence."""
 
 import secrets
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cache
-from inspect import signature
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_origin
-
-import typer
+from typing import Any
 
 from streamt2v import config, devices, weights
 from streamt2v.config import RunConfig
@@ -19,11 +14,10 @@ from streamt2v.jobs import again
 from streamt2v.jobs.recipe import Source
 from streamt2v.timeline import parse_at, prompts_at, read_timeline
 
-# Flags that set one thing in several places, or whose name differs from the setting's.
-_KEYS = {
+# Options, and fields of a row of a batch, that stand for a setting of another name, or for several.
+_SETTINGS: Mapping[str, tuple[str, ...]] = {
     "steps": ("initialize.num_inference_steps", "stream.num_inference_steps"),
     "guidance": ("initialize.guidance_scale", "initialize.image_guidance_scale", "stream.guidance_scale"),
-    "refine_guidance": ("refine.guidance_scale",),
     "negative": ("negative_prompt",),
     "refine_steps": ("refine.num_inference_steps",),
     "chunk": ("refine.chunk",),
@@ -34,62 +28,57 @@ _KEYS = {
     "init": ("initialize.text_model", "initialize.picture_model"),
     "image_init": ("initialize.text_to_image",),
 }
+_PATHS = ("config_file", "timeline", "preview")
+_TEXTS = ("model", "preset", "quality", "strength", "size", "device")
+# What else a row may hold: arguments of `resolve` and of a job, with the type and the range of each.
+_ARGUMENTS: Mapping[str, tuple[Any, float | None, float | None]] = {
+    **dict.fromkeys((*_TEXTS, *_PATHS), (str, None, None)),
+    **dict.fromkeys(("no_refine", "keep_run"), (bool, None, None)),
+    "at": (list, None, None),
+    "threads": (int, 1, None),
+    "memory": (float, 0.1, 1e6),
+}
 
 
-@dataclass(frozen=True)
-class Field:
-    """What a row of a batch may say: the settings that it stands for, else the parameter that takes it."""
-
-    spec: Mapping[str, Any]
-    keys: tuple[str, ...] = ()
-    parameter: str = ""
+def row_fields() -> dict[str, str]:
+    """Return {field of a row: setting or argument}: the settings by their keys, options by their long names."""
+    options = {name.removesuffix("_file").replace("_", "-"): name for name in (*_SETTINGS, *_ARGUMENTS)}
+    return {key: key for key in config.describe()} | options
 
 
-def fields_of(command: Callable[..., None]) -> dict[str, Field]:
-    """Return every dotted setting, and every long flag of a command without its dashes."""
-    settings, taken = config.describe(), signature(resolve).parameters
-    fields = {key: Field(spec, (key,)) for key, spec in settings.items()}
-    for parameter in signature(command).parameters.values():
-        kinds, option = get_args(parameter.annotation)[:2]
-        if isinstance(option, typer.models.OptionInfo):
-            kind = next((kind for kind in get_args(kinds) if kind is not NoneType), kinds)
-            own = (parameter.name,) if parameter.name in settings and parameter.name not in taken else ()
-            keys = _KEYS.get(parameter.name, own)
-            spec = settings[keys[0]] if keys else {"type": kind, "low": option.min, "high": option.max}
-            # As typer has them in an annotation: the first name stands where a default would.
-            names = [name for name in map(str, (option.default, *(option.param_decls or ()))) if name.startswith("--")]
-            fields[names[0].removeprefix("--")] = Field(spec, keys, parameter.name)
-    return fields
-
-
-def parse_row(row: Mapping[str, Any], fields: Mapping[str, Field]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Turn {field: value} into {dotted key: value} and what has no key: {parameter: value}.
+def parse_row(row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Turn {field: value} of a row into {dotted key: value} and {argument of `resolve` or of a job: value}.
 
     Raises:
         FieldError: an unknown field, or a value of another type or out of range.
     """
-    settings, arguments = dict[str, Any](), dict[str, Any]()
-    for name, given in row.items():
-        if name not in fields:
-            raise FieldError(name, f"unknown field {name!r}", config.nearest(name, list(fields)))
-        field, value = fields[name], given
+    known, settings, arguments = row_fields(), dict[str, Any](), dict[str, Any]()
+    for field, given in row.items():
+        if (name := known.get(field)) is None:
+            raise FieldError(field, f"unknown field {field!r}", config.nearest(field, list(known)))
         try:
-            kind = field.spec["type"]
-            if get_origin(kind) is not list:
-                value = config.checked(name, {**field.spec, "type": str} if kind is Path else field.spec, given)
-            elif not isinstance(given, list) or not all(isinstance(part, str) for part in given):
-                raise ConfigError(f"{name} is {given!r}, it must be a list of texts")
+            if name in _ARGUMENTS:
+                arguments[name] = _argument(field, name, given)
+            else:
+                keys = _SETTINGS.get(name, (name,))
+                settings |= dict.fromkeys(keys, config.checked(field, config.describe()[keys[0]], given))
             if name == "size":
-                settings["output.height"], settings["output.width"] = parse_size(value)
+                settings["output.height"], settings["output.width"] = parse_size(arguments.pop(name))
+            if name == "no_refine":
+                settings["refine.enabled"] = not arguments.pop(name)
         except ConfigError as error:
-            raise FieldError(name, error.message, error.hint) from None
-        if name == "no-refine":
-            settings["refine.enabled"] = not value
-        elif field.keys:
-            settings.update(dict.fromkeys(field.keys, value))
-        elif name != "size":
-            arguments[field.parameter] = Path(value) if kind is Path else value
+            raise FieldError(field, error.message, error.hint) from None
     return settings, arguments
+
+
+def _argument(field: str, name: str, given: Any) -> Any:
+    kind, low, high = _ARGUMENTS[name]
+    if kind is list:
+        if not isinstance(given, list) or not all(isinstance(part, str) for part in given):
+            raise ConfigError(f"{field} is {given!r}, it must be a list of texts")
+        return given
+    value = config.checked(field, {"type": kind, "low": low, "high": high}, given)
+    return Path(value) if name in _PATHS else value
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -164,7 +153,9 @@ def resolve(
     """
     from_file = config.flatten(config.read_toml(config_file)) if config_file else {}
     given = parse_settings(settings or [])
-    given.update({key: value for name, value in flags.items() if value is not None for key in _KEYS.get(name, (name,))})
+    given.update(
+        {key: value for name, value in flags.items() if value is not None for key in _SETTINGS.get(name, (name,))}
+    )
     if no_refine:
         given["refine.enabled"] = False
     if size is not None:
@@ -199,6 +190,6 @@ def resolve(
     if rows := [*(read_timeline(timeline) if timeline else []), *map(parse_at, at or [])]:
         fps = config.merge(*layers, from_file, given).output.fps
         if "prompt" in (found := prompts_at(rows, fps, source.frames if source else 0)) and "prompt" in given:
-            raise ConfigError("two prompts are to begin at frame 0", "leave one of them out")
+            raise ConfigError("two prompts begin at frame 0", "leave one of them out")
         given.update(found)
     return config.merge(*layers, from_file, given)

@@ -1,8 +1,8 @@
-"""Time: rates as exact fractions, and the steady clock that the pictures of a video are shown by.
+"""Time: exact frame rates, and the steady clock on which the pictures of a video are shown.
 
-Pictures of a file have times of their own. The networks and the written video know frames, one every 1/rate seconds.
-A `Clock` is the bridge, and the promise: frame `i` shows what a player shows at `start + i / rate`, and there are
-exactly `frames` of them, whatever the decoder gives.
+The pictures of a file have times of their own; the networks and the written video know frames, one every 1/rate
+seconds. A `Clock` connects the two and guarantees that frame `i` shows what a player shows at `start + i / rate`, and
+that there are exactly `frames` of them, whatever the decoder yields.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _USUAL = tuple(
     [Fraction(rate) for rate in (5, 6, 8, 10, 12, 12.5, 15, 16, 20, 24, 25, 30, 48, 50, 60, 72, 90, 100, 120, 240)]
     + [Fraction(1000 * rate, 1001) for rate in (15, 24, 30, 48, 60, 120, 240)]
 )
-_OF_THE_CLOCK = 0.49  # of a frame: how far a picture may be from its place and still be the only one that belongs there
-_ON_THE_GRID = 0.25  # the same where places may be empty
-_MOST_REPEATED = 4  # times as many frames as pictures: more would be mostly work on repeated frames
+_STEADY = 0.49  # frames: how far a picture may be off its place while each place has exactly one picture
+_ON_GRID = 0.25  # the same where places may be empty
+_MAX_REPEATS = 4  # frames per picture: more would be mostly work on repeated frames
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Clock:
     """When the frames of a video are shown.
 
     Args:
-        start: time of frame 0, seconds on the clock of the file, which its sound shares.
+        start: time of frame 0, in seconds on the clock of the file, which its sound shares.
         rate: frames per second.
-        frames: how many there are.
-        pictures: how many pictures the file has for them.
-        steady: whether every picture has a frame of its own, and every frame a picture.
+        frames: number of frames.
+        pictures: number of pictures in the file.
+        steady: whether frames and pictures correspond one to one.
         joined: whether the times of the file jump, as where recordings were joined.
     """
 
@@ -52,45 +52,45 @@ class Clock:
     joined: bool = False
 
     def place(self, time: Fraction) -> int:
-        """Return the frame at which a picture of that time is shown first."""
+        """Return the first frame that shows a picture of this time."""
         return math.floor((time - self.start) * self.rate + Fraction(1, 2))
 
 
 def measure(
     times: Sequence[int] | npt.NDArray[np.int64], time_base: Fraction, announced: Iterable[Fraction], hold: int = 0
 ) -> Clock:
-    """Find the clock of a video by the times of its pictures.
+    """Find the clock of a video from the times of its pictures.
 
-    A rate that the file announces is kept where every picture then has a frame of its own, less than half a frame from
-    its time; or where all lie on its grid, and some places are empty. Otherwise the pictures are shown at the usual
-    rate that is nearest to most of the times between them, lower where that would mostly repeat frames.
+    A declared rate is kept if it gives every picture its own frame, less than half a frame from its time; or if all
+    pictures lie on its grid and some places are empty. Otherwise the rate is the common one nearest to most intervals
+    between pictures, or a lower one where that would mostly repeat frames.
 
     Args:
         times: of the pictures, in ticks; at least one.
-        time_base: seconds of a tick.
-        announced: rates, the one that is believed first at first.
-        hold: how long the last picture is shown, ticks; 0 where that is not known.
+        time_base: seconds per tick.
+        announced: declared rates, the most trusted first.
+        hold: how long the last picture is shown, in ticks; 0 if unknown.
     """
-    import numpy as np  # here, as exact rates are needed where numpy would only cost time
+    import numpy as np  # callers that need only exact rates should not pay for it
 
     ticks = np.sort(np.asarray(times, np.int64))
     start, count = int(ticks[0]) * time_base, len(ticks)
     seconds = (ticks - ticks[0]) * float(time_base)
     rates = [exact_rate(rate) for rate in announced if 0 < rate <= MAX_RATE]
     for rate in rates:
-        if np.abs(seconds * float(rate) - np.arange(count)).max() < _OF_THE_CLOCK:
+        if np.abs(seconds * float(rate) - np.arange(count)).max() < _STEADY:
             return Clock(start, rate, count, count)
     for rate in rates:
         places = np.floor(seconds * float(rate) + 0.5)
         off = np.abs(seconds * float(rate) - places).max()
-        if off < _ON_THE_GRID and len(np.unique(places)) == count and places[-1] < 2 * count:
+        if off < _ON_GRID and len(np.unique(places)) == count and places[-1] < 2 * count:
             return _uneven(start, rate, seconds, float(hold * time_base))
     return _uneven(start, _usual_rate(seconds, rates), seconds, float(hold * time_base))
 
 
 def _uneven(start: Fraction, rate: Fraction, seconds: npt.NDArray[np.float64], hold: float) -> Clock:
     last = int(seconds[-1] * float(rate) + 0.5)
-    held = max(1, min(round(hold * float(rate)), _MOST_REPEATED * len(seconds)))
+    held = max(1, min(round(hold * float(rate)), _MAX_REPEATS * len(seconds)))
     return Clock(start, rate, last + held, len(seconds), last + held == len(seconds))
 
 
@@ -103,7 +103,7 @@ def _usual_rate(seconds: npt.NDArray[np.float64], announced: Sequence[Fraction])
         return next(iter(announced), Fraction(25))
     middle = float(np.sort(gaps)[(len(gaps) - 1) // 2])
     found = 1 / float(gaps[(gaps >= middle / 2) & (gaps <= middle * 1.5)].mean())
-    found = min(found, _MOST_REPEATED * len(seconds) / float(seconds[-1]), MAX_RATE)
+    found = min(found, _MAX_REPEATS * len(seconds) / float(seconds[-1]), MAX_RATE)
     nearest = min(_USUAL, key=lambda rate: abs(float(rate) / found - 1))
     if abs(float(nearest) / found - 1) < 0.005:
         return nearest
@@ -111,11 +111,11 @@ def _usual_rate(seconds: npt.NDArray[np.float64], announced: Sequence[Fraction])
 
 
 class Straightened:
-    """Takes the times of pictures in the order they are shown, and makes them one time that never goes back.
+    """Turns the times of pictures, in the order they are shown, into one time line that never runs backwards.
 
     Args:
-        step: what lies between two pictures where nothing says so, ticks.
-        jump: a step forward beyond which another recording begins, ticks; None where long pauses are meant.
+        step: assumed interval between two pictures, in ticks.
+        jump: ticks forward beyond which another recording begins; None where long pauses are intended.
     """
 
     def __init__(self, step: int, jump: int | None = None) -> None:
@@ -125,7 +125,7 @@ class Straightened:
         self._offset = 0
 
     def add(self, time: int | None) -> int:
-        """Return the straightened time of the next picture; None is one that the file does not tell."""
+        """Return the straightened time of the next picture; None stands for a time that the file does not give."""
         if self.last is None:
             self.last = 0 if time is None else time
             return self.last
@@ -143,13 +143,13 @@ class Straightened:
 
 
 def placed(pictures: Iterable[tuple[Fraction, Picture]], clock: Clock) -> Iterator[tuple[Picture, int, int]]:
-    """Yield (picture, its first frame, how many frames show it), for every frame of a clock in order.
+    """Yield (picture, its first frame, how many frames show it), in order, covering every frame of a clock.
 
-    Of pictures that share a place the last is shown; where there is none the one before stays, and the first stands
-    from frame 0 on. So the counts add up to `clock.frames` if there is a picture at all.
+    Of pictures that share a frame the last is shown; a frame without one repeats the previous picture, and the first
+    picture is shown from frame 0. So the counts add up to `clock.frames` if there is any picture.
 
     Args:
-        pictures: (time, picture) in the order they are shown.
+        pictures: (time, picture) in display order.
         clock: the clock.
     """
     held: list[Picture] = []

@@ -1,13 +1,13 @@
-"""Colour: what the tags of a video or the profile of a picture mean, turned into the colours of an ordinary screen.
+"""Colour: from what the tags of a video mean to the colours of an ordinary screen.
 
-Everything here is a pure function of values in 0..1. Numbers are those of ITU-R BT.709, BT.2020, BT.2100 (PQ, HLG,
-ICtCp), BT.1886, SMPTE ST 2084 and RP 431, and the code points those of ITU-T H.273.
+Pure functions of values in 0..1. The numbers come from ITU-R BT.709, BT.2020, BT.2100 (PQ, HLG, ICtCp), BT.1886, SMPTE
+ST 2084 and RP 431, the code points from ITU-T H.273.
 
-High dynamic range becomes standard range in this way: light in nits; diffuse white, 203 nits by ITU-R BT.2408, is 1;
-the largest of R, G and B goes through a Moebius curve that is straight up to 0.3 and takes 1000 nits to 1, and carries
-the other two along, so that hues stay; primaries become those of BT.709, and what lies outside is cut off; the result
-is coded for a screen of BT.1886. White of 203 nits then comes out at 217 of 255. HLG is shown as on a screen of 1000
-nits. Wide primaries of standard range (BT.2020, P3) take the same way without the curve.
+High dynamic range is converted to standard range as follows. Light is measured in nits, with diffuse white, 203 nits by
+ITU-R BT.2408, as 1. The largest of R, G and B goes through a Moebius curve that is linear up to 0.3 and maps 1000 nits
+to 1; the other two are scaled with it, so that hues are kept. Primaries are converted to BT.709, clipping what lies
+outside, and the result is encoded for a BT.1886 screen, where white of 203 nits becomes 217 of 255. HLG is rendered for
+a screen of 1000 nits. Wide primaries in standard range (BT.2020, P3) are converted in the same way without the curve.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PQ, HLG = 16, 18
 _SRGB, _LINEAR = 13, 8
 _BT2020 = 9
 _D65 = (0.3127, 0.3290)
-# Red, green and blue as (x, y); 11 is P3 with the white of cinemas, which phones and screens do not mean.
+# Red, green and blue as (x, y). 11 is P3 with a cinema's white, but phones and screens mean the usual white.
 _PRIMARIES = {
     1: ((0.640, 0.330), (0.300, 0.600), (0.150, 0.060)),
     5: ((0.640, 0.330), (0.290, 0.600), (0.150, 0.060)),
@@ -39,10 +39,10 @@ _PRIMARIES = {
 }
 _WIDE = {9, 11, 12}
 DIRECT = {1, 4, 5, 6, 7, 9}
-"""Matrices that the scaler knows. 0 is RGB, 2 says nothing."""
+"""Matrices that the scaler knows. 0 means RGB, 2 unspecified."""
 _YCGCO, _CONSTANT, _DERIVED, _DERIVED_CONSTANT, _ICTCP = 8, 10, 12, 13, 14
 ODD = {_YCGCO, _CONSTANT, _DERIVED, _DERIVED_CONSTANT, _ICTCP}
-"""Matrices that `from_matrix` knows."""
+"""Matrices that `from_matrix` handles."""
 _LMS = np.array([[1688, 2146, 262], [683, 2951, 462], [99, 309, 3688]]) / 4096
 _ICTCP_OF = {
     PQ: np.array([[2048, 2048, 0], [6610, -13613, 7003], [17933, -17390, -543]]) / 4096,
@@ -51,17 +51,17 @@ _ICTCP_OF = {
 
 
 def is_plain(primaries: int, transfer: int, matrix: int) -> bool:
-    """Tell whether colours need no more than their matrix: those of BT.601, BT.709, sRGB and all that say nothing."""
+    """Return whether only the matrix has to be undone: BT.601, BT.709, sRGB and unspecified colours."""
     return primaries_of(primaries, matrix) not in _WIDE and transfer not in (PQ, HLG)
 
 
 def is_hdr(transfer: int) -> bool:
-    """Tell whether a transfer is one of high dynamic range."""
+    """Return whether a transfer function is one of high dynamic range."""
     return transfer in (PQ, HLG)
 
 
 def primaries_of(primaries: int, matrix: int) -> int:
-    """Return the primaries that are meant: where they are not told, the matrix of BT.2020 means those of BT.2020."""
+    """Return the primaries; where unspecified, those of BT.2020 with its matrices, else those of BT.709."""
     if primaries in _PRIMARIES:
         return primaries
     return _BT2020 if matrix in (9, _CONSTANT, _ICTCP) else 1
@@ -75,7 +75,7 @@ def _to_xyz(primaries: int) -> Values:
 
 
 def luma(primaries: int) -> Values:
-    """Return how much red, green and blue weigh in the luminance of some primaries."""
+    """Return the weights of red, green and blue in the luminance, for the given primaries."""
     return np.asarray(_to_xyz(primaries)[1])
 
 
@@ -114,7 +114,7 @@ def _from_srgb(coded: Values) -> Values:
 
 
 def _linear(coded: Values, transfer: int) -> Values:
-    """Return light of standard range, 1 at white: BT.1886 but where the tag says something else."""
+    """Return light of standard range, 1 at white: by BT.1886 unless the tag says otherwise."""
     clipped = np.clip(coded, 0, 1)
     if transfer == _SRGB:
         return _from_srgb(clipped)
@@ -122,7 +122,7 @@ def _linear(coded: Values, transfer: int) -> Values:
 
 
 def tone(light: Values) -> Values:
-    """Bend light, 1 at diffuse white, into 0..1: the Moebius curve of the module's text."""
+    """Map light, 1 at diffuse white, into 0..1 by the Moebius curve described above."""
     peak, knee = PEAK_NITS / WHITE_NITS, _KNEE
     a = -(knee**2) * (peak - 1) / (knee**2 - 2 * knee + peak)
     b = (knee**2 - 2 * knee * peak + peak) / (peak - 1)
@@ -131,11 +131,11 @@ def tone(light: Values) -> Values:
 
 
 def to_sdr(coded: Values, primaries: int, transfer: int) -> Values:
-    """Turn R'G'B' [...,3] in 0..1 of any primaries and transfer into that of BT.709 in standard range.
+    """Convert R'G'B' [...,3] in 0..1 of any primaries and transfer to BT.709 in standard range.
 
     Args:
-        coded: values as the video stores them, full range.
-        primaries, transfer: code points of H.273, primaries as `primaries_of` gives them.
+        coded: values as stored in the video, full range.
+        primaries, transfer: code points of H.273, primaries from `primaries_of`.
     """
     if transfer in (PQ, HLG):
         light = (pq_to_nits(coded) if transfer == PQ else hlg_to_nits(coded, primaries)) / WHITE_NITS
@@ -148,7 +148,7 @@ def to_sdr(coded: Values, primaries: int, transfer: int) -> Values:
 
 
 def convert(coded: npt.NDArray[np.uint16], primaries: int, transfer: int) -> npt.NDArray[np.uint8]:
-    """Do as `to_sdr` with a picture, uint16 R'G'B' [H,W,3] to uint8, in little memory: 0.4 s for 1920x1080."""
+    """Apply `to_sdr` to a picture, uint16 R'G'B' [H,W,3] to uint8, in little memory: 0.4 s for 1920x1080."""
     made = np.empty(coded.shape, np.uint8)
     for top in range(0, len(coded), 32):
         band = coded[top : top + 32] / np.float32(65535)
@@ -157,7 +157,7 @@ def convert(coded: npt.NDArray[np.uint16], primaries: int, transfer: int) -> npt
 
 
 def from_matrix(luma_chroma: Values, matrix: int, primaries: int, transfer: int) -> Values:
-    """Turn Y'CbCr [...,3] (Y 0..1, the others -0.5..0.5) of a matrix in `ODD` into R'G'B' of the same transfer."""
+    """Convert Y'CbCr [...,3] (Y 0..1, the others -0.5..0.5) of a matrix in `ODD` to R'G'B' of the same transfer."""
     y, first, second = np.moveaxis(luma_chroma, -1, 0)
     if matrix == _YCGCO:
         return np.stack([y - first + second, y + first, y - first - second], axis=-1)
@@ -183,7 +183,7 @@ def from_matrix(luma_chroma: Values, matrix: int, primaries: int, transfer: int)
 
 
 def _curve(transfer: int) -> tuple[Callable[[Values], Values], Callable[[Values], Values]]:
-    """Return (light to coded, coded to light) of one channel, for matrices of constant luminance."""
+    """Return (light to coded, coded to light) for one channel, for matrices of constant luminance."""
     if transfer == PQ:
         return lambda light: nits_to_pq(10_000 * light), lambda coded: pq_to_nits(coded) / 10_000
     if transfer == HLG:

@@ -1,10 +1,10 @@
-"""Containers: which kinds of video files are read, and what is said of the others."""
+"""Containers: which kinds of video files are read, and the hint given for others."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-# What holds pictures itself. Scripts and playlists (concat, hls, ...) would open other files, whatever they are called.
+# Formats that hold pictures themselves, unlike scripts and playlists (concat, hls, ...), which would open other files.
 DEMUXERS = (
     "mov,matroska,webm,avi,mpegts,mpeg,flv,ogg,gif,apng,asf,dv,mxf,ivf,obu,h264,hevc,m4v,mpegvideo,yuv4mpegpipe,nut"
 )
@@ -12,12 +12,12 @@ _NAMES = "mp4, mov, mkv, webm, avi, wmv, ts, mpg, flv, ogv, dv, mxf, gif, apng, 
 
 
 def hint(path: Path) -> str:
-    """Return what to do with a video that cannot be read."""
-    return f"{_NAMES} are read, if whole; others: ffmpeg -i {path.name} converted.mp4"
+    """Return what to do about a video that cannot be read."""
+    return f"{_NAMES} can be read, if undamaged; convert others: ffmpeg -i {path.name} converted.mp4"
 
 
 def is_cut_avi(path: Path) -> bool:
-    """Tell whether an AVI file is shorter than its first RIFF chunk says; what was never closed says nothing."""
+    """Return whether an AVI file is shorter than its first RIFF chunk says; a file never closed does not say."""
     with path.open("rb") as file:
         head = file.read(12)
     size = int.from_bytes(head[4:8], "little")
@@ -25,15 +25,15 @@ def is_cut_avi(path: Path) -> bool:
 
 
 def says_only(codec: str, data: bytes) -> bool:
-    """Tell whether a packet holds nothing but delimiters, messages and settings, so that no picture is lost with it.
+    """Return whether a packet holds only delimiters, messages and parameters, so that dropping it loses no picture.
 
-    Only H.264 and H.265 are known to have such; ITU-T H.264 and H.265, annex B, and ISO/IEC 14496-15 say how their
-    units follow each other.
+    Only H.264 and H.265 are known to have such packets. Their units are laid out as in ITU-T H.264 and H.265, annex B,
+    or as in ISO/IEC 14496-15.
     """
     if codec not in ("h264", "hevc"):
         return not data
     units, place = list[bytes](), 0
-    while place + 4 < len(data):  # each behind its length, which may look like a start code
+    while place + 4 < len(data):  # each after its length, which may look like a start code
         size = int.from_bytes(data[place : place + 4], "big")
         units.append(data[place + 4 : place + 4 + size])
         place += 4 + size

@@ -1,7 +1,7 @@
-"""Other outputs than MP4: WebM, QuickTime with ProRes, GIF, WebP, and a folder of PNGs, chosen by the name.
+"""Outputs other than MP4: WebM, QuickTime with ProRes, GIF, WebP, and a folder of PNGs, chosen by the name.
 
-They are made at the end, from a growing file that is then lossless, so nothing is coded twice. The recipe stands in a
-file beside them, with the SHA-256 of what was written; in the comment tag too, where there is one.
+They are encoded at the end, from a growing file that is lossless in this case, so nothing is compressed twice. The
+recipe lies in a file beside them, with the SHA-256 of what was written, and also in the comment tag if there is one.
 """
 
 from __future__ import annotations
@@ -17,64 +17,51 @@ from streamt2v import files
 from streamt2v.errors import OutputError, VideoError
 from streamt2v.media import ffmpeg, reading, seal, stills, writing
 
-_TAGS = ["-color_primaries", "bt709", "-color_trc", "bt709", "-colorspace", "bt709", "-color_range", "tv"]
+_TAGS = "-color_primaries bt709 -color_trc bt709 -colorspace bt709 -color_range tv"
 _BT709 = "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int"
 _PALETTE = "split[a][b];[a]palettegen=stats_mode=full[p];[b][p]paletteuse=dither=sierra2_4a"
-_WAYS = {
-    ".webm": [
-        "-vf",
-        f"{_BT709},format=yuv420p",
-        *_TAGS,
-        "-c:v",
-        "libvpx-vp9",
-        "-crf",
-        "24",
-        "-b:v",
-        "0",
-        "-row-mt",
-        "1",
-    ],
-    ".mov": ["-vf", f"{_BT709},format=yuv422p10le", *_TAGS, "-c:v", "prores_ks", "-profile:v", "3", "-vendor", "apl0"],
-    ".gif": ["-vf", _PALETTE, "-loop", "0"],
-    ".webp": ["-c:v", "libwebp_anim", "-quality", "90", "-loop", "0", "-pix_fmt", "yuv420p"],
+_ENCODING = {
+    ".webm": f"-vf {_BT709},format=yuv420p {_TAGS} -c:v libvpx-vp9 -crf 24 -b:v 0 -row-mt 1",
+    ".mov": f"-vf {_BT709},format=yuv422p10le {_TAGS} -c:v prores_ks -profile:v 3 -vendor apl0",
+    ".gif": f"-vf {_PALETTE} -loop 0",
+    ".webp": "-c:v libwebp_anim -quality 90 -loop 0 -pix_fmt yuv420p",
 }
-KINDS = (".mp4", *_WAYS, "")
-"""Endings of outputs; nothing stands for a folder of PNGs."""
-_MOST_OF_A_GIF = 50  # viewers play what comes faster at 10 frames a second
+KINDS = (".mp4", *_ENCODING, "")
+"""Endings of outputs; the empty one means a folder of PNGs."""
+_MAX_GIF_RATE = 50  # viewers play anything faster at 10 frames a second
 
 
 def sidecar(path: Path) -> Path:
-    """Return where the recipe of an output stands that has no room for it inside."""
+    """Return the path of the recipe of an output that cannot hold it itself."""
     return path / stills.RECIPE if not path.suffix else path.with_name(f"{path.name}.json")
 
 
 def write(writer: writing.SegmentWriter, out_path: Path, recipe: str, extras: writing.Extras) -> None:
-    """Make an output of another kind than MP4 from the frames of a writer; it appears whole or not at all.
+    """Encode the frames of a writer as an output other than MP4, which appears complete or not at all.
 
     Raises:
-        OutputError: it cannot be written, or does not hold what was to be written.
+        OutputError: the output cannot be written, or does not hold what it should.
     """
     kind = out_path.suffix.lower()
     files.append_bytes(writer.path, b"", writer.mark.size)
-    given = ["-i", f"file:{writer.path.absolute()}", *extras.inputs, "-map", "0:v:0"]
-    temporary = files.temporary_name(out_path)
+    given = ["-i", ffmpeg.url(writer.path), *extras.inputs, "-map", "0:v:0"]
     if not kind:
-        _folder(given, writer, out_path, temporary, recipe)
+        _folder(given, writer, out_path, recipe)
         return
-    way = [*_WAYS[kind], "-map_metadata:g", "-1", "-map_metadata:s", "-1", "-fflags", "+bitexact"]
-    if kind == ".gif" and writer.fps > _MOST_OF_A_GIF:
-        way[1] = f"fps={_MOST_OF_A_GIF},{_PALETTE}"
+    arguments = [*given, *_ENCODING[kind].split(), "-map_metadata:g", "-1", "-map_metadata:s", "-1"]
+    if kind == ".gif" and writer.fps > _MAX_GIF_RATE:
+        arguments[arguments.index("-vf") + 1] = f"fps={_MAX_GIF_RATE},{_PALETTE}"
     if kind in (".webm", ".mov"):
-        way += [*extras.outputs, "-metadata", f"comment={recipe[:30_000]}"]
+        arguments += [*extras.outputs, "-metadata", f"comment={recipe[:30_000]}"]
     with files.replacing(out_path) as part:
-        if said := ffmpeg.run_ffmpeg([*given, *way, "-f", kind[1:]], part, out_path):
+        if said := ffmpeg.run_ffmpeg([*arguments, "-fflags", "+bitexact", "-f", kind[1:]], part, out_path):
             writing.log.warning("ffmpeg on %s: %s", out_path, said)
         _check(part, kind, writer, extras, out_path)
-        digest = sha256_of(part)
-        files.write_bytes(sidecar(out_path), _with_digest(recipe, digest))
+        files.write_bytes(sidecar(out_path), _with_digest(recipe, sha256_of(part)))
 
 
-def _folder(given: list[str], writer: writing.SegmentWriter, out_path: Path, temporary: Path, recipe: str) -> None:
+def _folder(given: list[str], writer: writing.SegmentWriter, out_path: Path, recipe: str) -> None:
+    temporary = files.temporary_name(out_path)
     with files.output_errors(out_path):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -86,7 +73,7 @@ def _folder(given: list[str], writer: writing.SegmentWriter, out_path: Path, tem
             files.write_bytes(temporary / stills.RECIPE, _with_digest(recipe, sha256_of(temporary)))
             for old in [*stills.numbered(out_path), out_path / stills.RECIPE] if out_path.is_dir() else []:
                 old.unlink(missing_ok=True)
-            if out_path.is_dir():  # what else is in it stays
+            if out_path.is_dir():  # other files in it are kept
                 for new in temporary.iterdir():
                     new.replace(out_path / new.name)
             else:
@@ -96,7 +83,7 @@ def _folder(given: list[str], writer: writing.SegmentWriter, out_path: Path, tem
 
 
 def _check(part: Path, kind: str, writer: writing.SegmentWriter, extras: writing.Extras, out_path: Path) -> None:
-    if kind == ".webp":  # which is known by its name
+    if kind == ".webp":  # `part` does not end in .webp, by which `probe` knows it
         from PIL import Image
 
         with Image.open(part) as picture:
@@ -117,18 +104,17 @@ def _with_digest(recipe: str, digest: str) -> bytes:
 
 
 def sha256_of(path: Path) -> str:
-    """Hash a file; of a folder the names and contents of its pictures."""
+    """Return the SHA-256 of a file, or of the names and contents of the pictures in a folder."""
+    if not path.is_dir():
+        return files.hashed(path).hexdigest()
     sha256 = hashlib.sha256()
-    for part in stills.numbered(path) if path.is_dir() else [path]:
-        sha256.update(part.name.encode() if path.is_dir() else b"")
-        with part.open("rb") as file:
-            while data := file.read(1 << 20):
-                sha256.update(data)
+    for part in stills.numbered(path):
+        sha256.update(part.name.encode() + part.read_bytes())
     return sha256.hexdigest()
 
 
 def recipe_beside(path: Path) -> str | None:
-    """Return the recipe of an output that is not MP4, None where there is none."""
+    """Return the recipe of an output other than MP4, or None."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         text = sidecar(path).read_text("utf-8")
         if path.suffix.lower() in KINDS[1:] and isinstance(table := json.loads(text), dict) and "streamt2v" in table:
@@ -137,10 +123,10 @@ def recipe_beside(path: Path) -> str | None:
 
 
 def check_seal(path: Path) -> None:
-    """Compare an output with the SHA-256 of its recipe, or, of an MP4, behind its end.
+    """Compare an output with the SHA-256 in its recipe, or an MP4 with its own seal.
 
     Raises:
-        VideoError: it is missing, cut short, changed since, or was not written here.
+        VideoError: the output is missing, truncated, changed since, or was not written by streamt2v.
     """
     if path.suffix.lower() not in KINDS[1:]:
         seal.check_seal(path)
@@ -148,14 +134,16 @@ def check_seal(path: Path) -> None:
     if not path.exists():
         raise VideoError(f"{path} does not exist")
     if (recipe := recipe_beside(path)) is None:
-        raise VideoError(f"{path} has no recipe beside it", f"it was {sidecar(path)}; or another program made it")
+        raise VideoError(
+            f"{path} has no recipe beside it", f"{sidecar(path)} is gone, or another program made the video"
+        )
     if json.loads(recipe).get("sha256") != sha256_of(path):
-        raise VideoError(f"{path} is damaged: it is not what was written")
+        raise VideoError(f"{path} is damaged: its content is not what was written")
 
 
 def rate_is_kept(path: Path, found: Fraction, asked: Fraction) -> bool:
-    """Tell whether the rate of an output is the one asked for, as exactly as its kind can hold it."""
+    """Return whether the rate of an output is the requested one, as exactly as its format can store it."""
     kind = path.suffix.lower()
     if kind in (".gif", ".webp"):
-        return True  # ticks of 10 and 1 ms, and frames that are alike are joined
+        return True  # ticks of 10 ms and 1 ms, and equal frames are merged
     return found == asked if kind in (".mp4", "", ".mov") else abs(float(found / asked) - 1) < 0.001

@@ -1,4 +1,4 @@
-"""The ffmpeg binary: where it is, whether it starts, and running it without ever waiting for a stalled one."""
+"""The ffmpeg binary: where it is, whether it starts, and running it without waiting for one that hangs."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from streamt2v import files
 from streamt2v.errors import OutputError
 from streamt2v.media import containers
 
-# Refuses scripts and playlists (concat, hls, ...) that would open other files, whatever the file is called.
+# Whatever its name, a file that is a script or playlist (concat, hls, ...) must not make ffmpeg open other files.
 INPUT_OPTIONS = {"format_whitelist": containers.DEMUXERS, "protocol_whitelist": "file"}
-STALL_SECONDS = 60.0  # ffmpeg copies gigabytes in that time; its file neither grows nor changes only when it hangs
+STALL_SECONDS = 60.0  # ffmpeg copies gigabytes in this time; only when it hangs does its file stay the same
 
 
 def url(path: Path) -> str:
-    """Name a file so that ffmpeg takes no part of the name for an option or a protocol."""
+    """Return a file's name such that ffmpeg takes no part of it for an option or a protocol."""
     return f"file:{path.absolute()}"
 
 
 def input_options(path: Path) -> list[str]:
-    """Return the arguments by which ffmpeg reads a file, and nothing else that it may name."""
+    """Return the arguments by which ffmpeg reads one file, and no other file that it may refer to."""
     return [part for key, value in INPUT_OPTIONS.items() for part in (f"-{key}", value)] + ["-i", url(path)]
 
 
 def check_ffmpeg(pictures_only: bool = False) -> None:
-    """Raise OutputError unless there is an ffmpeg that can be started; pictures alone PyAV writes where none is."""
+    """Raise OutputError unless ffmpeg can be started; without it, PyAV still writes videos that have no sound."""
     if pictures_only and find_spec("imageio_ffmpeg") is None:
         return
     binary = _binary()
@@ -38,13 +38,13 @@ def check_ffmpeg(pictures_only: bool = False) -> None:
 
 @lru_cache(maxsize=1)
 def _check_starts(binary: str, _stamp: object) -> None:
-    """Start ffmpeg once for all rows of a batch. Raises OutputError."""
+    """Start ffmpeg, once for all rows of a batch. Raises OutputError."""
     with _started(binary, ["-version"]) as process:
         try:
             process.communicate(timeout=STALL_SECONDS)
         except subprocess.TimeoutExpired as error:
             process.kill()
-            raise OutputError(f"ffmpeg said no version within {STALL_SECONDS:.0f} s", "install it again") from error
+            raise OutputError(f"ffmpeg printed no version within {STALL_SECONDS:.0f} s", "install it again") from error
 
 
 def _binary() -> str:
@@ -53,9 +53,11 @@ def _binary() -> str:
 
         return str(imageio_ffmpeg.get_ffmpeg_exe())
     except ImportError as error:
-        raise OutputError(f"sound is copied by imageio-ffmpeg, which is not here: {error}", "install it") from error
+        raise OutputError(
+            f"sound is copied with imageio-ffmpeg, which is not installed: {error}", "install it"
+        ) from error
     except (RuntimeError, OSError) as error:
-        raise OutputError(f"the ffmpeg binary cannot be started: {error}", "streamt2v doctor says more") from error
+        raise OutputError(f"the ffmpeg binary cannot be started: {error}", "`streamt2v doctor` shows more") from error
 
 
 def _started(binary: str, arguments: list[str]) -> subprocess.Popen[bytes]:
@@ -63,24 +65,24 @@ def _started(binary: str, arguments: list[str]) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=subprocess.PIPE)
     except OSError as error:
-        raise OutputError(f"the ffmpeg binary cannot be started: {error}", "streamt2v doctor says more") from error
+        raise OutputError(f"the ffmpeg binary cannot be started: {error}", "`streamt2v doctor` shows more") from error
 
 
 def run_ffmpeg(arguments: list[str], path: Path, out_path: Path) -> str:
-    """Let the ffmpeg binary write `path`, which will be `out_path`, and return what it complains of.
+    """Let ffmpeg write `path`, the future `out_path`, and return its complaints.
 
     Raises:
-        OutputError: it is not there, fails or hangs.
+        OutputError: ffmpeg is missing, fails or hangs.
     """
     process = _started(_binary(), ["-nostdin", "-v", "error", "-y", *arguments, url(path)])
     with process:
         try:
             said = _last_words(process, path).decode(errors="replace").strip()
         except subprocess.TimeoutExpired as error:
-            stalled = f"ffmpeg did nothing for {STALL_SECONDS:.0f} s on {out_path}"
+            stalled = f"ffmpeg made no progress on {out_path} for {STALL_SECONDS:.0f} s"
             raise OutputError(stalled, "the run continues with --resume") from error
         finally:
-            process.kill()  # does nothing to one that has ended
+            process.kill()  # no effect if it has ended
     if "No space left on device" in said:
         raise files.explain(out_path, OSError(28, "No space left on device"))
     if process.returncode:
@@ -89,7 +91,7 @@ def run_ffmpeg(arguments: list[str], path: Path, out_path: Path) -> str:
 
 
 def _last_words(process: subprocess.Popen[bytes], path: Path) -> bytes:
-    """Wait for a process, however long, while the file it writes changes; raise TimeoutExpired when it stalls."""
+    """Wait for a process as long as the file it writes keeps changing; raise TimeoutExpired when it stalls."""
     seen, since = None, time.monotonic()
     while True:
         try:

@@ -1,7 +1,7 @@
-"""Frames: uint8 arrays <-> float tensors, resizing, fitting into a box, letterboxing, re-chunking of a stream.
+"""Frames: uint8 arrays to float tensors and back, resizing, fitting into a box, letterboxing, splitting a stream.
 
 uint8 frames are numpy arrays [F,H,W,3] in RGB, float frames are tensors [F,3,H,W] in [-1,1]. A frame stream is an
-iterator of uint8 arrays of any lengths: the one thing that crosses stages.
+iterator of uint8 arrays of any length: the only thing that crosses stages.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ Frames: TypeAlias = npt.NDArray[np.uint8]
 
 
 class Group(NamedTuple):
-    """Frames that stand in a row, uint8 [F,H,W,3], and the number of the first."""
+    """Consecutive frames, uint8 [F,H,W,3], and the number of the first."""
 
     start: int
     frames: Frames
 
     @property
     def stop(self) -> int:
-        """The number of the frame after them."""
+        """The number of the frame after the last."""
         return self.start + len(self.frames)
 
     def since(self, first: int) -> Group:
-        """Leave out the frames before number `first`."""
+        """Drop the frames before number `first`."""
         start = min(max(first, self.start), self.stop)
         return Group(start, self.frames[start - self.start :])
 
@@ -44,45 +44,45 @@ FitMode: TypeAlias = Literal["contain", "cover", "pad"]
 
 
 def to_float(frames: Frames, device: torch.device | str = "cpu") -> Tensor:
-    """Turn uint8 frames [F,H,W,3] into float frames [F,3,H,W] in [-1,1].
+    """Convert uint8 frames [F,H,W,3] to float frames [F,3,H,W] in [-1,1].
 
-    The bytes are moved to `device` before they are widened: a quarter of the traffic.
+    They are moved to `device` as bytes, which is a quarter of the traffic.
     """
     tensor = send(torch.from_numpy(np.array(frames)), device).permute(0, 3, 1, 2)
     return tensor.float().div_(127.5).sub_(1.0).contiguous()
 
 
 def extremes(values: Tensor) -> tuple[float, float]:
-    """Return the smallest and the largest value, both NaN where a value is; one wait for the device brings both."""
+    """Return the smallest and the largest value, both NaN if any value is; waits for the device once."""
     low, high = torch.stack(values.aminmax()).tolist()
     return low, high
 
 
 def is_finite(values: Tensor) -> bool:
-    """Tell whether no value is NaN or infinite."""
+    """Return whether no value is NaN or infinite."""
     return all(map(math.isfinite, extremes(values)))
 
 
 def is_picture(values: Tensor) -> bool:
-    """Tell whether values are finite and not all the same: no network makes that of a picture, however dark it is."""
+    """Return whether values are finite and not all equal, which a network's picture never is, however dark."""
     low, high = extremes(values)
     return math.isfinite(low) and math.isfinite(high) and (low != high or values.numel() == 1)
 
 
 def is_black(frames: Frames) -> bool:
-    """Tell whether uint8 frames [F,H,W,3] show nothing, as a network does that failed without a NaN."""
+    """Return whether uint8 frames [F,H,W,3] are black, as from a network that failed without a NaN."""
     return bool(frames.max(initial=0) <= 2 and frames.std() < 0.5)
 
 
 def to_u8(frames: Tensor) -> Frames:
-    """Turn float frames [F,3,H,W] in [-1,1] into uint8 frames [F,H,W,3]: clamped, then rounded to the nearest level.
+    """Convert float frames [F,3,H,W] in [-1,1] to uint8 frames [F,H,W,3]: clamped and rounded to the nearest level.
 
     Raises:
         NumericsError: a value is NaN or infinite (the cast would silently make it black or white).
     """
     wide = frames.detach().to(torch.float32)
     levels = wide.add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-    # In one copy: a device is waited for once, whether all is well and what there is to see.
+    # One copy carries both the pixels and whether they are finite, so the device is waited for once.
     packed: Frames = torch.cat([levels.flatten(), torch.isfinite(wide.sum()).to(torch.uint8).view(1)]).cpu().numpy()
     if not packed[-1] and not is_finite(wide):  # a sum may overflow
         raise NumericsError("the frames hold NaN or Inf")
@@ -92,8 +92,9 @@ def to_u8(frames: Tensor) -> Frames:
 def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize float frames [F,3,h,w] to [F,3,H,W] with the antialiased bicubic filter, clamped to [-1,1].
 
-    One rule serves both directions: the kernel is widened by the scale when shrinking (so nothing aliases) and is the
-    plain interpolating cubic when enlarging (so nothing is blurred twice), per axis; an unchanged size is the identity.
+    The same rule holds for each axis: the kernel is widened by the scale when shrinking, so that nothing aliases, and
+    is the plain interpolating cubic when enlarging, so that nothing is blurred twice. An unchanged size is the
+    identity.
 
     Args:
         frames: [F,3,h,w] in [-1,1].
@@ -194,19 +195,19 @@ def singly(source: Iterable[Frames]) -> Iterator[Frames]:
 
 
 def numbered(source: Iterable[Frames], start: int = 0) -> Iterator[Group]:
-    """Say of the frames of a stream which they are; the first is number `start`."""
+    """Number the frames of a stream; the first is number `start`."""
     for part in source:
         yield Group(start, part)
         start += len(part)
 
 
 def since(source: Iterable[Group], first: int) -> Iterator[Group]:
-    """Leave out the frames before number `first`."""
+    """Drop the frames before number `first`."""
     return (group.since(first) for group in source if group.stop > first)
 
 
 def contact_sheet(frames: Frames) -> Frames:
-    """Lay frames [F,H,W,3] out row by row on one picture, about as many rows as columns, 4 pixels of grey between."""
+    """Lay frames [F,H,W,3] out row by row in one picture, about square, with 4 pixels of grey between them."""
     gap = 4
     count, height, width, _ = frames.shape
     columns = math.ceil(math.sqrt(count))

@@ -1,7 +1,7 @@
-"""Videos that somebody names are decoded in a process of their own: it has little memory, and may crash.
+"""Videos from users are decoded in a process of their own, which has bounded memory and may crash.
 
-A few hundred bytes can ask a decoder for gigabytes, or for what it was never tested with. There it costs an error that
-names the file, not the run. What this program has just written itself is read by `video` directly.
+A few hundred bytes can make a decoder ask for gigabytes, or lead it where it was never tested. In a process of its own
+that costs an error naming the file, not the run. What streamt2v has just written itself is read by `reading` directly.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
     from streamt2v.media.frames import Frames
 
 
-MAX_FRAMES = 100_000  # of a video that does not carry our seal
-# Address space; 16 threads reserve most of it. Measured: 1.4 GB for small frames, 4.7 for 8192x4320 of 10 bit.
+MAX_FRAMES = 100_000  # of a video without our seal
+# Address space, most of it reserved by 16 threads. Measured: 1.4 GB for small frames, 4.7 GB for 8192x4320 in 10 bit.
 _MEMORY, _MEMORY_PER_PIXEL = 2 << 30, 128
 
 
 def probe(path: Path) -> reading.VideoInfo:
-    """Measure a video as `video.probe` does; an unchanged file is measured once.
+    """Measure a video as `reading.probe` does; an unchanged file is measured only once.
 
     Raises:
-        VideoError: see `video.probe`; also more than `MAX_FRAMES` frames of somebody else.
+        VideoError: see `reading.probe`; also more than `MAX_FRAMES` frames that streamt2v did not make.
     """
     found = _probe(path, files.stamp(path))
     recipe = exports.recipe_beside(path)
@@ -62,12 +62,12 @@ def _clock(facts: dict[str, Any]) -> Clock:
 
 
 def read_frames(path: Path, batch: int = 8, note: Callable[[str], None] | None = None) -> Iterator[Frames]:
-    """Decode a video as `video.read_frames` does, by its own clock: exactly the frames that `probe` tells of.
+    """Decode a video as `reading.read_frames` does, on its own clock: exactly the frames that `probe` counts.
 
     Args:
         path: the video.
-        batch: frames of an array.
-        note: told what is damaged, and which frame is shown instead; None refuses that.
+        batch: frames per array.
+        note: called with what is damaged and which frame is shown instead; None makes damage an error.
     """
     clock = json.dumps(dataclasses.asdict(probe(path).clock), default=str)
     with closing(_answers("read", path, clock, "bridge" if note else "refuse")) as answers:
@@ -77,14 +77,14 @@ def read_frames(path: Path, batch: int = 8, note: Callable[[str], None] | None =
 
 
 def _images(facts: dict[str, Any], data: bytes, note: Callable[[str], None] | None) -> Iterator[Frames]:
-    """Return the frames of one answer: one picture, as often as it is shown; what is only said is passed on."""
+    """Return the frames of one answer: a picture, as often as it is shown; a note goes to `note`."""
     if note is not None and "note" in facts:
         note(facts["note"])
     return iter([np.frombuffer(data, np.uint8).reshape(facts["shape"])] * facts["count"] if "shape" in facts else [])
 
 
 def digest(path: Path) -> tuple[int, str]:
-    """Decode a whole video: the number of its frames, and the SHA-256 of their RGB values. Raises as `read_frames`."""
+    """Decode a whole video: return its number of frames and the SHA-256 of their RGB values."""
     count, sha256 = 0, hashlib.sha256()
     for frames in read_frames(path):
         count += len(frames)
@@ -93,15 +93,15 @@ def digest(path: Path) -> tuple[int, str]:
 
 
 def _answers(what: str, path: Path, *more: str) -> Generator[tuple[dict[str, Any], bytes]]:
-    """Let the process do something with a video: (facts, bytes) again and again. Its errors are raised here."""
+    """Run `_main` in a process of its own; yield (facts, bytes) for each answer, and raise its errors here."""
     command = [sys.executable, "-P", "-m", __name__, what, str(path), *more]
-    # It imports what this process did, wherever it was started: -P leaves out the current folder.
+    # The child imports the same package wherever it is started: -P keeps the current folder off its path.
     found = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
     surroundings = {**os.environ, "PYTHONPATH": found, "OPENBLAS_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     try:
         process = subprocess.Popen(command, env=surroundings, **pipes)  # type: ignore[call-overload]
-    except (OSError, ValueError) as error:  # such as a name that no file can have
+    except (OSError, ValueError) as error:  # such as an impossible file name
         raise VideoError(f"{path} cannot be read: {error}") from error
     with process:
         try:
@@ -112,13 +112,13 @@ def _answers(what: str, path: Path, *more: str) -> Generator[tuple[dict[str, Any
                 data = process.stdout.read(facts.pop("bytes"))
                 yield facts, data
             if process.wait():
-                raise VideoError(f"{path} makes the decoder end with code {process.returncode}")
+                raise VideoError(f"{path} makes the decoder exit with code {process.returncode}")
         finally:
-            process.kill()  # does nothing to one that has ended
+            process.kill()  # no effect if it has ended
 
 
 def _main(what: str, path: Path, clock: str = "", damage: str = "") -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; who asked decides what follows
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     try:
         _limit_memory(_MEMORY)
         height, width = reading.declared_size(path)
@@ -135,7 +135,7 @@ def _main(what: str, path: Path, clock: str = "", damage: str = "") -> None:
         _answer({"error": (error.message, error.hint)})
     except BrokenPipeError:
         return
-    except Exception as error:  # whatever decoding raises, it is the file that cannot be read
+    except Exception as error:  # whatever decoding raises, the file is to blame
         _answer({"error": (f"{path} cannot be read as a video: {type(error).__name__}: {error}", "")})
 
 
@@ -145,7 +145,7 @@ def _answer(facts: dict[str, Any], data: bytes = b"") -> None:
 
 
 def _limit_memory(size: int) -> None:
-    """Bound the address space of this process, where the system can do that."""
+    """Limit the address space of this process, where the system supports it."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -159,7 +159,7 @@ def _check_length(path: Path) -> None:
         except VideoError:
             raise VideoError(
                 f"{path} has more than {MAX_FRAMES:,} frames and was not made by streamt2v",
-                f"cut it into parts of at most {MAX_FRAMES:,}",
+                f"split it into parts of at most {MAX_FRAMES:,}",
             ) from None
 
 

@@ -1,4 +1,4 @@
-"""HTML pages that need nothing else: every text escaped, pictures inside, nothing fetched and nothing run."""
+"""Self-contained HTML pages: every text escaped, pictures embedded, nothing fetched, no scripts."""
 
 import base64
 from typing import Any
@@ -29,12 +29,12 @@ svg text { font: 11px system-ui, sans-serif; fill: #555 }
 
 
 def render(title: str, body: str, **values: Any) -> str:
-    """Return a page with a title and a body, which is a template of jinja2 for `values`; it escapes all of them."""
+    """Return a page with a title and a body, a jinja2 template that is filled with `values`, all of them escaped."""
     templates = DictLoader({"page": _PAGE, "body": f"{{% extends 'page' %}}{{% block body %}}{body}{{% endblock %}}"})
     environment = Environment(autoescape=True, loader=templates, undefined=StrictUndefined, trim_blocks=True)
     return environment.get_template("body").render(title=title, version=__version__, **values)
 
 
 def picture(image: Frames) -> str:
-    """Return a uint8 picture [H,W,3] as an address that holds it."""
+    """Return a uint8 picture [H,W,3] as a data URL."""
     return f"data:image/jpeg;base64,{base64.b64encode(pictures.encode_image(image, 'JPEG')).decode()}"

@@ -1,74 +1,82 @@
-"""Pictures that are not plain sRGB of 8 bits: colour profiles, floating point, integers of 16 and 32 bits."""
+"""Pictures: read from files of any depth and colour profile, written as PNG, JPEG or animations."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from streamt2v.errors import InputError
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from PIL.Image import Image
-
-    from streamt2v.media.frames import Frames
-
-from fractions import Fraction
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 from streamt2v import files
+from streamt2v.errors import InputError
+from streamt2v.media.shape import MAX_PIXELS, MAX_SIZE
 
 if TYPE_CHECKING:
-    from streamt2v.media.frames import Frames
+    from PIL.Image import Image
+    from PIL.ImageFile import ImageFile
 
+    from streamt2v.media.frames import Frames
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
-_MAX_PIXELS = 8192 * 4320
 
 
-def read(path: Path) -> Frames:
-    """Read a picture as uint8 RGB [H,W,3]: upright by its orientation tag, in sRGB, transparency laid over white.
-
-    Raises:
-        InputError: the file is missing or no readable PNG, JPEG, WebP, BMP or TIFF.
-    """
-    from PIL import Image, ImageOps  # only images need it
+@contextlib.contextmanager
+def opened(path: Path, *formats: str) -> Iterator[ImageFile]:
+    """Open a picture of known formats; whatever a damaged one raises in the body becomes an InputError naming it."""
+    from PIL import Image  # slow to import, and only pictures need it
 
     if not path.is_file():
         raise InputError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_FORMATS) as file:  # which reads the header only
-                if file.width * file.height > _MAX_PIXELS:
-                    raise InputError(f"it has {file.width}x{file.height} pixels", "up to 8192x4320 is read")
-                image: Image.Image = ImageOps.exif_transpose(file)
-                if image.mode.startswith(("I", "F")):  # which would be clipped, not scaled
-                    deep = image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PNG")
-                    grey = to_levels(np.asarray(image), 65535 if deep else None)
-                    return np.repeat(grey[..., None], 3, axis=2)
-                image = to_srgb(image)
-                if image.has_transparency_data:
-                    layer = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-                return np.array(image.convert("RGB"))
-    # What damaged pictures were seen to raise.
+            with Image.open(path, formats=formats or _FORMATS) as file:  # reads only the header
+                if file.width * file.height > MAX_PIXELS:
+                    raise InputError(f"it has {file.width}x{file.height} pixels", f"the limit is {MAX_SIZE}")
+                yield file
     except InputError as error:
         raise InputError(f"{path}: {error.message}", error.hint) from error
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Warning, Image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be read as a picture: {error}", "use PNG, JPEG, WebP, BMP or TIFF") from error
 
 
-def to_srgb(picture: Image) -> Image:
-    """Return a picture as RGB or RGBA in sRGB, by the ICC profile inside it; one that is broken is passed over.
+def read(path: Path) -> Frames:
+    """Read a picture as uint8 RGB [H,W,3]: upright by its orientation tag, in sRGB, transparency over white.
 
-    Relative colorimetric with black point compensation, as browsers show it.
+    Raises:
+        InputError: the file is missing or not a readable PNG, JPEG, WebP, BMP or TIFF.
+    """
+    from PIL import ImageOps
+
+    with opened(path) as file:
+        image: Image = ImageOps.exif_transpose(file)
+        if image.mode.startswith(("I", "F")):  # Pillow would clip these instead of scaling them
+            deep = image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PNG")
+            grey = to_levels(np.asarray(image), 65535 if deep else None)
+            return np.repeat(grey[..., None], 3, axis=2)
+        return over_white(to_srgb(image))
+
+
+def over_white(image: Image) -> Frames:
+    """Return a picture as uint8 RGB [H,W,3], its transparent parts over white."""
+    from PIL import Image
+
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return np.array(image.convert("RGB"))
+
+
+def to_srgb(picture: Image) -> Image:
+    """Convert a picture to RGB or RGBA in sRGB by its ICC profile, unless the profile is broken.
+
+    Relative colorimetric with black point compensation, as in browsers.
     """
     from PIL import ImageCms
 
@@ -85,13 +93,11 @@ def to_srgb(picture: Image) -> Image:
         except (ImageCms.PyCMSError, OSError):
             return picture
     alpha = picture.getchannel("A") if picture.mode == "RGBA" else None
-    flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
+    intent, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
     try:
-        shown = ImageCms.profileToProfile(
-            picture if alpha is None else picture.convert("RGB"), given, ImageCms.createProfile("sRGB"),
-            ImageCms.Intent.RELATIVE_COLORIMETRIC, "RGB", flags=flags,
-        )  # fmt: skip
-    except (ImageCms.PyCMSError, ValueError):  # such as a profile of CMYK in a picture of RGB
+        plain, screen = picture if alpha is None else picture.convert("RGB"), ImageCms.createProfile("sRGB")
+        shown = ImageCms.profileToProfile(plain, given, screen, intent, "RGB", flags=flags)
+    except (ImageCms.PyCMSError, ValueError):  # such as a CMYK profile in an RGB picture
         return picture
     assert shown is not None
     if alpha is not None:
@@ -102,13 +108,13 @@ def to_srgb(picture: Image) -> Image:
 def to_levels(values: npt.NDArray[Any], most: int | None = None) -> npt.NDArray[np.uint8]:
     """Scale grey values [H,W] of any range to levels 0..255.
 
-    Floating point from 0 to 1 means black to white. Integers, and floating point above 1, are taken for 8 bits where
-    none is above 255, else for 16 where none is above 65535. What is beyond that, or below 0, is stretched from its own
-    lowest value to its highest.
+    Floating-point values from 0 to 1 run from black to white. Integers, and floats above 1, count as 8 bits if none
+    exceeds 255, else as 16 bits if none exceeds 65535. Anything larger, or below 0, is stretched to the full
+    range.
 
     Args:
-        values: floating point or integers.
-        most: what white is, where the file says it: 65535 for 16 bits.
+        values: floats or integers.
+        most: the value of white if the file defines it: 65535 for 16 bits.
 
     Raises:
         InputError: a value is NaN or infinite.
@@ -126,7 +132,7 @@ def to_levels(values: npt.NDArray[Any], most: int | None = None) -> npt.NDArray[
 
 
 def write_image(path: Path, image: Frames) -> None:
-    """Write one uint8 picture [H,W,3] as PNG; it appears whole or not at all."""
+    """Write one uint8 picture [H,W,3] as PNG; the file appears complete or not at all."""
     files.write_bytes(path, encode_image(image, "PNG"))
 
 
@@ -140,16 +146,16 @@ def encode_image(image: Frames, kind: str) -> bytes:
 
 
 def animation_times(count: int, fps: Fraction, tick: int, least: int) -> list[tuple[int, int]]:
-    """Return (frame, milliseconds) of an animation that takes as long as its frames do.
+    """Return (frame, milliseconds) of an animation that lasts as long as its frames do.
 
-    Its delays are whole ticks, whose rounding never adds up; where frames come faster than viewers show them, some are
-    left out.
+    Delays are whole ticks, whose rounding errors never accumulate; frames that come faster than viewers show them are
+    dropped.
 
     Args:
-        count: frames, at least 1.
+        count: number of frames, at least 1.
         fps: their rate.
-        tick: unit of a delay, ms: 10 in GIF, 1 in WebP.
-        least: shortest delay that viewers keep, ms: below 20 they play a GIF at 10 frames a second.
+        tick: unit of a delay in ms: 10 in GIF, 1 in WebP.
+        least: shortest delay that viewers honour, in ms; below 20 they play a GIF at 10 frames a second.
     """
     times: list[tuple[int, int]] = []
     begun, end = 0, round(1000 * count / fps / tick) * tick
@@ -165,12 +171,12 @@ def animation_times(count: int, fps: Fraction, tick: int, least: int) -> list[tu
 
 
 def encode_animation(images: Frames, fps: Fraction, kind: str) -> bytes:
-    """Return uint8 frames [F,H,W,3] as the bytes of a WEBP or GIF file that plays for ever at a rate."""
+    """Return uint8 frames [F,H,W,3] as the bytes of a WEBP or GIF file that loops at a rate."""
     from PIL import Image
 
     times = animation_times(len(images), fps, 10 if kind == "GIF" else 1, 20 if kind == "GIF" else 5)
     pictures = [Image.fromarray(np.ascontiguousarray(images[frame])) for frame, _ in times]
-    if kind == "GIF":  # Pillow's own choice of colours takes 20 s for 48 frames of 256x144, this 0.3 s
+    if kind == "GIF":  # Pillow's default quantizer takes 20 s for 48 frames of 256x144, this one 0.3 s
         pictures = [picture.quantize(method=Image.Quantize.FASTOCTREE) for picture in pictures]
     buffer = io.BytesIO()
     delays = [shown for _, shown in times]

@@ -1,13 +1,7 @@
-"""Video in and out: the one module that knows PyAV and the ffmpeg binary.
+"""Reading videos with PyAV: what a file holds, and its pictures as upright RGB frames on a steady clock.
 
-Reading, the lossless store and the encoding of segments run in this process (PyAV): errors are raised, and nothing
-goes on writing after we die. Measured for 16 frames of 256x144 (two cores, four encoder threads): 40 ms a segment here,
-60 ms through a process of the ffmpeg binary. The final file is a copy (no re-encoding) made by the ffmpeg binary,
-audio included.
-
-The growing output is fragmented MP4: one `moov`, then one `moof` + `mdat` pair a segment. It plays in any player at
-any moment, keeps exact timestamps at any rate (MPEG-TS rounds them to 1/90000 s), grows by plain appending, and is
-whole again after being cut back to the end of a segment.
+This runs in the calling process. Files from users are read through `isolated`, which runs this module in a process of
+its own.
 """
 
 from __future__ import annotations
@@ -31,7 +25,8 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from streamt2v.errors import VideoError
 from streamt2v.media import colour, containers, shape, stills
 from streamt2v.media.clock import Clock, Straightened, measure, placed
-from streamt2v.media.ffmpeg import INPUT_OPTIONS
+from streamt2v.media.ffmpeg import INPUT_OPTIONS, url
+from streamt2v.media.shape import MAX_PIXELS, MAX_SIZE
 
 if TYPE_CHECKING:
     from av.packet import Packet
@@ -40,15 +35,14 @@ if TYPE_CHECKING:
 
     from streamt2v.media.frames import Frames
 
-_MAX_PIXELS = 8192 * 4320
-# Plain swscale drops fractions and repeats chroma samples: a smooth picture came back at 37 dB and 1.2 levels darker,
-# with these flags at 51 dB and unchanged in the mean. A video that is extended again and again would show it.
+# Plain swscale truncates and repeats chroma samples: a smooth picture came back at 37 dB and 1.2 levels darker, with
+# these flags at 51 dB and the same mean. A video that is extended again and again would show the difference.
 EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 
 @dataclass(frozen=True)
 class Track:
-    """What a file holds beside its pictures: one stream, and when it begins, seconds on the clock of the file."""
+    """One stream besides the pictures; `begin` is its start in seconds on the clock of the file."""
 
     kind: str
     index: int
@@ -62,9 +56,9 @@ class Track:
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video holds: frames on a steady clock, size in square pixels as it is shown, sound, comment tag.
+    """What a video holds: frames on a steady clock, size as shown (in square pixels), other tracks, comment tag.
 
-    `damaged` counts what could not be decoded, as far as the video was decoded to be measured.
+    `damaged` counts the packets that could not be decoded, as far as measuring had to decode them.
     """
 
     width: int
@@ -77,7 +71,7 @@ class VideoInfo:
 
     @property
     def frames(self) -> int:
-        """Number of frames that `read_frames` gives."""
+        """Number of frames that `read_frames` yields."""
         return self.clock.frames
 
     @property
@@ -93,7 +87,7 @@ class VideoInfo:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[InputContainer]:
-    """Open a local video; every failure of the library in the body becomes a VideoError that names the file."""
+    """Open a local video; any failure of the library in the body becomes a VideoError that names the file."""
     if not path.exists():
         raise VideoError(f"{path} does not exist")
     if not path.is_file():
@@ -101,12 +95,11 @@ def opened(path: Path) -> Iterator[InputContainer]:
     try:
         if path.stat().st_size == 0:
             raise VideoError(f"{path} is empty (0 bytes)")
-        url = f"file:{path.absolute()}"
-        with av.open(url, options=dict(INPUT_OPTIONS), metadata_errors="replace") as container:
+        with av.open(url(path), options=dict(INPUT_OPTIONS), metadata_errors="replace") as container:
             yield container
     except PermissionError as error:
         raise VideoError(f"{path} cannot be read: permission denied") from error
-    # What hostile files were seen to raise from the library, besides its own errors.
+    # Besides its own errors, hostile files have made the library raise these.
     except (av.error.FFmpegError, OSError, ValueError, IndexError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise VideoError(f"{path} cannot be read as a video: {reason}", containers.hint(path)) from error
@@ -118,19 +111,19 @@ def video_stream(container: InputContainer, path: Path) -> VideoStream:
         if stream.disposition & stream.disposition.attached_pic:
             continue
         if stream.codec_context is None:
-            raise VideoError(f"{path} uses a video format that is not known")
+            raise VideoError(f"{path} uses an unknown video format")
         width, height = stream.codec_context.width, stream.codec_context.height
-        if not 0 < width * height <= _MAX_PIXELS:
-            raise VideoError(f"{path} declares frames of {width}x{height} pixels", "up to 8192x4320 is read")
+        if not 0 < width * height <= MAX_PIXELS:
+            raise VideoError(f"{path} declares frames of {width}x{height} pixels", f"the limit is {MAX_SIZE}")
         stream.thread_type = "AUTO"
-        stream.codec_context.options = {"max_pixels": str(_MAX_PIXELS)}  # also of what it did not declare
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # frames may be larger than declared
         return stream
     kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "no"
     raise VideoError(f"{path} holds no video ({kinds} streams only)")
 
 
 def declared_size(path: Path) -> tuple[int, int]:
-    """Return the (H, W) that a video announces, nothing of which was decoded. Raises as `probe`."""
+    """Return the (H, W) that a video declares, without decoding anything. Raises as `probe` does."""
     if stills.handles(path):
         return next((picture.shape[0], picture.shape[1]) for _, picture in stills.read(path))
     with opened(path) as container:
@@ -139,12 +132,12 @@ def declared_size(path: Path) -> tuple[int, int]:
 
 
 def is_longer(path: Path, count: int) -> bool:
-    """Tell whether a video has more than so many frames; none is decoded. Raises as `probe`."""
+    """Return whether a video has more than `count` frames, without decoding any. Raises as `probe` does."""
     if stills.handles(path):
         return path.is_dir() and len(stills.numbered(path)) > count
     with opened(path) as container:
         stream = video_stream(container, path)
-        if "mp4" in container.format.name and stream.frames:  # its index, beside which there are none
+        if _tells_times(container) and stream.frames:  # the index of an MP4 lists every frame
             return stream.frames > count
         packets = (packet for packet in container.demux(stream) if packet.size)
         return next(islice(packets, count, None), None) is not None
@@ -153,11 +146,11 @@ def is_longer(path: Path, count: int) -> bool:
 def probe(path: Path) -> VideoInfo:
     """Measure a video: its frames are counted by the times of its pictures, not taken from the header.
 
-    MP4 tells these without decoding; other containers are decoded. A file that ends before what its header announces is
-    refused as truncated (Matroska would otherwise just be shorter).
+    An MP4 lists these times; other containers have to be decoded. A file that ends before its header says is refused as
+    truncated (a cut Matroska file would otherwise pass as a shorter one).
 
     Raises:
-        VideoError: the file is missing, empty, a directory, no video, damaged or truncated.
+        VideoError: the file is missing, empty, a directory, not a video, damaged or truncated.
     """
     if stills.handles(path):
         clock, height, width = stills.measured(path)
@@ -204,12 +197,12 @@ def _track(stream: Any) -> Track:
 
 
 def _tells_times(container: InputContainer) -> bool:
-    """Tell whether the container has one packet a picture, with the time at which it is shown."""
+    """Return whether the container stores one packet per picture, with the time at which it is shown."""
     return "mp4" in container.format.name
 
 
 class _Scan:
-    """One pass over a file: when its pictures are shown, where it ends, and what cannot be decoded."""
+    """One pass over a file: when its pictures are shown, where it ends, how much of it cannot be decoded."""
 
     def __init__(self, container: InputContainer, stream: VideoStream, path: Path) -> None:
         self.container, self.stream, self.path = container, stream, path
@@ -218,7 +211,7 @@ class _Scan:
         self.joined = False
 
     def _packets(self) -> Iterator[Packet[Any]]:
-        cut_is_damage = not self.container.format.name.startswith("mpeg")  # a broadcast goes on after a gap
+        cut_is_damage = not self.container.format.name.startswith("mpeg")  # broadcasts have gaps
         for packet in self.container.demux():
             if packet.is_corrupt and cut_is_damage:
                 raise VideoError(f"{self.path} is damaged or truncated after {self.packets} frames")
@@ -229,7 +222,7 @@ class _Scan:
                 yield packet
 
     def of_packets(self, first: int) -> array[int]:
-        """Return the times of the packets, from that of the first picture that could be decoded on."""
+        """Return the times of the packets, starting with the first picture that can be decoded."""
         times, last = array("q"), first
         for packet in self._packets():
             time = packet.pts if packet.pts is not None else packet.dts
@@ -253,20 +246,19 @@ class _Scan:
         self.damaged += 1
 
     def check_length(self, slack: float) -> None:
-        """Refuse a file that is shorter than it announces; containers differ in whether the last frame has a duration.
+        """Raise VideoError for a file shorter than it declares, by more than `slack` seconds.
 
-        Raises:
-            VideoError: with both lengths.
+        Containers differ in whether the last frame has a duration, hence the slack.
         """
         name, declared = self.container.format.name, (self.container.duration or 0) / av.time_base
-        if name == "avi":  # which counts what it leaves out, and announces what was planned
+        if name == "avi":  # it counts omitted frames too, and declares the planned length
             cut = containers.is_cut_avi(self.path)
         elif _tells_times(self.container) and self.packets >= self.stream.frames:
             cut = False
         else:
             cut = self.end < declared - 0.05 - slack
         if cut:
-            raise VideoError(f"{self.path} is truncated: it announces {declared:.1f} s and ends at {self.end:.1f} s")
+            raise VideoError(f"{self.path} is truncated: it declares {declared:.1f} s and ends at {self.end:.1f} s")
 
 
 def _straightened(container: InputContainer, stream: VideoStream) -> Straightened:
@@ -277,13 +269,13 @@ def _straightened(container: InputContainer, stream: VideoStream) -> Straightene
 
 
 def _time_of(container: InputContainer, frame: VideoFrame) -> int | None:
-    """Return the time of a decoded picture, ticks. AVI stores none: its pictures come one after the other."""
+    """Return the time of a decoded picture, in ticks. AVI stores none: its pictures follow each other evenly."""
     return frame.dts if container.format.name == "avi" else frame.pts
 
 
 def _decode(stream: VideoStream, packet: Packet[Any], broken: Callable[[str], None]) -> list[VideoFrame]:
-    """Decode one packet; where it cannot be, say so and go on with the next one."""
-    # Decoders in several threads tell an error some packets later: what holds no picture must not come to them.
+    """Decode one packet; if that fails, report the reason to `broken` and return nothing."""
+    # A threaded decoder reports an error some packets late, so packets without a picture are kept away from it.
     if 0 < packet.size < 1000 and containers.says_only(stream.codec_context.codec.canonical_name, bytes(packet)):
         return []
     try:
@@ -296,7 +288,7 @@ def _decode(stream: VideoStream, packet: Packet[Any], broken: Callable[[str], No
 def _pictures(
     container: InputContainer, stream: VideoStream, broken: Callable[[str], None] = lambda reason: None
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """Yield (time in ticks, picture) of a video; `broken` is told why what cannot be decoded is passed over."""
+    """Yield (time in ticks, picture); `broken` is called with the reason for every packet that is skipped."""
     straight = _straightened(container, stream)
     for packet in container.demux(stream):
         for frame in _decode(stream, packet, broken):
@@ -306,17 +298,18 @@ def _pictures(
 def read_frames(
     path: Path, batch: int = 8, clock: Clock | None = None, note: Callable[[str], None] | None = None
 ) -> Iterator[Frames]:
-    """Decode a video as a stream of uint8 arrays [<=batch,H,W,3] with flat memory.
+    """Decode a video as a stream of uint8 arrays [<=batch,H,W,3], in constant memory.
 
-    Pictures are turned, mirrored and stretched as they are to be shown. Colours are converted by the matrix and range
-    that the file is tagged with; an untagged file is taken as BT.709 from 720 rows on and as BT.601 below, in limited
-    range. High dynamic range and wide primaries become those of BT.709, see `colour`.
+    Pictures are rotated, mirrored and stretched as a player would. Colours are converted by the matrix and range in the
+    file's tags; an untagged file counts as BT.709 from 720 rows on and as BT.601 below, in limited range. High dynamic
+    range and wide primaries are mapped to BT.709, see `colour`.
 
     Args:
         path: the video.
-        batch: frames of an array.
-        clock: gives exactly its frames, each at its time; None gives every picture once, in order.
-        note: told what cannot be decoded, with the frames that show the picture before instead; None refuses that.
+        batch: frames per array.
+        clock: yields exactly the frames of this clock, each at its time; None yields every picture once, in order.
+        note: called with what cannot be decoded and which frames repeat the previous picture instead; None makes
+            damage an error.
 
     Raises:
         VideoError: see `probe`.
@@ -335,7 +328,7 @@ def read_frames(
 def read_pictures(
     path: Path, clock: Clock | None = None, note: Callable[[str], None] | None = None
 ) -> Iterator[tuple[Frames, int]]:
-    """Yield (frame [H,W,3], how many frames show it) as `read_frames` does, each picture once."""
+    """Yield (picture [H,W,3], how many frames show it); arguments and errors as in `read_frames`."""
     if stills.handles(path):
         timed_stills = stills.read(path)
         if clock is None:
@@ -353,7 +346,7 @@ def read_pictures(
         for frame, first, shown in plan:
             reading = reading or _Reading(stream, frame, path, note)
             lost = f"frames {first + 1} to {first + shown - 1}" if shown > 2 else f"frame {first + 1}"
-            if broken and (shown > 1 or clock is None):  # the decoder may have told it some frames before
+            if broken and (shown > 1 or clock is None):  # reported up to some frames ago
                 if note is None:
                     raise VideoError(f"{path} is damaged: {lost} cannot be decoded ({broken[0].lower()})")
                 note(f"{path} is damaged: {lost} cannot be decoded, frame {first} is shown instead")
@@ -368,22 +361,22 @@ def read_pictures(
 
 
 class _Reading:
-    """What holds for all pictures of a video: how its first one is turned, and at what size it is shown."""
+    """What all pictures of a video share: orientation and the size at which they are shown, from the first one."""
 
     def __init__(
         self, stream: VideoStream, first: VideoFrame, path: Path, note: Callable[[str], None] | None = None
     ) -> None:
-        data: Any = first.side_data  # a mapping to its types, a sequence to who iterates
+        data: Any = first.side_data  # typed as a mapping, iterates as a sequence
         matrix = next((bytes(one) for one in data if one.type.name == "DISPLAYMATRIX"), b"")
         self.turns, self.mirrored = shape.orientation(matrix) if matrix else (0, False)
         self.coded = first.height, first.width
         self.size = shape.squared(first.height, first.width, stream.sample_aspect_ratio or None)
-        if self.size[0] * self.size[1] > _MAX_PIXELS:
+        if self.size[0] * self.size[1] > MAX_PIXELS:
             self.size = self.coded
         self.path, self.note = path, note
 
     def check(self, frame: VideoFrame) -> None:
-        """Say, once, that pictures of another size are scaled to that of the first."""
+        """Report, once per change, that pictures of another size are scaled to that of the first."""
         if (frame.height, frame.width) != self.coded:
             if self.note is None:
                 raise VideoError(f"{self.path} changes its frame size to {frame.width}x{frame.height} midway")
@@ -427,18 +420,17 @@ def _to_rgb(frame: VideoFrame, reading: _Reading) -> Frames:
 
 def _luma_chroma(frame: VideoFrame, size: tuple[int, int], full: bool) -> colour.Values:
     """Return Y'CbCr [H,W,3] of a frame: 0..1 and -0.5..0.5."""
-    kept, same = ColorRange.JPEG if full else ColorRange.MPEG, Colorspace.ITU709  # which then changes nothing
-    wide = frame.reformat(
-        width=size[1], height=size[0], format="yuv444p16le", src_color_range=kept, dst_color_range=kept,
-        src_colorspace=same, dst_colorspace=same, interpolation=EXACT,
-    ).to_ndarray()  # fmt: skip
-    planes = wide.astype(np.float64)
+    shades, matrix = ColorRange.JPEG if full else ColorRange.MPEG, Colorspace.ITU709
+    # The same on both sides, so that only the format and the size change.
+    same = {"src_color_range": shades, "dst_color_range": shades, "src_colorspace": matrix, "dst_colorspace": matrix}
+    wide = frame.reformat(size[1], size[0], "yuv444p16le", interpolation=EXACT, **same)
+    planes = wide.to_ndarray().astype(np.float64)
     if full:
         return (planes - (0, 32768, 32768)) / 65535
     return (planes - (16 * 256, 32768, 32768)) / (219 * 256, 224 * 256, 224 * 256)
 
 
 def holds_packets(path: Path) -> bool:
-    """Tell whether something is in the first stream of a file. Raises VideoError: it cannot be read."""
+    """Return whether the first stream of a file has any content. Raises VideoError if the file cannot be read."""
     with opened(path) as container:
         return any(packet.size for packet in container.demux(0))

@@ -1,44 +1,38 @@
-"""The seal of a finished video: a digest of all its bytes, by which a cut or a change shows."""
+"""The seal of a finished MP4: a digest of all its bytes, appended as a box that players skip."""
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
+from streamt2v import files
 from streamt2v.errors import VideoError
 
-# Size, kind and name of an MP4 box that players pass over; the SHA-256 of all bytes before it follows.
-SEAL = (56).to_bytes(4, "big") + b"uuid" + b"streamt2v sha256"
-_SEAL_BYTES = len(SEAL) + 32
+# Size, type and name of the box; the SHA-256 of all bytes before it follows.
+_SEAL = (56).to_bytes(4, "big") + b"uuid" + b"streamt2v sha256"
+_SEAL_BYTES = len(_SEAL) + 32
+
+
+def seal(path: Path) -> None:
+    """Append the seal to a finished file. Raises OutputError."""
+    size = path.stat().st_size
+    files.append_bytes(path, _SEAL + files.hashed(path, size).digest(), size)
 
 
 def check_seal(path: Path) -> None:
-    """Compare a finished video with the SHA-256 that `SegmentWriter.finish` put behind it: every bit counts.
+    """Compare every bit of a finished video with the seal at its end.
 
     Raises:
-        VideoError: the file is missing, cut short, changed since, or was not written here.
+        VideoError: the file is missing, truncated, changed since, or was not written by streamt2v.
     """
     try:
         size = path.stat().st_size - _SEAL_BYTES
         with path.open("rb") as file:
             file.seek(max(0, size))
-            seal = file.read()
-        if not seal.startswith(SEAL):
-            raise VideoError(
-                f"{path} does not end as a video of streamt2v does",
-                "it is cut short, was changed by another program, or comes from somewhere else",
-            )
-        if hashed(path, size).digest() != seal[len(SEAL) :]:
+            found = file.read()
+        if not found.startswith(_SEAL):
+            hint = "it is truncated, was changed by another program, or was not made by streamt2v"
+            raise VideoError(f"{path} does not end with the seal of streamt2v", hint)
+        if files.hashed(path, size).digest() != found[len(_SEAL) :]:
             raise VideoError(f"{path} is damaged: its {size} bytes are not those that were written")
     except OSError as error:
         raise VideoError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def hashed(path: Path, size: int) -> hashlib._Hash:
-    """Hash the first `size` bytes of a file."""
-    sha256 = hashlib.sha256()
-    with path.open("rb") as file:
-        while size > 0 and (data := file.read(min(size, 1 << 20))):
-            sha256.update(data)
-            size -= len(data)
-    return sha256

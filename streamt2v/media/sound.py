@@ -1,9 +1,9 @@
-"""Sound, subtitles and chapters: what a source has beside its pictures, and how the result carries it.
+"""Sound, subtitles and chapters: what a source has besides its pictures, and how the result carries it.
 
-Every track is tried before the work, by the very arguments that write it at the end: copied where the container holds
-it, else encoded anew, else with plain rate and channels, else left out. So what cannot be done is said first. Times
-stay those of the source's own clock, on which frame 0 of the result stands at `Clock.start`: whichever begins first,
-sound and picture stay together; what comes before the first frame or after the last is cut off.
+Every track is tried before the work starts, with the arguments that write it at the end: copied if the container can
+hold it, else re-encoded, else re-encoded with a plain rate and channels, else left out. So users hear first what cannot
+be done. Times are kept on the source's own clock, on which frame 0 of the result is at `Clock.start`: sound and picture
+stay in sync whichever begins first; sound before the first frame or after the last is cut off.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from streamt2v.media import ffmpeg, isolated, reading
 from streamt2v.media.reading import Track
 from streamt2v.media.writing import Extras
 
-_SMALL = 0.05  # seconds: what lies before the picture by less is the priming of a codec, which players skip
+_SMALL = 0.05  # seconds: a shorter lead over the picture is codec priming, which players skip
 
 
 @dataclass(frozen=True)
 class Holder:
-    """What a container holds: codecs that are copied, what all other sound becomes, and text."""
+    """What a container can hold: codecs that are copied, the encoder of all other sound, the subtitle format."""
 
     name: str
     copied: frozenset[str]
@@ -46,17 +46,17 @@ _TEXTS = {"subrip", "srt", "ass", "ssa", "mov_text", "webvtt", "text"}
 
 @dataclass(frozen=True)
 class Carried:
-    """How the tracks of a source go into the result, and what is to be said of them before."""
+    """How the tracks of a source go into the result, and what users should know about it first."""
 
     extras: Extras
     notices: tuple[str, ...] = ()
 
 
 def carry(source: Path, length: Fraction, suffix: str = ".mp4") -> Carried:
-    """Find out how a result of so many seconds carries what its source has besides pictures.
+    """Find out how a result of `length` seconds carries what its source has besides pictures.
 
     Raises:
-        VideoError: see `foreign.probe`. OutputError: there is no ffmpeg.
+        VideoError: see `isolated.probe`. OutputError: there is no ffmpeg.
     """
     return _carry(source, length, suffix.lower(), files.stamp(source))
 
@@ -66,38 +66,38 @@ def _carry(source: Path, length: Fraction, suffix: str, _stamp: tuple[int, int, 
     found = isolated.probe(source)
     tracks = [track for track in found.tracks if track.kind in ("audio", "subtitle")]
     if (holder := HOLDERS.get(suffix)) is None:
-        left = "its sound is left out" if found.has_audio else ""
-        return Carried(Extras(), (f"a {suffix or 'folder'} holds no sound: {left}",) if left else ())
+        silent = f"a {suffix or 'folder'} cannot hold sound, which is left out"
+        return Carried(Extras(), (silent,) if found.has_audio else ())
     if tracks:
         ffmpeg.check_ffmpeg()
     start = found.clock.start
-    if found.clock.joined:  # ffmpeg then sets the times of the first track to 0, and joins what follows
+    if found.clock.joined:  # ffmpeg then starts the first track at 0 and joins what follows
         start -= Fraction(min((track.begin for track in tracks), default=0.0))
     timing = [*([] if found.clock.joined else ["-copyts"]), "-itsoffset", f"{float(-start):.6f}"]
-    reading = [*timing, *ffmpeg.input_options(source)]
+    inputs = [*timing, *ffmpeg.input_options(source)]
     kept, notices = list[tuple[Track, list[str]]](), list[str]()
     for track in tracks:
         name = _name(track, tracks)
         early = float(found.clock.start) - track.begin
         cut = ["-copypriorss", "0"] if track.kind == "audio" and early > _SMALL else []
-        written, reason = None, f"{holder.name} cannot hold it and it cannot be encoded"
+        written, reason = None, f"{holder.name} cannot hold it, and it cannot be re-encoded"
         if -early >= length:
-            reason = "it begins after the end of the picture"
+            reason = "it begins after the picture ends"
         else:
             tried = ([*cut, *way] for way in _ways(track, holder))
-            written = next((way for way in tried if _works(reading, track, way, length, suffix)), None)
+            written = next((way for way in tried if _works(inputs, track, way, length, suffix)), None)
         if written is None:
             notices.append(f"{source}: {name} is left out: {reason}")
             continue
         kept.append((track, written))
         if track.kind == "audio" and "copy" not in written:
-            notices.append(f"{source}: {name} is encoded anew, as {holder.encoded}")
+            notices.append(f"{source}: {name} is re-encoded as {holder.encoded}")
         if cut:
             notices.append(f"{source}: the first {early:.2f} s of {name} come before the picture and are cut off")
     others = [track for track in found.tracks if track.kind not in ("audio", "subtitle")]
     if others:
-        notices.append(f"{source}: {len(others)} {'tracks' if len(others) > 1 else 'track'} of data left out")
-    return Carried(_extras(reading, kept, found.chapters, length), tuple(notices))
+        notices.append(f"{source}: {len(others)} data track{'s' * (len(others) > 1)} left out")
+    return Carried(_extras(inputs, kept, found.chapters, length), tuple(notices))
 
 
 def _name(track: Track, tracks: Sequence[Track]) -> str:
@@ -109,14 +109,14 @@ def _name(track: Track, tracks: Sequence[Track]) -> str:
 
 
 def _ways(track: Track, holder: Holder) -> Iterator[list[str]]:
-    """Yield arguments that write one track, the best first; {} stands for its number in the result."""
+    """Yield the arguments that may write one track, best first; {} stands for its number in the result."""
     if track.kind == "subtitle":
         if track.codec in _TEXTS:
             yield ["-c:s:{}", holder.text]
         return
     if track.codec in holder.copied:
         yield ["-c:a:{}", "copy"]
-    # Fills pauses, and begins with frame 0 whatever the track does.
+    # Fills gaps, and starts at frame 0 wherever the track starts.
     filled = ["-filter:a:{}", "aresample=async=1:first_pts=0"]
     rate = f"{64 * max(3, track.channels)}k"
     yield ["-c:a:{}", holder.encoder, "-b:a:{}", rate, *filled]
@@ -128,7 +128,7 @@ def _numbered(arguments: Sequence[str], number: int) -> list[str]:
 
 
 def _works(source: Sequence[str], track: Track, way: Sequence[str], length: Fraction, suffix: str) -> bool:
-    """Tell whether one track can be written so, by writing it; it is whole in what is thrown away."""
+    """Return whether one track can be written this way, by writing all of it to a temporary file."""
     with tempfile.TemporaryDirectory(prefix="streamt2v-") as folder:
         path = Path(folder) / f"track{suffix}"
         arguments = [*source, "-map", f"0:{track.index}", *_numbered(way, 0), "-t", f"{float(length):.6f}"]
@@ -139,8 +139,8 @@ def _works(source: Sequence[str], track: Track, way: Sequence[str], length: Frac
             return False
 
 
-def _extras(reading: Sequence[str], kept: Sequence[tuple[Track, list[str]]], chapters: int, length: Fraction) -> Extras:
-    """Return the arguments for all tracks together: the source is input 1, the pictures are input 0."""
+def _extras(inputs: Sequence[str], kept: Sequence[tuple[Track, list[str]]], chapters: int, length: Fraction) -> Extras:
+    """Return the arguments for all tracks together: pictures come from input 0, tracks from input 1, the source."""
     if not kept and not chapters:
         return Extras()
     outputs = list[str]()
@@ -152,4 +152,4 @@ def _extras(reading: Sequence[str], kept: Sequence[tuple[Track, list[str]]], cha
                 outputs += [f"-metadata:s:{letter}:{number}", f"title={track.title}"]
             outputs += [f"-disposition:{letter}:{number}", "default" if track.default else "0"]
     outputs += ["-t", f"{float(length):.6f}", "-map_chapters", "1" if chapters else "-1"]
-    return Extras(tuple(reading), tuple(outputs), sum(track.kind == "audio" for track, _ in kept))
+    return Extras(tuple(inputs), tuple(outputs), sum(track.kind == "audio" for track, _ in kept))

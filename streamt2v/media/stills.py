@@ -1,19 +1,17 @@
-"""Pictures that make a video without a video format: a folder of them, or an animated WebP, read by Pillow."""
+"""Videos without a video format, read by Pillow: a folder of pictures, or an animated WebP."""
 
 from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from streamt2v.config import exact_rate
-from streamt2v.errors import VideoError
+from streamt2v.errors import InputError, VideoError
+from streamt2v.media import pictures
 from streamt2v.media.clock import Clock, measure
 
 if TYPE_CHECKING:
@@ -23,12 +21,11 @@ if TYPE_CHECKING:
 KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 RECIPE = "recipe.json"
 USUAL_RATE = Fraction(25)
-"""Frames per second of a folder that does not say it."""
-_MAX_PIXELS = 8192 * 4320
+"""Frames per second of a folder without a recipe."""
 
 
 def handles(path: Path) -> bool:
-    """Tell whether a path is read here: a folder, or a WebP file that moves."""
+    """Return whether a path is read here: a folder, or an animated WebP."""
     if path.is_dir():
         return True
     if path.suffix.lower() != ".webp" or not path.is_file():
@@ -41,13 +38,15 @@ def handles(path: Path) -> bool:
 def numbered(folder: Path) -> list[Path]:
     """Return the pictures of a folder in the order of the numbers in their names."""
     found = [path for path in folder.iterdir() if path.suffix.lower() in KINDS and not path.name.startswith(".")]
-    return sorted(
-        found, key=lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
-    )
+    return sorted(found, key=_numbers)
+
+
+def _numbers(path: Path) -> list[int | str]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def rate_of(folder: Path) -> Fraction:
-    """Return the rate that the recipe in a folder tells, else the usual one."""
+    """Return the rate in the recipe of a folder, else the usual one."""
     try:
         fps = json.loads((folder / RECIPE).read_bytes())["config"]["output.fps"]
         return exact_rate(fps) if 0 < fps <= 1000 else USUAL_RATE
@@ -56,18 +55,18 @@ def rate_of(folder: Path) -> Fraction:
 
 
 def measured(path: Path) -> tuple[Clock, int, int]:
-    """Return (clock, height, width) of what `handles` takes.
+    """Return (clock, height, width) of a folder or an animated WebP.
 
     Raises:
-        VideoError: there is no picture, or one that cannot be read.
+        VideoError: there is no picture, or one cannot be read.
     """
     times, first = list[int](), None
     if path.is_dir():
-        pictures, rate = numbered(path), rate_of(path)
+        count, rate = len(numbered(path)), rate_of(path)
         height, width = next(iter(read(path)))[1].shape[:2]
-        return Clock(Fraction(), rate, len(pictures), len(pictures)), height, width
+        return Clock(Fraction(), rate, count, count), height, width
     time = shown = 0
-    for time, shown, picture in _animated(path):  # noqa: B007 - how long the last one is shown
+    for time, shown, picture in _animated(path):  # noqa: B007 - `shown` of the last one is used
         first = picture.shape if first is None else first
         times.append(time)
     if first is None:
@@ -76,20 +75,18 @@ def measured(path: Path) -> tuple[Clock, int, int]:
 
 
 def read(path: Path) -> Iterator[tuple[Fraction, Frames]]:
-    """Yield (time, picture [H,W,3]) one after the other.
+    """Yield (time, picture [H,W,3]) in order.
 
     Raises:
-        VideoError: one cannot be read, or has another size than the first.
+        VideoError: a picture cannot be read, or its size differs from the first one's.
     """
-    from streamt2v.media import pictures
-
     if not path.is_dir():
         yield from ((Fraction(time, 1000), picture) for time, _, picture in _animated(path))
         return
     rate, size = rate_of(path), None
     files = numbered(path)
     if not files:
-        hint = f"of a folder, pictures that end in {', '.join(KINDS)} are read"
+        hint = f"pictures in a folder must end in {', '.join(KINDS)}"
         raise VideoError(f"{path} is not a file, and holds no pictures", hint)
     for index, file in enumerate(files):
         picture = pictures.read(file)
@@ -101,22 +98,14 @@ def read(path: Path) -> Iterator[tuple[Fraction, Frames]]:
 
 
 def _animated(path: Path) -> Iterator[tuple[int, int, Frames]]:
-    """Yield (time, how long it is shown, picture) of a WebP, milliseconds; transparency laid over white."""
-    from PIL import Image
-
+    """Yield (time, how long it is shown, picture) of an animated WebP, times in milliseconds."""
     time = 0
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=["WEBP"]) as file:
-                if file.width * file.height > _MAX_PIXELS:
-                    raise VideoError(f"{path} has {file.width}x{file.height} pixels", "up to 8192x4320 is read")
-                for index in range(getattr(file, "n_frames", 1)):
-                    file.seek(index)
-                    layer = file.convert("RGBA")
-                    shown = int(file.info.get("duration", 100))
-                    white = Image.new("RGBA", layer.size, "white")
-                    yield time, shown, np.array(Image.alpha_composite(white, layer).convert("RGB"))
-                    time += max(1, shown)
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Warning, Image.DecompressionBombError) as error:
-        raise VideoError(f"{path} cannot be read as a WebP that moves: {error}") from error
+        with pictures.opened(path, "WEBP") as file:
+            for index in range(getattr(file, "n_frames", 1)):
+                file.seek(index)
+                shown = int(file.info.get("duration", 100))
+                yield time, shown, pictures.over_white(file.convert("RGBA"))
+                time += max(1, shown)
+    except InputError as error:
+        raise VideoError(error.message, error.hint) from error

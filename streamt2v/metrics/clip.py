@@ -1,4 +1,4 @@
-"""CLIP for the metrics: which pair of encoders is at hand, texts and frames to vectors, and its name for the report."""
+"""CLIP for the metrics: which pair of encoders is available, its name in reports, texts and frames to vectors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TOKENS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_to
 
 @dataclass(frozen=True)
 class Clip:
-    """A text and an image encoder with one shared space; `name` says plainly whose they are."""
+    """A text and an image encoder with a shared space; `name` says whose they are."""
 
     name: str
     tokenizer: Any
@@ -60,13 +60,13 @@ def load(name: str, device: str, note: hub.Note = lambda text: None) -> Clip:
 
     Args:
         name: auto (the published CLIP if it was fetched before, else the demo family's), demo, hub:OWNER/NAME (fetched
-            when it is not here), or a folder with a CLIP model of the transformers library.
+            if it is not here), or a folder with a CLIP model of the transformers library.
         device: where the encoders go.
         note: called with the size before anything is fetched.
 
     Raises:
-        ConfigError: the name means nothing.
-        WeightsError: the files cannot be had, are damaged, or are no CLIP.
+        ConfigError: the name is invalid.
+        WeightsError: the files cannot be fetched, are damaged, or are not a CLIP.
     """
     if name == AUTO:
         fetched = {request.partition(" ")[0] for request in home.recorded("snapshots")}
@@ -77,7 +77,7 @@ def load(name: str, device: str, note: hub.Note = lambda text: None) -> Clip:
     if name.startswith("hub:") and repository.count("/") == 1:
         folder = hub.snapshot(repository, None, _FILES, note)
     elif not folder.is_dir():
-        raise ConfigError(f"there is no CLIP and no folder {name!r}", "use auto, demo, hub:OWNER/NAME or a folder")
+        raise ConfigError(f"there is no CLIP or folder named {name!r}", "use auto, demo, hub:OWNER/NAME or a folder")
     return _published(repository, folder, device)
 
 
@@ -87,7 +87,7 @@ def _demo(device: str) -> Clip:
     family = weights.family(DEMO)
     roles = ("stream.tokenizer", "stream.text", "stream.image")
     parts = [weights.load(family, role, device, torch.float32) for role in roles]
-    return Clip("the demo family's own pair, which knows the demo's world only", *parts)
+    return Clip("the demo family's own pair, which knows only the demo's world", *parts)
 
 
 def _published(name: str, folder: Path, device: str) -> Clip:

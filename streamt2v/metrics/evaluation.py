@@ -1,4 +1,4 @@
-"""Measuring videos: one pass over the frames, a few numbers kept for each, scores from those numbers at the end."""
+"""Measuring videos: one pass over the frames keeps a few numbers per frame, which give the scores at the end."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ THUMBNAILS, THUMBNAIL_WIDTH = 24, 240
 SCORES: Mapping[str, str] = {
     "scene_cuts": "cuts that PySceneDetect's AdaptiveDetector finds with its defaults",
     "mawe_paper": "motion-aware warp error as printed: warp error / mean squared flow",
-    "mawe_script": "the same as the released script computes it: mean of warp error / (9.5 mean flow)",
-    "warp_error": "squared RGB distance of a frame to the next one warped back, where both are seen",
+    "mawe_script": "the same as in the released script: mean of warp error / (9.5 mean flow)",
+    "warp_error": "squared RGB distance of a frame to the next one warped back, where both are visible",
     "flow_score": "mean squared flow magnitude, pixels^2",
-    "flow": "mean flow magnitude, pixels a frame",
+    "flow": "mean flow magnitude, pixels per frame",
     "flow_deviation": "standard deviation of the flow magnitude over the frames",
-    "stagnation": "flow in the last frames / in the first ones",
-    "clip_text": "mean cosine of prompt and frame by CLIP, x 100",
-    "clip_image": "cosine of the first frame and the last ones by CLIP, x 100",
-    "colour_drift": "distance of the colours of the first frame and the last ones, levels",
+    "stagnation": "flow in the last frames / flow in the first ones",
+    "clip_text": "mean cosine between prompt and frame by CLIP, x 100",
+    "clip_image": "cosine between the first frame and the last ones by CLIP, x 100",
+    "colour_drift": "distance between the colours of the first frame and the last ones, levels",
     "seam_score": "change into chunks of the streaming stage / median change elsewhere",
     "seam_score_refine": "the same for chunks of the refinement stage",
-    "flicker": "local brightness that jumps there and back, levels",
-    "mse": "mean squared difference to the other video",
-    "psnr": "dB against the other video; none where they are equal",
+    "flicker": "local brightness that jumps back and forth, levels",
+    "mse": "mean squared difference from the other video",
+    "psnr": "dB against the other video; none if they are equal",
     "ssim": "structural similarity to the other video",
 }
 
@@ -60,17 +60,17 @@ class Settings:
     """What is measured and how.
 
     Args:
-        prompt: text that the frames are compared with; None means the prompt stored in the video, if any.
-        against: another video, frame by frame.
-        seams: frames at which chunks begin; None reads them from the video's own settings.
+        prompt: text to compare the frames with; None means the prompt stored in the video, if any.
+        against: another video to compare with, frame by frame.
+        seams: frames at which chunks begin; None reads them from the recipe in the video.
         window: how many frames count as the first and as the last ones.
-        flow_size: frames are scaled to this square before the flow; 720 in the paper.
+        flow_size: side of the square that frames are scaled to for the flow; 720 in the paper.
         clip: which CLIP, see `clip.load`; "none" leaves it out.
-        clip_every: CLIP looks at every so manieth frame.
+        clip_every: CLIP is applied to every `clip_every`-th frame.
         device: where CLIP runs.
 
     Raises:
-        ConfigError: a number out of range.
+        ConfigError: a number is out of range.
     """
 
     prompt: str | None = None
@@ -84,7 +84,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.window < 1 or self.clip_every < 1:
-            raise ConfigError("a window or step of no frames makes no sense", "give at least 1")
+            raise ConfigError("a window or step must have at least 1 frame")
         if not 32 <= self.flow_size <= 4096:
             raise ConfigError(f"a flow size of {self.flow_size} pixels is out of range", "give 32 to 4096")
         if self.seams is not None and min(self.seams, default=1) < 1:
@@ -93,7 +93,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Subject:
-    """A video to measure, before any frame is read: what it holds and where its chunks begin, by stage."""
+    """A video to measure, known before any frame is read: what it holds, and where the chunks of each stage begin."""
 
     video: str
     frames: int
@@ -104,12 +104,12 @@ class Subject:
     stream_seams: tuple[int, ...] = ()
     refine_seams: tuple[int, ...] = ()
     prompts: tuple[Prompt, ...] = ()
-    """Those of a timeline, where `prompt` is the first one; empty where one text holds for all frames."""
+    """The prompts of a timeline, of which `prompt` is the first; empty if one prompt holds for all frames."""
 
 
 @dataclass
 class Measured:
-    """What one pass over a video gave: scores by name, series of one value a frame, cuts, a few small frames."""
+    """The result of one pass over a video: scores by name, series of one value per frame, cuts, a few small frames."""
 
     subject: Subject
     clip: str
@@ -119,22 +119,22 @@ class Measured:
     thumbnails: list[Frames] = field(repr=False)
 
     def summary(self) -> dict[str, Any]:
-        """Everything but frames and series, as JSON takes it."""
+        """Everything but frames and series, ready for JSON."""
         return {**dataclasses.asdict(self.subject), "clip": self.clip, "cuts": self.cuts, "scores": self.scores}
 
 
 def parse_seams(text: str) -> tuple[int, ...]:
-    """Turn ``16,24,32`` into frame numbers; ``16:48:8`` stands for every eighth from 16 on, before 48.
+    """Parse ``16,24,32`` into frame numbers; ``16:48:8`` means every eighth from 16 up to, but not including, 48.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: the text is neither.
     """
     found: list[int] = []
     try:
         for item in text.split(","):
             numbers = [int(number) for number in item.split(":")]
             several = range(*numbers) if len(numbers) > 1 else numbers
-            # More than any video has: that is found out by its ends.
+            # Of more frames than any video has, the ends are enough to be refused.
             found += several if len(several) <= MOST_SEAMS else (several[0], several[-1])
     except (ValueError, TypeError):
         hint = "give frame numbers such as 16,24,32, or first:end:step such as 16:1200:8"
@@ -143,9 +143,9 @@ def parse_seams(text: str) -> tuple[int, ...]:
 
 
 def seams_of(recipe: Mapping[str, Any], num_frames: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Frames at which chunks begin, of the streaming and of the refinement stage, by the settings stored in a video.
+    """Return the frames at which chunks of the streaming and of the refinement stage begin, by the recipe in a video.
 
-    The chunks of an extended video begin with the last frames of what it continues.
+    In an extended video the first chunk starts with the last frames of the video it continues.
     """
     if (recorded := recorded_run(recipe)) is None:
         return (), ()
@@ -163,8 +163,8 @@ def inspect(path: Path, settings: Settings) -> Subject:
     """Look at a video before anything is measured.
 
     Raises:
-        VideoError: not a readable video. InputError: it cannot be compared with the other one.
-        ConfigError: a seam lies outside of it.
+        VideoError: the video cannot be read. InputError: it cannot be compared with the other one.
+        ConfigError: a seam lies outside the video.
     """
     found = isolated.probe(path)
     recipe = recipe_of(found.comment)
@@ -178,31 +178,29 @@ def inspect(path: Path, settings: Settings) -> Subject:
         pair = [(info.frames, info.width, info.height) for info in (found, other)]
         if pair[0] != pair[1]:
             sizes = ["{} frames of {}x{}".format(*sizes) for sizes in pair]
-            raise InputError(f"{path} has {sizes[0]}, {settings.against} has {sizes[1]}", "compare videos of one size")
+            raise InputError(f"{path} has {sizes[0]}, {settings.against} has {sizes[1]}", "both must be equal")
         if min(found.width, found.height) < 11:
-            raise InputError(f"{path} is {found.width}x{found.height}, too small for SSIM", "11x11 is enough")
+            raise InputError(f"{path} is {found.width}x{found.height}, too small for SSIM", "it needs at least 11x11")
     prompt = str(recipe.get("config", {}).get("prompt", "")) if settings.prompt is None else settings.prompt
     timeline = recorded_timeline(recipe, found.frames) if settings.prompt is None else ()
-    return Subject(
-        str(path), found.frames, found.width, found.height, float(found.fps), prompt.strip(), stream, refine,
-        timeline if len(timeline) > 1 else (),
-    )  # fmt: skip
+    prompts, fps = timeline if len(timeline) > 1 else (), float(found.fps)
+    return Subject(str(path), found.frames, found.width, found.height, fps, prompt.strip(), stream, refine, prompts)
 
 
 def evaluate(
     paths: Sequence[Path], settings: Settings, report: Report, note: hub.Note
 ) -> tuple[list[Measured], list[VideoError]]:
-    """Measure videos one after the other; all of them are looked at before the first is measured.
+    """Measure videos one after the other; all of them are inspected before the first is measured.
 
     Args:
         paths: the videos.
         settings: what is measured and how.
-        report: is told how far it is.
-        note: is told the size of a CLIP that must be fetched.
+        report: called with the progress.
+        note: called with the size of a CLIP that has to be fetched.
 
     Returns:
-        What was measured, and why the others could not be. A damaged video is not measured: a frame that is shown
-        twice would change its scores.
+        The measurements, and the errors of the other videos. A damaged video is not measured, because a repeated frame
+        would change its scores.
 
     Raises:
         VideoError, InputError, ConfigError, WeightsError: see `inspect` and `clip.load`.
@@ -223,7 +221,7 @@ def evaluate(
 
 
 def _told(stream: Iterator[Frames], subject: Subject, report: Report) -> Iterator[Frames]:
-    """Pass a stream on and report each group after it was used."""
+    """Pass on a stream and report each group after use."""
     done, groups = 0, -(-subject.frames // GROUP)
     for index, group in enumerate(stream):
         yield group
@@ -238,13 +236,13 @@ def measure(
     clip: clips.Clip | None = None,
     other: Iterator[Frames] | None = None,
 ) -> Measured:
-    """Measure one stream of RGB frames; of the frames, only two and a few thumbnails are held.
+    """Measure one stream of RGB frames, keeping only two frames and a few thumbnails in memory.
 
     Args:
         stream: uint8 groups [F,H,W,3].
         subject: what the stream holds.
         settings: what is measured and how.
-        clip: encoders, None leaves their scores out.
+        clip: the encoders; None leaves out their scores.
         other: the frames of another video of the same size and length.
     """
     meter = _Meter(subject, settings, clip)
@@ -254,18 +252,18 @@ def measure(
     return meter.result()
 
 
+_SERIES = (
+    *("change", "flow", "squared_flow", "warp_error", "script_warp_error", "colour_drift", "flicker"),
+    *("clip_text", "clip_image", "mse", "ssim"),
+)
+
+
 class _Meter:
-    """Takes frame after frame; keeps the last one and one number per frame and series."""
+    """Takes frame after frame; keeps the last one, and one number per frame and series."""
 
     def __init__(self, subject: Subject, settings: Settings, clip: clips.Clip | None) -> None:
         self.subject, self.settings, self.clip = subject, settings, clip
-        self.series = {
-            name: np.full(subject.frames, np.nan)
-            for name in (
-                "change", "flow", "squared_flow", "warp_error", "script_warp_error", "colour_drift", "flicker",
-                "clip_text", "clip_image", "mse", "ssim",
-            )
-        }  # fmt: skip
+        self.series = {name: np.full(subject.frames, np.nan) for name in _SERIES}
         self.count = 0
         self.detector = _Cuts(subject)
         timeline = subject.prompts or (Prompt(0, 0, subject.prompt),)
@@ -277,19 +275,14 @@ class _Meter:
         self.cells: list[Series] = []
 
     def add(self, frame: Frames, other: Frames | None) -> None:
-        """Measure one frame, and a frame of the other video that belongs to it."""
-        now = {
-            **self._motion(frame), **self._colour(frame), **self._brightness(frame), **self._content(frame),
-            **self._difference(frame, other),
-        }  # fmt: skip
-        for name, value in now.items():
+        """Measure one frame, and compare it with its counterpart in the other video."""
+        now = self._motion(frame) | self._colour(frame) | self._brightness(frame) | self._content(frame)
+        for name, value in (now | self._difference(frame, other)).items():
             self.series[name][self.count] = value
         self.detector.add(frame)
         if self.count in self.shown:
-            height = max(1, round(frame.shape[0] * THUMBNAIL_WIDTH / frame.shape[1]))
-            self.thumbnails.append(
-                np.asarray(cv2.resize(frame, (THUMBNAIL_WIDTH, height), interpolation=cv2.INTER_AREA))
-            )
+            size = THUMBNAIL_WIDTH, max(1, round(frame.shape[0] * THUMBNAIL_WIDTH / frame.shape[1]))
+            self.thumbnails.append(np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA)))
         self.last = frame
         self.count += 1
 
@@ -333,7 +326,7 @@ class _Meter:
         return {"mse": scores.squared_error(frame, other), "ssim": scores.ssim(_grey(frame), _grey(other))}
 
     def result(self) -> Measured:
-        """The scores of the frames so far."""
+        """Return the scores of the frames so far."""
         series, subject, window = self.series, self.subject, self.settings.window
         stream, refine = subject.stream_seams, subject.refine_seams
         cuts, error = self.detector.found, scores.mean(series["mse"])
@@ -365,7 +358,7 @@ def _grey(frame: Frames) -> scores.Grey:
 
 
 class _Cuts:
-    """PySceneDetect's AdaptiveDetector with its defaults, fed with frames scaled as its scene manager scales them."""
+    """PySceneDetect's AdaptiveDetector with its defaults, fed with frames scaled as by its scene manager."""
 
     def __init__(self, subject: Subject) -> None:
         self.detector = AdaptiveDetector()

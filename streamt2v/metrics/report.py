@@ -1,4 +1,4 @@
-"""What was measured, for people and for scripts: a table, CSV, and one HTML file that needs nothing else."""
+"""Reports of measurements for people and scripts: a table, CSV, JSON and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -46,26 +46,26 @@ _BODY = """
 {{ drawn }}
 {% endfor %}
 {% endfor %}
-<details><summary>What the scores say</summary>
+<details><summary>What the scores mean</summary>
 <dl>{% for name, text in scores.items() %}<dt>{{ name }}</dt><dd>{{ text }}</dd>{% endfor %}</dl></details>
 """
 
 
 def means(results: Sequence[Measured]) -> dict[str, float | None]:
-    """Mean of each score over the videos that have it."""
+    """Return the mean of each score over the videos that have it."""
     columns = {name: [result.scores[name] for result in results] for name in SCORES}
     return {name: mean(np.array(values, np.float64)) for name, values in columns.items()}
 
 
 def as_json(results: Sequence[Measured], settings: Settings) -> dict[str, Any]:
-    """Everything but series and pictures, as JSON takes it."""
+    """Return everything but series and pictures, ready for JSON."""
     how = {"flow": FLOW, "flow_size": settings.flow_size, "window": settings.window, "version": __version__}
     how["against"] = None if settings.against is None else str(settings.against)
     return {"videos": [result.summary() for result in results], MEAN: means(results), "settings": how}
 
 
 def as_text(results: Sequence[Measured]) -> str:
-    """One video as a list of scores with what they say; several as a table with a row for each and one of means."""
+    """Return one video as a list of scores with their meaning, several as a table with a row each and their means."""
     notes = [f"CLIP: {name}" for name in dict.fromkeys(result.clip for result in results)]
     rows = _rows(results)
     if len(results) == 1:
@@ -80,7 +80,7 @@ def as_text(results: Sequence[Measured]) -> str:
 
 
 def _rows(results: Sequence[Measured]) -> list[list[str]]:
-    """Header, a row a video, and the means where there are several; scores that no video has are left out."""
+    """Return a header, a row per video, and means if there are several; scores that no video has are left out."""
     table = [(result.subject.video, result.scores) for result in results]
     if len(results) > 1:
         table.append((MEAN, means(results)))
@@ -93,14 +93,14 @@ def _number(value: float | None) -> str:
 
 
 def videos_csv(results: Sequence[Measured]) -> str:
-    """One row a video: what it is and its scores, empty where there is none."""
+    """Return one row per video: what it is and its scores, empty where there is none."""
     facts = ("video", "frames", "width", "height", "fps", "prompt")
     rows = [[getattr(result.subject, fact) for fact in facts] + list(result.scores.values()) for result in results]
     return _csv([*facts, *SCORES], rows)
 
 
 def frames_csv(results: Sequence[Measured]) -> str:
-    """One row a frame of every video: what was measured there, empty where nothing was."""
+    """Return one row per frame of every video: its measurements, empty where there are none."""
     rows = [
         [result.subject.video, frame, *("" if np.isnan(value) else value for value in values)]
         for result in results
@@ -116,7 +116,7 @@ def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def as_html(results: Sequence[Measured], settings: Settings) -> str:
-    """A page with the table, and for each video its plots and a contact sheet; pictures and plots are inside."""
+    """Return a page with the table and, for each video, plots and a contact sheet, all embedded."""
     header, *rows = _rows(results)
     how = f"flow: {FLOW}, at {settings.flow_size}x{settings.flow_size}; first and last {settings.window} frames"
     if settings.against is not None:
@@ -125,9 +125,8 @@ def as_html(results: Sequence[Measured], settings: Settings) -> str:
         (result, _facts(result), pages.picture(contact_sheet(np.stack(result.thumbnails))), _plots(result))
         for result in results
     ]
-    return pages.render(
-        "streamt2v evaluate", _BODY, how=how, header=header, rows=rows, videos=videos, scores=SCORES
-    )  # fmt: skip
+    values = {"how": how, "header": header, "rows": rows, "videos": videos, "scores": SCORES}
+    return pages.render("streamt2v evaluate", _BODY, **values)
 
 
 def _facts(result: Measured) -> str:
@@ -143,14 +142,14 @@ def _facts(result: Measured) -> str:
 def _plots(result: Measured) -> list[tuple[str, Markup]]:
     seams = result.subject.stream_seams + result.subject.refine_seams
     return [
-        (title, Markup(plot(result.series[name], seams, result.cuts)))  # numbers alone
+        (title, Markup(plot(result.series[name], seams, result.cuts)))  # made of numbers only
         for name, title in _PLOTS.items()
         if np.isfinite(result.series[name]).sum() > 1
     ]
 
 
 def plot(series: Series, seams: Sequence[int] = (), cuts: Sequence[int] = ()) -> str:
-    """Draw a series over its frames as SVG: chunks begin at grey lines, cuts are red; long series by their extremes."""
+    """Draw a series as SVG: grey lines where chunks begin, red ones at cuts; a long series is drawn by its extremes."""
     frames = np.flatnonzero(np.isfinite(series))
     low, high = float(series[frames].min()), float(series[frames].max())
     last, span = max(1, len(series) - 1), (high - low) or 1.0

@@ -1,7 +1,7 @@
 """The maths of the metrics: pictures and series of numbers in, one number out. `docs/metrics.md` has the formulas.
 
-A series has one value a frame, NaN where nothing was measured: what compares a frame with the one before has none at 0.
-A score is None where it has no meaning, such as a ratio to no motion at all.
+A series has one value per frame, NaN where nothing was measured, as at frame 0 for comparisons with the previous frame.
+A score is None where it is undefined, such as a ratio to no motion at all.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ CELLS = 16  # rows and columns of the grid on which flicker is measured
 
 
 def mean(series: Series) -> float | None:
-    """Mean of the values that are there."""
+    """Return the mean of the known values."""
     known = series[np.isfinite(series)]
     return float(known.mean()) if len(known) else None
 
 
 def ratio(part: float | None, whole: float | None) -> float | None:
-    """Quotient of two scores; None where one is missing or the divisor is 0."""
+    """Return the quotient of two scores; None if one is missing or the divisor is 0."""
     return None if part is None or not whole else part / whole
 
 
@@ -40,7 +40,7 @@ def mawe_paper(warp_errors: Series, squared_magnitudes: Series) -> float | None:
 
 
 def mawe_script(warp_errors: Series, magnitudes: Series) -> float | None:
-    """MAWE as the released script computes it: the mean over pairs of warp error / (9.5 mean flow magnitude).
+    """MAWE as in the released script: the mean over pairs of warp error / (9.5 mean flow magnitude).
 
     Pairs without any motion have no ratio and are left out.
     """
@@ -49,18 +49,18 @@ def mawe_script(warp_errors: Series, magnitudes: Series) -> float | None:
 
 
 def deviation(series: Series) -> float | None:
-    """Standard deviation of the values that are there."""
+    """Return the standard deviation of the known values."""
     known = series[np.isfinite(series)]
     return float(known.std()) if len(known) else None
 
 
 def seam_score(changes: Series, seams: Sequence[int], other_seams: Sequence[int] = ()) -> float | None:
-    """Mean change into the frames where chunks begin, over the median change into all frames that are no seam.
+    """Return the mean change into frames where chunks begin over the median change into all other frames.
 
     Args:
-        changes: mean absolute difference of each frame to the one before.
+        changes: mean absolute difference between each frame and the previous one.
         seams: frames at which a chunk begins.
-        other_seams: seams of another stage, which are no part of "elsewhere" either.
+        other_seams: seams of another stage, which do not count as other frames either.
     """
     elsewhere = np.isfinite(changes)
     elsewhere[[*seams, *other_seams]] = False
@@ -70,43 +70,46 @@ def seam_score(changes: Series, seams: Sequence[int], other_seams: Sequence[int]
 
 
 def windows(num_frames: int, start: int, window: int) -> tuple[slice, slice] | None:
-    """The first and the last `window` frames from `start` on, shortened so that they do not overlap; None: no room."""
+    """Return the first and the last `window` frames from `start` on, shortened so as not to overlap; None if empty."""
     size = min(window, (num_frames - start) // 2)
     return (slice(start, start + size), slice(num_frames - size, num_frames)) if size > 0 else None
 
 
 def stagnation(magnitudes: Series, start: int, window: int) -> float | None:
-    """Flow in the last frames over flow in the first ones from `start` on: 1 keeps moving, 0 has come to rest."""
+    """Return the flow in the last frames over that in the first ones from `start` on: 1 moves on, 0 is at rest."""
     parts = windows(len(magnitudes), start, window)
     return None if parts is None else ratio(mean(magnitudes[parts[1]]), mean(magnitudes[parts[0]]))
 
 
 def at_the_end(series: Series, window: int) -> float | None:
-    """Mean over the last `window` frames, at most the second half of the series."""
+    """Return the mean over the last `window` frames, at most the second half of the series."""
     parts = windows(len(series), 0, window)
     return None if parts is None else mean(series[parts[1]])
 
 
 def histograms(frame: Frames) -> Series:
-    """Share of every level in every channel of a frame [H,W,3]: [3,256]."""
+    """Return the share of every level in every channel of a frame [H,W,3]: [3,256]."""
     counts = np.stack([np.bincount(frame[..., channel].ravel(), minlength=256) for channel in range(3)])
     shares: Series = counts / counts.sum(axis=1, keepdims=True)
     return shares
 
 
 def colour_distance(first: Series, second: Series) -> float:
-    """Distance of two frames' colours in levels, wherever they are: how far levels move to turn one histogram into the
-    other (1-Wasserstein), mean over the channels. Brightening by 10 levels is 10; moving things are 0."""
+    """Return the distance between the colours of two frames in levels, wherever in the frame they are.
+
+    It is how far levels move to turn one histogram into the other (1-Wasserstein), averaged over the channels: 10 when
+    everything brightens by 10 levels, 0 when things only move.
+    """
     return float(np.abs(np.cumsum(first - second, axis=1)).sum(axis=1).mean())
 
 
 def cells(grey: Grey) -> Series:
-    """Mean brightness of a grey picture [H,W] on a grid [16,16]."""
+    """Return the mean brightness of a grey picture [H,W] on a grid [16,16]."""
     return np.asarray(cv2.resize(grey, (CELLS, CELLS), interpolation=cv2.INTER_AREA), np.float64)
 
 
 def flicker(before: Series, now: Series, after: Series) -> float:
-    """How far brightness jumps there and back, in levels: alternating +a, -a is a, any steady fade is 0.
+    """Return how far brightness jumps back and forth, in levels: alternating +a, -a gives a, a steady fade 0.
 
     Args:
         before, now, after: `cells` of three frames in a row.
@@ -115,20 +118,20 @@ def flicker(before: Series, now: Series, after: Series) -> float:
 
 
 def squared_error(first: Frames, second: Frames) -> float:
-    """Mean squared difference of two frames, in squared levels."""
+    """Return the mean squared difference of two frames, in squared levels."""
     return float(np.square(first.astype(np.float32) - second).mean(dtype=np.float64))
 
 
 def psnr(mean_squared_error: float | None) -> float | None:
-    """Peak signal to noise ratio in dB; None for no error at all, where it is infinite."""
+    """Return the peak signal-to-noise ratio in dB; None without any error, where it is infinite."""
     return 10 * math.log10(255**2 / mean_squared_error) if mean_squared_error else None
 
 
 def ssim(first: Grey, second: Grey) -> float:
-    """Structural similarity of two grey pictures [H,W] of levels 0-255, at least 11 x 11.
+    """Return the structural similarity of two grey pictures [H,W] of levels 0-255, at least 11 x 11.
 
-    Source: Wang et al. (2004): Gaussian window of 11 x 11 with deviation 1.5, K1 = 0.01, K2 = 0.03, windows that lie
-    wholly inside.
+    Source: Wang et al. (2004): Gaussian window of 11 x 11 with deviation 1.5, K1 = 0.01, K2 = 0.03, only windows that
+    lie entirely inside.
     """
 
     def smooth(picture: Any) -> Any:
@@ -144,5 +147,5 @@ def ssim(first: Grey, second: Grey) -> float:
 
 
 def cosine(first: Series, second: Series) -> float:
-    """Cosine of the angle between two vectors."""
+    """Return the cosine of the angle between two vectors."""
     return float(first @ second / (np.linalg.norm(first) * np.linalg.norm(second)))

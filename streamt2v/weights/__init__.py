@@ -1,7 +1,7 @@
-"""Weights: which files a family has, whether they are here and intact, and how a file becomes a network.
+"""Weights: which files a family has, whether they are installed and intact, and how a file becomes a network.
 
-The names below are what the rest of the package uses; `hub`, `home`, `convert` and `vocabulary` are modules of their
-own. Nothing heavy is imported before a file is loaded.
+The rest of the package uses the names below, and the modules `hub`, `home`, `convert` and `vocabulary`. Nothing heavy
+is imported until a file is loaded.
 """
 
 from streamt2v.weights.catalog import PACKAGE, Family, families, family, listed, pipelines

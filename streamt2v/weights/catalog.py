@@ -1,4 +1,4 @@
-"""The catalog, `weights.toml`: model families with the files and roles they have, their sources, and pipelines."""
+"""The catalog, `weights.toml`: model families with their files, roles and sources; third-party pipelines."""
 
 import dataclasses
 import tomllib
@@ -20,10 +20,10 @@ PACKAGE = Path(__file__).resolve().parent.parent
 class WeightFile:
     """A file of a family: its path relative to the family's root, its licence, what it is, and what it must contain.
 
-    `parts` are the actual files by path: usually the file itself, several for a split network, none before the family
-    is pulled. `source` is the published file they were converted from. `tokens` is for tokenizers only: keyword
-    arguments, such as `pad_token`, that their file lacks; `tidy` says that prompts are cleaned first. `values` is the
-    number of parameters as listed.
+    `parts` are the actual files by path: usually the file itself, several for a split network, none until the family is
+    pulled. `source` is the published file they were converted from. `tokens` and `tidy` are for tokenizers: keyword
+    arguments, such as `pad_token`, that the file lacks; and whether prompts are cleaned first. `values` is the listed
+    number of parameters.
     """
 
     path: str
@@ -37,7 +37,7 @@ class WeightFile:
 
     @property
     def num_values(self) -> int:
-        """Parameters in the file, stored in 16 bit; as listed where nothing was pulled yet."""
+        """Number of parameters, stored in 16 bit; the listed number before the family is pulled."""
         return sum(part.bytes for part in self.parts.values()) // 2 or self.values
 
 
@@ -46,7 +46,7 @@ class Source:
     """A published file that a family is made from; `makes` are the paths of the files converted from it.
 
     Sources without a `choice` are always needed; of the others, those of one choice are enough. Size, SHA-256 and
-    revision are listed where they are known, and recorded at the first download where they are not.
+    revision are listed if known, else recorded at the first download.
     """
 
     repository: str
@@ -106,7 +106,7 @@ class Family:
         return role in self.components
 
     def sources_of(self, choice: str = "") -> tuple[Source, ...]:
-        """What a pull needs: the sources without a choice, and those of one choice (the first by default).
+        """Return what a pull needs: the sources without a choice, and those of one choice, by default the first.
 
         Raises:
             ConfigError: there is no such choice, or nothing to pull.
@@ -119,29 +119,29 @@ class Family:
         return tuple(source for source in self.sources if source.choice in ("", choice or known[0]))
 
     def vocabulary_path(self) -> Path | None:
-        """Absolute path of the words that the family knows, or None when it takes any text."""
+        """Absolute path of the list of words that the family knows, or None if it takes any text."""
         return self.root / self.vocabulary if self.vocabulary else None
 
 
 def _manifest(root: Path) -> Path:
-    """`weights.toml` lies in the package folder of a wheel, one level above it in a checkout."""
+    """Return the path of `weights.toml`: in the package folder of a wheel, one level above it in a checkout."""
     inside = root / "weights.toml"
     return inside if inside.is_file() else root.parent / "weights.toml"
 
 
 def _inside(root: Path, path: str) -> str:
-    """Return `path` unchanged if it stays inside `root`: the catalog may name no other place.
+    """Return `path` if it stays inside `root`; the catalog may name no other place.
 
-    Only the name is checked: a user may link a folder of the weights home to a larger disk.
+    Only the name is checked: users may link a folder of the weights home to a larger disk.
     """
-    seen = PureWindowsPath(path)  # it splits at both kinds of slashes
+    seen = PureWindowsPath(path)  # splits at both kinds of slashes
     if seen.anchor or ".." in seen.parts or "\0" in path:
         raise WeightsError(f"weights.toml names {path!r}, which lies outside {root}")
     return path
 
 
 def _file(row: Mapping[str, Any], root: Path, recorded: Mapping[str, Any] | None) -> WeightFile:
-    """A file with what must lie under `root`: as its row says, or as recorded when it was converted."""
+    """Return a file with its parts under `root`, by its row or as recorded when it was converted."""
     own = {key: value for key, value in row.items() if key not in ("bytes", "sha256")}
     if "bytes" in row:
         return WeightFile(**own, parts={_inside(root, row["path"]): Recorded(row["bytes"], row["sha256"])})
@@ -151,7 +151,7 @@ def _file(row: Mapping[str, Any], root: Path, recorded: Mapping[str, Any] | None
 
 
 def families(root: Path = PACKAGE) -> dict[str, Family]:
-    """All model families of `weights.toml` by name, the best first; `root` is the folder that bundled files lie in.
+    """Return all model families of `weights.toml` by name, best first; `root` is the folder of the bundled files.
 
     Raises:
         WeightsError: the list is missing, unreadable or of another schema.
@@ -187,7 +187,7 @@ def _families(root: Path, manifest: Path, pulled: Path, _stamps: object) -> dict
 
 
 def family(name: str, root: Path = PACKAGE) -> Family:
-    """One family by name. Raises ConfigError naming the known ones, nearest first."""
+    """Return a family by name. Raises ConfigError naming the known ones, nearest first."""
     known = families(root)
     if name not in known:
         raise ConfigError(f"there is no model {name!r}", config.nearest(name, sorted(known)))
@@ -195,7 +195,7 @@ def family(name: str, root: Path = PACKAGE) -> Family:
 
 
 def listed(name: str) -> Family | None:
-    """The family of a name that `weights list` shows; None for a third-party pipeline. Raises as `family` does."""
+    """Return the family of a name from `weights list`; None for a third-party pipeline. Raises as `family` does."""
     known, others = families(), pipelines()
     if name not in known and name not in others:
         raise ConfigError(f"there is no model {name!r}", config.nearest(name, [*known, *others]))
@@ -203,7 +203,7 @@ def listed(name: str) -> Family | None:
 
 
 def pipelines(root: Path = PACKAGE) -> dict[str, dict[str, str]]:
-    """Third-party pipelines for the first frames, by name: repository, licence, what; revision where pinned."""
+    """Return the third-party pipelines for first frames by name: repository, licence, what; revision if pinned."""
     rows: dict[str, dict[str, str]] = tomllib.loads(_manifest(root).read_text("utf-8"))["pipelines"]
     return rows
 

@@ -1,6 +1,6 @@
-"""Published checkpoints to our weights files: recognised by all their keys, written tensor by tensor in 16 bit.
+"""Converting published checkpoints to our weights files: recognised by all keys, written tensor by tensor in 16 bit.
 
-Nothing is written before every key and shape of every file is known to fit; memory holds one tensor at a time.
+Nothing is written until every key and shape of every file is known to fit. Memory holds one tensor at a time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 
 @dataclass(frozen=True)
 class _Network:
-    """One weights file to write: its name and metadata, the tensors to read, the shapes they end in."""
+    """One weights file to write: its name and metadata, the tensors to read, and the final shapes."""
 
     name: str
     metadata: Mapping[str, str]
@@ -43,7 +43,7 @@ class _Network:
     shapes: Mapping[str, tuple[int, ...]]
 
     def bytes_of(self, source: Source) -> int:
-        """Size of what a tensor of the checkpoint becomes."""
+        """Return the converted size of a tensor of the checkpoint."""
         return sum(2 * math.prod(self.shapes[target]) for target in source[1])
 
     @property
@@ -53,17 +53,17 @@ class _Network:
 
 
 def convert(source: Path, destination: Path, note: Note, layouts: Mapping[str, Layout] = CHECKPOINTS) -> list[Path]:
-    """Write the networks of a published checkpoint, and their tokenizer, as our own files; return the files written.
+    """Write the networks of a published checkpoint, and their tokenizer, as our own files; return their paths.
 
     Args:
-        source: a file; or a folder of checkpoints, or of one subfolder per network (as VidXTend has them).
-        destination: folder to write to, for example `stream/unet.safetensors`; networks above 2 GiB are split.
-        note: is told one sentence per file.
+        source: a file; or a folder of checkpoints, or of one subfolder per network (as in VidXTend).
+        destination: the folder for files such as `stream/unet.safetensors`; networks above 2 GiB are split.
+        note: called with one sentence per file.
         layouts: the known checkpoints.
 
     Raises:
         InputError: there is nothing to read.
-        WeightsError: a file is damaged or cut short, or its keys and shapes are not exactly a known checkpoint's.
+        WeightsError: a file is damaged, or its keys and shapes are not exactly those of a known checkpoint.
         OutputError: the files cannot be written.
     """
     planned: dict[str, _Network] = {}
@@ -72,12 +72,12 @@ def convert(source: Path, destination: Path, note: Note, layouts: Mapping[str, L
     tokenizers: dict[str, None] = {}
     for name, archive in _read(source, layouts).items():
         if archive.refused:
-            note(f"{name} asks for {', '.join(archive.refused[:3])}: this was not run, only tensors are read")
+            note(f"{name} refers to {', '.join(archive.refused[:3])}: not imported, only tensors are read")
         layout, found = _plan(name, archive.tensors, layouts)
         if any(layout is known for known in seen):
             raise WeightsError(f"{source} has {min(found)} twice, the second time in {name}", "convert one file alone")
         seen.append(layout)
-        for tower in sorted(taken.keys() & found.keys()):  # several published files carry the same ones
+        for tower in sorted(taken.keys() & found.keys()):  # several published files contain the same one
             note(f"{tower} is taken from {taken[tower]}; {name} has it too")
             del found[tower]
         planned |= found
@@ -115,7 +115,7 @@ def _read(source: Path, layouts: Mapping[str, Layout]) -> dict[str, pickles.Arch
 
 
 def _files(folder: Path) -> list[Path]:
-    """The checkpoints in a folder; of one that comes in several forms, safetensors and 16 bit are preferred."""
+    """Return the checkpoints in a folder; if one comes in several forms, prefer safetensors and 16 bit."""
     found = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
     stems = {path.name.removesuffix(path.suffix) for path in found if path.suffix == ".safetensors"}
     kept = [path for path in found if path.suffix == ".safetensors" or path.name.removesuffix(path.suffix) not in stems]
@@ -137,7 +137,7 @@ def _plan(name: str, tensors: Tensors, layouts: Mapping[str, Layout]) -> tuple[L
 
 
 def _fit(layout: Layout, tensors: Iterable[str]) -> int:
-    """How many keys a layout knows: the right one knows them all; prefixes alone would mislead."""
+    """Return how many keys a layout knows; the right one knows them all. Prefixes alone would mislead."""
     known = [part.keys for part in layout.parts.values()]
     ignored = tuple(layout.ignored)
     return sum(key.startswith(ignored) or any(keys.rename(key) is not None for keys in known) for key in tensors)
@@ -162,7 +162,7 @@ def _lay_out(output: str, part: Part, tensors: Tensors) -> _Network:
 
 
 def _write(path: Path, network: _Network) -> list[Path]:
-    """Write one network, whole or not at all; above the limit as several files and their index, which comes last."""
+    """Write one network completely or not at all; above the limit as several files, and last their index."""
     groups: list[list[Source]] = [[]]
     size = 0
     for source in network.sources:
@@ -178,7 +178,7 @@ def _write(path: Path, network: _Network) -> list[Path]:
         table = {target: name for name, group in zip(names, groups, strict=True) for _, ts, _ in group for target in ts}
         listed = {"metadata": {**network.metadata, "total_size": network.num_bytes}, "weight_map": table}
         written.append(header.shard_index(path))
-    with contextlib.ExitStack() as stack:  # files get their names in reverse order: the index comes last
+    with contextlib.ExitStack() as stack:  # leaving it renames the files in reverse order: the index last
         temporaries = [stack.enter_context(files.replacing(target)) for target in reversed(written)][::-1]
         if len(groups) > 1:
             temporaries.pop().write_text(json.dumps(listed, indent=1), "utf-8")
@@ -190,7 +190,7 @@ def _write(path: Path, network: _Network) -> list[Path]:
 
 
 def _remove_others(path: Path, written: list[Path]) -> None:
-    """Remove what an earlier conversion with another number of parts left."""
+    """Remove what an earlier conversion into another number of parts left behind."""
     parts = path.parent.glob(f"{path.stem}-?????-of-?????.safetensors")
     for old in {path, header.shard_index(path), *parts}.difference(written):
         with files.output_errors(old):

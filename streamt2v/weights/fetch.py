@@ -1,4 +1,4 @@
-"""One published file: found on this machine, or fetched in pieces that resume, checked and recorded."""
+"""One published file: found on this machine or fetched with resuming, then checked and recorded."""
 
 import hashlib
 import re
@@ -13,18 +13,18 @@ from streamt2v.errors import OutputError, StreamT2VError, WeightsError
 from streamt2v.weights import home
 from streamt2v.weights.catalog import Source
 
-Note = Callable[[str], None]  # is told one sentence per step
+Note = Callable[[str], None]  # called with one sentence per step
 
-ATTEMPTS = 3  # connections in a row that bring nothing; the library retries several times within each
+ATTEMPTS = 3  # connections in a row without progress; the library retries several times within each
 PAUSE_SECONDS = 1.0
 SPACE_HINT = "free some space, or set STREAMT2V_HOME to a folder on a larger disk"
-_CHECK = "check the connection; where there is none, place the files by hand (see `streamt2v weights pull --help`)"
-_AGAIN = "run the same command again: it continues where it stopped"
+_CHECK = "check the connection; without one, place the files by hand (see `streamt2v weights pull --help`)"
+_AGAIN = "repeat the command: it continues where it stopped"
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What the hub says of a file: size, commit, SHA-256 where known; and the partial file that it grows in here."""
+    """What the hub says about a file (size, commit, SHA-256 if known), and the partial file that it grows in here."""
 
     bytes: int
     commit: str
@@ -38,11 +38,11 @@ class Offer:
 
 
 class Cut(WeightsError):
-    """A connection failed in a way that another attempt may mend."""
+    """A connection failed in a way that another attempt may fix."""
 
 
 def place(source: Source) -> Path:
-    """Where a fetched file lies until it is converted."""
+    """Return where a fetched file is kept until it is converted."""
     return home.path() / "downloads" / source.repository / source.path
 
 
@@ -50,14 +50,14 @@ def find(source: Source, folder: Path | None, note: Note) -> Path | None:
     """Look for a published file without the network: in the user's folder, among downloads, in the library's cache.
 
     Raises:
-        WeightsError: the user's own file is not the recorded one.
+        WeightsError: the file in the user's folder is not the recorded one.
     """
     size, sha256, commit = _known(source)
     if folder is not None:
         for path in (folder / source.path, folder / source.repository / source.path):
             if path.is_file():
                 if (size and _size(path) != size) or (sha256 and home.sha256_of(path) != sha256):
-                    raise WeightsError(f"{path} is not the file that {source.name} is recorded as", "remove it")
+                    raise WeightsError(f"{path} is not the recorded {source.name}", "remove it")
                 return path
     from huggingface_hub import try_to_load_from_cache
 
@@ -76,7 +76,7 @@ def ask(source: Source) -> Offer:
     """Ask the hub for size, commit and digest of a file, and compare them with what is known.
 
     Raises:
-        WeightsError: the hub cannot be reached, has no such file, or offers another one than recorded.
+        WeightsError: the hub cannot be reached, has no such file, or not the recorded one.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
@@ -86,22 +86,22 @@ def ask(source: Source) -> Offer:
     if not found.size or not found.commit_hash:
         raise WeightsError(f"the hub does not say how large {source.name} is", "try again later")
     if size and found.size != size:
-        raise WeightsError(f"the hub offers {source.name} with {found.size:,} bytes, {size:,} are recorded")
-    etag = found.etag or ""  # of a large file, the SHA-256
+        raise WeightsError(f"the hub offers {source.name} with {found.size:,} bytes instead of {size:,}")
+    etag = found.etag or ""  # the SHA-256 of a large file
     claimed = etag if re.fullmatch("[0-9a-f]{64}", etag) else ""
     if sha256 and claimed and sha256 != claimed:
         raise WeightsError(f"the hub offers another {source.name} than the recorded one: its SHA-256 is {claimed}")
-    # The name says which version the bytes belong to: another version starts afresh.
+    # The name identifies the version of the bytes: another version starts afresh.
     version = hashlib.sha256(f"{etag or found.commit_hash} {found.size}".encode()).hexdigest()[:16]
     target = place(source)
     return Offer(found.size, found.commit_hash, sha256 or claimed, target.with_name(f".{target.name}.{version}.part"))
 
 
 def fetch(source: Source, offer: Offer, note: Note) -> Path:
-    """Fetch a file, continuing an earlier attempt; it gets its name when its SHA-256 is the expected one.
+    """Fetch a file, continuing an earlier attempt; it gets its name once its SHA-256 is as expected.
 
     Raises:
-        WeightsError: the connection fails for good, or what arrives is not what was offered.
+        WeightsError: the connection fails for good, or the file is not what was offered.
         OutputError: the disk is full or cannot be written.
     """
     target, part = place(source), offer.part
@@ -113,7 +113,7 @@ def fetch(source: Source, offer: Offer, note: Note) -> Path:
         if offer.remaining < 0:
             part.unlink()
     if _size(part):
-        note(f"{source.name}: going on at {_size(part) / 1e6:,.1f} MB")
+        note(f"{source.name}: continuing at {_size(part) / 1e6:,.1f} MB")
     _download(source, offer, note)
     digest = home.sha256_of(part)
     with files.output_errors(target):
@@ -127,7 +127,7 @@ def fetch(source: Source, offer: Offer, note: Note) -> Path:
 
 
 def _known(source: Source) -> tuple[int, str, str]:
-    """Size, SHA-256 and commit that a source must have: as listed, else as recorded; 0 and "" where unknown."""
+    """Return the size, SHA-256 and commit of a source as listed, else as recorded; 0 and "" if unknown."""
     row = {"bytes": 0, "sha256": "", "commit": ""} | home.recorded("sources").get(source.name, {})
     return source.bytes or int(row["bytes"]), source.sha256 or str(row["sha256"]), source.revision or str(row["commit"])
 
@@ -141,12 +141,12 @@ def _size(path: Path) -> int:
 
 
 def _download(source: Source, offer: Offer, note: Note) -> None:
-    """Let the partial file grow to its full size, over as many connections as that takes."""
+    """Grow the partial file to its full size, over as many connections as it takes."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
-    # Redirected anew each time: the signed addresses behind it expire.
+    # Resolved anew each time, because the signed URLs behind it expire.
     url = hf_hub_url(source.repository, source.path, revision=offer.commit)
     headers, size, name, tries = build_hf_headers(), offer.bytes, source.path, 0
     while (have := _size(offer.part)) < size:
@@ -164,7 +164,7 @@ def _download(source: Source, offer: Offer, note: Note) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Tell a full disk from a failing network, whose errors are OSErrors too but carry no number of the system."""
+    """Tell a full disk from a failing network, whose errors are OSErrors too, but without an errno."""
     try:
         yield
     except OSError as error:
@@ -175,10 +175,10 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def hub_errors(wanted: str) -> Iterator[None]:
-    """Turn what the library raises into sentences: final (WeightsError), or perhaps not (Cut)."""
+    """Turn errors of the library into sentences: a WeightsError, or a Cut if it may pass."""
     from huggingface_hub import errors
 
-    # The library lets errors of its HTTP client through; which client depends on its version, this is their base class.
+    # The library passes on errors of its HTTP client, which depends on its version; this is their base class.
     client_error: type[Exception] = vars(errors)["HTTPError"]
     try:
         yield
@@ -186,7 +186,7 @@ def hub_errors(wanted: str) -> Iterator[None]:
         raise
     except errors.GatedRepoError as error:
         hint = "accept its terms on its page, then log in with `hf auth login`"
-        raise WeightsError(f"{wanted} is only given to those who accept its terms", hint) from error
+        raise WeightsError(f"{wanted} is only available to users who accept its terms", hint) from error
     except errors.RepositoryNotFoundError as error:
         raise WeightsError(f"the hub has no repository for {wanted}, or it is private", "is the name right?") from error
     except errors.RevisionNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The header of a weights file: what it says it is, and which tensors it holds. Nothing in it is trusted.
+"""The header of a weights file: what it claims to be, and which tensors it holds. Nothing in it is trusted.
 
 A weights file is a safetensors file whose metadata has `format` ("streamt2v/1"), `class` (of `networks.NETWORKS`),
 `config` (the arguments of that class, as JSON) and, for denoisers, `schedule` (the noise schedule, as JSON). A large
@@ -20,7 +20,7 @@ MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 20_000
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 Header = tuple[str, dict[str, Any], dict[str, Any] | None]
-"""Class name, config, and noise schedule (None for a network that is no denoiser)."""
+"""Class name, config, and noise schedule (None for a network that is not a denoiser)."""
 _HINT = "run `streamt2v weights verify`"
 
 
@@ -33,10 +33,10 @@ class Row(NamedTuple):
 
 
 def read_index(path: Path) -> tuple[dict[str, str], dict[str, Row]]:
-    """Metadata and tensors by name of any safetensors file; offsets, shapes and file size must agree.
+    """Return the metadata and the tensors of any safetensors file; offsets, shapes and file size must agree.
 
     Raises:
-        WeightsError: the file is missing, cut short, or not a safetensors file.
+        WeightsError: the file is missing, truncated, or not a safetensors file.
     """
     try:
         size = path.stat().st_size
@@ -48,7 +48,7 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, Row]]:
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}", _HINT) from error
     if len(raw) < length:
-        raise WeightsError(f"{path} is cut short: {size:,} bytes, its header alone needs {length + 8:,}", _HINT)
+        raise WeightsError(f"{path} is truncated: {size:,} bytes, its header alone needs {length + 8:,}", _HINT)
     try:
         table = json.loads(raw)
         metadata = {str(key): str(value) for key, value in table.pop("__metadata__", {}).items()}
@@ -64,7 +64,7 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, Row]]:
         raise WeightsError(f"{path} is not a safetensors file: its header is damaged", _HINT) from error
     expected = 8 + length + ends
     if size != expected:
-        problem = "is cut short" if size < expected else "has bytes after its end"
+        problem = "is truncated" if size < expected else "has bytes after its end"
         raise WeightsError(f"{path} {problem}: {size:,} bytes, its header says {expected:,}", _HINT)
     if not sound or sum(sizes.values()) != ends or len(index) > MAX_TENSORS:
         raise WeightsError(f"{path} is damaged: shapes and sizes in its header disagree", _HINT)
@@ -72,7 +72,7 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, Row]]:
 
 
 def read_metadata(path: Path, metadata: Mapping[str, str]) -> Header:
-    """Check what a weights file says of itself. Raises WeightsError when it is not one of ours."""
+    """Check what a weights file claims to be. Raises WeightsError if it is not one of ours."""
     if metadata.get("format") != FORMAT:
         found = metadata.get("format", "none")
         raise WeightsError(f"{path} is not a weights file of streamt2v: format {found!r}, expected {FORMAT!r}")
@@ -87,14 +87,14 @@ def read_metadata(path: Path, metadata: Mapping[str, str]) -> Header:
 
 
 def shard_index(path: Path) -> Path:
-    """Path of the index that lists the parts of a split weights file."""
+    """Return the path of the index that lists the parts of a split weights file."""
     return path.with_name(f"{path.name}.index.json")
 
 
 def read_parts(path: Path) -> tuple[dict[str, str], dict[Path, dict[str, Row]]]:
-    """Metadata of a weights file and the tensors of each of its parts: the file itself, or the files its index names.
+    """Return the metadata of a weights file and the tensors of each part: the file itself, or those in its index.
 
-    The index is trusted for file names only; what a part belongs to and holds is read from the part.
+    The index is only trusted for file names; the rest is read from the parts.
 
     Raises:
         WeightsError: a file is missing or damaged, or a part belongs to another network.
@@ -121,10 +121,10 @@ def read_parts(path: Path) -> tuple[dict[str, str], dict[Path, dict[str, Row]]]:
 
 
 def read_header(path: Path) -> Header:
-    """Read what a weights file says of itself, split or whole, without torch.
+    """Read what a weights file, split or not, claims to be, without torch.
 
     Raises:
-        WeightsError: the file is missing, cut short, not a safetensors file, or not one of ours.
+        WeightsError: the file is missing, truncated, not a safetensors file, or not one of ours.
     """
     return _header(path, (files.stamp(path), files.stamp(shard_index(path))))
 
@@ -135,6 +135,6 @@ def _header(path: Path, _stamps: object) -> Header:
 
 
 def metadata_of(name: str, config: Mapping[str, Any], schedule: Mapping[str, Any] | None) -> dict[str, str]:
-    """The metadata of a weights file, as `read_metadata` expects it."""
+    """Return the metadata of a weights file, as `read_metadata` expects it."""
     metadata = {"format": FORMAT, "class": name, "config": json.dumps(dict(config))}
     return metadata if schedule is None else metadata | {"schedule": json.dumps(dict(schedule))}

@@ -1,10 +1,9 @@
-"""The weights home: where fetched and converted files lie, and the record of what each of them must be.
+"""The weights home: the folder of fetched and converted files, and the record of what each of them must be.
 
-The record, `weights.lock.json`, is written when a file is first fetched or converted, and compared ever after.
+The record, `weights.lock.json`, is written when a file is first fetched or converted, and compared from then on.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from streamt2v.errors import BusyError, WeightsError
 
 SCHEMA = 1
 Section = Literal["sources", "files", "snapshots", "folders"]
-ROWS: Mapping[Section, tuple[str, ...]] = {  # what every row of a section says
+ROWS: Mapping[Section, tuple[str, ...]] = {  # the fields of each row of a section
     "sources": ("commit", "bytes", "sha256"),  # published files, by repository and path
     "files": ("parts",),  # converted files, by name in the home
     "snapshots": ("commit", "folder", "files"),  # third-party pipelines in the library's cache, by request
@@ -26,7 +25,7 @@ ROWS: Mapping[Section, tuple[str, ...]] = {  # what every row of a section says
 
 
 def path() -> Path:
-    """The weights home: `STREAMT2V_HOME`, else `streamt2v` in the user's cache folder."""
+    """Return the weights home: `STREAMT2V_HOME`, else `streamt2v` in the user's cache folder."""
     if given := os.environ.get("STREAMT2V_HOME"):
         return Path(given).expanduser().absolute()
     cache = os.environ.get("XDG_CACHE_HOME")
@@ -34,17 +33,16 @@ def path() -> Path:
 
 
 def sha256_of(file: Path) -> str:
-    """SHA-256 of a file as hex digits, read as a stream."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    """Return the SHA-256 of a file as hex digits."""
+    return files.hashed(file).hexdigest()
 
 
 @dataclass(frozen=True)
 class Recorded:
     """What a file must be: its size and SHA-256.
 
-    `stamp` is (modification time in ns, inode) of the file that was hashed: while it stays the same, the gigabytes are
-    not hashed again. Bundled files have none and are always hashed.
+    `stamp` is (modification time in ns, inode) of the file that was hashed: as long as it stays the same, the gigabytes
+    are not hashed again. Bundled files have none and are always hashed.
     """
 
     bytes: int
@@ -53,42 +51,42 @@ class Recorded:
 
     @classmethod
     def of(cls, file: Path) -> Self:
-        """Look at a file."""
+        """Record a file as it is now."""
         status = file.stat()
         return cls(status.st_size, sha256_of(file), (status.st_mtime_ns, status.st_ino))
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Self:
-        """Read what `to_json` made. Raises KeyError, TypeError or ValueError for anything else."""
+        """Read a row from `to_json`. Raises KeyError, TypeError or ValueError for anything else."""
         modified, inode = map(int, row["stamp"])
         return cls(int(row["bytes"]), str(row["sha256"]), (modified, inode))
 
     def to_json(self) -> dict[str, Any]:
-        """A row for the record."""
+        """Return a row for the record."""
         return {"bytes": self.bytes, "sha256": self.sha256, "stamp": self.stamp}
 
     def has_size(self, file: Path) -> bool:
-        """Whether a file is there and as large as recorded."""
+        """Return whether a file exists and has the recorded size."""
         return file.is_file() and file.stat().st_size == self.bytes
 
     def now(self, file: Path) -> Self:
-        """Look at a file again; it is hashed only if its size or stamp has changed."""
+        """Record a file again; it is hashed only if its size or stamp has changed."""
         status = file.stat()
         same = (status.st_size, (status.st_mtime_ns, status.st_ino)) == (self.bytes, self.stamp)
         return self if same else self.of(file)
 
     def matches(self, file: Path) -> bool:
-        """Whether a file is as recorded."""
+        """Return whether a file is as recorded."""
         return self.has_size(file) and self.now(file).sha256 == self.sha256
 
 
 def record_path() -> Path:
-    """Where the record lies, whether or not it is there yet."""
+    """Return the path of the record, which may not exist yet."""
     return path() / "weights.lock.json"
 
 
 def recorded(section: Section) -> dict[str, Any]:
-    """One section of the record; empty where nothing was recorded.
+    """Return one section of the record, empty if nothing was recorded.
 
     Raises:
         WeightsError: the record is damaged or of another schema.
@@ -113,12 +111,12 @@ def recorded(section: Section) -> dict[str, Any]:
 
 
 def remember(section: Section, rows: Mapping[str, Any]) -> None:
-    """Add rows to the record, or replace them.
+    """Add or replace rows of the record.
 
     Raises:
         OutputError: the record cannot be written.
     """
-    from filelock import FileLock  # not at import: it takes 15 ms of every command
+    from filelock import FileLock  # importing it takes 15 ms
 
     files.make_directory(path())
     with files.output_errors(record_path()), FileLock(path() / ".weights.lock"):
@@ -129,14 +127,14 @@ def remember(section: Section, rows: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def working_on(file: Path) -> Iterator[None]:
-    """Hold a file of the home for this process alone. Raises BusyError when another one has it."""
+    """Lock a file of the home for this process. Raises BusyError if another process holds it."""
     from filelock import FileLock, Timeout
 
     files.make_directory(file.parent)
     lock = FileLock(file.with_name(f".{file.name}.lock"), timeout=0)
     try:
         lock.acquire()
-    except Timeout as error:  # which is an OSError too
+    except Timeout as error:  # a Timeout is an OSError too
         raise BusyError(f"another process is working on {file}", "wait until it has finished, or stop it") from error
     except OSError as error:
         raise files.explain(file, error) from error

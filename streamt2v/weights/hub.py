@@ -1,7 +1,7 @@
 """Weights from the model hub: a family pulled and converted, or a third-party pipeline kept as it is.
 
-Published files of a family are fetched by `fetch`, because downloads into the library's own cache start afresh after an
-interruption. Whole pipelines do go to that cache, where other programs share them.
+The published files of a family are fetched by `fetch`, because interrupted downloads into the library's own cache start
+over. Whole pipelines do go to that cache, where other programs share them.
 """
 
 import os
@@ -21,46 +21,46 @@ from streamt2v.weights.home import Recorded
 Convert = Callable[[Path, Path, Note], list[Path]]
 
 OFFLINE = ("STREAMT2V_OFFLINE", "HF_HUB_OFFLINE")
-"""Either variable forbids connections; `--offline` sets both, so that the library obeys too."""
+"""Either variable forbids connections; `--offline` sets both, for the library too."""
 _PART = re.compile(r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?$")
 
 
 def offline() -> bool:
-    """Whether no connection may be made."""
+    """Return whether connections are forbidden."""
     return any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in OFFLINE)
 
 
 def pull(family: Family, convert: Convert, note: Note, choice: str = "", folder: Path | None = None) -> None:
-    """Make a family complete: fetch the published files that are missing, convert each, record the results.
+    """Complete a family: fetch the missing published files, convert each, record the results.
 
     A source whose results are here is skipped; converted files that were placed by hand are checked and recorded.
 
     Args:
-        family: one with sources.
+        family: a family with sources.
         convert: writes the networks of a published file into a folder and returns the paths.
-        note: is told one sentence per step.
-        choice: which copy to take where there are several; the family's first by default.
+        note: called with one sentence per step.
+        choice: which copy to take if there are several; by default the first.
         folder: where to look for the published files first.
 
     Raises:
         ConfigError: the family has no sources, or not this choice.
         InputError: `folder` is not a folder.
-        WeightsError: a file cannot be had, is damaged, or is not the published one.
+        WeightsError: a file cannot be fetched, is damaged, or is not the published one.
         OutputError: the disk is full or cannot be written.
-        BusyError: another process pulls the same file.
+        BusyError: another process is pulling the same file.
     """
     from huggingface_hub.utils import logging
 
     if folder is not None and not folder.is_dir():
         raise InputError(f"{folder} is not a folder", "give --from the folder with the published files")
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its warnings are said here in fewer words
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its warnings are repeated here in fewer words
     needed = [source for source in family.sources_of(choice) if not _is_made(family, source, choice, note)]
     found = {source: fetch.find(source, folder, note) for source in needed}
     offers = _offers([source for source, path in found.items() if path is None], note)
     for source in needed:
         place = fetch.place(source)
         with home.working_on(place):
-            if _is_made(catalog.family(family.name), source, choice, note):  # by another process, meanwhile
+            if _is_made(catalog.family(family.name), source, choice, note):  # by another process in the meantime
                 continue
             path = found[source] or fetch.find(source, folder, note) or fetch.fetch(source, offers[source], note)
             note(f"converting {path}")
@@ -72,9 +72,9 @@ def pull(family: Family, convert: Convert, note: Note, choice: str = "", folder:
 
 
 def _offers(absent: Sequence[Source], note: Note) -> dict[Source, fetch.Offer]:
-    """Ask for every file that has to be fetched, say how much that is, and check the space for it."""
+    """Ask the hub for every file that has to be fetched, state the total size, and check the space for it."""
     if absent and offline():
-        hint = "allow connections, or give the folder it lies in with --from"
+        hint = "allow connections, or give its folder with --from"
         raise WeightsError(f"{absent[0].name} is not here, and no connection is made when offline", hint)
     offers = {source: fetch.ask(source) for source in absent}
     for source, offer in offers.items():
@@ -87,7 +87,7 @@ def _offers(absent: Sequence[Source], note: Note) -> dict[Source, fetch.Offer]:
 
 
 def _is_made(family: Family, source: Source, choice: str, note: Note) -> bool:
-    """Whether all files made from a source are here and as recorded; those placed by hand are recorded first."""
+    """Return whether all files made from a source are here and as recorded; files placed by hand are recorded first."""
     made = [file for file in family.files if file.path in source.makes]
     if all(file.parts for file in made):
         other = choice and source.choice and any(file.source != source.name for file in made)
@@ -112,7 +112,7 @@ def _parts_on_disk(path: Path) -> list[Path]:
 
 
 def _remember(family: Family, source: str, written: Sequence[Path]) -> None:
-    """Record converted files under the names that the family lists: several files for a split network."""
+    """Record converted files under the names that the family lists; a split network has several files."""
     parts: dict[str, dict[str, Recorded]] = {}
     for path in written:
         name = path.relative_to(family.root).as_posix()
@@ -121,18 +121,18 @@ def _remember(family: Family, source: str, written: Sequence[Path]) -> None:
 
 
 def snapshot(repository: str, revision: str | None, patterns: Sequence[str], note: Note = lambda text: None) -> Path:
-    """Folder of a repository with the files that match `patterns`, in the library's cache; fetched once, then pinned.
+    """Return the folder of a repository in the library's cache, with the files that match `patterns`.
 
-    Commit and files are recorded the first time, and later compared without a connection.
+    It is fetched once and then pinned: commit and files are recorded, and later compared without a connection.
 
     Args:
         repository: "OWNER/NAME".
         revision: a commit or branch; None means the recorded commit, else the newest.
         patterns: such as "*.json"; nothing else is fetched.
-        note: is told the size before anything is fetched.
+        note: called with the size before anything is fetched.
 
     Raises:
-        WeightsError: it cannot be had, or one of its files has changed since it was recorded.
+        WeightsError: the repository cannot be fetched, or a file has changed since it was recorded.
         OutputError: the disk is full or cannot be written.
     """
     request = " ".join([repository, revision or "main", *sorted(patterns)])
@@ -155,24 +155,24 @@ def snapshot(repository: str, revision: str | None, patterns: Sequence[str], not
 
 
 def _differing(row: Mapping[str, Any]) -> str:
-    """The first file of a recorded snapshot that is missing or has changed; "" where all are as recorded."""
+    """Return the first file of a recorded snapshot that is missing or has changed, "" if all are as recorded."""
     parts = {name: Recorded.from_json(part) for name, part in row["files"].items()}
     return next((name for name, part in parts.items() if not part.matches(Path(row["folder"]) / name)), "")
 
 
 def _taken(folder: Path, patterns: Sequence[str]) -> dict[str, Any]:
-    """The row of a snapshot in the record. The library names its folders by commit."""
+    """Return the row of a snapshot for the record. The library names its folders by commit."""
     from huggingface_hub.utils import filter_repo_objects
 
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     kept = filter_repo_objects(names, allow_patterns=list(patterns))
     if not (found := {name: Recorded.of(folder / name).to_json() for name in kept}):
-        raise WeightsError(f"{folder} has no files of the kind that is read here: {', '.join(patterns)}")
+        raise WeightsError(f"{folder} has no files matching {', '.join(patterns)}")
     return {"commit": folder.name, "folder": str(folder), "files": found}
 
 
 def _snapshot(repository: str, revision: str | None, patterns: Sequence[str], tries: int = fetch.ATTEMPTS) -> Path:
-    """Let the library fetch a snapshot, again where the connection was cut: whole files are kept."""
+    """Let the library fetch a snapshot, and retry if the connection broke; complete files are kept."""
     from huggingface_hub import snapshot_download
 
     wanted, local = list(patterns), offline()
@@ -181,7 +181,7 @@ def _snapshot(repository: str, revision: str | None, patterns: Sequence[str], tr
             return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted, local_files_only=local))
     except fetch.Cut as error:
         if local:
-            hint = "allow connections once, or give the folder of the pipeline instead of its name"
+            hint = "allow connections once, or give the pipeline's folder instead of its name"
             raise WeightsError(f"{repository} is not here, and no connection is made when offline", hint) from error
         if tries == 1:
             raise
@@ -190,7 +190,7 @@ def _snapshot(repository: str, revision: str | None, patterns: Sequence[str], tr
 
 
 def _announce(repository: str, revision: str | None, patterns: Sequence[str], note: Note) -> str:
-    """Say how large a snapshot is, check the space for it, and return its commit."""
+    """State the size of a snapshot, check the space for it, and return its commit."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.utils import filter_repo_objects
 
@@ -198,7 +198,7 @@ def _announce(repository: str, revision: str | None, patterns: Sequence[str], no
         found = HfApi().model_info(repository, revision=revision, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in found.siblings or []}
     total = sum(sizes[name] for name in filter_repo_objects(sizes, allow_patterns=list(patterns)))
-    note(f"{repository}: {total / 1e6:,.1f} MB to fetch, less what is in the cache")
+    note(f"{repository}: {total / 1e6:,.1f} MB to fetch, minus what is already in the cache")
     cache = Path(constants.HF_HUB_CACHE)
     files.require_space(cache, total, "the download", "free some space, or set HF_HOME to a folder on a larger disk")
     return str(found.sha)

@@ -1,4 +1,4 @@
-"""Which weights are here, and whether they are what was recorded; the tables behind `weights list`."""
+"""Which weights are installed, and whether they are as recorded; the tables behind `weights list`."""
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ MAX_CPU_VALUES = 500_000_000  # parameters of a family; the published one has 5 
 
 
 def missing(family: Family) -> list[str]:
-    """Cheap check: one sentence for each file of a family that is missing or has another size than recorded."""
+    """Return a sentence for each file of a family that is missing or not of the recorded size (a cheap check)."""
     found = []
     for file in family.files:
         if not file.parts:
@@ -24,25 +24,25 @@ def missing(family: Family) -> list[str]:
             if not path.is_file():
                 found.append(f"{name} is missing")
             elif not part.has_size(path):
-                found.append(f"{name} has {path.stat().st_size:,} bytes, {part.bytes:,} are recorded")
+                found.append(f"{name} has {path.stat().st_size:,} bytes instead of {part.bytes:,}")
     return found
 
 
 def is_absent(family: Family) -> bool:
-    """Whether a family has to be pulled and nothing of it is here."""
+    """Return whether a family has to be pulled and nothing of it is here."""
     parts = [family.root / name for file in family.files for name in file.parts]
     return bool(family.sources) and not any(path.exists() for path in parts)
 
 
 def fits(family: Family, kind: str) -> bool:
-    """Whether a run takes minutes, not days, on a kind of device ("cpu", "cuda", "mps"): CPUs need small networks."""
+    """Return whether a run takes minutes, not days, on a kind of device: CPUs need small networks."""
     return kind != "cpu" or sum(file.num_values for file in family.files) <= MAX_CPU_VALUES
 
 
 def default_family(kind: str | None = None, root: Path = catalog.PACKAGE) -> str:
-    """Name of the best family that is here and fits a kind of device; None means whatever the device may be.
+    """Return the name of the best family that is installed and fits a kind of device; None means any device.
 
-    `weights.toml` lists the best first. Where none will do it is the last, whose check then says what is wrong.
+    `weights.toml` lists the best first. If none is usable it is the last one, whose check then says what is wrong.
     """
     known = catalog.families(root)
     usable = [name for name, family in known.items() if not missing(family) and (kind is None or fits(family, kind))]
@@ -50,7 +50,7 @@ def default_family(kind: str | None = None, root: Path = catalog.PACKAGE) -> str
 
 
 def require(family: Family) -> None:
-    """Refuse a family whose files are not all here. Raises WeightsError naming the first that is not."""
+    """Raise WeightsError if not all files of a family are here, naming the first that is missing."""
     if is_absent(family):
         hint = f"fetch them with `streamt2v weights pull {family.name}`, or use --model demo"
         raise WeightsError(f"the weights of {family.name!r} are not here", hint)
@@ -58,7 +58,7 @@ def require(family: Family) -> None:
 
 
 def require_unchanged(family: Family, file: WeightFile) -> None:
-    """Refuse a file that was damaged or replaced since it was recorded. Raises WeightsError."""
+    """Raise WeightsError if a file was damaged or replaced since it was recorded."""
     found = {name: family.root / name for name in file.parts if (family.root / name).is_file()}
     changed = (name for name, path in found.items() if not file.parts[name].matches(path))
     _refuse(family, [f"{name} is damaged: its SHA-256 is not the recorded one" for name in changed])
@@ -71,12 +71,12 @@ def verify(family: Family) -> None:
     parts = [(name, part, found[file.path][name]) for file in family.files for name, part in file.parts.items()]
     _refuse(family, [f"{name} is damaged" for name, part, now in parts if now.sha256 != part.sha256])
     if family.sources:
-        with contextlib.suppress(OutputError):  # a home that cannot be written is hashed again next time
+        with contextlib.suppress(OutputError):  # without a writable home, hash again next time
             home.remember("files", {file.path: made_from(file.source, found[file.path]) for file in family.files})
 
 
 def made_from(source: str, parts: Mapping[str, Recorded]) -> dict[str, Any]:
-    """The row of one converted file in the record of the weights home."""
+    """Return the row of a converted file for the record of the weights home."""
     return {"source": source, "parts": {name: part.to_json() for name, part in parts.items()}}
 
 
@@ -90,7 +90,7 @@ def _refuse(family: Family, problems: list[str]) -> None:
 
 
 def snapshot_of(repository: str) -> tuple[Path | None, dict[Path, Recorded]]:
-    """Folder of a fetched repository, and what its files must be; (None, {}) where it was never fetched."""
+    """Return the folder of a fetched repository and what its files must be; (None, {}) if it was never fetched."""
     rows = home.recorded("snapshots").items()
     row = next((row for request, row in rows if request.partition(" ")[0] == repository), None)
     if row is None:
@@ -100,10 +100,10 @@ def snapshot_of(repository: str) -> tuple[Path | None, dict[Path, Recorded]]:
 
 
 def contents(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
-    """SHA-256 by name of the files with these endings in the folder of a pipeline and in its subfolders.
+    """Return the SHA-256 by name of the files with these endings in a pipeline's folder and its subfolders.
 
-    A fetched pipeline is what was recorded: other programs may add to the shared cache. Any other folder is hashed
-    once, then remembered by path.
+    For a fetched pipeline the record counts, as other programs may add to the shared cache. Any other folder is hashed
+    once and remembered by path.
 
     Raises:
         WeightsError: a file cannot be read.
@@ -111,7 +111,7 @@ def contents(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
     fetched = [row["files"] for row in home.recorded("snapshots").values() if row["folder"] == str(folder)]
     if fetched:
         return {name: part["sha256"] for row in fetched for name, part in row.items() if name.endswith(tuple(suffixes))}
-    # Not rglob, which passes over linked folders: a part may lie on another disk.
+    # Not rglob, which skips linked folders: a part may lie on another disk.
     paths = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.suffix in suffixes]
     found = {path.relative_to(folder).as_posix(): path for path in paths}
     place = str(folder.absolute())
@@ -128,7 +128,7 @@ def contents(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
 
 
 def folder_of(name: str) -> Path:
-    """Folder of a name that `weights list` shows. Raises WeightsError where it was never fetched."""
+    """Return the folder of a name from `weights list`. Raises WeightsError if it was never fetched."""
     if (family := catalog.listed(name)) is not None:
         return family.root / name
     folder, _ = snapshot_of(catalog.pipelines()[name]["repository"])
@@ -138,7 +138,7 @@ def folder_of(name: str) -> Path:
 
 
 def verify_snapshot(name: str) -> int:
-    """Check every file of a third-party pipeline; return how many. Raises WeightsError naming one that differs."""
+    """Check all files of a third-party pipeline; return their number. Raises WeightsError naming one that differs."""
     folder_of(name)
     _, parts = snapshot_of(catalog.pipelines()[name]["repository"])
     for path, part in parts.items():
@@ -148,7 +148,7 @@ def verify_snapshot(name: str) -> int:
 
 
 def describe_families() -> list[dict[str, Any]]:
-    """One row per family, then per third-party pipeline: name, state, bytes (0 where unknown), licence, what."""
+    """Return a row per family, then per third-party pipeline: name, state, bytes (0 if unknown), licence, what."""
     rows = []
     for family in catalog.families().values():
         state = "absent" if is_absent(family) else "incomplete" if missing(family) else "ok"
@@ -162,7 +162,7 @@ def describe_families() -> list[dict[str, Any]]:
 
 
 def describe_files(family: Family) -> list[dict[str, Any]]:
-    """One row per file of a family, then per published file it is made from; columns as in `describe_families`."""
+    """Return a row per file of a family, then per published file it is made from, as in `describe_families`."""
     rows = []
     for file in family.files:
         whole = all(part.has_size(family.root / name) for name, part in file.parts.items())

@@ -1,7 +1,7 @@
-"""Key maps: tables that rename the tensors of a published checkpoint to ours, and refuse what they do not know.
+"""Key maps: tables that rename the tensors of a published checkpoint to our names.
 
-Every key is mapped exactly once or ignored for a stated reason. An unknown key, a missing key and a tensor of another
-shape are refused by name: nothing is loaded in part.
+Every key is mapped exactly once, or ignored for a stated reason. An unknown key, a missing key or a tensor of another
+shape is an error that names it: nothing is loaded partially.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rule:
-    """One row of a key map: keys that match `pattern` become `targets` (regex templates), or nothing.
+    """One rule of a key map: keys that match `pattern` become `targets` (regex templates), or nothing.
 
-    `reshape` returns one tensor per target. A row without targets says in `reason` why its keys are not needed.
+    `reshape` returns one tensor per target. A rule without targets gives the reason why its keys are not needed.
     """
 
     pattern: str
@@ -41,13 +41,13 @@ def rename(pattern: str, target: str, reshape: Reshape | None = None) -> Rule:
 
 
 def ignore(pattern: str, reason: str) -> Rule:
-    """Leave keys out."""
+    """Drop keys."""
     return Rule(pattern, reason=reason)
 
 
 @dataclass(frozen=True)
 class KeyMap:
-    """How one network is taken out of a checkpoint: keys under `prefix`, by the first rule that matches the rest."""
+    """How to take a network from a checkpoint: keys that begin with `prefix`, by the first rule matching the rest."""
 
     prefix: str
     rules: tuple[Rule, ...]
@@ -58,7 +58,7 @@ class KeyMap:
         return [(re.compile(rule.pattern), rule) for rule in self.rules]
 
     def rename(self, key: str) -> tuple[tuple[str, ...], Reshape | None] | None:
-        """New names of a key, and how its tensor becomes theirs; no names if it is ignored, None if it is unknown."""
+        """Return the new names of a key and its reshape; no names if it is ignored, None if it is unknown."""
         if not key.startswith(self.prefix):
             return None
         for regex, rule in self._compiled:
@@ -70,8 +70,8 @@ class KeyMap:
         """Return the tensors of `state` under their new names.
 
         Args:
-            state: the whole checkpoint, or a part that holds `prefix`.
-            expected: keys and shapes of the network, to check against; None checks the table alone.
+            state: the whole checkpoint, or a part that includes all keys with the prefix.
+            expected: keys and shapes of the network to compare with; None skips this.
 
         Raises:
             WeightsError: a key is unknown, missing, mapped twice, or has another shape.
@@ -112,11 +112,7 @@ class KeyMap:
 
 
 def check_prefixes(state: Iterable[str], maps: Iterable[KeyMap], ignored: Mapping[str, str]) -> None:
-    """Refuse keys that begin with no prefix of a map and none of the `ignored` ones (prefix -> reason).
-
-    Raises:
-        WeightsError: naming the first such key.
-    """
+    """Raise WeightsError for the first key that begins with no prefix of a map, and none of the `ignored` ones."""
     known = (*(key_map.prefix for key_map in maps), *ignored)
     for key in state:
         if not key.startswith(known):

@@ -1,6 +1,6 @@
 """Weights files to networks and back: built without memory for the parameters, then given exactly the file's tensors.
 
-A tensor that is missing, extra or of another shape is refused before it reaches a network. Torch and the model
+A tensor that is missing, extra or of another shape is an error before it reaches a network. Torch and the model
 libraries are imported when a file is loaded, not with this module.
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Shapes = Mapping[str, tuple[int, ...]]
 _CLIP = "transformers.models.clip.modeling_clip"
-# class name -> (its module, its config class there); "" where the config is the keyword arguments
+# class name -> (its module, its config class there); "" if it is configured by keyword arguments
 NETWORKS: Mapping[str, tuple[str, str]] = {
     "UNet3D": ("streamt2v.models.unet3d", "UNet3DConfig"),
     "Restorer": ("streamt2v.models.restorer", "RestorerConfig"),
@@ -38,9 +38,9 @@ NETWORKS: Mapping[str, tuple[str, str]] = {
 
 
 def config_of(module: torch.nn.Module) -> dict[str, Any]:
-    """The arguments that rebuild `module`: its dataclass, or the public part of a library's config."""
+    """Return the arguments that rebuild `module`: its dataclass, or the public part of a library's config."""
     config: Any = module.config
-    if hasattr(config, "to_diff_dict"):  # transformers: without the defaults that all its configs share
+    if hasattr(config, "to_diff_dict"):  # transformers: leave out the defaults that all its configs share
         from transformers import PretrainedConfig
 
         usual = PretrainedConfig().to_dict() | {"model_type": config.model_type, "architectures": config.architectures}
@@ -51,12 +51,12 @@ def config_of(module: torch.nn.Module) -> dict[str, Any]:
 
 
 def save_module(path: Path, module: torch.nn.Module, schedule: Mapping[str, Any] | None = None) -> None:
-    """Write a network in 16 bit with everything needed to rebuild it; the file appears whole or not at all.
+    """Write a network in 16 bit with everything needed to rebuild it; the file appears complete or not at all.
 
     Args:
         path: the safetensors file to write; its folder is created.
         module: a network of one of the classes of `NETWORKS`.
-        schedule: JSON-able noise schedule of a denoiser.
+        schedule: noise schedule of a denoiser, ready for JSON.
 
     Raises:
         WeightsError: the class is unknown, its `config` describes another network, or a value overflows in 16 bit.
@@ -83,7 +83,7 @@ def save_module(path: Path, module: torch.nn.Module, schedule: Mapping[str, Any]
     with files.replacing(path) as temporary:
         try:
             save_file(tensors, temporary, metadata)
-            temporary.chmod(0o644)  # the library writes files that only their owner may read
+            temporary.chmod(0o644)  # the library makes files readable for their owner only
         except SafetensorError as error:  # a full disk, among others
             raise OutputError(f"cannot write {path}: {error}", "free some space") from error
 
@@ -95,17 +95,17 @@ def _network(name: str, path: Path) -> tuple[str, str]:
 
 
 def quiet(package: str) -> None:
-    """Silence what a model library prints while loading: our own checks are stricter than its warnings."""
+    """Silence a model library while it loads: our own checks are stricter than its warnings."""
     logging = importlib.import_module(f"{package}.utils.logging")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
 def build(path: Path, name: str, config: Mapping[str, Any]) -> torch.nn.Module:
-    """Construct a network without memory for its parameters; constant buffers are computed as usual.
+    """Build a network without memory for its parameters; constant buffers are computed as usual.
 
-    A plain meta device would also swallow buffers that no file stores (position numbers, frequency tables). Every layer
-    allocates its parameters with `torch.empty`, so only that call is redirected to the meta device.
+    On a plain meta device, buffers that no file stores (position numbers, frequency tables) would be lost. Every layer
+    allocates its parameters with `torch.empty`, so only this call is redirected to the meta device.
 
     Args:
         path: the file that describes the network, named in errors.
@@ -125,7 +125,7 @@ def build(path: Path, name: str, config: Mapping[str, Any]) -> torch.nn.Module:
             named = dict(kwargs or {})
             if func in random or getattr(func, "__module__", "") == "torch.nn.init":
                 filled = args[0] if args else named["tensor"]
-                if filled.is_meta:  # nothing to fill, and torch would import sympy (1.4 s) to find out
+                if filled.is_meta:  # torch would import sympy (1.4 s) to fill nothing
                     return filled
             if func is torch.empty and named.get("device") is None:
                 named["device"] = "meta"
@@ -146,12 +146,12 @@ def build(path: Path, name: str, config: Mapping[str, Any]) -> torch.nn.Module:
 
 
 def load_module(path: Path, device: str | torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    """Build the network that a weights file names, and give it exactly the file's tensors.
+    """Build the network that a weights file describes, and give it exactly the file's tensors.
 
-    Returns the network in evaluation mode with gradients off (training switches both back on).
+    Returns the network in evaluation mode with gradients off (training turns both back on).
 
     Args:
-        path: a file written by `save_module`; of a split network, the name it would have in one piece.
+        path: a file written by `save_module`; for a split network, the name it would have in one piece.
         device: where the tensors go.
         dtype: type of all floating-point tensors.
 
@@ -171,7 +171,7 @@ def load_module(path: Path, device: str | torch.device, dtype: torch.dtype) -> t
         try:
             with safe_open(part, "pt", str(device)) as file:
                 for key in index:
-                    with signals_wait():  # torch would turn an interruption into a ValueError
+                    with signals_wait():  # torch would turn a signal into a ValueError
                         tensor = file.get_tensor(key)
                     converted[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         except (SafetensorError, OSError) as error:
@@ -182,7 +182,7 @@ def load_module(path: Path, device: str | torch.device, dtype: torch.dtype) -> t
 def furnish(
     module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], device: str | torch.device
 ) -> torch.nn.Module:
-    """Give a network made by `build` its tensors; evaluation mode, gradients off.
+    """Give a network from `build` its tensors; evaluation mode, gradients off.
 
     Raises:
         WeightsError: a buffer is left without values.
@@ -196,7 +196,7 @@ def furnish(
 
 
 def shapes(network: torch.nn.Module) -> Shapes:
-    """Shapes of all tensors of a network by name."""
+    """Return the shapes of all tensors of a network by name."""
     return {key: tuple(value.shape) for key, value in network.state_dict().items()}
 
 
@@ -213,7 +213,7 @@ def _check_keys(path: Path, name: str, wanted: Shapes, found: Shapes) -> None:
 
 
 def load_tokenizer(path: Path, tokens: Mapping[str, str | int] | None = None) -> Any:
-    """A fast tokenizer from its `tokenizer.json`; `tokens` adds what the file lacks (pad, begin, end).
+    """Load a fast tokenizer from its `tokenizer.json`; `tokens` adds what the file lacks (pad, begin, end).
 
     Raises:
         WeightsError: the file is missing, or not a tokenizer.
@@ -223,15 +223,15 @@ def load_tokenizer(path: Path, tokens: Mapping[str, str | int] | None = None) ->
     quiet("transformers")
     import transformers
 
-    fast: Any = transformers.PreTrainedTokenizerFast  # the class has another name in every major version
+    fast: Any = transformers.PreTrainedTokenizerFast  # the class is renamed in every major version
     try:
         return fast(tokenizer_file=str(path), **dict(tokens or {}))
     except Exception as error:  # the library raises a bare Exception for a file it cannot read
-        raise WeightsError(f"{path} is no tokenizer: {error}", "run `streamt2v weights verify`") from error
+        raise WeightsError(f"{path} is not a tokenizer: {error}", "run `streamt2v weights verify`") from error
 
 
 def load(chosen: Family, role: str, device: str | torch.device, dtype: torch.dtype) -> Any:
-    """The network (or, for a ".tokenizer" role, the tokenizer) that plays `role` in a family.
+    """Load the network (or, for a ".tokenizer" role, the tokenizer) that plays `role` in a family.
 
     Raises:
         WeightsError: the family has no such role, the file's SHA-256 is not the recorded one, or it does not load

@@ -1,8 +1,8 @@
 """Tensors in third-party checkpoints, found without running anything in them.
 
-A torch checkpoint is a pickle, which is a program. It is read by an unpickler that imports nothing: names that describe
-tensors become descriptions, every other name an `Inert`. What would exhaust memory is refused before it is unpickled.
-Tensors are read one at a time from their place in the file, so that 25 GB need no memory.
+A torch checkpoint is a pickle, and a pickle is a program. It is read by an unpickler that imports nothing: names that
+describe tensors become descriptions, all others an `Inert`. A pickle that would exhaust memory is refused first.
+Tensors are read one at a time from their position in the file, so that 25 GB need no memory.
 """
 
 from __future__ import annotations
@@ -30,24 +30,27 @@ MAX_PICKLE_BYTES = 64 * 2**20
 MAX_OPERATIONS, MAX_TUPLES = 2_000_000, 100_000  # a tensor takes about 40 operations, 4 of them tuples
 MAX_DIMENSIONS, MAX_NUMBER, MAX_NAMES = 64, 2**63 - 1, 20
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-STORAGES = {
-    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
-    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
-    "BoolStorage": "BOOL",
-}  # fmt: skip
-TORCH_TYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
-_DAMAGE = (
-    ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, ArithmeticError, struct.error,
-    pickle.UnpicklingError, zipfile.BadZipFile,
-)  # fmt: skip
+_TYPES = (  # in safetensors, in a torch checkpoint, in torch
+    ("F64", "DoubleStorage", "float64"),
+    ("F32", "FloatStorage", "float32"),
+    ("F16", "HalfStorage", "float16"),
+    ("BF16", "BFloat16Storage", "bfloat16"),
+    ("I64", "LongStorage", "int64"),
+    ("I32", "IntStorage", "int32"),
+    ("I16", "ShortStorage", "int16"),
+    ("I8", "CharStorage", "int8"),
+    ("U8", "ByteStorage", "uint8"),
+    ("BOOL", "BoolStorage", "bool"),
+)
+STORAGES = {storage: code for code, storage, _ in _TYPES}
+TORCH_TYPES = {code: name for code, _, name in _TYPES}
+_WRONG = (ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, ArithmeticError)
+_DAMAGE = (*_WRONG, struct.error, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a file: type (as safetensors names it), shape, strides in elements, and its first byte."""
+    """One tensor in a file: type (as in safetensors), shape, strides in elements, and position of its first byte."""
 
     path: Path
     dtype: str
@@ -57,7 +60,7 @@ class Stored:
 
     @property
     def span(self) -> int:
-        """Elements from the first to the last, gaps included."""
+        """Number of elements from the first to the last, gaps included."""
         steps = zip(self.shape, self.stride, strict=True)
         return 1 + sum((size - 1) * step for size, step in steps) if 0 not in self.shape else 0
 
@@ -69,7 +72,7 @@ class Stored:
         with self.path.open("rb") as stream:
             stream.seek(self.start)
             if stream.readinto(data) < len(data):
-                raise WeightsError(f"{self.path} is cut short")
+                raise WeightsError(f"{self.path} is truncated")
         kind = getattr(torch, TORCH_TYPES[self.dtype])
         flat = torch.frombuffer(data, dtype=kind) if data else torch.empty(0, dtype=kind)
         return flat.as_strided(self.shape, self.stride)
@@ -77,7 +80,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Archive:
-    """The tensors of a file by key, and names of what else its pickle asked for, which was not imported."""
+    """The tensors of a file by key, and the other names its pickle refers to, which were not imported."""
 
     tensors: Mapping[str, Stored]
     refused: tuple[str, ...] = ()
@@ -88,7 +91,7 @@ def read(path: Path) -> Archive:
 
     Raises:
         InputError: there is no such file.
-        WeightsError: it is neither, damaged, cut short, or holds no tensors.
+        WeightsError: it is neither of them, is damaged or truncated, or holds no tensors.
     """
     try:
         with path.open("rb") as stream:
@@ -101,13 +104,13 @@ def read(path: Path) -> Archive:
                 _, index = read_index(path)
                 archive = Archive({key: _contiguous(path, *row) for key, row in index.items()})
             else:
-                raise WeightsError(f"{path} is neither a safetensors file nor a torch checkpoint, or is cut short")
+                raise WeightsError(f"{path} is neither a safetensors file nor a torch checkpoint, or is truncated")
     except OSError as error:
-        if error.errno == errno.EINVAL:  # a seek to before the first byte, which only a damaged index asks for
-            raise WeightsError(f"{path} is cut short or damaged: {error}", "fetch it again") from error
+        if error.errno == errno.EINVAL:  # a seek to before the first byte, from a damaged index
+            raise WeightsError(f"{path} is truncated or damaged: {error}", "fetch it again") from error
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except _DAMAGE as error:
-        raise WeightsError(f"{path} is cut short or damaged: {error}", "fetch it again") from error
+        raise WeightsError(f"{path} is truncated or damaged: {error}", "fetch it again") from error
     if not archive.tensors:
         raise WeightsError(f"{path} holds no tensors")
     return archive
@@ -118,7 +121,7 @@ def _contiguous(path: Path, dtype: str, shape: tuple[int, ...], start: int) -> S
 
 
 def _read_zip(path: Path, stream: BinaryIO) -> Archive:
-    """Read the current format: a zip archive of one pickle and one file per storage, none of them compressed."""
+    """Read the current format: a zip archive of one pickle and one file per storage, all uncompressed."""
     with zipfile.ZipFile(path) as archive:
         entries = {info.filename: info for info in archive.infolist() if info.compress_type == zipfile.ZIP_STORED}
         names = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -130,7 +133,7 @@ def _read_zip(path: Path, stream: BinaryIO) -> Archive:
         reader = _Reader(io.BytesIO(archive.read(names[0])))
 
     def place(storage: _Storage) -> tuple[int, int]:
-        """First byte and size of a storage, whose content follows a header of variable length."""
+        """Return position and size of a storage, whose content follows a header of variable length."""
         entry = entries[f"{root}data/{storage.key}"]
         stream.seek(entry.header_offset + 26)
         lengths = stream.read(2), stream.read(2)
@@ -158,12 +161,12 @@ def _read_legacy(path: Path, stream: BinaryIO) -> Archive:
         placed[key] = position + 8, size
         position += 8 + size
     if position > stream.seek(0, io.SEEK_END):
-        raise WeightsError(f"{path} is cut short", "fetch it again")
+        raise WeightsError(f"{path} is truncated", "fetch it again")
     return Archive(dict(_tensors(path, found, lambda storage: placed[storage.key])), tuple(sorted(reader.refused)))
 
 
 def _tensors(path: Path, found: Any, place: Any) -> Iterator[tuple[str, Stored]]:
-    """The tensors of an unpickled checkpoint; of one with a `state_dict`, only those in it are of interest."""
+    """Yield the tensors of an unpickled checkpoint, or those in its `state_dict` if it has one."""
     size = path.stat().st_size
     inner = found.get("state_dict", found) if isinstance(found, dict) else {}
     for key, view in inner.items() if isinstance(inner, dict) else ():
@@ -173,15 +176,15 @@ def _tensors(path: Path, found: Any, place: Any) -> Iterator[tuple[str, Stored]]
         row = Stored(path, view.storage.dtype, view.shape, view.stride, start + view.offset * item)
         sound = min((*view.shape, *view.stride, view.offset, start)) >= 0 and math.prod(view.shape) <= row.span
         if not sound or (view.offset + row.span) * item > available or start + available > size:
-            raise WeightsError(f"{path}: {key!r} reaches beyond its storage", "the file is cut short or damaged")
+            raise WeightsError(f"{path}: {key!r} reaches beyond its storage", "the file is truncated or damaged")
         yield key, row
 
 
 class Inert(dict[Any, Any]):
-    """Stands in for whatever a pickle would import or build: takes anything, does nothing; a table keeps its items."""
+    """Stands in for whatever a pickle would import or build: accepts anything, does nothing; a dict keeps its items."""
 
     __slots__ = ()
-    __hash__ = object.__hash__  # type: ignore[assignment]  # it may be a key
+    __hash__ = object.__hash__  # type: ignore[assignment]  # may be used as a key
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -193,7 +196,7 @@ class Inert(dict[Any, Any]):
 
 
 class _Call(Inert):
-    """A function that a pickle may call; its own attributes, such as defaults, are out of the pickle's reach."""
+    """A function that a pickle may call, but whose attributes, such as defaults, it cannot reach."""
 
     __slots__ = ("function",)
 
@@ -221,10 +224,10 @@ class _View(NamedTuple):
 
 
 class _Reader(pickle.Unpickler):
-    """Reads pickles, one after the other, without importing or running anything that they name."""
+    """Reads pickles, one after the other, without importing or running anything they name."""
 
     def __init__(self, stream: BinaryIO) -> None:
-        super().__init__(stream, encoding="latin-1")  # the texts of Python 2 may hold any byte
+        super().__init__(stream, encoding="latin-1")  # strings of Python 2 may hold any byte
         self.stream = stream
         self.storages: dict[str, _Storage] = {}
         self.refused: set[str] = set()
@@ -242,7 +245,7 @@ class _Reader(pickle.Unpickler):
         start = self.stream.tell()
         _check_extent(self.stream)
         self.stream.seek(start)
-        copyreg.clear_extension_cache()  # what lies there is pushed without asking `find_class`
+        copyreg.clear_extension_cache()  # its entries would bypass `find_class`
         try:
             return self.load()
         finally:
@@ -262,13 +265,13 @@ class _Reader(pickle.Unpickler):
         """Describe a storage: ("storage", class, key, device, number of elements, ...)."""
         kind, dtype, key = described[:3]
         if kind != "storage" or not isinstance(dtype, str) or not isinstance(key, str | int):
-            raise ValueError("a pickle refers to something that is no storage")
+            raise ValueError("a pickle refers to something that is not a storage")
         return self.storages.setdefault(str(key), _Storage(dtype, str(key)))
 
     def _table(self, items: Any = ()) -> Inert:
-        self.copied += len(items)  # of one list, a pickle could ask for copies without end
+        self.copied += len(items)  # or a pickle could copy one list without end
         if self.copied > MAX_OPERATIONS:
-            raise ValueError("a pickle of more entries than any checkpoint has")
+            raise ValueError("a pickle with more entries than any checkpoint has")
         table = Inert()
         table.update(items)
         return table
@@ -277,7 +280,7 @@ class _Reader(pickle.Unpickler):
 def _view(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _View:
     """Describe a tensor as torch rebuilds one."""
     if not isinstance(storage, _Storage) or max(len(shape), len(stride)) > MAX_DIMENSIONS:
-        raise ValueError("a pickle describes something that is no tensor")
+        raise ValueError("a pickle describes something that is not a tensor")
     view = _View(storage, int(offset), tuple(map(int, shape)), tuple(map(int, stride)))
     if max(map(abs, (view.offset, *view.shape, *view.stride))) > MAX_NUMBER:
         raise ValueError("a tensor of a size that no file has")
@@ -285,14 +288,14 @@ def _view(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _View:
 
 
 def _check_extent(stream: BinaryIO) -> None:
-    """Refuse a pickle that would exhaust memory or the stack; nothing is built to find that out.
+    """Refuse a pickle that would exhaust memory or the stack, without building anything.
 
-    The unpickler makes room for every place of its memo up to the highest; an operation of one byte may make an object
-    of 200; hashing tuples in tuples in tuples takes stack for each.
+    The unpickler allocates every slot of its memo up to the highest one used; one byte of code may create an object of
+    200 bytes; hashing nested tuples takes stack for every level.
     """
     tuples = 0
     for count, (operation, argument, _) in enumerate(pickletools.genops(stream)):
         tuples += operation.name.startswith("TUPLE")
         place = int(argument or 0) if operation.name.endswith("PUT") else 0
         if max(count, place) > MAX_OPERATIONS or tuples > MAX_TUPLES:
-            raise ValueError("a pickle of more operations than any checkpoint has")
+            raise ValueError("a pickle with more operations than any checkpoint has")

@@ -1,4 +1,4 @@
-"""CLIP's byte-pair tokenizer, which no published checkpoint carries: built from its list of merges."""
+"""CLIP's byte-pair tokenizer, which no published checkpoint contains, built from its list of merges."""
 
 import lzma
 from typing import TYPE_CHECKING
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 
 def clip_tokenizer(length: int = 77, pad_id: int = 0) -> "tokenizers.Tokenizer":
-    """Build the tokenizer: texts are padded with `pad_id` to `length` tokens, or cut to it before the end token.
+    """Build the tokenizer: texts are padded with `pad_id`, or cut before the end token, to `length` tokens.
 
-    The published models pad with 0, though CLIP itself pads with the end token.
+    The published models pad with 0, although CLIP itself pads with the end token.
     """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 

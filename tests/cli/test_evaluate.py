@@ -59,6 +59,14 @@ def scores(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, 
     return found
 
 
+def test_only_pages_that_were_asked_for_are_rendered(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from streamt2v.metrics import report
+
+    for page in ("as_html", "videos_csv", "frames_csv"):
+        monkeypatch.setattr(report, page, lambda *_: pytest.fail("nobody asked for this page"))
+    assert call("evaluate", *QUICK, clip) == 0
+
+
 def test_json(clip: Path, darker: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("evaluate", clip, darker, "--flow-size", 48, "--json", "--quiet", "--device", "cpu") == 0
     captured = capsys.readouterr()

@@ -34,8 +34,8 @@ SCRIPT_ENDS = {
         "could not be written whole",
     ),
     "after the last byte": ('"$FFMPEG" "$@"; kill -9 $$', "code -9"),
-    "hung at once": ("sleep 600", "did nothing for 1 s"),
-    "hung half way": ('head -c 5000 /dev/zero > "${last#file:}"; kill -STOP $$', "did nothing for 1 s"),
+    "hung at once": ("sleep 600", "made no progress"),
+    "hung half way": ('head -c 5000 /dev/zero > "${last#file:}"; kill -STOP $$', "made no progress"),
 }
 COMMAND = ["generate", PROMPT, "--frames", 40, *TINY, "--steps", "3", "--refine-steps", "3"]
 SHORT = ["generate", PROMPT, "--frames", 24, *TINY]

@@ -97,7 +97,7 @@ def test_a_run_that_was_stopped_can_be_looked_at(tmp_path: Path, capsys: pytest.
     (run_directory.directory_for(path) / "video.mp4").unlink()
     files.write_json(run_directory.directory_for(path) / "run.json", {"schema": 1, "recipe": {"config": []}})
     assert call("info", path) == call("report", path, "--overwrite") == 0
-    assert "nothing of it can be seen yet" in (tmp_path / "out.html").read_text()
+    assert "nothing can be seen yet" in (tmp_path / "out.html").read_text()
 
 
 @pytest.mark.parametrize("comment", ["", "hello", recipe(num_frames=10**7), recipe(num_frames="many"), recipe(odd=1)])

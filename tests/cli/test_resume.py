@@ -314,7 +314,7 @@ def test_verify_finds_every_cut_and_every_flipped_bit(
     work.whole("generate")
     whole, copy = work.folder / "generate.mp4", tmp_path / "copy.mp4"
     assert call("verify", whole, whole) == 0
-    assert capsys.readouterr().out == f"{whole}: whole, {FRAMES} frames, {FRAMES / 8:g} s\n" * 2
+    assert capsys.readouterr().out == f"{whole}: intact, {FRAMES} frames, {FRAMES / 8:g} s\n" * 2
     assert call("verify", whole, "--json") == 0
     assert result(capsys)["digest"] == digest(whole)[1]
     data = whole.read_bytes()

@@ -17,7 +17,7 @@ from streamt2v.errors import Terminated
 HEAVY = ("torch", "diffusers", "transformers", "av", "numpy", "cv2", "scenedetect", "huggingface_hub", "ray", "jinja2")
 # The console script in a process of its own, which says in its last line what it imported.
 SCRIPT = (
-    "import sys; sys.argv = ['streamt2v', *sys.argv[1:]]; from streamt2v.cli import main\n"
+    "import sys; sys.argv = ['streamt2v', *sys.argv[1:]]; from streamt2v.cli.app import main\n"
     "try: main()\n"
     f"finally: print('heavy', *({set(HEAVY)!r} & set(sys.modules)), file=sys.__stderr__)"
 )

@@ -138,7 +138,7 @@ def test_a_stopped_pull_says_how_it_goes_on(server: Hub, own_home: Path, sent: s
     out, err = process.communicate(timeout=30)
     assert process.returncode == code
     assert out == ""
-    assert "goes on where it stopped" in err
+    assert "repeat the command to continue" in err
     assert "Traceback" not in err
     assert "\x1b" not in err
 
@@ -151,7 +151,7 @@ def test_stopping_while_a_first_model_is_fetched(
 
     monkeypatch.setattr(hub, "snapshot", stop)
     assert call("generate", "a ball", "--model", "demo", "--init", "modelscope", "-o", tmp_path / "x.mp4") == 130
-    assert "goes on where it stopped" in capsys.readouterr().err
+    assert "repeat the command to continue" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -124,8 +124,8 @@ def test_what_is_left_out_is_said_before(
     )
     assert refine(source, out, quiet=False) == 0
     said = capsys.readouterr().err
-    assert "sound 1 (vorbis) is encoded anew, as AAC" in said
-    assert "sound 2 (aac) is left out: it begins after the end of the picture" in said
+    assert "sound 1 (vorbis) is re-encoded as AAC" in said
+    assert "sound 2 (aac) is left out: it begins after the picture ends" in said
     assert said.index("left out") < said.index("frames at 25 fps")
     assert kinds(out) == ["video", "audio aac und"]
 
@@ -159,7 +159,7 @@ def test_text_of_pictures_and_data_are_left_out_with_a_word(plain: Path, tmp_pat
            "-metadata:s:t", "mimetype=text/plain", source)  # fmt: skip
     carried = sound.carry(source, Fraction(2))
     assert carried.extras == writing.Extras()
-    assert carried.notices == (f"{source}: 1 track of data left out",)
+    assert carried.notices == (f"{source}: 1 data track left out",)
 
 
 def test_a_track_that_cannot_be_decoded_is_left_out(plain: Path, tmp_path: Path, unrefined: None) -> None:

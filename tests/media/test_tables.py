@@ -89,7 +89,7 @@ def test_what_cannot_be_meant_is_refused(data: bytes, said: str, tmp_path: Path)
 def test_a_cell_without_a_name_is_an_error_of_its_row(tmp_path: Path) -> None:
     found = read(tmp_path / "a.csv", b"prompt,frames,,\na red ball,24,,\na blue star,32,,12\na,1,2,3,4\n")
     assert [bool(row.error) for row in found] == [False, True, True]
-    assert (found[1].line, found[1].error) == (3, "cell 4 stands in a column without a name: '12'")
+    assert (found[1].line, found[1].error) == (3, "cell 4 is in a column without a name: '12'")
 
 
 NAMES = st.text("abc xyz", min_size=1, max_size=6).map(str.strip).filter(bool)

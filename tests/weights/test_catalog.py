@@ -7,7 +7,7 @@ import pytest
 
 from streamt2v.errors import ConfigError, WeightsError
 from streamt2v.weights import catalog
-from tests.unit.weights.conftest import MANIFEST
+from tests.weights.conftest import MANIFEST
 
 
 def test_recording_keeps_comments_and_everything_else(root: Path) -> None:

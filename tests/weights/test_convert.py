@@ -297,7 +297,7 @@ def _foreign(split: Path) -> None:
     ("change", "said"),
     [
         (lambda split: min(split.parent.glob("unet-*")).unlink(), "unet-00001-of-.* cannot be read"),
-        (lambda split: os.truncate(max(split.parent.glob("unet-*")), 1000), "cut short"),
+        (lambda split: os.truncate(max(split.parent.glob("unet-*")), 1000), "truncated"),
         (_foreign, "belongs to another file"),
         (lambda split: _swap_name(split, "../unet.safetensors"), "outside its folder"),
         (lambda split: _swap_name(split, split.name), "outside its folder"),

@@ -10,8 +10,8 @@ import pytest
 from streamt2v.cli import doctor
 from streamt2v.errors import OutputError
 from streamt2v.media import ffmpeg, reading, seal, sound
-from tests.unit.test_video import RATES, written
-from tests.unit.test_video import samples as samples
+from tests.media.test_video import RATES, written
+from tests.media.test_video import samples as samples
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_the_file_holds_the_same(fps: Fraction, tmp_path: Path, monkeypatch: pyt
 
 
 def test_sound_needs_the_binary(tmp_path: Path, samples: Path, no_binary: None) -> None:
-    with pytest.raises(OutputError, match="sound is copied by imageio-ffmpeg, which is not here"):
+    with pytest.raises(OutputError, match="sound is copied with imageio-ffmpeg, which is not installed"):
         sound.carry(samples / "aac.mp4", Fraction(1))  # before any work
 
 
@@ -67,4 +67,4 @@ def test_a_full_disk_is_said(tmp_path: Path, no_binary: None, monkeypatch: pytes
 def test_the_doctor_says_what_that_means(no_binary: None) -> None:
     found = doctor._ffmpeg()
     assert found.ok
-    assert "PyAV writes videos, and their sound is not copied" in found.found
+    assert "PyAV writes the videos, and sound is not copied" in found.found

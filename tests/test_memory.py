@@ -193,7 +193,7 @@ def test_a_plan_for_a_gpu_that_is_not_here_needs_its_memory(capsys: pytest.Captu
 
 def test_a_plan_for_mps_says_that_nobody_tried(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("plan", "a cat", "--device", "mps", "--memory", "24") == 0
-    assert "never tried on MPS" in capsys.readouterr().out
+    assert "never tested on MPS" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ what each part does

@@ -16,7 +16,7 @@ from streamt2v.weights import header
         (b"text", "not a safetensors file"),
         (b"some longer text that is no weights file at all", "not a safetensors file"),
         (struct.pack("<Q", 2**40) + b"{}", "not a safetensors file"),
-        (struct.pack("<Q", 100) + b"{}", "cut short"),
+        (struct.pack("<Q", 100) + b"{}", "truncated"),
         (struct.pack("<Q", 2) + b"[]", "header is damaged"),
         (struct.pack("<Q", 2) + b"{]", "header is damaged"),
         (struct.pack("<Q", 2) + b"{}", "format 'none'"),

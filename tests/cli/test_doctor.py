@@ -25,7 +25,7 @@ def test_what_is_broken_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(weights, "families", broken)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "no-ffmpeg"))
     found = {check.name: check for check in doctor.checks(tmp_path / "no-folder", device="gpu")}
-    assert "is no device" in found["torch"].found
+    assert "is not a device" in found["torch"].found
     assert "no-folder" in found["writing"].found
     assert found["weights"] == doctor.Check("weights", False, "the list is gone", "install again")
     bad = ("torch", "writing", "ffmpeg", "weights")

@@ -13,7 +13,7 @@ import streamt2v
 from docs import generate_cli
 from streamt2v import weights
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = Path(streamt2v.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))

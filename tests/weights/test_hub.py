@@ -150,13 +150,13 @@ def test_a_published_file_that_changed_is_refused(server: Hub) -> None:
     with pytest.raises(WeightsError, match=r"another .* than the recorded one"):
         pull()
     server.repositories["ali-vilab/MS-Vid2Vid-XL"][VAE] = content("longer", 60_001)
-    with pytest.raises(WeightsError, match="60,001 bytes, 60,000 are recorded"):
+    with pytest.raises(WeightsError, match="60,001 bytes instead of 60,000"):
         pull()
     assert server.served == []
 
 
 def test_another_copy_can_be_chosen(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(WeightsError, match="60,000 bytes, 25,568,849,525 are recorded"):
+    with pytest.raises(WeightsError, match="60,000 bytes instead of 25,568,849,525"):
         pull(choice="original")  # the listed size is compared before a byte is fetched
     assert server.served == []
     with pytest.raises(ConfigError, match="no source 'orignal'") as caught:
@@ -198,7 +198,7 @@ def test_a_connection_that_stays_broken_leaves_a_part_that_the_next_pull_uses(se
     server.cuts = [30_000] + [0] * 100
     with pytest.raises(WeightsError, match=r"connection broke at 0\.0 of 0\.1 MB") as caught:
         pull()
-    assert "same command again" in caught.value.hint
+    assert "repeat the command" in caught.value.hint
     assert caught.value.exit_code == 4
     [part] = leftovers()
     assert part.startswith(f".{VIDXTEND}.")
@@ -206,7 +206,7 @@ def test_a_connection_that_stays_broken_leaves_a_part_that_the_next_pull_uses(se
     server.cuts, server.served = [], []
     notes = pull()
     assert server.starts(VIDXTEND) == [30_000 // 1024 * 1024]
-    assert any("going on at" in note for note in notes)
+    assert any("continuing at" in note for note in notes)
     weights.verify(family())
 
 
@@ -372,7 +372,7 @@ def test_a_folder_is_used_for_what_it_has(server: Hub, tmp_path: Path) -> None:
     # What was recorded once is compared with what lies there the next time.
     family().path("refine.vae").unlink()
     (tmp_path / VAE).write_bytes(content("another"))
-    with pytest.raises(WeightsError, match=r"is not the file that .* is recorded as"):
+    with pytest.raises(WeightsError, match=r"is not the recorded "):
         pull(folder=tmp_path)
 
 
@@ -392,7 +392,7 @@ def test_converted_files_placed_by_hand_are_checked_and_recorded(server: Hub, no
     broken = family().path("refine.unet")
     whole = broken.read_bytes()
     broken.write_bytes(whole[:-1])
-    with pytest.raises(WeightsError, match="cut short"):
+    with pytest.raises(WeightsError, match="truncated"):
         pull()
     broken.write_bytes(whole)
     notes = pull()
@@ -465,7 +465,7 @@ def test_a_snapshot_is_fetched_once_by_patterns(pipeline: Hub, request: pytest.F
     pipeline.cuts = [10_000, 20_000, 0, 5]
     notes: Notes = []
     folder = hub.snapshot("somebody/pipeline", None, PATTERNS, note=notes.append)
-    assert notes == ["somebody/pipeline: 0.1 MB to fetch, less what is in the cache"]
+    assert notes == ["somebody/pipeline: 0.1 MB to fetch, minus what is already in the cache"]
     found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     assert found == ["model_index.json", "unet/model.safetensors"]
     assert (folder / found[1]).read_bytes() == content("unet")
@@ -518,7 +518,7 @@ def test_a_snapshot_that_was_replaced_under_its_commit_is_refused(pipeline: Hub,
     [
         ({"refusal": (404, "RepoNotFound")}, "no repository"),
         ({"cuts": [0] * 1000}, "cannot be fetched|hub cannot be reached"),
-        ({"repositories": {"somebody/pipeline": {"weights.bin": b"a pickle"}}}, "no files of the kind"),
+        ({"repositories": {"somebody/pipeline": {"weights.bin": b"a pickle"}}}, "has no files matching"),
     ],
 )
 def test_a_snapshot_that_cannot_be_had(pipeline: Hub, change: dict[str, Any], said: str) -> None:

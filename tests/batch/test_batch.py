@@ -14,11 +14,12 @@ from typing import Any
 
 import jsonschema
 import pytest
+import typer
 
-from streamt2v import devices, errors, weights
+from streamt2v import config, devices, errors, weights
 from streamt2v.batch import here, on_ray, rows, run, tasks
-from streamt2v.cli.make import generate
-from streamt2v.jobs import run_directory
+from streamt2v.cli import app
+from streamt2v.jobs import asked, run_directory
 from streamt2v.jobs.job import Job, Result
 from streamt2v.jobs.prepared import Prepared
 from streamt2v.runs import pipeline
@@ -63,7 +64,7 @@ def check(
     """Read and check a file with options of the command line."""
     none = dict.fromkeys(("model", "preset", "quality", "config_file", "settings", "size"))
     for_all = tasks.Shared(folder, {**none, **shared}, {"threads": 1}, overwrite)
-    return tasks.check(rows.read(str(place)), for_all, generate, tasks.shard_of(shard))
+    return tasks.check(rows.read(str(place)), for_all, tasks.shard_of(shard))
 
 
 @pytest.fixture
@@ -143,7 +144,7 @@ def test_standard_input(text: str, tmp_path: Path) -> None:
         ("jobs.yaml", "a: 1", 2, "known: .jsonl"),
         ("jobs.jsonl", "\n\n", 2, "holds no jobs"),
         ("jobs.toml", "[[job]]\nprompt = 'x'", 2, "'job' is not known"),
-        ("jobs.toml", "jobs = [1]", 2, "is not like"),
+        ("jobs.toml", "jobs = [1]", 2, "does not look like"),
         ("jobs.toml", "[[jobs]]\nprompt = = 1", 2, "line 2"),
         ("jobs.csv", "prompt,prompt\na,b\n", 2, "same name"),
         ("jobs.csv", 'prompt\n"a red ball\n', 2, "cannot be read as csv"),
@@ -200,9 +201,9 @@ MISTAKES = [
     ('{"prompt": ["a"]}', "prompt", "of type str"),
     (r'{"prompt": "\ud800"}', "", "not valid text"),
     ("{}", "prompt", "empty"),
-    ('["a"]', "", "is not like"),
-    ('{"prompt": ', "", "no JSON object"),
-    ("[" * 9000, "", "no JSON object"),
+    ('["a"]', "", "does not look like"),
+    ('{"prompt": ', "", "not a JSON object"),
+    ("[" * 9000, "", "not a JSON object"),
 ]
 
 
@@ -215,6 +216,16 @@ def test_a_bad_row_names_line_and_field(line: str, field: str, said: str, tmp_pa
     assert (refusal.line, refusal.field) == (2, field)
     assert said in refusal.error.message + refusal.error.hint
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_row_may_hold_every_option_of_generate() -> None:
+    """But for those of the whole batch; `id` and `output` name the row and its video."""
+    command: Any = typer.main.get_command(app.app)
+    options = {name for option in command.commands["generate"].params for name in option.opts if name[:2] == "--"}
+    of_the_batch = {"output", "overwrite", "resume", "resume-anyway", "json", "quiet", "verbose", "set"}
+    wanted = {name[2:] for name in options} - of_the_batch
+    assert wanted <= set(asked.row_fields())
+    assert set(asked.row_fields()) <= wanted | set(config.describe())
 
 
 def test_a_row_may_turn_to_other_prompts(tmp_path: Path) -> None:
@@ -231,7 +242,7 @@ def test_a_bad_row_of_a_table_of_text(tmp_path: Path) -> None:
     [task], [first, second] = check(path, tmp_path)
     assert task.line == 2
     assert (first.line, first.field) == (4, "frames")
-    assert (second.line, "cell 3 stands in a column without a name" in second.error.message) == (5, True)
+    assert (second.line, "cell 3 is in a column without a name" in second.error.message) == (5, True)
 
 
 NAMES = [
@@ -442,7 +453,7 @@ def test_what_is_no_video_of_ours_is_kept(tmp_path: Path, capsys: pytest.Capture
     assert call("batch", path, "--out-dir", tmp_path / "a.mp4") == 5
     assert "is not a folder" in capsys.readouterr().err
     assert call("batch", path, "--out-dir", tmp_path, "--keep-going") == 9
-    assert "correct the rows" in capsys.readouterr().err
+    assert "correct the invalid rows" in capsys.readouterr().err
     assert (tmp_path / "a.mp4").read_text() == "precious"
 
 

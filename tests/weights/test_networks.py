@@ -22,7 +22,7 @@ from streamt2v.models.cam import CamConfig, ConditionalAttention
 from streamt2v.models.restorer import PixelCodec, PixelCodecConfig, Restorer, RestorerConfig
 from streamt2v.models.unet3d import UNet3D, UNet3DConfig
 from streamt2v.weights import catalog, header, inventory, networks
-from tests.unit.weights.conftest import TOY
+from tests.weights.conftest import TOY
 
 UNET = UNet3DConfig(
     block_out_channels=(8, 16),
@@ -282,5 +282,5 @@ def test_a_broken_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="missing"):
         networks.load_tokenizer(path)
     path.write_text("{}")
-    with pytest.raises(WeightsError, match="no tokenizer"):
+    with pytest.raises(WeightsError, match="not a tokenizer"):
         networks.load_tokenizer(path)

@@ -26,7 +26,7 @@ def test_auto_finds_something() -> None:
 
 @pytest.mark.parametrize("name", ["", "gpu", "cpu:0", "cuda:", "cuda:x", "cuda:-1", "mps:0", "CPU"])
 def test_names_that_mean_nothing(name: str) -> None:
-    with pytest.raises(ConfigError, match="is no device"):
+    with pytest.raises(ConfigError, match="is not a device"):
         devices.resolve(name)
 
 
@@ -147,7 +147,7 @@ def test_a_card_has_a_name_and_other_devices_have_none() -> None:
 
 
 def test_what_was_never_tried_is_said() -> None:
-    assert "never tried on MPS" in devices.caution("mps")
+    assert "never tested on MPS" in devices.caution("mps")
     assert devices.caution("cuda") == devices.caution("cpu") == ""
 
 

@@ -34,8 +34,8 @@ from streamt2v.weights import published
 from tests.checkpoints import tiny_layouts
 from tests.cli.helpers import PROMPT, call, made
 from tests.pretended import Waits, pretended
-from tests.unit.test_training import micro_networks as micro_networks
-from tests.unit.test_training import one_photograph as one_photograph
+from tests.training.test_training import micro_networks as micro_networks
+from tests.training.test_training import one_photograph as one_photograph
 
 TINY = {
     "prompt": PROMPT, "num_frames": 11, "seed": 3, "output.crf": 1, "refine.chunk": 6, "refine.overlap": 2,
