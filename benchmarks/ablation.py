@@ -31,6 +31,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import blending
 import numpy as np
 import torch
 from score import HERE, WEIGHTS, collect, judged, load, machine, measured, options, refine, scene
@@ -50,7 +51,6 @@ from streamt2v.training.world.drawing import render
 from streamt2v.training.world.scenes import ATTRIBUTES, Scenes, sample_scenes
 
 STARTS = ("clip", "text")
-BLENDINGS = ("randomized", "shared", "independent")
 LEVELS = {"as shipped": {}, "from t = 400": {"refine.noise_level": 400, "refine.num_inference_steps": 8}}
 
 
@@ -127,8 +127,9 @@ def ablate(index: int, seed: int, frames: int, concatenated: Path | None, sheets
     refined_plan = refinement_plan(frames, 24, 8)
     for level, settings in LEVELS.items():
         row[level] = {}
-        for name in BLENDINGS:
-            refined = refine(base, prompt, seed + index, {**settings, "refine.blending": name})
+        for name in blending.WAYS:
+            with blending.blended(name):
+                refined = refine(base, prompt, seed + index, settings)
             row[level][name] = {**measured(refined), "overlap_seam": overlap_score(refined, refined_plan)}
     return row
 
@@ -196,7 +197,7 @@ def table(rows: list[dict[str, Any]], command: str, header: dict[str, Any]) -> s
     for start in STARTS:
         line("subject colour drift, first to last chunk (levels)", start, "no APM", "colour_drift")
     for level in LEVELS:
-        for name in BLENDINGS[1:]:
+        for name in blending.WAYS[1:]:
             line("refiner seam (worst in overlap / outside)", level, name, "overlap_seam", "randomized")
             line("flow deviation (pixels)", level, name, "flow_deviation", "randomized")
     columns = [(start, variant) for start in STARTS for variant in rows[0][start]]

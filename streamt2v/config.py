@@ -23,10 +23,7 @@ from streamt2v.chunks import check_chunking
 from streamt2v.errors import ConfigError
 
 Fit = Literal["contain", "cover", "pad"]
-Blending = Literal["randomized", "shared", "independent"]
 Variant = Literal["published", "corrected"]
-Order = Literal["diagonal", "sweep"]
-Solver = Literal["ddim", "dpmpp"]
 Quality = Literal["reference", "balanced", "fast"]
 Strength = Literal["faithful", "balanced", "creative"]
 PRESETS = Path(__file__).parent / "presets"
@@ -78,8 +75,7 @@ class StreamConfig:
         0.0, "share of the guided prediction's std brought back to the conditional one's", 0, 1
     )
     guidance_stop: float = _value(0.0, "share of the noise range, from its clean end, that is denoised unguided", 0, 1)
-    solver: Solver = _value("ddim", "ddim, or dpmpp: DDIM of second order, DPM-Solver++(2M)")
-    eta: float = _value(1.0, "the solver's share of fresh noise per step", 0, 1)
+    eta: float = _value(1.0, "DDIM's share of fresh noise per step", 0, 1)
     final_noise: Variant = _value(
         "corrected", "published: noise is also added after the last step; corrected: it is not"
     )
@@ -115,13 +111,11 @@ class RefineConfig:
         1, "every how many steps the deep layers of the network are computed; 1: at each", 1, 1000
     )
     stochastic: bool = _value(True, "DPM-Solver++ as SDE (fresh noise at every step) or as ODE")
-    blending: Blending = _value("randomized", "randomized blending, shared noise only, or independent chunks")
     cut_range: Variant = _value("corrected", "published: cut in 0..overlap-1; corrected: 0..overlap, as in the paper")
     posterior: Variant = _value("corrected", "published: encode to a sample of the posterior; corrected: to its mean")
     start_scale: Variant = _value(
         "corrected", "published: starts at sigma times the trained input scale; corrected: at the trained one"
     )
-    order: Order = _value("diagonal", "diagonal: constant memory; sweep: all chunks, then the next step (same result)")
 
 
 @dataclass(frozen=True)
@@ -184,6 +178,15 @@ def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, Any]
 
 
 _PROMPT = {"type": str, "low": None, "high": None}
+_REMOVED = {"stream.solver": ("ddim",), "refine.blending": ("randomized",), "refine.order": ("diagonal", "sweep")}
+"""Settings of earlier versions, with those of their values whose frames are still made."""
+
+
+def without_removed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe without the removed settings that change nothing; `merge` refuses those that would."""
+    if not isinstance(config := recipe.get("config"), dict):
+        return recipe
+    return recipe | {"config": {key: value for key, value in config.items() if value not in _REMOVED.get(key, ())}}
 
 
 def _describe(key: str) -> dict[str, Any]:
@@ -191,6 +194,8 @@ def _describe(key: str) -> dict[str, Any]:
     options = describe()
     if re.fullmatch(r"prompts\.[1-9][0-9]{0,7}", key):
         return _PROMPT
+    if key in _REMOVED:
+        raise ConfigError(f"{key} is no longer a setting", f"leave it out: {_REMOVED[key][0]} is what always happens")
     if key not in options:
         raise ConfigError(f"unknown setting {key!r}", nearest(key, list(options)))
     return options[key]

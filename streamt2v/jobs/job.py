@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 _FIXED = (
     "command", "source", "config.model", "config.num_frames", "config.stream.chunk", "config.stream.overlap",
     "config.stream.height", "config.stream.width", "config.refine.enabled", "config.refine.chunk",
-    "config.refine.overlap", "config.refine.blending", "config.refine.num_inference_steps",
-    "config.refine.reuse_interval", "config.output",
+    "config.refine.overlap", "config.refine.num_inference_steps", "config.refine.reuse_interval", "config.output",
 )  # fmt: skip
 
 

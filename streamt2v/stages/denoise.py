@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from streamt2v.config import InitializeConfig, Solver, StreamConfig
+from streamt2v.config import InitializeConfig, StreamConfig
 from streamt2v.diffusion import guidance, replacement, solvers
 from streamt2v.diffusion.schedules import NoiseSchedule
 
@@ -30,7 +30,7 @@ class Sampling:
     """How to sample: steps, guidance, DDIM's share of fresh noise (eta), and whether the last step adds any.
 
     `batched` runs both branches of guidance in one batch, else one after the other with half the memory;
-    `reuse_interval`, `solver` and the replacement are the streaming stage's.
+    `reuse_interval` and the replacement are the streaming stage's.
     """
 
     num_inference_steps: int
@@ -41,7 +41,6 @@ class Sampling:
     final_noise: bool = False
     batched: bool = True
     reuse_interval: int = 1
-    solver: Solver = "ddim"
     replacement: bool = False
     replacement_carry: float = 0.0
 
@@ -56,7 +55,7 @@ class Sampling:
             return sampling
         return replace(
             sampling, final_noise=config.final_noise == "published", reuse_interval=config.reuse_interval,
-            solver=config.solver, replacement=config.replacement, replacement_carry=config.replacement_carry,
+            replacement=config.replacement, replacement_carry=config.replacement_carry,
         )  # fmt: skip
 
 
@@ -106,7 +105,7 @@ def denoise(
     predict: Predict, schedule: NoiseSchedule, noise: ChunkNoise, sampling: Sampling,
     observe: Observe | None = None, known: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Sample one chunk of latents [1, C, F, h, w] with DDIM, plain or of second order, and classifier-free guidance.
+    """Sample one chunk of latents [1, C, F, h, w] with DDIM and classifier-free guidance.
 
     Guidance is left out where it changes nothing (scale 1) and below the timestep at which it is asked to stop. `known`
     are clean latents [1, C, Fc, h, w] of the first Fc frames: they take the place of the network's estimates at every
@@ -114,9 +113,8 @@ def denoise(
 
     Source: arXiv 2403.14773 section 5 (DDIM, 50 steps, eta 1, guidance 7.5).
     """
-    latents, previous = noise.initial, None
+    latents = noise.initial
     timesteps, alpha_bars = schedule.ddim_grid(sampling.num_inference_steps)
-    rho = ((1 - alpha_bars) / alpha_bars).sqrt()
     stop = sampling.guidance_stop * schedule.config.num_train_timesteps
     for step, timestep in enumerate(timesteps.tolist()):
         if sampling.guidance_scale != 1.0 and timestep >= stop:
@@ -129,9 +127,6 @@ def denoise(
         if known is not None:
             # In the last step the network alone decides what new frames look like: what was carried leaves no trace.
             x0 = replacement.put_in_place(x0, known, 0.0 if last else sampling.replacement_carry)
-        if sampling.solver == "dpmpp":
-            previous, x0 = x0, solvers.extrapolate(x0, previous, rho, step)
-        if known is not None or sampling.solver == "dpmpp":
             epsilon = (latents - alpha_bars[step].sqrt() * x0) / (1 - alpha_bars[step]).sqrt()
         eta = 0.0 if last and not sampling.final_noise else sampling.eta
         fresh = noise.step(step).to(latents) if eta > 0 else None
