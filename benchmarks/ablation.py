@@ -1,7 +1,8 @@
 """Does each part do something? Seeded prompts, with and without the part, paired differences with bootstrap intervals.
 
     python benchmarks/ablation.py --prompts 8 --frames 240 --jobs 2
-    streamt2v train concatenated --steps 400 --out DIR && python benchmarks/ablation.py --concatenated DIR
+    python benchmarks/train.py concatenated --steps 400 --out DIR
+    python benchmarks/ablation.py --concatenated DIR
 
 Writes benchmarks/results/DATE-ablation.json after every prompt and the table docs/results.md; run again, it goes on.
 All variants have the same seeds. Every prompt is streamed from two starts:
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import blending
+import concatenation
 import numpy as np
 import torch
 from score import HERE, WEIGHTS, collect, judged, load, machine, measured, options, refine, scene
@@ -39,10 +41,8 @@ from score import HERE, WEIGHTS, collect, judged, load, machine, measured, optio
 from streamt2v.chunks import Chunk, refinement_plan, seams, streaming_plan
 from streamt2v.media.frames import Frames, to_u8
 from streamt2v.models.encoders import encode_frames
-from streamt2v.models.unet3d import UNet3D
 from streamt2v.stages.denoise import CONDITIONAL
 from streamt2v.stages.stream import StreamModels, anchor_tokens, predictor
-from streamt2v.training import bundle, denoisers
 from streamt2v.training.denoisers import TextSource
 from streamt2v.training.sheets import OVERLAP, make_video, stream_video, write_sheet
 from streamt2v.training.world.captions import canonical
@@ -93,8 +93,7 @@ def networks(concatenated: Path | None) -> tuple[dict[str, tuple[StreamModels, b
     blind = replace(models, cam=None)
     variants = {"full": (models, False), "no CAM": (blind, False), "no APM": (replace(models, apm=None), False)}
     if concatenated is not None:
-        unet = bundle.read(concatenated, "concatenated", UNet3D(denoisers.CONCATENATED))
-        variants["concatenated"] = (replace(blind, unet=bundle.freeze(unet)), False)
+        variants["concatenated"] = (concatenation.concatenated(models, concatenated), False)
     return {**variants, "full, replacement": (models, True), "no CAM, replacement": (blind, True)}, text
 
 
@@ -220,7 +219,7 @@ def table(rows: list[dict[str, Any]], command: str, header: dict[str, Any]) -> s
 def main() -> None:
     """Measure, store after every prompt, write the table."""
     parser = options(__doc__, prompts=8, frames=240, seed=1000)
-    parser.add_argument("--concatenated", type=Path, help="folder of a denoiser trained by `train concatenated`")
+    parser.add_argument("--concatenated", type=Path, help="folder of a denoiser that train.py made")
     asked = parser.parse_args()
     work = partial(
         ablate, seed=asked.seed, frames=asked.frames, concatenated=asked.concatenated, sheets=asked.sheets

@@ -121,9 +121,7 @@ def weights_convert(
 def train(
     part: Annotated[
         str,
-        typer.Argument(
-            help="vae, text, vision, images, base, decoder, cam, apm, joint, concatenated, image_to_video or judge."
-        ),
+        typer.Argument(help="vae, text, vision, images, base, decoder, cam, apm, joint, image_to_video or refiner."),
     ],
     minutes: Annotated[float | None, typer.Option("--minutes", help="Stop after so many minutes.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Stop after so many optimiser steps.")] = None,

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks import concatenation
 from streamt2v.chunks import Chunk, streaming_plan
 from streamt2v.diffusion import replacement
 from streamt2v.diffusion.noise import SeededDraws
@@ -155,8 +157,10 @@ def test_deep_layers_run_at_every_nth_step_of_a_chunk(batched: bool) -> None:
     torch.testing.assert_close(latents(2, plan[1:2], not batched)[0], reusing[1], rtol=1e-4, atol=1e-4)
 
 
-def test_without_cam_a_wider_denoiser_gets_the_frames_latents_beside_its_own() -> None:
-    models = StreamModels(UNet3D(replace(SIZES, in_channels=8)).eval(), NoiseSchedule(DEMO_SCHEDULE), build_vae())
+def test_concatenation_gives_a_wider_denoiser_the_frames_latents_beside_its_own() -> None:
+    unet, vae = UNet3D(replace(SIZES, in_channels=8)).eval(), build_vae()
+    latents_for_cam: Any = concatenation.Latents(vae)
+    models = StreamModels(unet, NoiseSchedule(DEMO_SCHEDULE), vae, latents_for_cam, step=concatenation.step)
     denoiser = models.unet.prepare(text())
     frames, latents = torch.rand(3, 3, 16, 16) * 2 - 1, torch.randn(2, 4, 5, 2, 2)
     clean = encode_frames(models.vae, frames)  # [3, 4, 2, 2]
