@@ -19,12 +19,12 @@ from torch import Tensor
 from streamt2v.chunks import Chunk, covering
 from streamt2v.config import RefineConfig
 from streamt2v.devices import send
-from streamt2v.diffusion import blend, guidance, solvers
+from streamt2v.diffusion import blend, solvers
 from streamt2v.diffusion.noise import Draws
 from streamt2v.diffusion.schedules import NoiseSchedule, sdedit_grid
 from streamt2v.errors import ConfigError, NumericsError
 from streamt2v.models.unet3d import Conditioning
-from streamt2v.stages.denoise import CONDITIONAL, Predict, both_branches, reusing
+from streamt2v.stages.denoise import Predict, guided, reusing
 
 Encode = Callable[[int, int], Tensor]
 """(start, stop) -> clean latents [F, C, h, w] of these frames of the source; asked once for every frame, in order."""
@@ -244,14 +244,10 @@ class Refiner:
         """Predict the clean latents of one chunk: [F, C, h, w] -> [F, C, h, w]."""
         scaled = latents.transpose(0, 1).unsqueeze(0) / (self.rho[step] ** 2 + 1) ** 0.5  # [1, C, F, h, w]
         timestep = int(self.timesteps[step])
-        scale = self.settings.guidance_scale
-        stop = self.settings.guidance_stop * self.denoiser.schedule.config.num_train_timesteps
-        if scale == 1.0 or timestep < stop:
-            output = predict(scaled, timestep, CONDITIONAL)
-        else:
-            unconditional, conditional = both_branches(predict, scaled, timestep, self.denoiser.batched)
-            output = guidance.combine(unconditional, conditional, scale, self.settings.guidance_rescale)
-        x0 = self.denoiser.schedule.to_x0(output, scaled, timestep)
+        schedule = self.denoiser.schedule
+        total = schedule.config.num_train_timesteps
+        output = guided(predict, scaled, timestep, self.settings, total, self.denoiser.batched)
+        x0 = schedule.to_x0(output, scaled, timestep)
         finite = torch.isfinite(x0).all()
         self.finite = finite if self.finite is None else self.finite & finite
         return x0[0].transpose(0, 1)
