@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +24,29 @@ from streamt2v.diffusion import blend, solvers
 from streamt2v.diffusion.noise import Draws
 from streamt2v.diffusion.schedules import NoiseSchedule, sdedit_grid
 from streamt2v.errors import ConfigError, NumericsError
-from streamt2v.models.unet3d import Conditioning
+from streamt2v.models.restorer import RestorerConfig
+from streamt2v.models.unet3d import Conditioning, TextContext
 from streamt2v.stages.denoise import Predict, guided, reusing
 
 Encode = Callable[[int, int], Tensor]
 """(start, stop) -> clean latents [F, C, h, w] of these frames of the source; asked once for every frame, in order."""
+
+
+def sees_source(config: Any) -> bool:
+    """Tell whether a refiner network of these sizes takes the source's latents beside the noisy ones."""
+    return isinstance(config, RestorerConfig)
+
+
+def refiner_conditioning(network: Any, text: TextContext | None, scale: float) -> Conditioning:
+    """Compute what a refiner network needs that depends on neither timestep nor frame.
+
+    Args:
+        network: a UNet, which reads the text, or a restoration network, which is told the scale.
+        text: rows (negative, positive), None for a family whose refiner reads none.
+        scale: how many times the source was enlarged, at least 1.
+    """
+    conditioning: Conditioning = network.prepare(scale if sees_source(network.config) else text)
+    return conditioning
 
 
 @dataclass(frozen=True)
