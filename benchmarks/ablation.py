@@ -1,7 +1,8 @@
 """Does each part do something? Seeded prompts, with and without the part, paired differences with bootstrap intervals.
 
     python benchmarks/ablation.py --prompts 8 --frames 240 --jobs 2
-    streamt2v train concatenated --steps 400 --out DIR && python benchmarks/ablation.py --concatenated DIR
+    python benchmarks/train.py concatenated --steps 400 --out DIR
+    python benchmarks/ablation.py --concatenated DIR
 
 Writes benchmarks/results/DATE-ablation.json after every prompt and the table docs/results.md; run again, it goes on.
 All variants have the same seeds. Every prompt is streamed from two starts:
@@ -31,6 +32,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import blending
+import concatenation
 import numpy as np
 import torch
 from score import HERE, WEIGHTS, collect, judged, load, machine, measured, options, refine, scene
@@ -38,10 +41,8 @@ from score import HERE, WEIGHTS, collect, judged, load, machine, measured, optio
 from streamt2v.chunks import Chunk, refinement_plan, seams, streaming_plan
 from streamt2v.media.frames import Frames, to_u8
 from streamt2v.models.encoders import encode_frames
-from streamt2v.models.unet3d import UNet3D
 from streamt2v.stages.denoise import CONDITIONAL
 from streamt2v.stages.stream import StreamModels, anchor_tokens, predictor
-from streamt2v.training import bundle, denoisers
 from streamt2v.training.denoisers import TextSource
 from streamt2v.training.sheets import OVERLAP, make_video, stream_video, write_sheet
 from streamt2v.training.world.captions import canonical
@@ -50,7 +51,6 @@ from streamt2v.training.world.drawing import render
 from streamt2v.training.world.scenes import ATTRIBUTES, Scenes, sample_scenes
 
 STARTS = ("clip", "text")
-BLENDINGS = ("randomized", "shared", "independent")
 LEVELS = {"as shipped": {}, "from t = 400": {"refine.noise_level": 400, "refine.num_inference_steps": 8}}
 
 
@@ -93,8 +93,7 @@ def networks(concatenated: Path | None) -> tuple[dict[str, tuple[StreamModels, b
     blind = replace(models, cam=None)
     variants = {"full": (models, False), "no CAM": (blind, False), "no APM": (replace(models, apm=None), False)}
     if concatenated is not None:
-        unet = bundle.read(concatenated, "concatenated", UNet3D(denoisers.CONCATENATED))
-        variants["concatenated"] = (replace(blind, unet=bundle.freeze(unet)), False)
+        variants["concatenated"] = (concatenation.concatenated(models, concatenated), False)
     return {**variants, "full, replacement": (models, True), "no CAM, replacement": (blind, True)}, text
 
 
@@ -127,8 +126,9 @@ def ablate(index: int, seed: int, frames: int, concatenated: Path | None, sheets
     refined_plan = refinement_plan(frames, 24, 8)
     for level, settings in LEVELS.items():
         row[level] = {}
-        for name in BLENDINGS:
-            refined = refine(base, prompt, seed + index, {**settings, "refine.blending": name})
+        for name in blending.WAYS:
+            with blending.blended(name):
+                refined = refine(base, prompt, seed + index, settings)
             row[level][name] = {**measured(refined), "overlap_seam": overlap_score(refined, refined_plan)}
     return row
 
@@ -196,7 +196,7 @@ def table(rows: list[dict[str, Any]], command: str, header: dict[str, Any]) -> s
     for start in STARTS:
         line("subject colour drift, first to last chunk (levels)", start, "no APM", "colour_drift")
     for level in LEVELS:
-        for name in BLENDINGS[1:]:
+        for name in blending.WAYS[1:]:
             line("refiner seam (worst in overlap / outside)", level, name, "overlap_seam", "randomized")
             line("flow deviation (pixels)", level, name, "flow_deviation", "randomized")
     columns = [(start, variant) for start in STARTS for variant in rows[0][start]]
@@ -219,7 +219,7 @@ def table(rows: list[dict[str, Any]], command: str, header: dict[str, Any]) -> s
 def main() -> None:
     """Measure, store after every prompt, write the table."""
     parser = options(__doc__, prompts=8, frames=240, seed=1000)
-    parser.add_argument("--concatenated", type=Path, help="folder of a denoiser trained by `train concatenated`")
+    parser.add_argument("--concatenated", type=Path, help="folder of a denoiser that train.py made")
     asked = parser.parse_args()
     work = partial(
         ablate, seed=asked.seed, frames=asked.frames, concatenated=asked.concatenated, sheets=asked.sheets

@@ -360,7 +360,7 @@ def tiers(small: bool) -> None:
 def train(small: bool) -> None:
     """How many steps of training a second, by the command that users give."""
     limit = ["--steps", "2"] if small else ["--minutes", "0.3"]
-    for part in ("judge",) if small else ("base", "refiner", "vae"):
+    for part in ("text",) if small else ("base", "refiner", "vae"):
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "streamt2v", "train", part, *limit, "--out", folder]
             command += ["--device", "cpu" if small else "cuda"]

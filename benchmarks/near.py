@@ -41,7 +41,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "reuse_interval 2": {"reuse_interval": 2},
     "guidance_stop 0.4": {"guidance_stop": 0.4},
     "both": {"reuse_interval": 2, "guidance_stop": 0.4},
-    "solver dpmpp": {"solver": "dpmpp"},
     "replacement, nothing carried": {"replacement_carry": 0.0},
     "no replacement": {"replacement": False},
 }

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from judge import load_judge, verdict
 from torch import Tensor
 
 from streamt2v import config, weights
@@ -41,7 +42,6 @@ from streamt2v.training import sheets
 from streamt2v.training.denoisers import TextSource
 from streamt2v.training.world.captions import canonical
 from streamt2v.training.world.clips import CLIP_FRAMES
-from streamt2v.training.world.judge import load_judge, verdict
 from streamt2v.training.world.scenes import ATTRIBUTES, Scenes, sample_scenes
 
 HERE = Path(__file__).parent

@@ -29,6 +29,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from judge import SIZE, Judge, load_judge
 from score import HERE, WEIGHTS, load, scene
 from torch import Tensor, nn
 from torch.nn import functional
@@ -38,7 +39,6 @@ from streamt2v.training import sheets
 from streamt2v.training.world.captions import canonical
 from streamt2v.training.world.clips import CLIP_FRAMES, decode, encode
 from streamt2v.training.world.drawing import PAINT, render, screen, shape
-from streamt2v.training.world.judge import SIZE, Judge, load_judge
 from streamt2v.training.world.scenes import ASPECT, Scenes, join_scenes, sample_scenes
 
 BALL = 0

@@ -49,13 +49,12 @@ from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from streamt2v.errors import MemoryLimitError
 from streamt2v.jobs import needs
 from streamt2v.jobs.job import Job, Result
-from streamt2v.models import refiner
 from streamt2v.models.encoders import decode_latents, encode_frames, latent_factor, latent_size
-from streamt2v.models.unet3d import Conditioning, TextContext, UNet3D
+from streamt2v.models.unet3d import Conditioning, TextContext, UNet3D, legal_canvas
 from streamt2v.runs import pipeline
 from streamt2v.stages import stream
 from streamt2v.stages.denoise import Predict, Sampling, both_branches
-from streamt2v.stages.refine import Denoiser, Refiner, noise_grid
+from streamt2v.stages.refine import Denoiser, Refiner, noise_grid, refiner_conditioning, sees_source
 from streamt2v.weights import published
 
 RESULTS = Path(__file__).parent / "results"
@@ -250,7 +249,7 @@ class Networks:
 
     def refining_text(self, unet: Any) -> Conditioning:
         """What a chunk of the refiner is told: random text, or that its source was enlarged tenfold."""
-        return refiner.prepare(unet, None if refiner.sees_source(unet.config) else self.text(unet), 10.0)
+        return refiner_conditioning(unet, None if sees_source(unet.config) else self.text(unet), 10.0)
 
     @cached_property
     def streaming(self) -> stream.StreamModels:
@@ -279,7 +278,7 @@ class Networks:
         """(H, W) that the refiner works on, for what fills the box or for a square as high."""
         height, width = self.config.output.height, self.config.output.width
         unet, vae = self.refining
-        return refiner.legal_canvas(height, height if square else width, unet.config, latent_factor(vae))
+        return legal_canvas(height, height if square else width, unet.config, latent_factor(vae))
 
     def chunk_step(
         self, canvas: tuple[int, int], way: Callable[[UNet3D], Any] = lambda unet: unet.run, batched: bool = True,
@@ -293,7 +292,7 @@ class Networks:
         )  # fmt: skip
         latents = self.random(refine.chunk, unet.config.out_channels, *latent_size(vae, *canvas))
         latents = latents.to(getattr(vae, "latent_dtype", torch.float32))
-        text, looks = self.refining_text(unet), refiner.sees_source(unet.config)
+        text, looks = self.refining_text(unet), sees_source(unet.config)
         schedule = self.schedule("refine.unet")
         denoiser = Denoiser(way(unet), schedule, lambda chunk: text, batched, sees_source=looks)
         plan = refinement_plan(refine.chunk, refine.chunk, refine.overlap)
@@ -508,10 +507,10 @@ def rounding(networks: Networks) -> dict[str, float | None]:
     found = {}
     parts = {"stage 2": (networks.streaming.unet, networks.streaming.vae), "refiner": networks.refining}
     for name, (unet, vae) in parts.items():
-        size = refiner.legal_canvas(*networks.config.stream.size, unet.config, latent_factor(vae))
+        size = legal_canvas(*networks.config.stream.size, unet.config, latent_factor(vae))
         latents = networks.random(1, unet.config.out_channels, networks.config.stream.chunk, *latent_size(vae, *size))
         latents = latents.expand(2, -1, -1, -1, -1)
-        beside = (latents,) if refiner.sees_source(unet.config) else ()
+        beside = (latents,) if sees_source(unet.config) else ()
         ways = [plain(unet).to(dtype) for dtype in (torch.float32, short)]
         one, other = (way(latents, 500, networks.refining_text(way), *beside) for way in ways)
         found[name] = difference(one, other)

@@ -23,10 +23,7 @@ from streamt2v.chunks import check_chunking
 from streamt2v.errors import ConfigError
 
 Fit = Literal["contain", "cover", "pad"]
-Blending = Literal["randomized", "shared", "independent"]
 Variant = Literal["published", "corrected"]
-Order = Literal["diagonal", "sweep"]
-Solver = Literal["ddim", "dpmpp"]
 Quality = Literal["reference", "balanced", "fast"]
 Strength = Literal["faithful", "balanced", "creative"]
 PRESETS = Path(__file__).parent / "presets"
@@ -36,56 +33,61 @@ def _value(default: Any, help: str, low: float | None = None, high: float | None
     return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
+def _rescale(default: float) -> Any:
+    return _value(default, "share by which the guided deviation returns to the conditional one", 0, 1)
+
+
+def _reuse_interval() -> Any:
+    return _value(1, "compute the deep layers of the network at every n-th step only; 1: at every step", 1, 1000)
+
+
 @dataclass(frozen=True)
-class InitializeConfig:
+class SamplingConfig:
+    """What all denoising has in common: the number of steps and the guidance."""
+
+    num_inference_steps: int = _value(50, "denoising steps", 1, 1000)
+    guidance_scale: float = _value(7.5, "classifier-free guidance; 1 switches it off", 1, 100)
+    guidance_rescale: float = _rescale(0.0)
+    guidance_stop: float = _value(0.0, "share of the noise range, from its clean end, that is denoised unguided", 0, 1)
+
+
+@dataclass(frozen=True)
+class InitializeConfig(SamplingConfig):
     """Stage 1: prompt, or picture and prompt, to the first chunk."""
 
-    text_model: str = _value("own", "who starts from a prompt: own, a name of weights.toml, hub:OWNER/NAME or a folder")
-    picture_model: str = _value("own", "who starts from a picture, named in the same way")
+    text_model: str = _value("own", "what starts from a prompt: own, a name of weights.toml, hub:OWNER/NAME, a folder")
+    picture_model: str = _value("own", "what starts from a picture, named in the same way")
     text_to_image: str = _value(
-        "", "who draws the picture when there is none (prior and decoder joined by +); empty: what the model goes with"
+        "", "what draws the picture if none is given (prior and decoder joined by +); empty: the model's usual choice"
     )
-    height: int = _value(0, "rows that a model of others works at, pixels; 0: its own area in the base shape", 0, 8192)
-    width: int = _value(0, "columns that a model of others works at, pixels", 0, 8192)
-    num_inference_steps: int = _value(50, "denoising steps; 0: as the model of others likes it", 0, 1000)
+    height: int = _value(0, "rows a third-party model works at, pixels; 0: its own area, shaped as the base", 0, 8192)
+    width: int = _value(0, "columns a third-party model works at, pixels", 0, 8192)
+    num_inference_steps: int = _value(50, "denoising steps; 0: a third-party model's own number", 0, 1000)
     guidance_scale: float = _value(
-        9.0, "classifier-free guidance; 1 switches it off, 0: as the model of others likes it", 0, 100
+        9.0, "classifier-free guidance; 1 switches it off, 0: a third-party model's own", 0, 100
     )
-    guidance_rescale: float = _value(
-        0.0, "share of the guided prediction's std brought back to the conditional one's", 0, 1
-    )
-    guidance_stop: float = _value(0.0, "share of the noise range, from its clean end, that is denoised unguided", 0, 1)
+    image_guidance_scale: float = _value(3.0, "guidance_scale when starting from a picture", 0, 100)
     eta: float = _value(0.0, "DDIM's share of fresh noise per step", 0, 1)
-    image_guidance_scale: float = _value(3.0, "the same when starting from a picture", 0, 100)
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """(H, W) that a model of others works at; None leaves the choice to it."""
+        """(H, W) that a third-party model works at; None leaves the choice to it."""
         return (self.height, self.width) if self.height and self.width else None
 
 
 @dataclass(frozen=True)
-class StreamConfig:
+class StreamConfig(SamplingConfig):
     """Stage 2: the autoregressive streaming stage."""
 
     chunk: int = _value(16, "frames denoised at once", 1, 1024)
     overlap: int = _value(8, "conditioning frames, re-created by the next chunk", 0, 1023)
     height: int = _value(256, "rows of the base video, pixels", 8, 8192)
     width: int = _value(256, "columns of the base video, pixels", 8, 8192)
-    num_inference_steps: int = _value(50, "denoising steps", 1, 1000)
-    guidance_scale: float = _value(7.5, "classifier-free guidance; 1 switches it off", 1, 100)
-    guidance_rescale: float = _value(
-        0.0, "share of the guided prediction's std brought back to the conditional one's", 0, 1
-    )
-    guidance_stop: float = _value(0.0, "share of the noise range, from its clean end, that is denoised unguided", 0, 1)
-    solver: Solver = _value("ddim", "ddim, or dpmpp: DDIM of second order, DPM-Solver++(2M)")
-    eta: float = _value(1.0, "the solver's share of fresh noise per step", 0, 1)
+    eta: float = _value(1.0, "DDIM's share of fresh noise per step", 0, 1)
     final_noise: Variant = _value(
         "corrected", "published: noise is also added after the last step; corrected: it is not"
     )
-    reuse_interval: int = _value(
-        1, "every how many steps the deep layers of the network are computed; 1: at each", 1, 1000
-    )
+    reuse_interval: int = _reuse_interval()
     replacement: bool = _value(False, "keep the conditioning frames in place at every step (replacement method)")
     replacement_carry: float = _value(0.0, "with replacement: share of its change carried to the next frame", 0, 1)
     cam: bool = _value(True, "condition on the last frames (conditional attention module)")
@@ -98,7 +100,7 @@ class StreamConfig:
 
 
 @dataclass(frozen=True)
-class RefineConfig:
+class RefineConfig(SamplingConfig):
     """Stage 3: SDEdit in overlapping chunks with randomized blending."""
 
     enabled: bool = _value(True, "run the refinement stage")
@@ -106,22 +108,14 @@ class RefineConfig:
     overlap: int = _value(8, "frames shared by neighbouring chunks", 0, 1023)
     num_inference_steps: int = _value(30, "denoising steps", 1, 1000)
     noise_level: int = _value(600, "timestep t' up to which the clip is noised, of 1000", 1, 1000)
-    guidance_scale: float = _value(7.5, "classifier-free guidance; 1 switches it off", 1, 100)
-    guidance_rescale: float = _value(
-        0.2, "share of the guided prediction's std brought back to the conditional one's", 0, 1
-    )
-    guidance_stop: float = _value(0.0, "share of the noise range, from its clean end, that is denoised unguided", 0, 1)
-    reuse_interval: int = _value(
-        1, "every how many steps the deep layers of the network are computed; 1: at each", 1, 1000
-    )
+    guidance_rescale: float = _rescale(0.2)
+    reuse_interval: int = _reuse_interval()
     stochastic: bool = _value(True, "DPM-Solver++ as SDE (fresh noise at every step) or as ODE")
-    blending: Blending = _value("randomized", "randomized blending, shared noise only, or independent chunks")
     cut_range: Variant = _value("corrected", "published: cut in 0..overlap-1; corrected: 0..overlap, as in the paper")
     posterior: Variant = _value("corrected", "published: encode to a sample of the posterior; corrected: to its mean")
     start_scale: Variant = _value(
         "corrected", "published: starts at sigma times the trained input scale; corrected: at the trained one"
     )
-    order: Order = _value("diagonal", "diagonal: constant memory; sweep: all chunks, then the next step (same result)")
 
 
 @dataclass(frozen=True)
@@ -184,6 +178,15 @@ def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, Any]
 
 
 _PROMPT = {"type": str, "low": None, "high": None}
+_REMOVED = {"stream.solver": ("ddim",), "refine.blending": ("randomized",), "refine.order": ("diagonal", "sweep")}
+"""Settings of earlier versions, with those of their values whose frames are still made."""
+
+
+def without_removed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe without the removed settings that change nothing; `merge` refuses those that would."""
+    if not isinstance(config := recipe.get("config"), dict):
+        return recipe
+    return recipe | {"config": {key: value for key, value in config.items() if value not in _REMOVED.get(key, ())}}
 
 
 def _describe(key: str) -> dict[str, Any]:
@@ -191,6 +194,8 @@ def _describe(key: str) -> dict[str, Any]:
     options = describe()
     if re.fullmatch(r"prompts\.[1-9][0-9]{0,7}", key):
         return _PROMPT
+    if key in _REMOVED:
+        raise ConfigError(f"{key} is no longer a setting", f"leave it out: {_REMOVED[key][0]} is what always happens")
     if key not in options:
         raise ConfigError(f"unknown setting {key!r}", nearest(key, list(options)))
     return options[key]

@@ -79,7 +79,7 @@ def test_every_option_explains_itself() -> None:
         ("stream.eta", "two", "must be of type float"),
         ("stream.eta", "1.5", "must lie in 0..1"),
         ("stream.eta", "nan", "finite"),
-        ("refine.blending", "sometimes", "must be one of randomized"),
+        ("refine.posterior", "sometimes", "must be one of published"),
         ("stream.cam", "maybe", "true or false"),
         ("num_frames", "0", "must lie in 1"),
         ("stream.overlap", "16", "overlap is 16"),

@@ -120,9 +120,7 @@ def weights_convert(
 def train(
     part: Annotated[
         str,
-        typer.Argument(
-            help="vae, text, vision, images, base, decoder, cam, apm, joint, concatenated, image_to_video or judge."
-        ),
+        typer.Argument(help="vae, text, vision, images, base, decoder, cam, apm, joint, image_to_video or refiner."),
     ],
     minutes: Annotated[float | None, typer.Option("--minutes", help="Stop after this many minutes.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Stop after this many optimizer steps.")] = None,

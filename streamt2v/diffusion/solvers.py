@@ -51,25 +51,6 @@ def euler_step(x: Tensor, clean: Tensor, rho: float, rho_next: float) -> Tensor:
     return x + (rho_next - rho) / rho * (x - clean)
 
 
-def extrapolate(clean: Tensor, previous: Tensor | None, rho: Tensor, step: int) -> Tensor:
-    """Return D_k + h_k / (2 h_{k-1}) (D_k - D_{k-1}), the estimate in the middle of a step.
-
-    A step of first order is of second order with it: DDIM becomes DPM-Solver++(2M). h_k is ln(rho_k / rho_{k+1}).
-    Nothing is extrapolated at the first step, after one from pure noise (rho infinite), and in the step to rho = 0.
-
-    Args:
-        clean: D_k, estimate of x_0.
-        previous: D_{k-1} of the step before, None at the first one.
-        rho: noise levels [N+1], descending.
-        step: k.
-    """
-    # Very low start levels can repeat a level.
-    if previous is None or not math.inf > float(rho[step - 1]) > float(rho[step]) or float(rho[step + 1]) == 0:
-        return clean
-    h_previous, h = (math.log(float(rho[index]) / float(rho[index + 1])) for index in (step - 1, step))
-    return clean + 0.5 * h / h_previous * (clean - previous)
-
-
 def dpmpp_2m_step(
     x: Tensor, clean: Tensor, previous: Tensor | None, rho: Tensor, step: int, noise: Tensor | None
 ) -> Tensor:
@@ -79,7 +60,8 @@ def dpmpp_2m_step(
       ODE (noise None): x' = (rho'/rho) x + (1 - e^-h) (D_k + h / (2 h_{k-1}) (D_k - D_{k-1}))
       SDE (eta 1):      x' = (rho'/rho) e^-h x + (1 - e^-2h) (D_k + h / (2 h_{k-1}) (D_k - D_{k-1}))
                              + rho' sqrt(1 - e^-2h) z
-    Without a previous estimate the bracket is D_k alone; a step to rho' = 0 returns D_k.
+    The bracket is D_k alone at the first step and after one from pure noise (rho infinite); a step to rho' = 0 returns
+    D_k.
 
     Args:
         x: latents at rho[step].
@@ -95,7 +77,10 @@ def dpmpp_2m_step(
     if level_next == 0:
         return clean
     h = math.log(level / level_next)
-    extrapolated = extrapolate(clean, previous, rho, step)
+    extrapolated = clean
+    # A very low start level can repeat itself in the grid.
+    if previous is not None and math.inf > (level_before := float(rho[step - 1])) > level:
+        extrapolated = clean + 0.5 * h / math.log(level_before / level) * (clean - previous)
     if noise is None:
         return level_next / level * x - math.expm1(-h) * extrapolated
     e = -math.expm1(-2 * h)

@@ -13,18 +13,11 @@ from streamt2v.families import choose
 from streamt2v.families.makers import Enlarged, Makers, Refined
 from streamt2v.families.networks import Networks
 from streamt2v.media import frames
-from streamt2v.models import refiner
-from streamt2v.models.encoders import (
-    decode_latents,
-    embed_image,
-    encode_frames,
-    latent_factor,
-    latent_size,
-)
-from streamt2v.models.unet3d import Conditioning, TextContext, UNet3D
+from streamt2v.models.encoders import decode_latents, embed_image, encode_frames, latent_factor, latent_size
+from streamt2v.models.unet3d import Conditioning, TextContext, UNet3D, legal_canvas
 from streamt2v.stages import stream
 from streamt2v.stages.denoise import Sampling, denoise
-from streamt2v.stages.refine import Denoiser, Refiner, RefineState, noise_grid
+from streamt2v.stages.refine import Denoiser, Refiner, RefineState, noise_grid, refiner_conditioning, sees_source
 from streamt2v.stages.stream import NoiseOfChunk, Streamer, StreamModels, StreamState
 
 
@@ -92,11 +85,11 @@ def _refine(networks: Networks, given: Enlarged) -> Iterator[Refined]:
     first = next(source, None)  # before the refiner's networks take memory: whatever makes it may need it all
     texts = networks.texts("refine") if networks.family.has("refine.text") else {}
     vae, unet = networks.load("refine.vae"), networks.load("refine.unet")
-    canvas = refiner.legal_canvas(*given.size, unet.config, latent_factor(vae))
+    canvas = legal_canvas(*given.size, unet.config, latent_factor(vae))
 
     @lru_cache(maxsize=settings.num_inference_steps + 2)  # those of the chunks in flight, at any length
     def prepared(prompt: str) -> Conditioning:
-        return refiner.prepare(unet, texts.get(prompt), given.scale)
+        return refiner_conditioning(unet, texts.get(prompt), given.scale)
 
     denoiser = Denoiser(
         networks.compiled(unet.run),
@@ -104,7 +97,7 @@ def _refine(networks: Networks, given: Enlarged) -> Iterator[Refined]:
         lambda chunk: prepared(given.prompt_of(chunk)),
         policy.batched_guidance,
         "cpu" if policy.encoders_on_host else None,
-        refiner.sees_source(unet.config),
+        sees_source(unet.config),
     )
 
     def encode(start: int, stop: int) -> Tensor:

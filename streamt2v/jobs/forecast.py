@@ -148,7 +148,7 @@ def _key(config: RunConfig, seen: devices.Glance, threads: int, policy: memory.M
         refine.enabled,
     ]  # fmt: skip
     if refine.enabled:
-        parts += [refine.chunk, refine.overlap, refine.blending, refine.num_inference_steps, refine.guidance_scale > 1]
+        parts += [refine.chunk, refine.overlap, refine.num_inference_steps, refine.guidance_scale > 1]
         parts += [refine.guidance_stop, refine.reuse_interval, output.height, output.width, output.fit]
     return "/".join(map(str, parts))
 

@@ -20,9 +20,8 @@ def stages(config: RunConfig, source: tuple[int, int] | None = None) -> tuple[me
         scale = min(box[0] / base[0], box[1] / base[1])
         canvas = box if output.fit == "cover" else (round(base[0] * scale), round(base[1] * scale))
         frames, chunks = min(refine.chunk, config.num_frames), count(config.num_frames, refine.chunk, refine.overlap)
-        shared = refine.overlap if refine.blending == "randomized" else 0
-        kept = memory.chunks_kept(refine.num_inference_steps, refine.reuse_interval, refine.chunk, shared)
-        guided, kept = refine.guidance_scale != 1, chunks if kept and refine.order == "sweep" else min(kept, chunks)
+        kept = memory.chunks_kept(refine.num_inference_steps, refine.reuse_interval, refine.chunk, refine.overlap)
+        guided, kept = refine.guidance_scale != 1, min(kept, chunks)
         found.append(_stage(family, "refine", ["vae"], frames, canvas, guided, False, kept))
     return tuple(found)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamt2v.config import RunConfig, exact_rate, merge
+from streamt2v.config import RunConfig, exact_rate, merge, without_removed
 from streamt2v.errors import ConfigError, StreamT2VError
 from streamt2v.jobs import run_directory
 from streamt2v.media.clock import Clock
@@ -69,7 +69,7 @@ def recipe_of(comment: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     whole = isinstance(recipe, dict) and "streamt2v" in recipe and isinstance(recipe.get("config"), dict)
-    return recipe if whole and not _deeper(recipe, MAX_DEPTH) else {}
+    return without_removed(recipe) if whole and not _deeper(recipe, MAX_DEPTH) else {}
 
 
 def _deeper(value: Any, depth: int) -> bool:

@@ -10,7 +10,7 @@ Shapes: B batch, F frames, Fc conditioning frames, N = B*F (frames innermost), C
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -114,6 +114,22 @@ class UNet3DConfig(Table):
                 return False
             height, width = height // 2 + 1, width // 2
         return True
+
+
+def legal_canvas(height: int, width: int, config: Any, latent_factor: int = 8) -> tuple[int, int]:
+    """Return the smallest canvas (H, W) in pixels, at least height x width, that VAE and network accept.
+
+    The published refiner wants H = 16 (mod 64) and W = 0 (mod 64), the restoration network of pixels multiples of 16.
+
+    Args:
+        height, width: of the content, pixels.
+        config: sizes of a network, which say by `accepts` what latents fit.
+        latent_factor: pixels a side of one latent cell covers.
+    """
+    period = latent_factor * 2 ** max(3, len(config.block_out_channels) - 1)
+    heights = [h for h in range(height, height + period) if h % latent_factor == 0]
+    widths = [w for w in range(width, width + period) if w % latent_factor == 0]
+    return next((h, w) for h in heights for w in widths if config.accepts(h // latent_factor, w // latent_factor))
 
 
 @dataclass(frozen=True)
@@ -438,7 +454,7 @@ class UNet3D(UNetEncoder):
 
         Args:
             latents: noisy latents [B, C, F, h, w], any F >= 1, any precision: the network computes in its own. With
-                `downsample_padding` (2, 1) only some sizes fit, see `refiner.legal_canvas`.
+                `downsample_padding` (2, 1) only some sizes fit, see `legal_canvas`.
             timestep: training index 0..999, one or one per batch item.
             conditioning: result of `prepare`; its batch divides B.
             cam: features of the conditioning frames; None switches CAM off.
@@ -462,7 +478,7 @@ class UNet3D(UNetEncoder):
         """
         batch, _, frames, height, width = latents.shape
         if not self.config.accepts(height, width):
-            raise ConfigError(f"latents of {height}x{width} do not fit this network", "see refiner.legal_canvas")
+            raise ConfigError(f"latents of {height}x{width} do not fit this network", "pad them to a legal canvas")
         step = self.begin(frames, batch, timestep, conditioning, temporal, shallow=deep is not None)
         skips = self.descend(self.enter(latents, step), step, shallow=deep is not None)  # each [N, C, h, w]
         x = self.mid_block(skips[-1], step) if deep is None else deep

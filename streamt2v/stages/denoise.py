@@ -1,12 +1,12 @@
 """Guided predictions, and the denoising loop of the first two stages: DDIM steps, noise given from outside."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from streamt2v.config import InitializeConfig, Solver, StreamConfig
+from streamt2v.config import InitializeConfig, SamplingConfig, StreamConfig, Variant
 from streamt2v.diffusion import guidance, replacement, solvers
 from streamt2v.diffusion.schedules import NoiseSchedule
 
@@ -26,38 +26,24 @@ Observe = Callable[[int, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How to sample: steps, guidance, DDIM's share of fresh noise (eta), and whether the last step adds any.
+class Sampling(SamplingConfig):
+    """How to sample: the settings of the first two stages; the initializer leaves the last four at their defaults.
 
-    `batched` runs both branches of guidance in one batch, else one after the other with half the memory;
-    `reuse_interval`, `solver` and the replacement are the streaming stage's.
+    `batched` runs both branches of guidance in one batch, else one after the other with half the memory.
     """
 
-    num_inference_steps: int
-    guidance_scale: float
-    guidance_rescale: float = 0.0
-    guidance_stop: float = 0.0
-    eta: float = 0.0
-    final_noise: bool = False
     batched: bool = True
+    eta: float = 0.0
+    final_noise: Variant = "corrected"
     reuse_interval: int = 1
-    solver: Solver = "ddim"
     replacement: bool = False
     replacement_carry: float = 0.0
 
     @classmethod
     def of(cls, config: InitializeConfig | StreamConfig, batched: bool = True) -> "Sampling":
         """Take the settings of a stage."""
-        sampling = cls(
-            config.num_inference_steps, config.guidance_scale, config.guidance_rescale, config.guidance_stop,
-            config.eta, batched=batched,
-        )  # fmt: skip
-        if not isinstance(config, StreamConfig):
-            return sampling
-        return replace(
-            sampling, final_noise=config.final_noise == "published", reuse_interval=config.reuse_interval,
-            solver=config.solver, replacement=config.replacement, replacement_carry=config.replacement_carry,
-        )  # fmt: skip
+        names = {field.name for field in fields(cls)}
+        return cls(batched=batched, **{name: value for name, value in vars(config).items() if name in names})
 
 
 @dataclass(frozen=True)
@@ -101,39 +87,47 @@ def both_branches(predict: Predict, latents: Tensor, timestep: int, batched: boo
     return unconditional, conditional
 
 
+def guided(
+    predict: Predict, latents: Tensor, timestep: int, asked: SamplingConfig, num_train_timesteps: int, batched: bool
+) -> Tensor:
+    """Return the guided output for latents [1, C, F, h, w].
+
+    Guidance is left out where it changes nothing (scale 1) and below the timestep at which it is asked to stop.
+    """
+    if asked.guidance_scale == 1.0 or timestep < asked.guidance_stop * num_train_timesteps:
+        return predict(latents, timestep, CONDITIONAL)
+    pair = both_branches(predict, latents, timestep, batched)
+    return guidance.combine(*pair, asked.guidance_scale, asked.guidance_rescale)
+
+
 @torch.inference_mode()
 def denoise(
-    predict: Predict, schedule: NoiseSchedule, noise: ChunkNoise, sampling: Sampling,
-    observe: Observe | None = None, known: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Sample one chunk of latents [1, C, F, h, w] with DDIM, plain or of second order, and classifier-free guidance.
+    predict: Predict,
+    schedule: NoiseSchedule,
+    noise: ChunkNoise,
+    sampling: Sampling,
+    observe: Observe | None = None,
+    known: Tensor | None = None,
+) -> Tensor:
+    """Sample one chunk of latents [1, C, F, h, w] with DDIM and classifier-free guidance.
 
-    Guidance is left out where it changes nothing (scale 1) and below the timestep at which it is asked to stop. `known`
-    are clean latents [1, C, Fc, h, w] of the first Fc frames: they take the place of the network's estimates at every
+    `known` are clean latents [1, C, Fc, h, w] of the first Fc frames. They replace the network's estimates at every
     step (`replacement`), so these frames run from their noise to `known`, and the others are denoised beside them.
 
     Source: arXiv 2403.14773 section 5 (DDIM, 50 steps, eta 1, guidance 7.5).
     """
-    latents, previous = noise.initial, None
+    latents = noise.initial
     timesteps, alpha_bars = schedule.ddim_grid(sampling.num_inference_steps)
-    rho = ((1 - alpha_bars) / alpha_bars).sqrt()
-    stop = sampling.guidance_stop * schedule.config.num_train_timesteps
     for step, timestep in enumerate(timesteps.tolist()):
-        if sampling.guidance_scale != 1.0 and timestep >= stop:
-            unconditional, conditional = both_branches(predict, latents, timestep, sampling.batched)
-            output = guidance.combine(unconditional, conditional, sampling.guidance_scale, sampling.guidance_rescale)
-        else:
-            output = predict(latents, timestep, CONDITIONAL)
+        total = schedule.config.num_train_timesteps
+        output = guided(predict, latents, timestep, sampling, total, sampling.batched)
         x0, epsilon = schedule.to_x0_eps(output, latents, timestep)
         last = step == len(timesteps) - 1
         if known is not None:
             # In the last step the network alone decides what new frames look like: what was carried leaves no trace.
             x0 = replacement.put_in_place(x0, known, 0.0 if last else sampling.replacement_carry)
-        if sampling.solver == "dpmpp":
-            previous, x0 = x0, solvers.extrapolate(x0, previous, rho, step)
-        if known is not None or sampling.solver == "dpmpp":
             epsilon = (latents - alpha_bars[step].sqrt() * x0) / (1 - alpha_bars[step]).sqrt()
-        eta = 0.0 if last and not sampling.final_noise else sampling.eta
+        eta = 0.0 if last and sampling.final_noise == "corrected" else sampling.eta
         fresh = noise.step(step).to(latents) if eta > 0 else None
         latents = solvers.ddim_step(x0, epsilon, alpha_bars[step], alpha_bars[step + 1], eta, fresh)
         if observe is not None:

@@ -5,29 +5,48 @@ which frame the left chunk's clean estimate is used. Step s of a chunk needs onl
 frames with it. So the stage need not sweep over the whole video once a step: chunk k runs step s as soon as chunk k+1
 has run step s-1, and a window of about as many chunks as there are steps slides along the video (diagonal order). A
 chunk-step is a function of the latents at its level and of addressed draws, so both orders give the same numbers. Where
-the deep layers are computed at every nth step only, it is one of the chunk's latents at its last whole step, too.
+the deep layers are computed at every nth step only, it also depends on the chunk's latents at its last whole step.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, takewhile
+from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from streamt2v.chunks import Chunk, covering
-from streamt2v.config import Blending, RefineConfig
+from streamt2v.config import RefineConfig
 from streamt2v.devices import send
-from streamt2v.diffusion import blend, guidance, solvers
+from streamt2v.diffusion import blend, solvers
 from streamt2v.diffusion.noise import Draws
 from streamt2v.diffusion.schedules import NoiseSchedule, sdedit_grid
 from streamt2v.errors import ConfigError, NumericsError
-from streamt2v.models.unet3d import Conditioning
-from streamt2v.stages.denoise import CONDITIONAL, Predict, both_branches, reusing
+from streamt2v.models.restorer import RestorerConfig
+from streamt2v.models.unet3d import Conditioning, TextContext
+from streamt2v.stages.denoise import Predict, guided, reusing
 
 Encode = Callable[[int, int], Tensor]
 """(start, stop) -> clean latents [F, C, h, w] of these frames of the source; asked once for every frame, in order."""
+
+
+def sees_source(config: Any) -> bool:
+    """Tell whether a refiner network of these sizes takes the source's latents beside the noisy ones."""
+    return isinstance(config, RestorerConfig)
+
+
+def refiner_conditioning(network: Any, text: TextContext | None, scale: float) -> Conditioning:
+    """Compute what a refiner network needs that depends on neither timestep nor frame.
+
+    Args:
+        network: a UNet, which reads the text, or a restoration network, which is told the scale.
+        text: rows (negative, positive), None for a family whose refiner reads none.
+        scale: how many times the source was enlarged, at least 1.
+    """
+    conditioning: Conditioning = network.prepare(scale if sees_source(network.config) else text)
+    return conditioning
 
 
 @dataclass(frozen=True)
@@ -66,14 +85,12 @@ class Denoiser:
 
 @dataclass
 class RefineState:
-    """Everything in flight: per slot the latents at its own step, the last and the next clean estimate.
+    """Everything in flight: per frame the latents at its own step, the last and the next clean estimate.
 
-    A slot is a frame of the video; without blending between chunks it is a frame of one chunk. `steps_done[k]` counts
-    the steps that chunk k has run, `finished` the slots handed on, `encoded` the frames taken from the source. A
-    slot's level is the number of steps that all chunks covering it have run. `clean` keeps, by frame, the source's
-    latents that a later chunk without blending starts from again, or that the network is to see again. `whole` are a
-    chunk's latents at its last whole step, while steps that reuse its deep features are to come: a run that goes on
-    makes these features from them again.
+    `steps_done[k]` counts the steps that chunk k has run, `finished` the frames handed on, `encoded` those taken from
+    the source. A frame's level is the number of steps that all chunks covering it have run. `clean` keeps, by frame,
+    the source's latents for a network that sees them at every step. `whole` are, by chunk, its latents at its last
+    whole step, as long as steps that reuse its deep features are to come: a resumed run computes these features again.
     """
 
     steps_done: list[int] = field(default_factory=list)
@@ -84,11 +101,6 @@ class RefineState:
     pending: dict[int, Tensor] = field(default_factory=dict)
     clean: dict[int, Tensor] = field(default_factory=dict)
     whole: dict[int, Tensor] = field(default_factory=dict)
-
-    @property
-    def admitted(self) -> int:
-        """Slots filled so far."""
-        return max(self.latents, default=self.finished - 1) + 1
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state as named tensors, for a file."""
@@ -123,29 +135,20 @@ def noise_grid(schedule: NoiseSchedule, settings: RefineConfig) -> tuple[Tensor,
     return timesteps, rho
 
 
-def _slots(plan: Sequence[Chunk], blending: Blending) -> tuple[tuple[Chunk, ...], list[int]]:
-    """Return the chunks in slots, and the frame of every slot.
-
-    With randomized blending a slot is a frame. Without blending every chunk has slots of its own.
-    """
-    if blending == "randomized":
-        return tuple(plan), list(range(plan[-1].stop))
-    frames = [frame for chunk in plan for frame in range(chunk.start, chunk.stop)]
-    ends = list(accumulate(chunk.size for chunk in plan))
-    apart = (Chunk(chunk.index, end - chunk.size, end, end - chunk.size) for chunk, end in zip(plan, ends, strict=True))
-    return tuple(apart), frames
-
-
 class Refiner:
     """Runs the chunk-steps of a plan and yields latents of frames as soon as they are final."""
 
     def __init__(
-        self, denoiser: Denoiser, plan: Sequence[Chunk], settings: RefineConfig, draws: Draws, encode: Encode,
+        self,
+        denoiser: Denoiser,
+        plan: Sequence[Chunk],
+        settings: RefineConfig,
+        draws: Draws,
+        encode: Encode,
         state: RefineState | None = None,
-    ) -> None:  # fmt: skip
-        self.denoiser, self.settings, self.draws, self.encode = denoiser, settings, draws, encode
-        self.source_plan = plan
-        self.plan, self.frames = _slots(plan, settings.blending)
+    ) -> None:
+        self.denoiser, self.plan, self.settings, self.draws, self.encode = denoiser, plan, settings, draws, encode
+        self.num_frames = plan[-1].stop
         self.state = state or RefineState(steps_done=[0] * len(plan))
         self.timesteps, self.rho = noise_grid(denoiser.schedule, settings)
         self.deep: dict[int, dict[int, Tensor]] = {}  # by chunk and row
@@ -157,75 +160,48 @@ class Refiner:
         A group is what one chunk is the last to cover, so the groups do not depend on the order of the chunk-steps.
         """
         state = self.state
-        while state.finished < len(self.frames):
+        while state.finished < self.num_frames:
             chunk = self._next_ready()
             if chunk is None:
                 self._admit()
                 continue
             self._run_step(chunk)
             while (stop := self._final_stop()) > state.finished:
-                slots = range(state.finished, stop)
-                shown = torch.stack([state.latents[slot] for slot in slots if self._is_shown(slot)])
-                for slot in slots:  # what is left of a chunk's estimate goes with them
-                    del state.latents[slot], state.previous[slot]
+                group = range(state.finished, stop)
+                final = torch.stack([state.latents[frame] for frame in group])
+                for frame in group:
+                    del state.latents[frame], state.previous[frame]
+                    state.clean.pop(frame, None)
                 state.finished = stop
                 # Once a group, not once a step: that would wait for the device. A state is stored after a group.
                 if self.finite is not None and not bool(self.finite):
                     raise NumericsError("the refiner produced NaN or Inf")
-                self._forget(stop)
-                yield shown
+                yield final
 
-    def _is_shown(self, slot: int) -> bool:
-        """Tell whether the output takes a slot: without blending, the frames a chunk adds."""
-        last = max(covering(self.plan, slot))
-        return self.settings.blending == "randomized" or self.frames[slot] >= self.source_plan[last].new_start
-
-    def _steps_done(self, slot: int) -> int:
-        return min(self.state.steps_done[index] for index in covering(self.plan, slot))
+    def _steps_done(self, frame: int) -> int:
+        return min(self.state.steps_done[index] for index in covering(self.plan, frame))
 
     def _next_ready(self) -> Chunk | None:
-        """Return the chunk to advance: the leftmost that can (diagonal), or the least advanced one (sweep)."""
-        admitted, done = self.state.admitted, self.state.steps_done
-        if self.settings.order == "sweep" and admitted < len(self.frames):
-            return None
+        """Return the chunk to advance: the leftmost that can, which is the diagonal order."""
+        return next(self._ready(), None)
+
+    def _ready(self) -> Iterator[Chunk]:
+        """Yield the chunks whose frames are all at the chunk's own level, from left to right."""
         first = covering(self.plan, self.state.finished)[0]
-        started = takewhile(lambda chunk: chunk.stop <= admitted, self.plan[first:])
-        ready = (
-            chunk
-            for chunk in started
-            if done[chunk.index] < len(self.timesteps)
-            and all(self._steps_done(slot) == done[chunk.index] for slot in range(chunk.start, chunk.stop))
-        )
-        if self.settings.order == "sweep":
-            return min(ready, key=lambda chunk: (done[chunk.index], chunk.index), default=None)
-        return next(ready, None)
+        for chunk in takewhile(lambda chunk: chunk.stop <= self.state.encoded, self.plan[first:]):
+            done, frames = self.state.steps_done[chunk.index], range(chunk.start, chunk.stop)
+            if done < len(self.timesteps) and all(self._steps_done(frame) == done for frame in frames):
+                yield chunk
 
     def _admit(self) -> None:
-        """Take in the frames of the next chunk: encode, noise to the start level."""
-        state, start = self.state, self.state.admitted
-        chunk = self.plan[covering(self.plan, start)[0]]
-        last_frame = self.frames[chunk.stop - 1]
-        if state.encoded <= last_frame:
-            new = range(state.encoded, last_frame + 1)
-            state.clean.update(zip(new, self.encode(new.start, new.stop), strict=True))
-            state.encoded = new.stop
-        for slot in range(start, chunk.stop):
-            clean = state.clean[self.frames[slot]]
-            noise = self._noise("refine.start", self._address(slot), clean)
-            state.latents[slot] = self._start(clean, noise)
-        self._forget(start)
-
-    def _forget(self, slot: int) -> None:
-        """Let go of the source's latents that neither this slot's chunk nor a later one needs."""
-        state, wanted = self.state, self.denoiser.sees_source or self.settings.blending != "randomized"
-        # A network that sees the source does so until a chunk is done; else it is needed where chunks start anew.
-        slot = state.finished if self.denoiser.sees_source else slot
-        first = self.frames[slot] if wanted and slot < len(self.frames) else len(self.frames)
-        state.clean = {frame: latents for frame, latents in state.clean.items() if frame >= first}
-
-    def _address(self, slot: int) -> tuple[int, ...]:
-        """Return where a slot's noise is drawn: by frame, so that chunks share it, or apart for independent chunks."""
-        return (-1, slot) if self.settings.blending == "independent" else (self.frames[slot],)
+        """Take in the new frames of the next chunk: encode, noise to the start level."""
+        state = self.state
+        new = range(state.encoded, self.plan[covering(self.plan, state.encoded)[0]].stop)
+        for frame, clean in zip(new, self.encode(new.start, new.stop), strict=True):
+            state.latents[frame] = self._start(clean, self._noise("refine.start", (frame,), clean))
+            if self.denoiser.sees_source:
+                state.clean[frame] = clean
+        state.encoded = new.stop
 
     def _noise(self, purpose: str, address: tuple[int, ...], like: Tensor) -> Tensor:
         """Draw unit normals like a tensor, and send them to its device."""
@@ -244,25 +220,25 @@ class Refiner:
     @torch.inference_mode()
     def _run_step(self, chunk: Chunk) -> None:
         step = self.state.steps_done[chunk.index]
-        slots = range(chunk.start, chunk.stop)
-        estimate = self._chunk_estimate(chunk.index, torch.stack([self.state.latents[slot] for slot in slots]), step)
+        frames = range(chunk.start, chunk.stop)
+        estimate = self._chunk_estimate(chunk, torch.stack([self.state.latents[frame] for frame in frames]), step)
 
         def draw_cut(low: int, high: int, index: int) -> int:
             return self.draws.integer("refine.cut", (index, step), low, high)
 
-        for slot in blend.owned(self.plan, chunk.index, draw_cut, self.settings.cut_range):
-            self.state.pending[slot] = estimate[slot - chunk.start]
+        for frame in blend.owned(self.plan, chunk.index, draw_cut, self.settings.cut_range):
+            self.state.pending[frame] = estimate[frame - chunk.start]
         self.state.steps_done[chunk.index] += 1
-        for slot in slots:
-            if self._steps_done(slot) > step:
-                self._advance(slot, step)
-            elif slot in self.state.pending:  # a copy: a part would keep all of the estimate in memory
-                self.state.pending[slot] = self.state.pending[slot].clone()
+        for frame in frames:
+            if self._steps_done(frame) > step:
+                self._advance(frame, step)
+            elif frame in self.state.pending:  # a copy: a part would keep all of the estimate in memory
+                self.state.pending[frame] = self.state.pending[frame].clone()
 
-    def _chunk_estimate(self, index: int, latents: Tensor, step: int) -> Tensor:
+    def _chunk_estimate(self, chunk: Chunk, latents: Tensor, step: int) -> Tensor:
         """Return the clean estimate of a chunk's latents, with its deep features of the last whole step."""
-        interval, whole = self.settings.reuse_interval, self.state.whole
-        predictor = partial(self.denoiser.predictor, self.source_plan[index], self._source(index))
+        interval, whole, index = self.settings.reuse_interval, self.state.whole, chunk.index
+        predictor = partial(self.denoiser.predictor, chunk, self._source(chunk))
         if interval == 1:
             return self._clean_estimate(predictor(), latents, step)
         since, kept = step % interval, self.deep.pop(index, {})
@@ -276,11 +252,10 @@ class Refiner:
             whole.pop(index, None)
         return estimate
 
-    def _source(self, index: int) -> Tensor | None:
+    def _source(self, chunk: Chunk) -> Tensor | None:
         """Return the source's latents of a chunk [1, C, F, h, w] for a network that sees them."""
         if not self.denoiser.sees_source:
             return None
-        chunk = self.source_plan[index]
         frames = [self.state.clean[frame] for frame in range(chunk.start, chunk.stop)]
         return torch.stack(frames).transpose(0, 1).unsqueeze(0)
 
@@ -288,36 +263,30 @@ class Refiner:
         """Predict the clean latents of one chunk: [F, C, h, w] -> [F, C, h, w]."""
         scaled = latents.transpose(0, 1).unsqueeze(0) / (self.rho[step] ** 2 + 1) ** 0.5  # [1, C, F, h, w]
         timestep = int(self.timesteps[step])
-        scale = self.settings.guidance_scale
-        stop = self.settings.guidance_stop * self.denoiser.schedule.config.num_train_timesteps
-        if scale == 1.0 or timestep < stop:
-            output = predict(scaled, timestep, CONDITIONAL)
-        else:
-            unconditional, conditional = both_branches(predict, scaled, timestep, self.denoiser.batched)
-            output = guidance.combine(unconditional, conditional, scale, self.settings.guidance_rescale)
-        x0 = self.denoiser.schedule.to_x0(output, scaled, timestep)
+        schedule = self.denoiser.schedule
+        total = schedule.config.num_train_timesteps
+        output = guided(predict, scaled, timestep, self.settings, total, self.denoiser.batched)
+        x0 = schedule.to_x0(output, scaled, timestep)
         finite = torch.isfinite(x0).all()
         self.finite = finite if self.finite is None else self.finite & finite
         return x0[0].transpose(0, 1)
 
-    def _advance(self, slot: int, step: int) -> None:
+    def _advance(self, frame: int, step: int) -> None:
         """Bring one frame to the next noise level with its blended clean estimate."""
-        clean = self.state.pending.pop(slot)
-        stochastic = self.settings.stochastic and self.rho[step + 1] > 0
-        noise = None
-        if stochastic:
-            noise = self._noise("refine.step", (*self._address(slot), step), clean)
-        self.state.latents[slot] = solvers.dpmpp_2m_step(
-            self.state.latents[slot], clean, self.state.previous.get(slot), self.rho, step, noise
+        state, clean = self.state, self.state.pending.pop(frame)
+        fresh = self.settings.stochastic and self.rho[step + 1] > 0
+        noise = self._noise("refine.step", (frame, step), clean) if fresh else None
+        state.latents[frame] = solvers.dpmpp_2m_step(
+            state.latents[frame], clean, state.previous.get(frame), self.rho, step, noise
         )
-        self.state.previous[slot] = clean
+        state.previous[frame] = clean
 
     def _final_stop(self) -> int:
-        """Return the end of the next group of slots when all of it is final, else the slots finished so far."""
+        """Return the end of the next group of frames when all of it is final, else the frames finished so far."""
         finished = self.state.finished
-        if finished == len(self.frames):
+        if finished == self.num_frames:
             return finished
         last = max(covering(self.plan, finished))
-        group = [slot for slot in range(finished, self.plan[last].stop) if max(covering(self.plan, slot)) == last]
-        complete = all(self._steps_done(slot) == len(self.timesteps) for slot in group)
-        return group[-1] + 1 if complete else finished
+        stop = self.plan[last + 1].start if last + 1 < len(self.plan) else self.num_frames
+        complete = all(self._steps_done(frame) == len(self.timesteps) for frame in range(finished, stop))
+        return stop if complete else finished

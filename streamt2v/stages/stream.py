@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from streamt2v.chunks import Chunk
 from streamt2v.devices import send
@@ -39,8 +38,7 @@ def network_step(
 class StreamModels:
     """The networks of the stage; `cam` None switches CAM off, `apm` None switches APM off.
 
-    A `unet` with more input than output channels also gets the latents of the conditioning frames: the concatenation
-    that the ablation of arXiv 2403.14773 compares CAM with. `step` is `network_step` or what was compiled from it.
+    `step` is `network_step` or what was compiled from it.
     """
 
     unet: UNet3D
@@ -111,12 +109,6 @@ def anchor_tokens(models: StreamModels, anchor: Tensor) -> Tensor | None:
     return tokens
 
 
-def beside(conditioning: Tensor, latents: Tensor) -> Tensor:
-    """Put conditioning latents [B or 1, C, Fc, h, w], then zeros, beside the channels of latents [B, C, F, h, w]."""
-    padding = (0, 0, 0, 0, 0, latents.shape[2] - conditioning.shape[2])
-    return torch.cat([latents, functional.pad(conditioning, padding).expand(len(latents), -1, -1, -1, -1)], dim=1)
-
-
 def predictor(
     models: StreamModels, denoiser: Conditioning, extractor: Conditioning | None, frames: Tensor,
     whole_at: Collection[int] | None = None,
@@ -125,18 +117,14 @@ def predictor(
 
     `whole_at` are the timesteps at which its deep layers are computed, None: all (see `reusing`).
     """
-    clean = None
-    if models.unet.config.in_channels > models.unet.config.out_channels:
-        clean = encode_frames(models.vae, frames).transpose(0, 1).unsqueeze(0)  # [1, C, Fc, h, w]
     # The pixel stack depends on neither step nor branch: once per chunk.
     embedded = None if models.cam is None else models.cam.embed_frames(frames.unsqueeze(0))  # [1, C, Fc, h, w]
 
     def run(latents: Tensor, timestep: int, rows: slice, deep: Tensor | None) -> tuple[Tensor, Tensor]:
-        given = latents if clean is None else beside(clean, latents)
         # A number in a tensor, as compiled code would be made anew for every other number.
         time = torch.full((1,), timestep, device=latents.device)
         seen = None if extractor is None else extractor.rows(rows)
-        return models.step(models.unet, models.cam, given, time, denoiser.rows(rows), seen, embedded, deep)
+        return models.step(models.unet, models.cam, latents, time, denoiser.rows(rows), seen, embedded, deep)
 
     return reusing(run, None if whole_at is None else {}, lambda timestep: timestep not in (whole_at or ()))
 

@@ -19,7 +19,6 @@ from streamt2v.models.apm import AppearanceTokens
 from streamt2v.models.cam import CamConfig, ConditionalAttention
 from streamt2v.models.encoders import embed_image, encode_text
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
-from streamt2v.stages.stream import beside
 from streamt2v.training.batches import Batch, join
 from streamt2v.training.losses import (
     DEMO_SCHEDULE,
@@ -31,7 +30,7 @@ from streamt2v.training.losses import (
     weighted_error,
 )
 from streamt2v.training.world.captions import MAX_TOKENS
-from streamt2v.training.world.clips import COND_FRAMES, encode, normal_like
+from streamt2v.training.world.clips import COND_FRAMES, normal_like
 from streamt2v.training.world.encoders import DIM
 
 IMAGE_TOKENS = 8
@@ -51,7 +50,6 @@ BASE = UNet3DConfig(
     frame_codes=True,
 )
 IMAGE_TO_VIDEO = replace(BASE, in_channels=8, text_tokens=MAX_TOKENS + 1, image_tokens=0, cam=False)
-CONCATENATED = replace(BASE, in_channels=8, cam=False)
 CAM = CamConfig(
     replace(BASE, cam=False, image_tokens=0), cond_embed_channels=(16, 32, 48, 64), num_cond_frames=COND_FRAMES
 )
@@ -227,13 +225,18 @@ class OwnStates:
 
 
 def streamed(
-    unet: UNet3D, cam: ConditionalAttention | None, apm: AppearanceModule | None, batch: Batch, lesson: Lesson,
+    unet: UNet3D,
+    cam: ConditionalAttention,
+    apm: AppearanceModule | None,
+    batch: Batch,
+    lesson: Lesson,
     dropping: bool = True,
-) -> Denoise:  # fmt: skip
+) -> Denoise:
     """The streaming denoiser for a batch of chunks: text, CAM's look at the shown frames, APM's at the anchor.
 
-    Text alone, anchor alone and both are dropped 5 % of the time each. Without CAM the shown frames' latents stand
-    beside the input instead: the paper's comparison. Source: arXiv 2403.14773 section 4 and supplement.
+    Text alone, anchor alone and both are dropped 5 % of the time each.
+
+    Source: arXiv 2403.14773 section 4 and supplement.
     """
     assert batch.shown is not None
     shown = batch.shown
@@ -249,9 +252,6 @@ def streamed(
             embedding = embed_image(vision, pictures)
         tokens = network(embedding)
     conditioning = unet.prepare(context, tokens)
-    if cam is None:
-        first = encode(lesson.vae, shown)
-        return lambda noisy, timesteps: unet(beside(first, noisy), timesteps, conditioning)
     looks, seen = cam.prepare(context), cam.embed_frames(shown)
 
     def denoise(noisy: Tensor, timesteps: Tensor) -> Tensor:
@@ -262,9 +262,13 @@ def streamed(
 
 
 def streaming_loss(
-    unet: UNet3D, cam: ConditionalAttention | None, apm: AppearanceModule | None, batch: Batch, lesson: Lesson,
+    unet: UNet3D,
+    cam: ConditionalAttention,
+    apm: AppearanceModule | None,
+    batch: Batch,
+    lesson: Lesson,
     own: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Loss of CAM (apm None, the paper's first phase) or of CAM and APM together (its second phase).
 
     A chunk is denoised while CAM sees its first frames as pixels. `own` as in `video_loss`.

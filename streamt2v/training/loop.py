@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,8 +11,6 @@ from streamt2v import files
 from streamt2v.errors import ConfigError
 from streamt2v.training import bundle, engine
 from streamt2v.training.parts import JOBS, Workshop
-
-PARTS = tuple(JOBS)
 
 
 def train(
@@ -26,16 +24,16 @@ def train(
     resume_from: Path | None = None,
     steady: bool = False,
     afresh: bool = False,
+    jobs: Mapping[str, Callable[[Workshop], engine.Job]] = JOBS,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, float]:
     """Train one part and write its weights into `out`; called again, it goes on where the last run stopped.
 
     Later parts build on earlier ones: vae, text and vision come first, then images, base, decoder, and cam and apm, or
-    joint for all three; concatenated and image_to_video need base, judge needs nothing. What `out` lacks comes from the
-    package.
+    joint for all three; image_to_video needs base, refiner needs nothing. What `out` lacks comes from the package.
 
     Args:
-        part: one of `PARTS`.
+        part: a name of `jobs`.
         minutes: wall-clock limit of this run; the learning rate is annealed towards it.
         steps: step limit, instead or in addition.
         out: folder of the weights files, tokenizer, vocabulary, sample sheets, `training.jsonl` (a line a run) and
@@ -45,6 +43,7 @@ def train(
         resume_from: folder with the part's weights to start from, where no earlier run left its state.
         steady: keep the learning rate, because this run will be continued.
         afresh: forget the state that an earlier run left.
+        jobs: parts by name; the benchmarks train some of their own.
         log: receives lines of progress.
 
     Returns:
@@ -56,8 +55,8 @@ def train(
         WeightsError: a part that this one builds on is missing or of other sizes.
         NumericsError: training diverged.
     """
-    if part not in JOBS:
-        raise ConfigError(f"there is no part {part!r} to train", f"parts: {', '.join(PARTS)}")
+    if part not in jobs:
+        raise ConfigError(f"there is no part {part!r} to train", f"parts: {', '.join(jobs)}")
     limits = [limit for limit in (minutes, steps) if limit is not None]
     if not limits or not all(limit > 0 for limit in limits):
         raise ConfigError("training needs a limit above 0", "give --minutes or --steps")
@@ -71,7 +70,7 @@ def train(
     if afresh:
         state.unlink(missing_ok=True)
     try:
-        result = engine.run(JOBS[part](workshop), out, minutes, steps, log, workshop.generator, state, steady)
+        result = engine.run(jobs[part](workshop), out, minutes, steps, log, workshop.generator, state, steady)
     finally:
         torch.set_num_threads(threads)
     engine.record(out, part, device, result)

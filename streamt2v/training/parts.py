@@ -25,7 +25,7 @@ from streamt2v.training.engine import Job
 from streamt2v.training.losses import pixel_effect
 from streamt2v.training.refiner import refiner_job
 from streamt2v.training.sheets import image_sheet, models, streaming_sheet, text_sheet
-from streamt2v.training.world import judge, vae
+from streamt2v.training.world import vae
 from streamt2v.training.world.captions import build_tokenizer
 from streamt2v.training.world.clips import CLIP_FRAMES, WorldSource, encode
 from streamt2v.training.world.encoders import (
@@ -393,7 +393,7 @@ def image_to_video_job(shop: Workshop) -> Job:
     if shop.resume is not None:
         bundle.read(shop.resume, "image_to_video", network)
     else:
-        network.load_state_dict(_widened(shop, MERGERS, MIXING))
+        network.load_state_dict(widened(shop, MERGERS, MIXING))
     shop.faster(network.to(shop.device))
     lesson = shop.lesson()
     source = shop.source(lesson.vae)
@@ -411,53 +411,12 @@ def image_to_video_job(shop: Workshop) -> Job:
     )
 
 
-def concatenated_job(shop: Workshop) -> Job:
-    """The paper's alternative to CAM, for comparison: a copy of the base that sees the conditioning frames' latents."""
-    network = UNet3D(denoisers.CONCATENATED)
-    if shop.resume is not None:
-        bundle.read(shop.resume, "concatenated", network)
-    else:
-        network.load_state_dict(_widened(shop, MERGERS))
-    network.to(shop.device)
-    lesson = shop.lesson()
-    assert lesson.vision is not None
-    parts = (shop.frozen("apm", AppearanceTokens(DIM, 2 * DIM, denoisers.IMAGE_TOKENS, DIM)), lesson.vision)
-    source = shop.source(lesson.vae)
-    batch = shop.many(4)
-    return Job(
-        lambda progress: denoisers.streaming_loss(network, None, parts, source.chunks(batch), lesson),
-        list(network.parameters()),
-        lambda folder: bundle.write(folder, "concatenated", network, denoiser=True),
-        adam=_rims(network) + bundle.parameters_in(network, "frame_codes", "apm.alpha"),
-        quick=list(network.conv_in.parameters())[:1],
-        learning_rate=1e-3,
-        samples=batch * CLIP_FRAMES,
-        device=shop.device,
-        keep=source.save,
-    )
-
-
-def _widened(shop: Workshop, *without: str) -> dict[str, torch.Tensor]:
+def widened(shop: Workshop, *without: str) -> dict[str, torch.Tensor]:
     """The base's weights, less some, with input channels for other latents that start at zero."""
     start = shop.finished("unet", UNet3D(denoisers.BASE)).cpu().state_dict()
     state = {key: value for key, value in start.items() if not any(part in key for part in without)}
     state["conv_in.weight"] = torch.cat([start["conv_in.weight"], torch.zeros_like(start["conv_in.weight"])], 1)
     return state
-
-
-def judge_job(shop: Workshop) -> Job:
-    """The judge of generated clips."""
-    network = shop.resumed("judge", judge.Judge())
-    batch = shop.many(16)
-    return Job(
-        lambda progress: judge.judge_loss(network, shop.generator, batch),
-        list(network.parameters()),
-        lambda folder: judge.save_judge(network, folder),
-        lambda folder: f"held-out accuracy {judge.held_out_accuracy(network)}",
-        adam=list(network.heads.parameters()),
-        samples=batch,
-        device=shop.device,
-    )
 
 
 def _rims(network: UNet3D | ConditionalAttention) -> list[nn.Parameter]:
@@ -475,8 +434,6 @@ JOBS: dict[str, Callable[[Workshop], Job]] = {
     "cam": cam_job,
     "apm": apm_job,
     "joint": joint_job,
-    "concatenated": concatenated_job,
     "image_to_video": image_to_video_job,
     "refiner": refiner_job,
-    "judge": judge_job,
 }

@@ -76,12 +76,6 @@ def test_a_longer_video_begins_like_a_shorter_one(tmp_path: Path) -> None:
     assert np.array_equal(first, np.concatenate(list(reading.read_frames(long)))[:20])
 
 
-def test_sweep_gives_the_same_frames(tmp_path: Path) -> None:
-    diagonal, sweep = tmp_path / "diagonal.mp4", tmp_path / "sweep.mp4"
-    assert generate(diagonal, 57) == generate(sweep, 57, "--set", "refine.order=sweep") == 0
-    assert digest(diagonal) == digest(sweep)
-
-
 TWO_STEPS = ["--steps", 2]
 GUIDED = ["--guidance", 4]
 
@@ -94,10 +88,9 @@ GUIDED = ["--guidance", 4]
         ([], ["--set", "stream.cam=false"]), ([], ["--set", "stream.apm=false"]), ([], ["--set", "output.crf=40"]),
         (TWO_STEPS, ["--set", "stream.replacement=false"]), (TWO_STEPS, ["--set", "stream.replacement_carry=0"]),
         ([], ["--set", "refine.guidance_scale=3"]), ([], ["--set", "refine.noise_level=300"]),
-        ([], ["--set", "refine.blending=independent"]), ([], ["--set", "refine.posterior=published"]),
-        ([], ["--set", "refine.stochastic=false"]), (["--quality", "fast"], ["--quality", "balanced"]),
-        ([], ["--set", "initialize.guidance_scale=5"]),
-        (TWO_STEPS, ["--set", "stream.reuse_interval=2"]), (["--steps", 4], ["--set", "stream.solver=dpmpp"]),
+        ([], ["--set", "refine.posterior=published"]), ([], ["--set", "refine.stochastic=false"]),
+        (["--quality", "fast"], ["--quality", "balanced"]), ([], ["--set", "initialize.guidance_scale=5"]),
+        (TWO_STEPS, ["--set", "stream.reuse_interval=2"]),
         (TWO_STEPS, ["--set", "stream.eta=0"]), (TWO_STEPS, ["--set", "initialize.eta=0"]),
         (TWO_STEPS, ["--set", "stream.guidance_stop=0.9"]), (TWO_STEPS, ["--set", "initialize.guidance_stop=0.9"]),
         (["--set", "refine.guidance_scale=3"], ["--set", "refine.guidance_stop=1"]),

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from streamt2v.config import to_flat
 from streamt2v.errors import VideoError
 from streamt2v.jobs import again, run_directory
 from streamt2v.media import reading, writing
@@ -347,6 +348,25 @@ def test_verify_counts_what_the_recipe_says(tmp_path: Path, capsys: pytest.Captu
     writer.finish(path, json.dumps(recipe))
     assert call("verify", path) == 3
     assert "holds 3 frames at 8 fps instead of 4 at 8" in capsys.readouterr().err
+
+
+def test_recipes_with_settings_that_are_gone_are_still_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, again, other = (tmp_path / f"{name}.mp4" for name in ("out", "again", "other"))
+    gone = {"stream.solver": "ddim", "refine.blending": "randomized", "refine.order": "sweep"}
+    with monkeypatch.context() as earlier:
+        earlier.setattr("streamt2v.jobs.job.to_flat", lambda config: to_flat(config) | gone)
+        assert generate(path, 20, "--no-refine", "--keep-run") == 0
+        gone["refine.blending"] = "independent"
+        assert generate(other, 20, "--no-refine") == 0
+    assert generate(path, 20, "--no-refine", "--resume") == 0  # nothing is made again
+    assert call("resume", path) == 0
+    assert call("rerun", path, "-o", again) == 0
+    assert digest(again) == digest(path)
+    capsys.readouterr()
+    assert call("rerun", other, "-o", tmp_path / "none.mp4") == 2
+    assert "refine.blending is no longer a setting" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------ rerun

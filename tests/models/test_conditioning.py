@@ -3,14 +3,15 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks import concatenation
 from streamt2v.chunks import Chunk, streaming_plan
-from streamt2v.config import Solver
 from streamt2v.diffusion import replacement
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule
@@ -156,8 +157,10 @@ def test_deep_layers_run_at_every_nth_step_of_a_chunk(batched: bool) -> None:
     torch.testing.assert_close(latents(2, plan[1:2], not batched)[0], reusing[1], rtol=1e-4, atol=1e-4)
 
 
-def test_without_cam_a_wider_denoiser_gets_the_frames_latents_beside_its_own() -> None:
-    models = StreamModels(UNet3D(replace(SIZES, in_channels=8)).eval(), NoiseSchedule(DEMO_SCHEDULE), build_vae())
+def test_concatenation_gives_a_wider_denoiser_the_frames_latents_beside_its_own() -> None:
+    unet, vae = UNet3D(replace(SIZES, in_channels=8)).eval(), build_vae()
+    latents_for_cam: Any = concatenation.Latents(vae)
+    models = StreamModels(unet, NoiseSchedule(DEMO_SCHEDULE), vae, latents_for_cam, step=concatenation.step)
     denoiser = models.unet.prepare(text())
     frames, latents = torch.rand(3, 3, 16, 16) * 2 - 1, torch.randn(2, 4, 5, 2, 2)
     clean = encode_frames(models.vae, frames)  # [3, 4, 2, 2]
@@ -168,9 +171,8 @@ def test_without_cam_a_wider_denoiser_gets_the_frames_latents_beside_its_own() -
     torch.testing.assert_close(found, models.unet(joined, 700, denoiser))
 
 
-@pytest.mark.parametrize("solver", ["ddim", "dpmpp"])
 @pytest.mark.parametrize("known_frames", [1, 3])
-def test_known_frames_run_from_their_noise_to_what_is_known(solver: Solver, known_frames: int) -> None:
+def test_known_frames_run_from_their_noise_to_what_is_known(known_frames: int) -> None:
     """Without fresh noise they are sqrt(b) x_0 + sqrt(1 - b) n at every level b, whatever the network says."""
     schedule, noise, known = NoiseSchedule(DEMO_SCHEDULE), torch.randn(1, 4, 5, 2, 2), torch.randn(1, 4, 5, 2, 2)
     known = known[:, :, :known_frames]
@@ -184,7 +186,7 @@ def test_known_frames_run_from_their_noise_to_what_is_known(solver: Solver, know
     def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
         return torch.randn(len(latents), *noise.shape[1:])
 
-    given, sampling = ChunkNoise(noise, lambda step: torch.randn_like(noise)), Sampling(6, 1.0, solver=solver)
+    given, sampling = ChunkNoise(noise, lambda step: torch.randn_like(noise)), Sampling(6, 1.0)
     denoise(predict, schedule, given, sampling, check, known)
     stochastic = denoise(predict, schedule, given, replace(sampling, eta=1.0), known=known)
     held = levels[-1] ** 0.5 * known + (1 - levels[-1]) ** 0.5 * noise[:, :, :known_frames]

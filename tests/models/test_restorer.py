@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamt2v.errors import ConfigError
-from streamt2v.models import refiner, restorer
+from streamt2v.models import restorer
 from streamt2v.models.encoders import decode_latents, encode_frames, latent_factor, latent_size
 from streamt2v.models.restorer import PixelCodec, PixelCodecConfig, Restorer, RestorerConfig, shift_frames
-from streamt2v.models.unet3d import Conditioning
+from streamt2v.models.unet3d import Conditioning, legal_canvas
+from streamt2v.stages.refine import sees_source
 
 SMALL = RestorerConfig(block_out_channels=(8, 16, 16), layers_per_block=(1, 2, 1), embedding=8)
 
@@ -100,9 +101,9 @@ def test_the_codec_loses_nothing_of_eight_bits(frames: int, height: int, width: 
 
 @given(st.integers(1, 100), st.integers(1, 100))
 def test_its_canvas_is_the_smallest_that_it_accepts(height: int, width: int) -> None:
-    canvas = refiner.legal_canvas(height, width, SMALL, 2)
+    canvas = legal_canvas(height, width, SMALL, 2)
     assert canvas == (-(-height // 16) * 16, -(-width // 16) * 16)
-    assert refiner.sees_source(SMALL)
+    assert sees_source(SMALL)
 
 
 def test_sizes_are_checked() -> None:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from streamt2v.errors import ConfigError
 from streamt2v.models import layers
 from streamt2v.models.cam import CamConfig, ConditionalAttention
-from streamt2v.models.refiner import legal_canvas
-from streamt2v.models.unet3d import CamFeatures, TextContext, UNet3D, UNet3DConfig
+from streamt2v.models.unet3d import CamFeatures, TextContext, UNet3D, UNet3DConfig, legal_canvas
 
 SMALL = UNet3DConfig(
     block_out_channels=(16, 32, 32),

@@ -86,7 +86,7 @@ class Setting:
         return self.models.apm
 
     def sampling(self, num_steps: int, eta: float) -> Sampling:
-        return Sampling(num_steps, self.sizes["guidance"], eta=eta, final_noise=True)
+        return Sampling(num_steps, self.sizes["guidance"], eta=eta, final_noise="published")
 
 
 def load(folder: Path) -> Setting:

@@ -30,6 +30,7 @@ from streamt2v.weights.keymaps import KeyMap
 from streamt2v.weights.tokenizer import clip_tokenizer
 from tests.parity import official
 from tests.parity.report import COMPONENT, TABLE, WHOLE_RUN, Report
+from tests.sweep import Sweep
 
 Tensors = dict[str, Tensor]
 Facts = dict[str, Any]
@@ -291,14 +292,14 @@ def chain(report: Report, file: str, facts: Facts, tensors: Tensors, setting: Se
 
     text = unet.prepare(TextContext(torch.cat([tensors["ny"], tensors["y"]])))
     draws = RecordedDraws(noise, tensors["step_noise"][:, 0], tensors["cuts"], overlap)
-    for order in ("sweep", "diagonal"):
+    for order, kind in (("sweep", SweepingRefiner), ("diagonal", RecordingRefiner)):
         watched = Watched(unet)
         settings = RefineConfig(
             chunk=facts["chunk"], overlap=overlap, num_inference_steps=steps, noise_level=start,
             guidance_scale=facts["guide_scale"], guidance_rescale=facts["guide_rescale"] or 0.0, stochastic=True,
-            blending="randomized", cut_range="published", start_scale="published", order=order,
+            cut_range="published", start_scale="published",
         )  # fmt: skip
-        refiner = RecordingRefiner(
+        refiner = kind(
             Denoiser(watched.run, made, lambda _: text), plan, settings, draws,  # type: ignore[arg-type]
             lambda first, stop: clean[:, first:stop].transpose(0, 1),
         )  # fmt: skip
@@ -323,9 +324,13 @@ class RecordingRefiner(Refiner):
         super().__init__(*arguments)
         self.blended: dict[tuple[int, int], Tensor] = {}
 
-    def _advance(self, slot: int, step: int) -> None:
-        self.blended[slot, step] = self.state.pending[slot]
-        super()._advance(slot, step)
+    def _advance(self, frame: int, step: int) -> None:
+        self.blended[frame, step] = self.state.pending[frame]
+        super()._advance(frame, step)
+
+
+class SweepingRefiner(Sweep, RecordingRefiner):
+    """The same in the published order of work."""
 
 
 def ownership(report: Report, file: str, facts: Facts, _: Tensors, __: Setting) -> None:

@@ -12,14 +12,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from benchmarks import concatenation, judge
 from streamt2v.diffusion.schedules import NoiseSchedule
 from streamt2v.errors import ConfigError, NumericsError, OutputError, WeightsError
 from streamt2v.training import batches, denoisers, engine, losses, parts, photographs, sheets
 from streamt2v.training.batches import Ring
 from streamt2v.training.engine import Job
-from streamt2v.training.loop import PARTS, train
+from streamt2v.training.loop import train
 from streamt2v.training.optimizer import Muon, orthogonalise
-from streamt2v.training.world import clips, judge, vae
+from streamt2v.training.parts import JOBS
+from streamt2v.training.world import clips, vae
 from streamt2v.training.world.captions import parse
 from streamt2v.training.world.vae import altered, build_vae, disturbed
 
@@ -31,8 +33,8 @@ MICRO = {
 @pytest.fixture(autouse=True)
 def micro_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two narrow levels, few clips, no sample sheets: every part in about a second."""
-    for name in ("BASE", "CONCATENATED", "IMAGE_TO_VIDEO"):
-        monkeypatch.setattr(denoisers, name, replace(getattr(denoisers, name), **MICRO))
+    for module, name in ((denoisers, "BASE"), (denoisers, "IMAGE_TO_VIDEO"), (concatenation, "SIZES")):
+        monkeypatch.setattr(module, name, replace(getattr(module, name), **MICRO))
     monkeypatch.setattr(denoisers, "CAM", replace(denoisers.CAM, unet=replace(denoisers.CAM.unet, **MICRO)))
     monkeypatch.setattr(parts, "Workshop", partial(parts.Workshop, first=0.02))
     monkeypatch.setattr("streamt2v.training.loop.Workshop", parts.Workshop)
@@ -40,8 +42,6 @@ def micro_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("text_sheet", "streaming_sheet", "image_sheet"):
         monkeypatch.setattr(parts, name, lambda *args: "")
     monkeypatch.setattr(vae, "WIDTHS", (4, 4, 8, 8))
-    monkeypatch.setattr(judge, "FRAMES", 4)
-    monkeypatch.setattr(judge, "held_out_accuracy", lambda network: {})
     monkeypatch.setattr(parts, "image_accuracy", lambda *args: {})
 
 
@@ -59,18 +59,17 @@ def _few(draw):  # type: ignore[no-untyped-def]
 
 
 def test_every_part_trains_on_what_the_parts_before_it_left(tmp_path: Path) -> None:
-    for part in PARTS:
+    for part in JOBS:
         lines: list[str] = []
         result = train(part, minutes=None, steps=2, out=tmp_path, seed=1, log=lines.append)
         assert result["steps"] == 2
         assert lines[-1].startswith("done: 2 steps")
     files = {path.name for path in tmp_path.glob("*.safetensors")}
-    networks = ["vae", "text", "vision", "unet", "cam", "apm", "concatenated", "image_to_video", "judge"]
-    networks += ["refiner", "pixels"]
+    networks = ["vae", "text", "vision", "unet", "cam", "apm", "image_to_video", "refiner", "pixels"]
     assert files == {f"{name}.safetensors" for name in networks}
     assert (tmp_path / "tokenizer.json").is_file()
     table = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
-    assert [row["part"] for row in table] == list(PARTS)
+    assert [row["part"] for row in table] == list(JOBS)
     assert all(row["samples"] > 0 and row["seconds"] > 0 for row in table)
 
     before = load_file(tmp_path / "unet.safetensors")
@@ -87,6 +86,21 @@ def test_every_part_trains_on_what_the_parts_before_it_left(tmp_path: Path) -> N
     assert (resumed["conv_in.weight"] - after["conv_in.weight"]).abs().max() < 0.1
 
 
+def test_the_parts_that_only_benchmarks_use_train_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge, "FRAMES", 4)
+    monkeypatch.setattr(judge, "held_out_accuracy", lambda network: {})
+    for part in ("vae", "text", "vision", "images", "apm"):
+        train(part, minutes=None, steps=1, out=tmp_path)
+    jobs = {"judge": judge.judge_job, "concatenated": concatenation.concatenated_job}
+    for part in jobs:
+        assert train(part, minutes=None, steps=2, out=tmp_path, jobs=jobs)["steps"] == 2
+    before = load_file(tmp_path / "unet.safetensors")
+    after = load_file(tmp_path / "concatenated.safetensors")
+    assert not any("cam_mergers" in key for key in after)
+    assert after["conv_in.weight"].shape[1] == 2 * before["conv_in.weight"].shape[1]
+    assert after["conv_in.weight"][:, 4:].abs().max() > 0  # the new channels learn
+
+
 def test_images_leave_the_temporal_layers_alone(tmp_path: Path) -> None:
     for part in ("vae", "text", "vision", "images"):
         train(part, minutes=None, steps=1, out=tmp_path, seed=1)
@@ -101,23 +115,23 @@ def test_images_leave_the_temporal_layers_alone(tmp_path: Path) -> None:
 
 def test_a_run_in_pieces_is_the_run_in_one(tmp_path: Path) -> None:
     lines: list[str] = []
-    train("judge", minutes=None, steps=4, out=tmp_path / "one", seed=5, steady=True)
-    train("judge", minutes=None, steps=2, out=tmp_path / "two", seed=5, steady=True)
+    train("text", minutes=None, steps=4, out=tmp_path / "one", seed=5, steady=True)
+    train("text", minutes=None, steps=2, out=tmp_path / "two", seed=5, steady=True)
     # The warm-up begins anew with a piece, so the second piece is compared without it.
-    result = train("judge", minutes=None, steps=2, out=tmp_path / "two", seed=99, steady=True, log=lines.append)
+    result = train("text", minutes=None, steps=2, out=tmp_path / "two", seed=99, steady=True, log=lines.append)
     assert result["steps"] == 4
     assert lines[0].startswith("going on after 2 steps")
-    one, two = (torch.load(tmp_path / name / "state" / "judge.pt", weights_only=True) for name in ("one", "two"))
+    one, two = (torch.load(tmp_path / name / "state" / "text.pt", weights_only=True) for name in ("one", "two"))
     assert torch.equal(one["generator"], two["generator"])
     for first, second in zip(one["trained"], two["trained"], strict=True):
         assert torch.allclose(first, second, atol=2e-2)
-    fresh = train("judge", minutes=None, steps=1, out=tmp_path / "two", seed=5, afresh=True)
+    fresh = train("text", minutes=None, steps=1, out=tmp_path / "two", seed=5, afresh=True)
     assert fresh["steps"] == 1
 
 
 def test_state_of_other_networks_is_refused(tmp_path: Path) -> None:
-    train("judge", minutes=None, steps=1, out=tmp_path)
-    (tmp_path / "state" / "judge.pt").rename(tmp_path / "state" / "vae.pt")
+    train("text", minutes=None, steps=1, out=tmp_path)
+    (tmp_path / "state" / "text.pt").rename(tmp_path / "state" / "vae.pt")
     with pytest.raises(WeightsError, match="other sizes"):
         train("vae", minutes=None, steps=1, out=tmp_path)
 
@@ -128,11 +142,11 @@ def test_a_part_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         train("base", minutes=None, steps=1, out=tmp_path)
     with pytest.raises(ConfigError, match="no part"):
         train("unet", minutes=1, steps=None, out=tmp_path)
-    with pytest.raises(WeightsError, match=r"judge\.safetensors"):
-        train("judge", minutes=None, steps=1, out=tmp_path, resume_from=tmp_path / "none")
+    with pytest.raises(WeightsError, match=r"text\.safetensors"):
+        train("text", minutes=None, steps=1, out=tmp_path, resume_from=tmp_path / "none")
     with pytest.raises(OutputError, match="file/out"):
         (tmp_path / "file").touch()
-        train("judge", minutes=None, steps=1, out=tmp_path / "file" / "out")
+        train("text", minutes=None, steps=1, out=tmp_path / "file" / "out")
 
 
 @pytest.mark.parametrize(("minutes", "steps"), [(None, None), (0.0, None), (None, 0), (-1.0, 5), (float("nan"), None)])

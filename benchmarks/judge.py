@@ -1,8 +1,4 @@
 """A judge of generated clips: a small classifier of the world's attributes, trained on rendered clips only."""
-# The libraries' modules are typed as Any.
-# mypy: disable-error-code="no-any-return, no-untyped-call"
-
-from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +10,8 @@ from torch.nn import functional
 
 from streamt2v import files
 from streamt2v.training import bundle
+from streamt2v.training.engine import Job
+from streamt2v.training.parts import Workshop
 from streamt2v.training.world.drawing import render
 from streamt2v.training.world.scenes import ATTRIBUTES, sample_scenes
 
@@ -108,6 +106,20 @@ def save_judge(judge: Judge, folder: Path) -> None:
     """Write folder/judge.safetensors (half precision)."""
     with files.replacing(folder / "judge.safetensors") as part:
         save_file({key: value.half().contiguous() for key, value in judge.state_dict().items()}, part)
+
+
+def judge_job(shop: Workshop) -> Job:
+    """The judge of generated clips, for `train.py`."""
+    network, batch = shop.resumed("judge", Judge()), shop.many(16)
+    return Job(
+        lambda progress: judge_loss(network, shop.generator, batch),
+        list(network.parameters()),
+        lambda folder: save_judge(network, folder),
+        lambda folder: f"held-out accuracy {held_out_accuracy(network)}",
+        adam=list(network.heads.parameters()),
+        samples=batch,
+        device=shop.device,
+    )
 
 
 def load_judge(folder: Path) -> Judge:
