@@ -185,7 +185,7 @@ def test_a_plan_for_a_gpu_that_is_not_here_needs_its_memory(capsys: pytest.Captu
     """And never takes the host's memory for that of a GPU."""
     assert call("plan", "a cat", "--device", "cuda:3") == 2
     said = capsys.readouterr().err
-    assert "'cuda:3' is not there" in said
+    assert "there is no 'cuda:3'" in said
     assert "--memory" in said
     assert call("plan", "a cat", "--device", "cuda:3", "--memory", "24") == 0
     assert "of 24.0 GB (cuda)" in capsys.readouterr().out

@@ -356,7 +356,7 @@ def test_recipes_with_settings_that_are_gone_are_still_read(
     path, again, other = (tmp_path / f"{name}.mp4" for name in ("out", "again", "other"))
     gone = {"stream.solver": "ddim", "refine.blending": "randomized", "refine.order": "sweep"}
     with monkeypatch.context() as earlier:
-        earlier.setattr("streamt2v.jobs.job.to_flat", lambda config: to_flat(config) | gone)
+        earlier.setattr("streamt2v.jobs.prepared.to_flat", lambda config: to_flat(config) | gone)
         assert generate(path, 20, "--no-refine", "--keep-run") == 0
         gone["refine.blending"] = "independent"
         assert generate(other, 20, "--no-refine") == 0

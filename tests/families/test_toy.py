@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ LOSSLESS = ("--set", "output.crf=0")
 
 
 @pytest.fixture(autouse=True)
-def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """List the family beside the others."""
     presets, manifest = tmp_path / "presets", tmp_path / "weights.toml"
     shutil.copytree(config.PRESETS, presets)
@@ -30,6 +31,9 @@ def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "PRESETS", presets)
     monkeypatch.setattr(catalog, "_manifest", lambda root: manifest)
     monkeypatch.setitem(makers.BUILDERS, "toy", "tests.families.toy")
+    config.presets.cache_clear()
+    yield
+    config.presets.cache_clear()
 
 
 def levels(path: Path) -> list[float]:
