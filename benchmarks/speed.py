@@ -620,7 +620,7 @@ def table(results: Path) -> str:
     lines = [
         "# Speed",
         "",
-        "Made by `python benchmarks/speed.py`, which says how it measures; one section a machine.",
+        "Made by `python benchmarks/speed.py`, which explains how it measures; one section per machine.",
         "",
     ]
     for path in sorted(results.glob("*-speed-*.json")):
@@ -683,8 +683,8 @@ def section(result: Mapping[str, Any]) -> list[str]:
         lines.append(f"| {quality} | " + " | ".join(f"{value:.0f}" for value in row.values()) + f" |{target}")
     if profile := result.get("profile", {}):
         kinds = [kind for kind in next(iter(profile.values())) if kind != "whole"]
-        lines += ["", "What remains, by torch's profiler, whose own time counts as such in which nothing runs:", ""]
-        lines += [f"| share of the time | {' | '.join(kinds)} | nothing runs |", "|---" * (len(kinds) + 2) + "|"]
+        lines += ["", "What remains, by torch's profiler; its own time counts as idle:", ""]
+        lines += [f"| share of the time | {' | '.join(kinds)} | idle |", "|---" * (len(kinds) + 2) + "|"]
     for name, row in profile.items():
         shares = [row[kind] / row["whole"] for kind in kinds]
         lines.append(f"| {name} | {' | '.join(f'{share:.0%}' for share in [*shares, max(0, 1 - sum(shares))])} |")
@@ -699,8 +699,8 @@ def section(result: Mapping[str, Any]) -> list[str]:
             f"| {name} | {row['without']:.3g} | {row['with']:.3g} | {row['with'] / row['without']:.2f} | {change} |"
         )
     if near := result.get("near_gains", {}):
-        lines += ["", "What near gains change: [concepts.md](concepts.md).", ""]
-        lines += ["| near gain | without, s | with, s | with / without |", "|---|---|---|---|"]
+        lines += ["", "What approximate gains change: [concepts.md](concepts.md).", ""]
+        lines += ["| approximate gain | without, s | with, s | with / without |", "|---|---|---|---|"]
     for name, row in near.items():
         lines.append(f"| {name} | {row['without']:.3g} | {row['with']:.3g} | {row['with'] / row['without']:.2f} |")
     gaps = ", ".join(f"{gap:.0e} in {name}" for name, gap in result["rounding"].items())

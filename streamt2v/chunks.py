@@ -108,9 +108,19 @@ def covering(plan: Sequence[Chunk], frame: int) -> tuple[int, ...]:
     return tuple(range(first, after))
 
 
-def seams(plan: Sequence[Chunk], begin: int = 0) -> tuple[int, ...]:
-    """Return the frames, from `begin` on, at which a later chunk's new frames begin: where a seam would show."""
-    return tuple(begin + chunk.new_start for chunk in plan[1:])
+def base_offset(kept: int, size: int) -> int:
+    """Return the frame at which the base video begins if `kept` frames are continued: their last `size` start it."""
+    return max(0, kept - size)
+
+
+def shifted(plan: Sequence[Chunk], by: int) -> tuple[Chunk, ...]:
+    """Return a plan with `by` added to all frame numbers."""
+    return tuple(Chunk(chunk.index, chunk.start + by, chunk.stop + by, chunk.new_start + by) for chunk in plan)
+
+
+def seams(plan: Sequence[Chunk]) -> tuple[int, ...]:
+    """Return the frames at which a later chunk's new frames begin: where a seam would show."""
+    return tuple(chunk.new_start for chunk in plan[1:])
 
 
 def evenly(num_frames: int, count: int) -> tuple[int, ...]:

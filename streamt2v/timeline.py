@@ -1,4 +1,4 @@
-"""Prompts over time: how a time is written, and at which frame a run switches to each prompt."""
+"""Prompts over time: how a time is written, at which frame a run switches to each prompt, and the chunks it has."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamt2v import config
-from streamt2v.chunks import seams, snap, streaming_plan
+from streamt2v.chunks import Chunk, base_offset, refinement_plan, seams, shifted, snap, streaming_plan
 from streamt2v.config import RunConfig
 from streamt2v.errors import ConfigError
 
@@ -34,11 +34,24 @@ def turns(run: RunConfig, command: str = "generate", kept: int = 0) -> tuple[Pro
     later = [] if command == "refine" else [frame for frame in asked if frame >= kept]
     followed = dict[int, int]()
     if later:
-        begin = max(0, kept - run.stream.chunk)
-        plan = streaming_plan(run.num_frames - begin, run.stream.chunk, run.stream.overlap)
-        followed = dict(zip(later, snap(later, seams(plan, begin)), strict=True))
+        stream, _ = plans(run, command, kept)
+        followed = dict(zip(later, snap(later, seams(stream)), strict=True))
     changes = (Prompt(frame, followed.get(frame, frame), run.prompts[frame]) for frame in asked)
     return (Prompt(0, 0, run.prompt), *changes)
+
+
+def plans(run: RunConfig, command: str = "generate", kept: int = 0) -> tuple[tuple[Chunk, ...], tuple[Chunk, ...]]:
+    """Return the chunks of the streaming and of the refinement stage, in frames of the output.
+
+    The first chunk of a continued video starts with the last of its `kept` frames. A stage that the run leaves out has
+    no chunks.
+    """
+    stream, refine = run.stream, run.refine
+    begin = base_offset(kept, stream.chunk)
+    made = run.num_frames - begin
+    first = streaming_plan(made, stream.chunk, stream.overlap) if command != "refine" else ()
+    second = refinement_plan(made, refine.chunk, refine.overlap) if refine.enabled else ()
+    return shifted(first, begin), shifted(second, begin)
 
 
 def prompt_at(timeline: Sequence[Prompt], frame: int) -> str:

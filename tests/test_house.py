@@ -110,3 +110,15 @@ def test_the_commands_of_the_readme_exist() -> None:
 
 def test_the_reference_of_the_command_line_is_fresh() -> None:
     assert generate_cli.PAGE.read_text("utf-8") == generate_cli.page(), "run `make docs`"
+
+
+def test_the_tree_names_every_module() -> None:
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text("utf-8")
+    found: set[str] = set()
+    room = ""
+    for indent, name in re.findall(r"^( {2}|    )([\w/]+(?:\.py|/)) ", text, re.MULTILINE):
+        room = "" if len(indent) == 2 else room
+        found |= {room + name} if name.endswith(".py") else set()
+        room = name if name.endswith("/") else room
+    modules = {path.relative_to(PACKAGE).as_posix() for path in SOURCES if not path.name.startswith("__")}
+    assert found == modules

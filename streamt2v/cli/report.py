@@ -1,13 +1,12 @@
 """How a video was made, as one HTML page: recipe, prompts, chunks and a contact sheet."""
 
-from dataclasses import dataclass
-
-from streamt2v import chunks, config
+from streamt2v import config
+from streamt2v.chunks import Chunk
 from streamt2v.jobs import run_directory
 from streamt2v.jobs.recipe import Look, recorded_run, recorded_timeline
 from streamt2v.media import pages, preview
 from streamt2v.media.frames import contact_sheet
-from streamt2v.timeline import Prompt
+from streamt2v.timeline import Prompt, plans
 
 _BODY = """
 <p>{{ facts }}</p>
@@ -20,13 +19,12 @@ _BODY = """
 {% endfor %}
 </table>
 {% endif %}
-{% for stage, rows in stages.items() if rows %}
+{% for stage, plan, seconds in stages if plan %}
 <h2>Chunks, {{ stage }}</h2>
-{% set timed = rows|map(attribute="seconds")|reject("none")|list %}
-<table><tr><th>chunk</th><th>frames</th><th>new</th>{% if timed %}<th>seconds</th>{% endif %}</tr>
-{% for row in rows %}
-<tr><td>{{ row.chunk }}</td><td>{{ row.start }} to {{ row.stop - 1 }}</td><td>{{ row.new }}</td>
-{% if timed %}<td>{{ "-" if row.seconds is none else "%.1f" % row.seconds }}</td>{% endif %}</tr>
+<table><tr><th>chunk</th><th>frames</th><th>new</th>{% if seconds %}<th>seconds</th>{% endif %}</tr>
+{% for chunk in plan %}
+<tr><td>{{ chunk.index }}</td><td>{{ chunk.start }} to {{ chunk.stop - 1 }}</td><td>{{ chunk.num_new }}</td>
+{% if seconds %}<td>{{ "%.1f" % seconds[chunk.index] if chunk.index in seconds else "-" }}</td>{% endif %}</tr>
 {% endfor %}
 </table>
 {% endfor %}
@@ -39,15 +37,6 @@ _BODY = """
 """
 
 
-@dataclass(frozen=True)
-class _Row:
-    chunk: int
-    start: int
-    stop: int
-    new: int
-    seconds: float | None
-
-
 def as_html(seen: Look) -> str:
     """Return the page of a video, or of an unfinished run."""
     facts, sheet, recipe = "nothing can be seen yet", "", seen.recipe
@@ -57,27 +46,15 @@ def as_html(seen: Look) -> str:
     known = recorded_run(recipe)
     if known is not None and found is not None and not seen.unfinished and known[0].num_frames != found.frames:
         known = None  # cut since, or a false claim: its chunks are not known
-    stages: dict[str, list[_Row]] = {}
     prompts: tuple[Prompt, ...] = ()
+    stages: list[tuple[str, tuple[Chunk, ...], dict[int, float]]] = []
     if known is not None:
-        prompts = recorded_timeline(recipe, known[0].num_frames)
-        stages = _stages(*known, run_directory.chunk_seconds(run_directory.directory_for(seen.output)))
+        run, command, kept = known
+        prompts = recorded_timeline(recipe, run.num_frames)
+        stream, refine = plans(run, command, kept)
+        # Of the streaming stage, if its run directory still exists.
+        seconds = run_directory.chunk_seconds(run_directory.directory_for(seen.output))
+        stages = [("streaming", stream, seconds), ("refinement", refine, {})]
     title = f"{seen.output.name}{', unfinished' if seen.unfinished else ''}"
-    return pages.render(
-        title, _BODY, facts=facts, sheet=sheet, prompts=prompts, stages=stages, recipe=config.flatten(recipe)
-    )
-
-
-def _stages(run: config.RunConfig, command: str, kept: int, seconds: dict[int, float]) -> dict[str, list[_Row]]:
-    """Return the chunks of both stages, with the seconds per chunk of the first if the run directory still exists."""
-    begin = max(0, kept - run.stream.chunk)
-    made = run.num_frames - begin
-    streaming = chunks.streaming_plan(made, run.stream.chunk, run.stream.overlap) if command != "refine" else ()
-    refinement = chunks.refinement_plan(made, run.refine.chunk, run.refine.overlap) if run.refine.enabled else ()
-    return {
-        stage: [
-            _Row(chunk.index, begin + chunk.start, begin + chunk.stop, chunk.num_new, taken.get(chunk.index))
-            for chunk in plan
-        ]
-        for stage, plan, taken in (("streaming", streaming, seconds), ("refinement", refinement, dict[int, float]()))
-    }
+    values = {"facts": facts, "sheet": sheet, "prompts": prompts, "stages": stages, "recipe": config.flatten(recipe)}
+    return pages.render(title, _BODY, **values)

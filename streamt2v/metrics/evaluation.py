@@ -23,7 +23,7 @@ from streamt2v.media.frames import Frames
 from streamt2v.metrics import clip as clips
 from streamt2v.metrics import motion, scores
 from streamt2v.metrics.scores import Series
-from streamt2v.timeline import Prompt
+from streamt2v.timeline import Prompt, plans
 from streamt2v.weights import hub
 
 if TYPE_CHECKING:
@@ -143,20 +143,15 @@ def parse_seams(text: str) -> tuple[int, ...]:
 
 
 def seams_of(recipe: Mapping[str, Any], num_frames: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the frames at which chunks of the streaming and of the refinement stage begin, by the recipe in a video.
-
-    In an extended video the first chunk starts with the last frames of the video it continues.
-    """
+    """Return the frames at which chunks of the streaming and refinement stages begin, by the recipe in a video."""
     if (recorded := recorded_run(recipe)) is None:
         return (), ()
     run, command, kept = recorded
-    stream, refine, begin = run.stream, run.refine, max(0, kept - run.stream.chunk)
-    made = num_frames - begin
-    if made < 1:
+    try:
+        stream, refine = plans(dataclasses.replace(run, num_frames=num_frames), command, kept)
+    except ConfigError:  # fewer frames than are kept
         return (), ()
-    first = chunks.streaming_plan(made, stream.chunk, stream.overlap) if command != "refine" else ()
-    second = chunks.refinement_plan(made, refine.chunk, refine.overlap) if refine.enabled else ()
-    return chunks.seams(first, begin), chunks.seams(second, begin)
+    return chunks.seams(stream), chunks.seams(refine)
 
 
 def inspect(path: Path, settings: Settings) -> Subject:

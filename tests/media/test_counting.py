@@ -140,7 +140,6 @@ def test_a_run_that_gets_fewer_frames_says_so(
     source = corners(tmp_path / "in.mp4", frames=10)
     monkeypatch.setattr(isolated, "read_frames", lambda path, note: reading.read_frames(path, 4, None))
     found = isolated.probe(source)
-    monkeypatch.setattr(reading, "MAX_RATE", 1000)
     longer = dataclasses.replace(found.clock, frames=12)
     monkeypatch.setattr(isolated, "probe", lambda path: dataclasses.replace(found, clock=longer))
     assert refine(source, tmp_path / "out.mp4") == 3

@@ -168,7 +168,7 @@ def test_a_video_that_grows_midway_is_refused(tmp_path: Path, samples: Path, mon
     path.write_bytes((samples / "mp2.ts").read_bytes() + (tmp_path / "large.ts").read_bytes())
     with pytest.raises(VideoError, match="changes its frame size to 256x192"):
         list(reading.read_frames(path))
-    monkeypatch.setattr(reading, "_MAX_PIXELS", 128 * 96)
+    monkeypatch.setattr(reading, "MAX_PIXELS", 128 * 96)
     with pytest.raises(VideoError, match="cannot be read as a video"):  # the decoder does not even begin
         list(reading.read_frames(path))
 

@@ -9,14 +9,15 @@ import pytest
 
 from streamt2v.cli import doctor
 from streamt2v.errors import OutputError
-from streamt2v.media import ffmpeg, reading, seal, sound
+from streamt2v.media import ffmpeg, reading, seal, sound, writing
 from tests.media.test_video import RATES, written
 from tests.media.test_video import samples as samples
 
 
 @pytest.fixture
 def no_binary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "find_spec", lambda name: None)
+    for module in (writing, ffmpeg):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
 
 
@@ -36,8 +37,8 @@ def content(path: Path) -> tuple[object, ...]:
 def test_the_file_holds_the_same(fps: Fraction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     growing = written(tmp_path / "growing", fps=fps)
     growing.finish(tmp_path / "binary.mp4", "made é by 'me'")
-    monkeypatch.setattr(reading, "find_spec", lambda name: None)
-    monkeypatch.setattr(ffmpeg, "run_ffmpeg", lambda *_: pytest.fail("the binary was started"))
+    monkeypatch.setattr(writing, "find_spec", lambda name: None)
+    monkeypatch.setattr(writing, "run_ffmpeg", lambda *_: pytest.fail("the binary was started"))
     growing.finish(tmp_path / "odd %d:'.mp4", "made é by 'me'")
     found = [content(tmp_path / name) for name in ("binary.mp4", "odd %d:'.mp4")]
     assert found[0] == found[1]

@@ -541,7 +541,7 @@ import sys
 from pathlib import Path
 from streamt2v import devices
 from streamt2v.metrics.evaluation import Settings, evaluate
-from streamt2v.progress import Progress
+from streamt2v.cli.progress import Progress
 for path in sys.argv[2:]:
     evaluate([Path(path)], Settings(flow_size=int(sys.argv[1])), Progress(quiet=True), print)
     print(devices.peak_memory())
