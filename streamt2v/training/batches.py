@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,10 +13,6 @@ from streamt2v import files
 
 Rows = dict[str, Tensor]
 """Columns of a table: tensors with one row an example."""
-
-
-def _no_pairs() -> Tensor:
-    return torch.empty(0, 2, dtype=torch.long)
 
 
 @dataclass(frozen=True)
@@ -29,41 +25,30 @@ class Batch:
     latents: Tensor  # [B, C, F, h, w]
     captions: list[str]
     mask: Tensor  # [B, F, h, w] in [0, 1]: where errors count more
-    pairs: Tensor = field(default_factory=_no_pairs)  # rows [P, 2] of clips that differ in direction and its word only
     shown: Tensor | None = None  # [B, Fc, 3, H, W]: the first frames, as CAM will meet them
     anchors: Tensor | None = None  # [B, 3, H, W]: a frame of the past
+    own: Tensor | None = None  # [B, C, F, h, w]: what the network itself made of the clips
+    pairs: Tensor | None = None  # rows [P, 2] of clips that differ in direction and its word only
 
     def __len__(self) -> int:
         return len(self.captions)
 
-    def row(self, index: int) -> Batch:
-        """One clip as a batch."""
-        at = slice(index, index + 1)
-        return replace(
-            self,
-            latents=self.latents[at],
-            captions=self.captions[at],
-            mask=self.mask[at],
-            pairs=_no_pairs(),
-            shown=None if self.shown is None else self.shown[at],
-            anchors=None if self.anchors is None else self.anchors[at],
-        )
+    def columns(self) -> Rows:
+        """The tensors that hold a row for each clip, by name."""
+        columns = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        columns.pop("pairs", None)
+        return columns
+
+    def take(self, rows: list[int]) -> Batch:
+        """Some of the clips; pairs are forgotten."""
+        captions = [self.captions[row] for row in rows]
+        return Batch(captions=captions, **{name: column[rows] for name, column in self.columns().items()})
 
 
-def join(batches: list[Batch]) -> Batch:
-    """Concatenate batches of one kind; pairs are forgotten."""
-
-    def cat(parts: list[Tensor | None]) -> Tensor | None:
-        given = [part for part in parts if part is not None]
-        return torch.cat(given) if given else None
-
-    return Batch(
-        torch.cat([b.latents for b in batches]),
-        [caption for b in batches for caption in b.captions],
-        torch.cat([b.mask for b in batches]),
-        shown=cat([b.shown for b in batches]),
-        anchors=cat([b.anchors for b in batches]),
-    )
+def join(first: Batch, second: Batch) -> Batch:
+    """Concatenate two batches of one kind; pairs are forgotten."""
+    columns = {name: torch.cat([column, second.columns()[name]]) for name, column in first.columns().items()}
+    return Batch(captions=first.captions + second.captions, **columns)
 
 
 class Ring:

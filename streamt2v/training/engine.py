@@ -25,6 +25,7 @@ from streamt2v.errors import NumericsError, WeightsError
 from streamt2v.training.optimizer import Muon
 
 Log = Callable[[str], None]
+REPORT_MINUTES = 10.0  # between two savings
 
 
 @dataclass
@@ -118,6 +119,12 @@ class Progress:
     smooth: float = 0.0  # loss
     first: float = 0.0
 
+    def add(self, loss: float, samples: int) -> None:
+        """Count one more step."""
+        self.first = self.first if self.steps else loss
+        self.smooth += max(0.01, 1 / (self.steps + 1)) * (loss - self.smooth)
+        self.steps, self.samples = self.steps + 1, self.samples + samples
+
 
 class Checkpoint:
     """Everything a step depends on, in one file: weights, their average, the optimizer's memory, the random numbers."""
@@ -170,7 +177,6 @@ def run(
     generator: torch.Generator,
     state: Path | None = None,
     steady: bool = False,
-    report_minutes: float = 10.0,
 ) -> dict[str, float]:
     """Train a job for some minutes or steps, whichever ends first, from where an earlier run stopped.
 
@@ -180,10 +186,9 @@ def run(
         minutes: wall-clock limit of this run; at least one of the limits is needed.
         steps: step limit of this run.
         log: called with one line of text now and then.
-        generator: of every draw of the job; its state is kept, too.
-        state: file that holds the run between sittings; None starts afresh and keeps nothing.
+        generator: of every draw of the job; its state is saved too.
+        state: file that holds the run between sittings; None starts afresh and saves nothing.
         steady: keep the learning rate: this run will be continued.
-        report_minutes: time between two savings.
 
     Returns:
         Number of steps, first and last smoothed loss, seconds and samples of this run and those before it.
@@ -198,36 +203,20 @@ def run(
     done = Progress() if checkpoint is None else checkpoint.load()
     if done.steps:
         log(f"going on after {done.steps} steps, {done.seconds / 3600:.2f} h, loss {done.smooth:.4f}")
-    before = done.seconds
+    before, steps_before = done.seconds, done.steps
     start = last_report = time.monotonic()
-    step = 0
-    kind = torch.device(job.device).type
     while True:
-        now = time.monotonic()
+        now, step = time.monotonic(), done.steps - steps_before
         by_time = (now - start) / (60 * minutes) if minutes else 0.0
         progress = max(by_time, step / steps if steps else 0.0)
         if progress >= 1:
             break
-        factor = rate_factor(step, progress, steady)
-        for group in optimizer.param_groups:
-            group["lr"] = job.learning_rate * factor * (5.0 if group["quick"] else 1.0)
-        with torch.autocast(kind, torch.bfloat16, enabled=job.half or kind == "cuda"):
-            loss = job.loss(progress)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise NumericsError(f"the loss is {value} after {done.steps} steps", "lower the learning rate")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(job.trained, 1.0)
-        optimizer.step()
+        done.add(_step(job, optimizer, progress, rate_factor(step, progress, steady)), job.samples)
         average.update()
-        done.smooth += max(0.01, 1 / (done.steps + 1)) * (value - done.smooth)
-        done.first = value if done.steps == 0 else done.first
-        step += 1
-        done.steps, done.samples, done.seconds = done.steps + 1, done.samples + job.samples, before + now - start
-        if step in (20, 100):
+        done.seconds = before + now - start
+        if step + 1 in (20, 100):
             log(f"step {done.steps}  {now - start:.0f} s  loss {done.smooth:.4f}")
-        if now - last_report > 60 * report_minutes:
+        if now - last_report > 60 * REPORT_MINUTES:
             last_report = now
             if checkpoint is not None:
                 checkpoint.save(done)
@@ -239,8 +228,7 @@ def run(
         checkpoint.save(done)
     average.exchange()
     job.save(out)
-    summary = job.report(out)
-    log(f"done: {step} steps, {done.seconds - before:.0f} s, loss {done.smooth:.4f}; {summary}")
+    log(f"done: {step} steps, {done.seconds - before:.0f} s, loss {done.smooth:.4f}; {job.report(out)}")
     return {
         "steps": float(done.steps),
         "samples": float(done.samples),
@@ -248,6 +236,23 @@ def run(
         "loss": done.smooth,
         "seconds": done.seconds,
     }
+
+
+def _step(job: Job, optimizer: Muon, progress: float, factor: float) -> float:
+    """Take one step with `factor` times the job's learning rate; returns the loss before it."""
+    kind = torch.device(job.device).type
+    for group in optimizer.param_groups:
+        group["lr"] = job.learning_rate * factor * (5.0 if group["quick"] else 1.0)
+    with torch.autocast(kind, torch.bfloat16, enabled=job.half or kind == "cuda"):
+        loss = job.loss(progress)
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise NumericsError(f"the loss is {value} after {progress:.0%} of the run", "lower the learning rate")
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(job.trained, 1.0)
+    optimizer.step()
+    return value
 
 
 def record(folder: Path, part: str, device: str, result: dict[str, float]) -> None:

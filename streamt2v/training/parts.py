@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPVisionModelWithProjection
 
 from streamt2v.models.apm import AppearanceTokens
@@ -207,10 +207,8 @@ def base_job(shop: Workshop) -> Job:
     mistakes = _mistakes(network, lambda: source.clips(batch), lesson)
 
     def loss(progress: float) -> torch.Tensor:
-        if next(turn) % 3 == 2:
-            clips, own = mistakes.draw(batch)
-            return denoisers.video_loss(network, clips, lesson, own)
-        return denoisers.video_loss(network, source.clips(batch, pairs=1), lesson)
+        clips = mistakes.draw(batch) if next(turn) % 3 == 2 else source.clips(batch, pairs=1)
+        return denoisers.video_loss(network, clips, lesson)
 
     other = {id(p) for p in bundle.parameters_in(network, MERGERS, MIXING)}
     return Job(
@@ -231,10 +229,11 @@ def _mistakes(unet: UNet3D, draw: Callable[[], Batch], lesson: Lesson, capacity:
     """What the base makes of clips that were noised part of the way and of their captions."""
 
     @torch.no_grad()
-    def make() -> tuple[Batch, Tensor]:
+    def make() -> Batch:
         clips = draw()
         conditioning = unet.prepare(lesson.text.encode(clips.captions))
-        return clips, own_states(lambda x, t: unet(x, t, conditioning), clips.latents, 6, lesson.generator)
+        own = own_states(lambda x, t: unet(x, t, conditioning), clips.latents, 6, lesson.generator)
+        return replace(clips, own=own)
 
     return OwnStates(make, lesson.generator, capacity)
 
@@ -256,13 +255,12 @@ def decoder_job(shop: Workshop) -> Job:
     mistakes = _mistakes(unet, lambda: source.pictured(2), lesson, capacity=64)
 
     def loss(progress: float) -> torch.Tensor:
-        clips, made = mistakes.draw(4)
+        clips = mistakes.draw(4)
         frames = torch.randint(CLIP_FRAMES, (2,), generator=shop.generator).tolist()
-        latents = torch.cat([clips.latents[:, :, frames[0]], made[:, :, frames[1]]])
-        assert clips.shown is not None
-        pixels = torch.cat([clips.shown[:, frames[0]], clips.shown[:, frames[1]]])
-        masks = torch.cat([clips.mask[:, frames[0]], clips.mask[:, frames[1]]])[:, None]
-        return vae.decoder_loss(network, latents, pixels, masks)
+        assert clips.shown is not None and clips.own is not None
+        latents = torch.cat([clips.latents[:, :, frames[0]], clips.own[:, :, frames[1]]])
+        pixels, masks = (torch.cat([clip[:, frame] for frame in frames]) for clip in (clips.shown, clips.mask))
+        return vae.decoder_loss(network, latents, pixels, masks[:, None])
 
     return Job(
         loss,
@@ -299,26 +297,12 @@ def joint_job(shop: Workshop) -> Job:
 
 
 def _streaming_job(shop: Workshop, with_apm: bool, with_base: bool = False) -> Job:
-    unet = shop.faster(shop.finished("unet", UNet3D(denoisers.BASE), continued=True))
-    cam = ConditionalAttention(denoisers.CAM)
-    continued = shop.resume or (shop.out if with_apm else None)
-    if continued is None or not (continued / "cam.safetensors").is_file():
-        init_from_unet(cam, unet)
-        align_mergers(unet)
-    else:
-        bundle.read(continued, "cam", cam)
-    cam.to(shop.device)
-    apm = AppearanceTokens(DIM, 2 * DIM, denoisers.IMAGE_TOKENS, DIM)
-    if with_apm and continued is not None and (continued / "apm.safetensors").is_file():
-        bundle.read(continued, "apm", apm)
-    apm.to(shop.device)
+    unet, cam, apm = _streaming_networks(shop, with_apm)
     lesson = shop.lesson()
     assert lesson.vision is not None
     parts = (apm, lesson.vision) if with_apm else None
-    source = shop.source(lesson.vae)
+    source, batch, turn = shop.source(lesson.vae), shop.many(4), count()
     open_parts = ("",) if with_base else (MERGERS, MIXING) if with_apm else (MERGERS,)
-    turn = count()
-    batch = shop.many(4)
     unet.requires_grad_(False)
     trained = [*bundle.parameters_in(unet, *open_parts), *cam.parameters(), *(apm.parameters() if with_apm else ())]
     for parameter in trained:
@@ -331,10 +315,10 @@ def _streaming_job(shop: Workshop, with_apm: bool, with_base: bool = False) -> J
             bundle.write(folder, "apm", apm)
 
     @torch.no_grad()
-    def continued_wrongly() -> tuple[Batch, Tensor]:
+    def continued_wrongly() -> Batch:
         chunks = source.chunks(batch)
         denoise = streamed(unet, cam, parts, chunks, lesson, dropping=False)
-        return chunks, own_states(denoise, chunks.latents, 8, shop.generator)
+        return replace(chunks, own=own_states(denoise, chunks.latents, 8, shop.generator))
 
     own_chunks = OwnStates(continued_wrongly, shop.generator)
     own_clips = _mistakes(unet, lambda: source.clips(batch), lesson)
@@ -342,26 +326,18 @@ def _streaming_job(shop: Workshop, with_apm: bool, with_base: bool = False) -> J
     def loss(progress: float) -> torch.Tensor:
         index = next(turn)
         if with_base and index % 4 == 0:
-            if index % 8 == 4:
-                clips, own = own_clips.draw(batch)
-                return denoisers.video_loss(unet, clips, lesson, own)
-            return denoisers.video_loss(unet, source.clips(batch, pairs=1), lesson)
-        if index % 4 == 2:
-            chunks, own = own_chunks.draw(batch)
-            return denoisers.streaming_loss(unet, cam, parts, chunks, lesson, own)
-        return denoisers.streaming_loss(unet, cam, parts, source.chunks(batch), lesson)
+            clips = own_clips.draw(batch) if index % 8 == 4 else source.clips(batch, pairs=1)
+            return denoisers.video_loss(unet, clips, lesson)
+        chunks = own_chunks.draw(batch) if index % 4 == 2 else source.chunks(batch)
+        return denoisers.streaming_loss(unet, cam, parts, chunks, lesson)
 
+    adam = [*_rims(cam), *bundle.parameters_in(cam, "_codes"), *bundle.parameters_in(unet, MIXING, "_codes")]
     return Job(
         loss,
         trained,
         save,
         lambda folder: streaming_sheet(folder / "streaming.png", models(unet, lesson.vae, cam, parts), lesson.text),
-        adam=[
-            *_rims(cam),
-            *bundle.parameters_in(cam, "_codes"),
-            *bundle.parameters_in(unet, MIXING, "_codes"),
-            *(_rims(unet) if with_base else ()),
-        ],
+        adam=adam + (_rims(unet) if with_base else []),
         quick=[*bundle.parameters_in(unet, MERGERS, ".apm.alpha"), *bundle.parameters_in(cam, "cond_embedding")],
         learning_rate=1e-3,
         average=0.998,
@@ -369,6 +345,22 @@ def _streaming_job(shop: Workshop, with_apm: bool, with_base: bool = False) -> J
         device=shop.device,
         keep=source.save,
     )
+
+
+def _streaming_networks(shop: Workshop, with_apm: bool) -> tuple[UNet3D, ConditionalAttention, AppearanceTokens]:
+    """Base, CAM and APM, continued where there is something to continue, else CAM as a copy of the base's encoder."""
+    unet = shop.faster(shop.finished("unet", UNet3D(denoisers.BASE), continued=True))
+    cam = ConditionalAttention(denoisers.CAM)
+    apm = AppearanceTokens(DIM, 2 * DIM, denoisers.IMAGE_TOKENS, DIM)
+    continued = shop.resume or (shop.out if with_apm else None)
+    if continued is None or not (continued / "cam.safetensors").is_file():
+        init_from_unet(cam, unet)
+        align_mergers(unet)
+    else:
+        bundle.read(continued, "cam", cam)
+    if with_apm and continued is not None and (continued / "apm.safetensors").is_file():
+        bundle.read(continued, "apm", apm)
+    return unet, cam.to(shop.device), apm.to(shop.device)
 
 
 @torch.no_grad()

@@ -20,7 +20,6 @@ from streamt2v.training.world.scenes import ATTRIBUTES, FLOATING, Scenes, join_s
 
 CLIP_FRAMES = 16
 COND_FRAMES = 8
-FRAME_SIZE = (72, 128)
 LATENT_SIZE = (9, 16)
 LATEST = 400  # frame index up to which late clips start
 
@@ -123,17 +122,17 @@ class WorldSource:
         rows = self._early.draw(count, fresh=count / 16)
         captions = self._captions(rows)
         ring = self._early.rows
-        drifting = (ring["motion"][::2] < FLOATING).nonzero()[:, 0] if pairs else torch.empty(0)
-        pairs = pairs if len(drifting) else 0
-        if pairs:
-            choice = torch.randint(len(drifting), (pairs,), generator=self.generator).to(self.device)
-            first = 2 * drifting[choice]
-            index = torch.stack([first, first + 1], 1).flatten()
-            for name, column in rows.items():
-                column[: 2 * pairs] = ring[name][index]
-            captions[: 2 * pairs] = list(self._paired_captions(_scenes(rows), pairs))
-        batch = self._batch(rows, captions)
-        return replace(batch, pairs=torch.arange(2 * pairs, device=self.device).view(pairs, 2))
+        drifting = (ring["motion"][::2] < FLOATING).nonzero()[:, 0]
+        if not pairs or not len(drifting):
+            return self._batch(rows, captions)
+        choice = torch.randint(len(drifting), (pairs,), generator=self.generator).to(self.device)
+        first = 2 * drifting[choice]
+        index = torch.stack([first, first + 1], 1).flatten()
+        for name, column in rows.items():
+            column[: 2 * pairs] = ring[name][index]
+        captions[: 2 * pairs] = list(self._paired_captions(_scenes(rows), pairs))
+        places = torch.arange(2 * pairs, device=self.device).view(pairs, 2)
+        return replace(self._batch(rows, captions), pairs=places)
 
     def _paired_captions(self, scenes: Scenes, pairs: int) -> Iterator[str]:
         for row, labels in enumerate(scenes.labels()[: 2 * pairs].tolist()):

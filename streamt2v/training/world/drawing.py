@@ -27,8 +27,9 @@ BALL, STAR, LANTERN, MOON = range(4)
 
 Colours = Sequence[Sequence[float]]
 PAINT: Colours = (
-    (1.0, 0.10, 0.07), (0.08, 0.92, 0.26), (0.10, 0.36, 1.0), (1.0, 0.70, 0.05), (0.66, 0.16, 1.0), (1.0, 0.96, 0.90),
-)  # fmt: skip
+    *((1.0, 0.10, 0.07), (0.08, 0.92, 0.26), (0.10, 0.36, 1.0)),
+    *((1.0, 0.70, 0.05), (0.66, 0.16, 1.0), (1.0, 0.96, 0.90)),
+)
 # By time of day: the sky at the top, half way and at the horizon; the sun; what light falls on the land.
 _SKY_TOP: Colours = ((0.16, 0.36, 0.62), (0.10, 0.09, 0.30), (0.010, 0.018, 0.075))
 _SKY_MIDDLE: Colours = ((0.36, 0.58, 0.78), (0.46, 0.20, 0.42), (0.030, 0.055, 0.17))
@@ -278,15 +279,14 @@ def _water(view: _View, picture: Tensor, lit: Tensor, reflected: Tensor, ground:
     x, relief = view.x, view.relief
     near = ((view.y - view.horizon) / (1 - view.horizon)).clamp(0, 1)
     depth = torch.log(near + 0.10)
+    swell = 0.9 * torch.sin(2.2 * x + relief)
+    ripples = 1.4 * torch.sin(3.1 * x - relief + view.angle(0.04))
+    chop = 2.2 * torch.sin(4.3 * x + 2 * relief - view.angle(0.05))
     wave = (
-        0.50 * torch.sin(7.5 * depth + 0.9 * torch.sin(2.2 * x + relief) - view.angle(0.16))
-        + 0.35 * torch.sin(
-            12.5 * depth + 1.4 * torch.sin(3.1 * x - relief + view.angle(0.04)) - view.angle(0.23) + 1.7 * x
-        )
-        + 0.25 * torch.sin(
-            21 * depth + 2.2 * torch.sin(4.3 * x + 2 * relief - view.angle(0.05)) - view.angle(0.31) - 2.6 * x
-        )
-    ) * _smooth(near / 0.10)  # fmt: skip
+        0.50 * torch.sin(7.5 * depth + swell - view.angle(0.16))
+        + 0.35 * torch.sin(12.5 * depth + ripples - view.angle(0.23) + 1.7 * x)
+        + 0.25 * torch.sin(21 * depth + chop - view.angle(0.31) - 2.6 * x)
+    ) * _smooth(near / 0.10)
     water = (reflected * 0.60 + ground * view.ambient * 0.55) * (1.02 - 0.38 * near[:, None])
     water = water + (0.085 * wave * (1 - 0.4 * view.night))[:, None] * (view.low * 0.6 + 0.2)
     glitter = torch.exp(-(((x - view.sun_x) / (0.07 + 0.26 * near)) ** 2)) * (0.42 + 0.58 * wave).clamp(min=0)
@@ -435,9 +435,7 @@ def shape(kind: int, x: Tensor, y: Tensor, pixel: Tensor) -> tuple[Tensor, Tenso
 
 def _subject(view: _View, picture: Tensor) -> Tensor:
     """Halo, body and glowing heart of the subject."""
-    x, y, pixel = (
-        value / view.radius for value in (view.x - view.centre_x, view.y - view.centre_y, view.pixel)
-    )  # fmt: skip
+    x, y, pixel = (value / view.radius for value in (view.x - view.centre_x, view.y - view.centre_y, view.pixel))
     body, heart, outside = (torch.zeros_like(x) for _ in range(3))
     for kind in range(len(ATTRIBUTES["subject"])):
         rows = (view.subject == kind).nonzero()[:, 0]
