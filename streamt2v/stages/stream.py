@@ -24,9 +24,15 @@ NoiseOfChunk = Callable[[Chunk], ChunkNoise]
 
 
 def network_step(
-    unet: UNet3D, cam: ConditionalAttention | None, latents: Tensor, timestep: Tensor, denoiser: Conditioning,
-    extractor: Conditioning | None, embedded: Tensor | None, deep: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    unet: UNet3D,
+    cam: ConditionalAttention | None,
+    latents: Tensor,
+    timestep: Tensor,
+    denoiser: Conditioning,
+    extractor: Conditioning | None,
+    embedded: Tensor | None,
+    deep: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """Do what the networks do in one denoising step, in one piece for a compiler: CAM, then the denoiser's `run`."""
     features = None
     if cam is not None and extractor is not None and embedded is not None:
@@ -110,10 +116,13 @@ def anchor_tokens(models: StreamModels, anchor: Tensor) -> Tensor | None:
 
 
 def predictor(
-    models: StreamModels, denoiser: Conditioning, extractor: Conditioning | None, frames: Tensor,
+    models: StreamModels,
+    denoiser: Conditioning,
+    extractor: Conditioning | None,
+    frames: Tensor,
     whole_at: Collection[int] | None = None,
-) -> Predict:  # fmt: skip
-    """Return the network conditioned on frames [Fc, 3, H, W] in its way; both branches see the same frames.
+) -> Predict:
+    """Return the network conditioned on frames [Fc, 3, H, W]; both branches see the same ones.
 
     `whole_at` are the timesteps at which its deep layers are computed, None: all (see `reusing`).
     """
@@ -135,7 +144,7 @@ def continued(
     """Yield (new frames [n, 3, H, W], state after them) for each of `chunks`, which continue the state.
 
     Args:
-        new_frames: (chunk, conditioning frames [Fc, 3, H, W]) -> the frames it adds when it is generated whole.
+        new_frames: (chunk, conditioning frames [Fc, 3, H, W]) -> the frames that the whole chunk adds, as a streamer's.
         state: where to go on.
         chunks: of a streaming plan, in order.
     """
@@ -176,8 +185,3 @@ class Streamer:
         """Return the frames [n, 3, H, W] in [-1, 1] that the whole chunk adds; no others are decoded."""
         latents = self.chunk_latents(chunk, conditioning_frames)[0, :, chunk.new_start - chunk.start :]
         return decode_latents(self.models.vae, latents.transpose(0, 1))
-
-    @torch.inference_mode()
-    def run(self, state: StreamState, chunks: Sequence[Chunk]) -> Iterator[tuple[Tensor, StreamState]]:
-        """Yield (new frames [n, 3, H, W], state after them) for each of `chunks`, which continue the state."""
-        yield from continued(self.new_frames, state, chunks)
