@@ -115,7 +115,7 @@ def init_from_unet(cam: ConditionalAttention, unet: UNetEncoder) -> None:
     """Copy the denoiser's encoder into CAM, the start of its training; sizes must agree.
 
     Raises:
-        ConfigError: a layer of CAM beside the pixel stack has no counterpart of its shape.
+        ConfigError: a layer of CAM outside the pixel stack has no counterpart of its shape.
     """
     source = unet.state_dict()
     own = {name: value for name, value in cam.state_dict().items() if not name.startswith("cond_embedding.")}

@@ -54,7 +54,7 @@ class UNet3DConfig(Table):
     attention_head_dim: int = 64
     """Width of one head; a layer of C channels has C / attention_head_dim heads."""
     transformer_in_heads: int = 8
-    """Heads of the temporal transformer behind the first convolution; 0 leaves it out."""
+    """Heads of the temporal transformer after the first convolution; 0 leaves it out."""
     norm_num_groups: int = 32
     text_tokens: int = 77
     image_tokens: int = 0
@@ -68,7 +68,7 @@ class UNet3DConfig(Table):
     frame_codes: bool = False
     """Text-dependent codes of the frame index in all temporal attention; needs `pooled_text_dim`."""
     blends_time: bool = False
-    """Layers that blend what they see in a frame and over time (see `spacetime`), not one after the other."""
+    """Whether layers blend what they see in a frame and over time (see `spacetime`), not one after the other."""
 
     def __post_init__(self) -> None:
         if len(self.block_out_channels) != len(self.attention_levels):
@@ -170,7 +170,7 @@ class CamFeatures:
 
 @dataclass(frozen=True)
 class Step:
-    """What every block sees of one denoising step beside the features."""
+    """What every block sees of one denoising step besides the features."""
 
     embedding: Tensor
     frames: int
@@ -319,7 +319,7 @@ class CamMerger(nn.Module):
 
 
 class CamMergers(nn.Module):
-    """One merger for every skip and one behind the middle."""
+    """One merger for every skip and one after the middle."""
 
     def __init__(self, config: UNet3DConfig) -> None:
         super().__init__()
@@ -382,7 +382,7 @@ class UNetEncoder(nn.Module):
         self, latents: Tensor, timestep: Tensor | float, conditioning: Conditioning, temporal: bool, shallow: bool
     ) -> Step:
         """Embed the timestep (scalar or [B]) and the pooled text, and line up what the blocks need for latents."""
-        device = conditioning.keys_values[0].keys.device  # that of the weights is the host while they wait there
+        device = conditioning.keys_values[0].keys.device  # weights that wait on the host are elsewhere
         times = timestep.to(device) if isinstance(timestep, Tensor) else torch.full((1,), timestep, device=device)
         embedding = self.time_embedding(times.reshape(-1))
         pooled = conditioning.pooled

@@ -51,7 +51,7 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Motion:
-    """What the network is told beside the picture: frames per second, amount of motion, noise added to the picture.
+    """What the network is told besides the picture: frames per second, amount of motion, noise added to the picture.
 
     `fps_id` is the rate minus one; motion_bucket_id is 0 (still) to 255; noise_aug_strength is a deviation.
     """
@@ -126,8 +126,8 @@ def decode_groups(
         num_frames: F.
         decode_chunk_size: frames at once.
         overlap: frames that neighbouring groups share.
-        variant: published: groups side by side, so that a rest of one frame is decoded without neighbours; corrected:
-            groups overlap and all have the same size.
+        variant: published: groups side by side, so that a single frame left over is decoded without neighbours;
+            corrected: groups overlap and all have the same size.
 
     Raises:
         ConfigError: sizes out of range.
@@ -204,7 +204,7 @@ class PictureStreamer:
         """Return the guided network at noise levels rho [N+1].
 
         Args:
-            rho: noise levels; the last is not asked for.
+            rho: noise levels; nothing is estimated at the last.
             beside: result of `anchor_latents`.
             conditioning_frames: [Fc, 3, H, W] in [-1, 1]; both branches see them.
             frames: F of the chunk.
@@ -218,7 +218,7 @@ class PictureStreamer:
 
         def predict(latents: Tensor, step: int, rows: slice) -> Tensor:
             given = torch.cat([latents, beside[rows].to(latents)], dim=1)
-            # A number in a tensor, as compiled code would be made anew for every other number.
+            # As a tensor: for every new plain number compiled code would be compiled again.
             level = torch.full((1,), factors[step].c_noise, device=latents.device)
             seen = None if self.extractor is None else self.extractor.rows(rows)
             return models.step(models.unet, models.cam, given, level, self.denoiser.rows(rows), seen, embedded, None)[0]

@@ -17,7 +17,7 @@ Rows = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """Encoded clips and what is said of them.
+    """Encoded clips and what is known of them.
 
     Shapes: B clips of F frames; C channels of h x w latent cells; Fc conditioning frames of H x W pixels in [-1, 1].
     """
@@ -52,15 +52,15 @@ def join(first: Batch, second: Batch) -> Batch:
 
 
 class Ring:
-    """A table of examples that are dear to make: it grows to its capacity, then the oldest give way.
+    """A table of examples that are expensive to make: it grows to its capacity, then the oldest give way.
 
     Args:
-        make: makes about so many new rows, as columns.
+        make: makes about as many new rows as asked for, as columns.
         capacity: rows kept.
         first: rows made before the first draw.
         generator: decides which rows are drawn.
         path: where the table lies between runs; None keeps it in memory only.
-        device: where rows are made and kept, wherever they were made before.
+        device: where rows are made and kept, also those of earlier runs elsewhere.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Ring:
         self.owed += fresh
         while len(self) < self.first or self.owed >= at_once:
             self.owed = max(0.0, self.owed - at_once)
-            # Examples are exact, and kept in 16 bit of another kind than training computes in.
+            # Examples are made in 32 bit and kept as float16; training computes in bfloat16.
             with torch.autocast(self.device.type, enabled=False):
                 self.add(self.make(at_once))
         index = torch.randint(len(self), (count,), generator=self.generator)

@@ -61,6 +61,6 @@ def parameters_in(network: nn.Module, *parts: str) -> list[nn.Parameter]:
 
 
 def seeded(seed: int) -> torch.Generator:
-    """A generator, and the global one seeded too (initial weights come from it)."""
+    """A seeded generator; the global one, which initial weights come from, is seeded too."""
     torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)

@@ -60,7 +60,7 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
 class TextSource:
-    """Captions to text contexts through the frozen text encoder."""
+    """Turns captions into text contexts by the frozen text encoder."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, encoder: CLIPTextModelWithProjection) -> None:
         self.tokenizer, self.encoder = tokenizer, encoder.eval()
@@ -73,7 +73,7 @@ class TextSource:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What the losses share: the networks that do not learn, and where chance comes from."""
+    """What the losses share: the networks that do not learn, and the source of randomness."""
 
     text: TextSource
     vae: Any
@@ -82,7 +82,7 @@ class Lesson:
     generator: torch.Generator
 
     def chance(self, count: int) -> list[float]:
-        """Numbers in [0, 1), one a row."""
+        """Random numbers in [0, 1), one a row."""
         return torch.rand(count, generator=self.generator).tolist()
 
     def context(self, captions: list[str], dropped: list[bool]) -> TextContext:
@@ -107,7 +107,7 @@ def image_loss(unet: UNet3D, batch: Batch, lesson: Lesson) -> Tensor:
 
 
 def video_loss(unet: UNet3D, batch: Batch, lesson: Lesson) -> Tensor:
-    """Loss on clips, or on what the network made of them, if `batch.own` says so (see `own_states`).
+    """Loss on clips, or on what the network made of them where `batch.own` holds that (see `own_states`).
 
     Mirrored pairs, if there are any, learn the difference that the direction's word makes. Timesteps 999 u^p favour
     high noise, where the text decides on motion.
@@ -160,7 +160,7 @@ def own_states(denoise: Denoise, clean: Tensor, highest: int, generator: torch.G
     Args:
         denoise: the network with its conditioning.
         clean: true clips [B, C, F, h, w].
-        highest: noise at most so many of the `steps` back; `steps` begins with pure noise.
+        highest: start at most so many steps before the end; `steps` of them begin with pure noise.
         generator: of the noise.
         steps: of the sampler, eta 1.
 
@@ -175,7 +175,7 @@ def own_states(denoise: Denoise, clean: Tensor, highest: int, generator: torch.G
 
 @torch.no_grad()
 def sampled(denoise: Denoise, noisy: Tensor, begin: int, generator: torch.Generator, steps: int = 8) -> Tensor:
-    """The last `begin` of `steps` sampler steps with eta 1, on latents [B, C, F, h, w] noised as that demands."""
+    """The last `begin` of `steps` sampler steps at eta 1, from latents [B, C, F, h, w] noised up to there."""
     timesteps, levels = _schedule().ddim_grid(steps)
     timesteps, levels = timesteps[steps - begin :], levels[steps - begin :]
     x = noisy
@@ -271,8 +271,8 @@ def streaming_loss(
 
 
 def importance(frames: int, length: int) -> Tensor:
-    """How much each frame of a chunk counts in the loss, [length]: the first `frames` of it are thrown away after
-    sampling, the one after them makes the seam."""
+    """How much each frame of a chunk counts in the loss, [length]: the first `frames` are thrown away after sampling,
+    the next one makes the seam."""
     counts = torch.ones(length)
     counts[:frames] = 0.5
     counts[frames : frames + 2] = torch.tensor([2.0, 1.5])[: length - frames]
@@ -282,7 +282,7 @@ def importance(frames: int, length: int) -> Tensor:
 def image_to_video_loss(unet: UNet3D, batch: Batch, lesson: Lesson) -> Tensor:
     """Loss of the picture-to-video denoiser: a batch whose anchors are its first frames.
 
-    The first frame's latents stand beside every frame's, its embedding beside the text. In one case of ten text and
+    The first frame's latents are concatenated to every frame's, its embedding to the text. In one case of ten text and
     picture are dropped together, in one of ten the text alone.
     """
     latents, generator = batch.latents, lesson.generator

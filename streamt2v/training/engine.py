@@ -1,7 +1,8 @@
 """The training loop: every part is a `Job` (networks, loss, report), and one function runs them all.
 
-A run may last for days in pieces: everything that a step depends on is written beside the weights now and then, and the
-same command goes on from there. Steps are few and dear on a CPU, so the loop uses Muon and an average of the weights.
+A run may take days, in several sittings: everything that a step depends on is written beside the weights now and then,
+and the same command goes on from there. Steps on a CPU are few and expensive, so the loop uses Muon and an average of
+the weights.
 """
 # The libraries' modules are typed as Any.
 # mypy: disable-error-code="no-any-return, no-untyped-call"
@@ -43,7 +44,7 @@ class Job:
     adam: list[nn.Parameter] = field(default_factory=list)
     """Those of `trained` that Muon does not suit: embeddings, first and last layers."""
     quick: list[nn.Parameter] = field(default_factory=list)
-    """Those of `trained` that learn five times as fast: new layers beside trained ones."""
+    """Those of `trained` that learn five times as fast: new layers among trained ones."""
     learning_rate: float = 1e-3
     average: float = 0.995
     """Decay of the average a step."""
@@ -51,9 +52,9 @@ class Job:
     """Examples in one loss, for the log."""
     device: str = "cpu"
     half: bool = False
-    """Run the loss in bfloat16 on a CPU, too: pays for wide convolutions on large pictures. A GPU always does."""
+    """Run the loss in bfloat16 on a CPU too: this pays for wide convolutions on large pictures. A GPU always does."""
     keep: Callable[[], None] = field(default=lambda: None)
-    """Called when state is saved: keep what was made for training, too."""
+    """Called when the state is saved, to save the examples that were made as well."""
 
 
 class Average:
@@ -125,6 +126,11 @@ class Progress:
         self.smooth += max(0.01, 1 / (self.steps + 1)) * (loss - self.smooth)
         self.steps, self.samples = self.steps + 1, self.samples + samples
 
+    def result(self) -> dict[str, float]:
+        """What a run returns and records."""
+        counts = {"steps": float(self.steps), "samples": float(self.samples)}
+        return {**counts, "first_loss": self.first, "loss": self.smooth, "seconds": self.seconds}
+
 
 class Checkpoint:
     """Everything a step depends on, in one file: weights, their average, the optimizer's memory, the random numbers."""
@@ -133,7 +139,7 @@ class Checkpoint:
         self.path, self.job, self.optimizer, self.average, self.generator = path, job, optimizer, average, generator
 
     def load(self) -> Progress:
-        """Take up an earlier run, if there was one.
+        """Resume an earlier run, if there was one.
 
         Raises:
             WeightsError: the file is of other networks.
@@ -229,13 +235,7 @@ def run(
     average.exchange()
     job.save(out)
     log(f"done: {step} steps, {done.seconds - before:.0f} s, loss {done.smooth:.4f}; {job.report(out)}")
-    return {
-        "steps": float(done.steps),
-        "samples": float(done.samples),
-        "first_loss": done.first,
-        "loss": done.smooth,
-        "seconds": done.seconds,
-    }
+    return done.result()
 
 
 def _step(job: Job, optimizer: Muon, progress: float, factor: float) -> float:
@@ -256,7 +256,7 @@ def _step(job: Job, optimizer: Muon, progress: float, factor: float) -> float:
 
 
 def record(folder: Path, part: str, device: str, result: dict[str, float]) -> None:
-    """Append one line to folder/training.jsonl: what a run of a part has come to."""
+    """Append one line to folder/training.jsonl: the result of one run of a part."""
     row = {"part": part, "device": device, "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()), **result}
     with (folder / "training.jsonl").open("a") as table:
         table.write(json.dumps(row) + "\n")

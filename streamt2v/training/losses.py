@@ -32,7 +32,7 @@ def draw_timesteps(count: int, generator: torch.Generator, power: float = 1.0) -
 def pixel_effect(vae: Any, latents: Tensor) -> Tensor:
     """How much a change of each latent channel moves the decoded pixels, [C], with mean one.
 
-    Channels of a VAE differ in what they do to the picture; a loss that counts them alike spends effort where no eye
+    Channels of a VAE differ in what they do to the picture; a loss that counts them alike spends effort where nobody
     sees it.
 
     Args:

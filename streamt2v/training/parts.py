@@ -60,11 +60,11 @@ class Workshop:
     """Share of the usual number of examples rendered before the first step; small in tests."""
 
     def many(self, count: int) -> int:
-        """A batch for the device: `count` where a CPU computes, eight times as many on a GPU, which would idle."""
+        """A batch size for the device: `count` on a CPU, eight times as many on a GPU, which would otherwise idle."""
         return count if torch.device(self.device).type == "cpu" else 8 * count
 
     def faster(self, network: Any) -> Any:
-        """Compile a network that learns, in place, where starting its kernels takes longer than the kernels."""
+        """Compile a network that learns, in place, on a GPU: launching its kernels takes longer than running them."""
         if torch.device(self.device).type == "cuda":
             network.compile(dynamic=False)
         return network
@@ -105,7 +105,7 @@ class Workshop:
         return Lesson(text, decoder, vision, pixel_effect(decoder, latents), self.generator)
 
     def source(self, decoder: Any) -> WorldSource:
-        """Batches of the drawn world, kept beside the weights."""
+        """Batches of the drawn world; their examples are kept beside the weights."""
         return WorldSource(decoder, self.generator, self.out / "state" / "rings", first=self.first)
 
 
@@ -173,7 +173,7 @@ def vision_job(shop: Workshop) -> Job:
 
 
 def images_job(shop: Workshop) -> Job:
-    """The base's spatial layers on single frames: most of what a picture needs, at a sixteenth of a clip's price."""
+    """The base's spatial layers on single frames: most of what pictures need, at a sixteenth of a clip's price."""
     network = shop.faster(shop.resumed("unet", UNet3D(denoisers.BASE)))
     lesson = shop.lesson()
     source = shop.source(lesson.vae)
@@ -226,7 +226,7 @@ def base_job(shop: Workshop) -> Job:
 
 
 def _mistakes(unet: UNet3D, draw: Callable[[], Batch], lesson: Lesson, capacity: int = 256) -> OwnStates:
-    """What the base makes of clips that were noised part of the way and of their captions."""
+    """What the base makes of clips that were noised part of the way, and of their captions."""
 
     @torch.no_grad()
     def make() -> Batch:
@@ -239,7 +239,7 @@ def _mistakes(unet: UNet3D, draw: Callable[[], Batch], lesson: Lesson, capacity:
 
 
 def decoder_job(shop: Workshop) -> Job:
-    """The VAE's decoder alone, half on clean latents and half on what the base makes of them: it learns to mend those.
+    """The VAE's decoder alone, half on clean latents and half on what the base makes of them, which it learns to mend.
 
     The encoder, and so the latent space that all denoisers know, stays as it is.
     """
@@ -290,7 +290,7 @@ def apm_job(shop: Workshop) -> Job:
 def joint_job(shop: Workshop) -> Job:
     """Base, CAM and APM together: three steps in four with CAM and APM, one with both off.
 
-    The last keeps the base the initializer it was. Where time is short this beats frozen phases, because the base goes
+    That one keeps the base a good initializer. Where time is short this beats the frozen phases, because the base goes
     on learning.
     """
     return _streaming_job(shop, with_apm=True, with_base=True)

@@ -1,4 +1,4 @@
-"""Pictures and numbers of what the networks can do now: sampled videos, contact sheets, the change at seams."""
+"""Pictures and numbers of what the networks can do so far: sampled videos, contact sheets, the change at seams."""
 # The libraries' modules are typed as Any.
 # mypy: disable-error-code="no-any-return, no-untyped-call"
 
@@ -35,7 +35,7 @@ OVERLAP = 8
 def models(
     unet: UNet3D, vae: Any, cam: ConditionalAttention | None = None, apm: AppearanceModule | None = None
 ) -> StreamModels:
-    """Bring trained networks together for the streaming stage."""
+    """Join trained networks for the streaming stage."""
     network, vision = apm or (None, None)
     return StreamModels(unet, NoiseSchedule(DEMO_SCHEDULE), vae, cam, network, vision)
 

@@ -1,4 +1,4 @@
-"""Batches of the drawn world: rendered, encoded, kept in rings, captioned anew at every draw."""
+"""Batches of the drawn world: rendered, encoded, kept in rings, given a new caption at every draw."""
 # The libraries' modules are typed as Any.
 # mypy: disable-error-code="no-any-return, no-untyped-call"
 
@@ -154,19 +154,19 @@ class WorldSource:
         return replace(batch, latents=latents, shown=shown, anchors=anchors)
 
     def pictured(self, count: int) -> Batch:
-        """Clips as of `clips`, with all of their frames as pixels."""
+        """Clips as from `clips`, with all of their frames as pixels."""
         rows = self._early.draw(count, fresh=count / 16)
         frames = rows["start"][:, None] + torch.arange(CLIP_FRAMES, device=self.device)
         return replace(self._batch(rows, self._captions(rows)), shown=render(_scenes(rows), frames))
 
     def first_frames(self, count: int) -> Batch:
-        """Clips that start anywhere, with their first frame as anchor: a picture to begin from."""
+        """Clips that start anywhere, with their first frame as anchor: a picture to start from."""
         rows = self._late.draw(count, fresh=count / 16)
         batch = self._batch(rows, self._captions(rows))
         return replace(batch, anchors=render(_scenes(rows), rows["start"][:, None])[:, 0])
 
     def _conditioning(self, rows: Rows, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """The first frames of clips as CAM will meet them, and what is to follow them.
+        """The first frames of clips as CAM will meet them, and the latents to learn after them.
 
         While streaming, CAM sees what the model itself made. So some are rendered, some decoded from disturbed latents,
         and all carry a little noise: otherwise small errors are copied and grow from chunk to chunk. Half of the

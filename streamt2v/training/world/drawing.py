@@ -37,7 +37,7 @@ _SKY_LOW: Colours = ((0.80, 0.84, 0.84), (1.0, 0.55, 0.28), (0.10, 0.17, 0.33))
 _SUN: Colours = ((1.0, 0.96, 0.84), (1.0, 0.74, 0.38), (0.62, 0.74, 1.0))
 _AMBIENT: Colours = ((1.0, 1.0, 1.0), (0.78, 0.56, 0.56), (0.22, 0.29, 0.50))
 _SUN_POWER = (0.42, 0.80, 0.16)
-_SPILL = (0.62, 0.80, 1.0)  # how much of the subject's light shows: a bright sky takes less
+_SPILL = (0.62, 0.80, 1.0)  # how much of the subject's light shows: less against a bright sky
 _LAND: Colours = ((0.05, 0.20, 0.32), (0.13, 0.27, 0.17), (0.74, 0.50, 0.30), (0.12, 0.14, 0.20))
 _SNOW = (0.86, 0.90, 0.96)
 _LAMP = (1.0, 0.76, 0.40)  # lit windows
@@ -88,7 +88,7 @@ class _View:
         return _View(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
     def angle(self, rate: float) -> Tensor:
-        """The angle that something has turned by which turns `rate` radians a frame."""
+        """The angle reached by now at `rate` radians a frame."""
         cycles = in_period(torch.full_like(self.period, rate / (2 * math.pi)), self.period)
         return 2 * math.pi * cycles * self.frame
 
@@ -97,12 +97,12 @@ class _View:
         return torch.sigmoid(4 * distance / self.pixel.clamp(min=width))
 
     def away(self) -> Tensor:
-        """Distance from the sun's place; it stands behind the horizon but by day."""
+        """Distance from the sun, which stands behind the horizon except by day."""
         down = self.y - self.horizon + 0.02 + 0.32 * self.day
         return ((self.x - self.sun_x).square() / 1.6 + down.square() + 1e-6).sqrt()
 
     def dimmed(self) -> Tensor:
-        """What the weather lets through of the sun."""
+        """The share of the sun that the weather lets through."""
         return 1 - 0.55 * (0.8 * self.cloudy + 0.7 * self.misty + self.snowy).clamp(max=1)
 
 
@@ -154,7 +154,7 @@ def _smooth(value: Tensor) -> Tensor:
 
 
 def _fraction(value: Tensor) -> Tensor:
-    """Something like a random number in [0, 1) for every value."""
+    """A random-looking number in [0, 1) for every value."""
     return torch.frac(value.sin().abs() * 43.7)
 
 
