@@ -55,6 +55,13 @@ def freeze(network: Network, device: str = "cpu") -> Network:
     return network.to(device).eval().requires_grad_(False)
 
 
+def train_only(network: nn.Module, parameters: list[nn.Parameter]) -> None:
+    """Let these parameters learn, and no others of a network."""
+    network.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+
+
 def parameters_in(network: nn.Module, *parts: str) -> list[nn.Parameter]:
     """Parameters whose name contains one of the parts."""
     return [p for name, p in network.named_parameters() if any(part in name for part in parts)]

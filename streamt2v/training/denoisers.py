@@ -77,7 +77,7 @@ class Lesson:
 
     text: TextSource
     vae: Any
-    vision: CLIPVisionModelWithProjection | None
+    vision: CLIPVisionModelWithProjection
     channels: Tensor  # weight of each latent channel, see `losses.pixel_effect`
     generator: torch.Generator
 
@@ -286,7 +286,7 @@ def image_to_video_loss(unet: UNet3D, batch: Batch, lesson: Lesson) -> Tensor:
     picture are dropped together, in one of ten the text alone.
     """
     latents, generator = batch.latents, lesson.generator
-    assert lesson.vision is not None and batch.anchors is not None
+    assert batch.anchors is not None
     timesteps = draw_timesteps(len(batch), generator, power=0.7).to(latents.device)
     noise = normal_like(latents, generator)
     chance = torch.rand(len(batch), generator=generator)

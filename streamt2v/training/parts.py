@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CLIPVisionModelWithProjection
 
 from streamt2v.models.apm import AppearanceTokens
 from streamt2v.models.cam import ConditionalAttention, init_from_unet
@@ -85,24 +84,13 @@ class Workshop:
         """Load a finished part that is only used."""
         return bundle.freeze(self.finished(name, network), self.device)
 
-    def vae(self) -> Any:
-        """The finished VAE."""
-        return self.frozen("vae", vae.build_vae())
-
-    def vision(self) -> CLIPVisionModelWithProjection:
-        """The finished image encoder."""
-        return self.frozen("vision", build_vision())
-
-    def text(self) -> TextSource:
-        """The finished text encoder."""
-        tokenizer = build_tokenizer()
-        return TextSource(tokenizer, self.frozen("text", build_text(len(tokenizer))))
-
     def lesson(self) -> Lesson:
         """The finished networks that the denoisers learn with."""
-        decoder, text, vision = self.vae(), self.text(), self.vision()
-        latents = encode(decoder, vae.held_out(16)[:, None])[:, :, 0]
-        return Lesson(text, decoder, vision, pixel_effect(decoder, latents), self.generator)
+        tokenizer = build_tokenizer()
+        text = TextSource(tokenizer, self.frozen("text", build_text(len(tokenizer))))
+        codec, vision = self.frozen("vae", vae.build_vae()), self.frozen("vision", build_vision())
+        latents = encode(codec, vae.held_out(16)[:, None])[:, :, 0]
+        return Lesson(text, codec, vision, pixel_effect(codec, latents), self.generator)
 
     def source(self, decoder: Any) -> WorldSource:
         """Batches of the drawn world; their examples are kept beside the weights."""
@@ -247,11 +235,8 @@ def decoder_job(shop: Workshop) -> Job:
     unet = shop.frozen("unet", UNet3D(denoisers.BASE))
     lesson = shop.lesson()
     source = shop.source(lesson.vae)
-    network.requires_grad_(False)
     trained = bundle.parameters_in(network, "decoder.", "post_quant_conv.")
-    for parameter in trained:
-        parameter.requires_grad_(True)
-
+    bundle.train_only(network, trained)
     mistakes = _mistakes(unet, lambda: source.pictured(2), lesson, capacity=64)
 
     def loss(progress: float) -> torch.Tensor:
@@ -299,14 +284,11 @@ def joint_job(shop: Workshop) -> Job:
 def _streaming_job(shop: Workshop, with_apm: bool, with_base: bool = False) -> Job:
     unet, cam, apm = _streaming_networks(shop, with_apm)
     lesson = shop.lesson()
-    assert lesson.vision is not None
     parts = (apm, lesson.vision) if with_apm else None
     source, batch, turn = shop.source(lesson.vae), shop.many(4), count()
     open_parts = ("",) if with_base else (MERGERS, MIXING) if with_apm else (MERGERS,)
-    unet.requires_grad_(False)
     trained = [*bundle.parameters_in(unet, *open_parts), *cam.parameters(), *(apm.parameters() if with_apm else ())]
-    for parameter in trained:
-        parameter.requires_grad_(True)
+    bundle.train_only(unet, trained)
 
     def save(folder: Path) -> None:
         bundle.write(folder, "unet", unet, denoiser=True)
