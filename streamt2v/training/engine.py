@@ -89,12 +89,12 @@ class Average:
             value.copy_(kept)
 
 
-def rate_factor(step: int, progress: float, steady: bool, warm_up: int = 30) -> float:
-    """Learning rate factor: linear warm-up over some steps of this run, flat to 40 % of it, then linear to nearly zero.
+def rate_factor(step: int, progress: float, steady: bool) -> float:
+    """Learning rate factor: linear warm-up over 30 steps of this run, flat to 40 % of it, then linear to nearly zero.
 
     A steady run stays flat: it will be continued.
     """
-    warm = min(1.0, (step + 1) / warm_up)
+    warm = min(1.0, (step + 1) / 30)
     return warm if steady else warm * min(1.0, max(0.02, (1 - progress) / 0.6))
 
 

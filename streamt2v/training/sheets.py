@@ -77,16 +77,16 @@ def write_sheet(path: Path, rows: Tensor) -> None:
 
 
 @torch.no_grad()
-def image_sheet(path: Path, unet: UNet3D, lesson: Lesson, count: int = 24, guidance: float = 1.5) -> str:
-    """Make single frames of random prompts, drawn in one place so that sheets can be compared, four rows of them."""
-    generator = torch.Generator().manual_seed(5)
+def image_sheet(path: Path, unet: UNet3D, lesson: Lesson) -> str:
+    """Make single frames of 24 random prompts, always the same so that sheets can be compared, four rows of them."""
+    count, generator = 24, torch.Generator().manual_seed(5)
     captions = [canonical(labels) for labels in sample_scenes(count, generator).labels().tolist()]
     asked = unet.prepare(lesson.text.encode(captions))
     empty = unet.prepare(lesson.text.encode([""] * count))
 
     def denoise(noisy: Tensor, timesteps: Tensor) -> Tensor:
         plain = unet(noisy, timesteps, empty, temporal=False)
-        return plain + guidance * (unet(noisy, timesteps, asked, temporal=False) - plain)
+        return plain + 1.5 * (unet(noisy, timesteps, asked, temporal=False) - plain)
 
     channels = unet.unet_config.in_channels
     noise = torch.randn(count, channels, 1, *LATENT_SIZE, generator=generator).to(unet.conv_in.weight.device)
