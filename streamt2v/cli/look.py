@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,20 +48,12 @@ def info(
         emit(plain(f"{key} = {value}"))
 
 
-def evaluate(
-    videos: Annotated[list[Path], typer.Argument(help="The videos to measure, from any source.", show_default=False)],
+def measuring(
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="What they show, for CLIP. Default: each video's own prompt.")
     ] = None,
     against: Annotated[
         Path | None, typer.Option("--against", help="Compare every frame with this video: PSNR and SSIM.")
-    ] = None,
-    report_file: Annotated[
-        Path | None, typer.Option("--report", help="Write an HTML page with plots and a contact sheet.")
-    ] = None,
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the scores, one row per video.")] = None,
-    frames_csv: Annotated[
-        Path | None, typer.Option("--frames-csv", help="Write the measurements, one row per frame.")
     ] = None,
     seams: Annotated[
         str | None,
@@ -82,9 +74,24 @@ def evaluate(
     ] = "auto",
     clip_every: Annotated[int, typer.Option("--clip-every", help="Apply CLIP to every Nth frame.")] = 8,
     device: Annotated[str, typer.Option("--device", help="Where CLIP runs: auto, cpu, cuda, cuda:1, mps.")] = "auto",
+) -> None:
+    """What `evaluate` measures and how: the fields of `evaluation.Settings`."""
+
+
+@options.knows(measuring)
+def evaluate(
+    videos: Annotated[list[Path], typer.Argument(help="The videos to measure, from any source.", show_default=False)],
+    report_file: Annotated[
+        Path | None, typer.Option("--report", help="Write an HTML page with plots and a contact sheet.")
+    ] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the scores, one row per video.")] = None,
+    frames_csv: Annotated[
+        Path | None, typer.Option("--frames-csv", help="Write the measurements, one row per frame.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", "-f", help="Replace files that exist.")] = False,
     json_output: options.Json = False,
     quiet: options.Quiet = False,
+    **given: Any,
 ) -> None:
     """Measure videos: scene cuts, motion and warp error (MAWE), CLIP, drift, seams, stagnation, flicker.
 
@@ -101,11 +108,12 @@ def evaluate(
     except ImportError as error:
         hint = 'install what it needs with `pip install "streamt2v[metrics]"`'
         raise ConfigError(f"evaluate cannot start: {error}", hint) from error
-    begins = None if seams is None else evaluation.parse_seams(seams)
-    settings = evaluation.Settings(prompt, against, begins, window, flow_size, clip, clip_every, device)
+    if given["seams"] is not None:
+        given["seams"] = evaluation.parse_seams(given["seams"])
+    settings = evaluation.Settings(**given)
     targets = [target for target in (report_file, csv_file, frames_csv) if target is not None]
     for number, target in enumerate(targets):
-        prepare.check_target(target, overwrite, *videos, against, *targets[:number])
+        prepare.check_target(target, overwrite, *videos, settings.against, *targets[:number])
     with terminable("stopped; nothing was written"), Progress(quiet=quiet) as progress:
         results, failures = evaluation.evaluate(videos, settings, progress, progress.say)
     for failure in failures[not results :]:
