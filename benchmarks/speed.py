@@ -325,7 +325,7 @@ def measure_parts(
     state = stream.StreamState.after_first_chunk(networks.base_frames(own.chunk), own.overlap)
     for quality in QUALITIES:
         asked = settings(networks.config.model, quality, given)
-        chunks = partial(networks.streamer(asked).run, state, [second])
+        chunks = partial(stream.continued, networks.streamer(asked).new_frames, state, [second])
         more = {"frames": own.chunk, "steps": asked.stream.num_inference_steps}
         measured(f"{CHUNK}, {quality}", base, lambda chunks=chunks: next(chunks())[0], **more)
     canvas, square = networks.canvas(), networks.canvas(square=True)
