@@ -111,8 +111,8 @@ def see(output: Path) -> Seen:
         growing = run / run_directory.GROWING
         seen = fragments.measure(growing) if is_inside(growing, run) else fragments.Growing()
         chunks = _chunks(run)
-    except (OSError, StreamT2VError):
-        return Seen("gone", "gone")  # it ends at this moment
+    except (OSError, StreamT2VError, ValueError):
+        return Seen("gone", "gone")  # it ends at this moment, or is none of ours
     name = hashlib.sha256(json.dumps(recipe.get("config")).encode()).hexdigest()
     last = f"{seen.frames} {len(chunks)}"
     if known is None:

@@ -212,5 +212,5 @@ def _last(output: Path) -> list[dict[str, object]]:
         fps = 1.0 if known is None else known[0].output.fps
         small = [np.asarray(Image.fromarray(image).reduce(max(1, image.shape[1] // _WIDTH))) for image in images]
         return [still._asdict() for still in pages.sheet(small, numbers, fps)]
-    except (StreamT2VError, OSError):
+    except (StreamT2VError, OSError, ValueError):
         return []
