@@ -3,22 +3,16 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
+from streamt2v.cli.options import argument, option
 from streamt2v.cli.terminal import emit, say
 from streamt2v.errors import InputError, OutputError
 from streamt2v.jobs import run_directory
 
 
 def watch(
-    place: Annotated[
-        Path,
-        typer.Argument(metavar="[OUT|DIR]", help="An output, or a folder of them. Default: here.", show_default=False),
-    ] = Path(),
-    open_browser: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
-    port: Annotated[
-        int, typer.Option("--port", help="Port of 127.0.0.1. Default: any that is free.", min=0, max=65535)
-    ] = 0,
+    place: Annotated[Path, argument("An output, or a folder of them. Default: here.", metavar="[OUT|DIR]")] = Path(),
+    open_browser: Annotated[bool, option("--open", "Open the page in the browser.")] = False,
+    port: Annotated[int, option("--port", "Port of 127.0.0.1. Default: any that is free.", min=0, max=65535)] = 0,
 ) -> None:
     """Show a run in the browser while it goes on: what is finished plays, with progress, prompts and the last frames.
 

@@ -107,7 +107,7 @@ def last_frames(path: Path) -> tuple[int, Frames]:
     try:
         with path.open("rb") as file:
             data = io.BytesIO(_read(file, 0, header) + _read(file, start, known.size))
-        with av.open(data) as container:
+        with av.open(data, "r") as container:
             images = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         return first, np.stack(images)
     except (OSError, ValueError, av.error.FFmpegError) as error:
