@@ -120,7 +120,7 @@ class Still(NamedTuple):
     picture: str
 
 
-def sheet(images: Sequence[Frames], numbers: Sequence[int], fps: float | Fraction) -> list[Still]:
+def sheet(images: Sequence[Frames] | Frames, numbers: Sequence[int], fps: float | Fraction) -> list[Still]:
     """Return small frames [h,w,3] as a contact sheet; so many, evenly spaced, that rows of six or of two are full.
 
     Args:

@@ -150,7 +150,7 @@ def as_html(results: Sequence[Measured], settings: Settings) -> str:
     if settings.against is not None:
         how += f"; compared with {settings.against}"
     videos = [(result, _facts(result), *_pictures(result), _values(result), _plots(result)) for result in results]
-    words = {"how": how, "names": names, "rows": rows, "best": _best(results, names), "videos": videos}
+    words: dict[str, Any] = {"how": how, "names": names, "rows": rows, "best": _best(results, names), "videos": videos}
     return pages.render("streamt2v evaluate", _BODY, **words, scores=SCORES, better=BETTER, legend=_LEGEND)
 
 

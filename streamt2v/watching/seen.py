@@ -29,7 +29,7 @@ PLAYED = {".mp4": "video/mp4", ".webm": "video/webm", ".gif": "image/gif", ".web
 """Finished outputs that browsers show."""
 _ENDINGS = (*PLAYED, ".mov")
 _DEPTH, _ROWS = 3, 500  # of a folder
-_RECENT = 12  # chunks whose pace counts
+_RECENT, _PAUSE = 12, 5  # chunks whose pace counts; how many usual ones are a pause
 LAST = 6
 
 
@@ -164,7 +164,8 @@ def _left(base: Stage | None, final: Stage, chunks: list[_Chunk], marks: list[tu
     recent, ahead = chunks[-_RECENT:], final.total - final.done
     if base is not None and base.done < base.total and len(recent) > 1:
         spans = [later.stored - before.stored for before, later in pairwise(recent)]
-        pace = statistics.median(spans) / (recent[-1].stop - recent[-2].stop)
+        usual = _PAUSE * statistics.median(spans)  # longer ones are the pause before a resumed run went on
+        pace = statistics.fmean(span for span in spans if span <= usual) / (recent[-1].stop - recent[-2].stop)
         lag = max(0, ahead - (base.total - base.done))
         left, since = pace * (base.total - base.done + lag / 2 * (final.name == "refinement")), recent[-1].stored
     elif (base is None or base.done >= base.total) and len(marks) > 1 and marks[-1][1] > marks[0][1]:
@@ -175,7 +176,7 @@ def _left(base: Stage | None, final: Stage, chunks: list[_Chunk], marks: list[tu
     return max(0.0, left - max(0.0, time.time() - since))
 
 
-def newest(output: Path) -> tuple[int, Any]:
+def newest(output: Path) -> tuple[list[int], Any]:
     """Return up to `LAST` of the newest frames [F,H,W,3] and the number of each: of the output, else of the base video.
 
     Raises:

@@ -90,7 +90,7 @@ def test_a_report_tells_of_prompts_chunks_and_times(tmp_path: Path) -> None:
     assert call("report", path) == 5
     assert call("report", path, "--overwrite") == 0
     assert call("preview", path, "-o", tmp_path / "out.png", "--width", 20) == 0
-    assert pictures.read(tmp_path / "out.png").shape == (5 * 16 + 4, 5 * 24 + 4, 3)
+    assert pictures.read(tmp_path / "out.png").shape == (4 * 16 + 4, 6 * 24 + 4, 3)
 
 
 def test_a_run_that_was_stopped_can_be_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,7 +131,7 @@ def test_previews(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.split() == [str(tmp_path / f"clip_preview{kind}") for kind in (".png", ".webp")]
     assert call("preview", path, "-o", tmp_path / "small.gif", "--width", 16) == 0
     with Image.open(tmp_path / "clip_preview.png") as sheet:
-        assert sheet.size == (5 * 36 + 4, 5 * 20 + 4)
+        assert sheet.size == (6 * 36 + 4, 4 * 20 + 4)
     for name, size in (("clip_preview.webp", (32, 16)), ("small.gif", (16, 8))):
         with Image.open(tmp_path / name) as moving:
             assert moving.size == size
