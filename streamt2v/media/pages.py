@@ -63,7 +63,9 @@ _PARTS = """
 {% endmacro %}
 {% macro command(line, title="Make it again") %}
 {% if line %}<h2>{{ title }}</h2>
-<pre>{{ line }}</pre>
+<pre>{% for word in line.split(" ") %}{{ " " if loop.index0 }}
+{%- if word[:2] == "--" %}<span class="tight">{{ word }}</span>
+{%- else %}{{ word }}{% endif %}{% endfor %}</pre>
 {% endif %}
 {% endmacro %}
 {% macro settings(groups, title) %}

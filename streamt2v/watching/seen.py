@@ -61,9 +61,10 @@ class Seen:
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Tell whether a file is a plain one at its own place in a folder: no link leads to it."""
+    """Tell whether a file is a plain one at its own place in a folder: no link leads to it, nor to the folder."""
     with contextlib.suppress(OSError):
-        return path.is_file() and path.resolve() == folder.resolve() / path.relative_to(folder)
+        own = folder.parent.resolve() / folder.name / path.relative_to(folder)
+        return path.is_file() and path.resolve() == own
     return False
 
 

@@ -122,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"at": fragments.measure(growing).before(int(frame[:9]) if frame.isdecimal() else 0)})
         elif what == "last":
             self._json({"last": _last(output)})
-        elif what == "growing" and seen.is_inside(growing, run) and not run.is_symlink():
+        elif what == "growing" and seen.is_inside(growing, run):
             self._bytes(growing, "video/mp4", fragments.measure(growing).size)
         elif what == "finished" and seen.state_of(output) == "finished" and output.suffix.lower() in PLAYED:
             self._bytes(output, PLAYED[output.suffix.lower()], output.stat().st_size)

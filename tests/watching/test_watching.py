@@ -202,6 +202,10 @@ def test_no_link_is_followed(run: Growing, tmp_path: Path) -> None:
     assert seen.outputs(videos) == {}
     assert seen.state_of(videos / "x.mp4") == "gone"
     growing, chunk = run.directory.partial_path, max((run.directory.path / "base").iterdir())
+    (videos / "x.mp4").write_bytes(b"")
+    with serving(videos, None) as server:
+        for what in ("growing", "last", "finished"):
+            assert Answer(server, f"of/x.mp4/{what}").body in (b"404 Not Found\n", b'{"last": []}')
     with serving(tmp_path, run.output) as server:
         assert Answer(server, "growing").status == 200
         for path in (growing, chunk):
