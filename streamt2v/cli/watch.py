@@ -10,14 +10,17 @@ from streamt2v.jobs import run_directory
 
 
 def watch(
-    place: Annotated[Path, argument("An output, or a folder of them. Default: here.", metavar="[OUT|DIR]")] = Path(),
+    place: Annotated[Path, argument("An output, or a folder of them. Default: here.", metavar="OUT|DIR")] = Path(),
     open_browser: Annotated[bool, option("--open", "Open the page in the browser.")] = False,
-    port: Annotated[int, option("--port", "Port of 127.0.0.1. Default: any that is free.", min=0, max=65535)] = 0,
+    port: Annotated[
+        int, option("--port", "Port of 127.0.0.1. Default: any that is free.", min=0, max=65535, show_default=False)
+    ] = 0,
 ) -> None:
     """Show a run in the browser while it goes on: what is finished plays, with progress, prompts and the last frames.
 
-    The page is for this machine only and changes nothing. Ctrl-C ends it, not the run. For a run on another machine,
-    give a port there and lead it here: ssh -N -L 8765:127.0.0.1:8765 HOST
+    The page is for this machine only and changes nothing. Ctrl-C ends it, not the run.
+
+    For a run on another machine, give a --port there and lead it here: ssh -N -L 8765:127.0.0.1:8765 HOST
 
     [b]streamt2v watch ball.mp4 --open[/b]
 
