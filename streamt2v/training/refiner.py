@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 REFINER = RestorerConfig()
 FACTOR = 2
 REFINER_SCHEDULE = ScheduleConfig(kind="cosine_logsnr", prediction="sample")
-PATCH, PATCH_FRAMES = 96, 5
+PATCH, PATCH_FRAMES = 64, 5
 EPSILON = (1 / 255) ** 2
 """Square of half a level: errors far below what eight bits can show do not count."""
 FLICKER = 0.3
