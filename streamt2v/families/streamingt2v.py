@@ -122,6 +122,7 @@ def _refine(networks: Networks, given: Enlarged) -> Iterator[Refined]:
     stage = Refiner(denoiser, given.plan, settings, networks.draws, encode, state)
     for latents in stage.run():
         yield Refined(stage.state.finished - len(latents), map(decode, latents), stage.state.tensors)
+        del latents  # large, and the next chunk needs its place
 
 
 @torch.inference_mode()

@@ -199,7 +199,8 @@ class Refiner:
         """Take in the new frames of the next chunk: encode them and add noise up to the start level."""
         state = self.state
         new = range(state.encoded, self.plan[covering(self.plan, state.encoded)[0]].stop)
-        for frame, clean in zip(new, self.encode(new.start, new.stop), strict=True):
+        for frame in new:  # one by one: a part would keep the latents of all of them in memory
+            clean = self.encode(frame, frame + 1)[0]
             state.latents[frame] = self._start(clean, self._noise("refine.start", (frame,), clean))
             if self.denoiser.sees_source:
                 state.clean[frame] = clean
