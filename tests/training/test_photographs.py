@@ -53,7 +53,7 @@ def test_photographs_are_found_by_name_and_checksum(tmp_path: Path, monkeypatch:
         photographs.load(tmp_path)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.integers(0, 10**6))
 def test_pairs_have_the_size_of_their_truth_and_hang_on_the_seed_alone(seed: int) -> None:
     one, two = (PairSource([picture()], torch.Generator().manual_seed(seed)).make() for _ in range(2))
