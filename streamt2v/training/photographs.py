@@ -14,13 +14,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
+from av import VideoFrame
+from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional
 
 from streamt2v.errors import WeightsError
+from streamt2v.media import reading
 from streamt2v.media.frames import Frames, resize, to_float, to_u8
 
 LIST = Path(__file__).with_name("photographs.toml")
@@ -288,12 +292,23 @@ def poorer(truth: Tensor, wear: Wear, camera: Camera) -> Tensor:
 
 def halved_chroma(frames: Frames) -> Frames:
     """Return frames as a lossless video in yuv420p shows them; an odd last row or column is repeated for it."""
-    import av
-
     _, height, width, _ = frames.shape
     even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")
-    pictures = (av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p") for frame in even)
-    return np.stack([picture.to_ndarray(format="rgb24")[:height, :width] for picture in pictures])
+    return np.stack([_unpacked(_packed(frame))[:height, :width] for frame in even])
+
+
+def _packed(frame: Frames) -> VideoFrame:
+    """Pack a frame [H, W, 3] as videos are written here; plain conversion darkens it, which would be learned."""
+    picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+    bt709 = {"dst_colorspace": Colorspace.ITU709, "dst_color_range": ColorRange.MPEG}
+    return picture.reformat(format="yuv420p", interpolation=reading.EXACT, **bt709)
+
+
+def _unpacked(picture: VideoFrame) -> Frames:
+    """Return the frame [H, W, 3] of a picture as videos are read here."""
+    bt709 = {"src_colorspace": Colorspace.ITU709, "src_color_range": ColorRange.MPEG}
+    frame: Frames = picture.reformat(format="rgb24", interpolation=reading.EXACT, **bt709).to_ndarray()
+    return frame
 
 
 def blur(x: Tensor, sigma: float) -> Tensor:
@@ -310,8 +325,6 @@ def blur(x: Tensor, sigma: float) -> Tensor:
 
 def coded(frames: Frames, crf: int, preset: str = "medium") -> Frames:
     """Code frames as H.264 in yuv420p and decode them again; an odd last row or column is repeated for it."""
-    import av
-
     count, height, width, _ = frames.shape
     even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")
     file = io.BytesIO()
@@ -321,12 +334,12 @@ def coded(frames: Frames, crf: int, preset: str = "medium") -> Frames:
         stream = container.add_stream("libx264", rate=25, options=options)
         stream.height, stream.width, stream.pix_fmt = even.shape[1], even.shape[2], "yuv420p"
         for array in even:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+            container.mux(stream.encode(_packed(array)))
         container.mux(stream.encode())
     file.seek(0)
     with av.open(file, "r") as container:
         container.streams.video[0].codec_context.thread_count = 1
-        found = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        found = np.stack([_unpacked(frame) for frame in container.decode(video=0)])
     assert len(found) == count
     shown: Frames = found[:, :height, :width].astype(np.uint8, copy=False)
     return shown

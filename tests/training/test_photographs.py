@@ -107,6 +107,9 @@ def test_colours_are_halved_brightness_is_not() -> None:
     chart = np.zeros((2, 33, 57, 3), np.uint8)
     chart[:, :, ::2] = 255  # stripes of one pixel
     assert np.array_equal(photographs.halved_chroma(chart), chart)
+    smooth = np.stack([np.asarray(picture(96, 64))] * 2)
+    for shown in (photographs.halved_chroma(smooth), photographs.coded(smooth, 1)):
+        assert abs(shown.mean() - smooth.mean()) < 0.2  # no darker, as plain conversion would make it
     chart[:, :, ::2, 1] = 0
     assert photographs.halved_chroma(chart).shape == chart.shape
     assert np.ptp(photographs.halved_chroma(chart)[..., 0].astype(int)) < 255
