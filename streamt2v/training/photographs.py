@@ -307,7 +307,8 @@ def _packed(frame: Frames) -> VideoFrame:
 def _unpacked(picture: VideoFrame) -> Frames:
     """Return the frame [H, W, 3] of a picture as videos are read here."""
     bt709 = {"src_colorspace": Colorspace.ITU709, "src_color_range": ColorRange.MPEG}
-    frame: Frames = picture.reformat(format="rgb24", interpolation=reading.EXACT, **bt709).to_ndarray()
+    shown = picture.reformat(format="rgb24", interpolation=reading.EXACT, **bt709).to_ndarray()
+    frame: Frames = shown.astype(np.uint8, copy=False)
     return frame
 
 
