@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +15,7 @@ import typer
 from streamt2v import config, files, weights
 from streamt2v.batch import events
 from streamt2v.cli import options
-from streamt2v.cli.progress import Progress
+from streamt2v.cli.progress import Progress, clock
 from streamt2v.cli.terminal import FETCHING, complain, emit, plain, terminable
 from streamt2v.errors import ConfigError, DifferenceError, Interrupted
 from streamt2v.jobs import again, asked, forecast, prepare, run_directory
@@ -111,7 +112,8 @@ def _run(command: str, source: Path | None, output: Path | None, given: dict[str
     more |= {"device": behaviour["device"], "resume_from": output if behaviour["resume"] else None, "source": found}
     resolved = asked.resolve(**given, **more)
     output = output or default_output(resolved.prompt, resolved.seed)
-    _tell(_make(Job(command, resolved, output, source, **behaviour), progress), as_json)
+    job = Job(command, resolved, output, source, **behaviour)
+    _end(job, _make(job, progress), progress, as_json)
 
 
 def _talking(given: dict[str, Any]) -> tuple[Progress, bool]:
@@ -140,6 +142,25 @@ def _make(job: Job, progress: Progress) -> Result:
         from streamt2v.runs import pipeline
 
         return pipeline.make(known, progress)
+
+
+def _end(job: Job, result: Result, progress: Progress, as_json: bool) -> None:
+    """Say what was made and what can be done with it, then print the result."""
+    seconds, speed = result.frames / result.fps, result.frames / max(result.seconds, 0.01)
+    took = f"made in {clock(result.seconds)} at {speed:.3g} frames/s with seed {result.seed}"
+    progress.say(f"{result.width}x{result.height}, {seconds:.4g} s ({result.frames} frames){_size(job.output)}; {took}")
+    name = shlex.quote(result.output if result.output[0] != "-" else f"./{result.output}")
+    others = {"refine": "refine", "extend": f"extend --frames {2 * result.frames}", "rerun": "rerun"}
+    if job.command == "refine":
+        others.pop("refine")
+    if job.source is not None:
+        others["rerun"] += f" --source {shlex.quote(str(job.source))}"
+    progress.say(f"next: streamt2v preview {name}; or {', '.join(others.values())}")
+    _tell(result, as_json)
+
+
+def _size(path: Path) -> str:
+    return f", {path.stat().st_size / 1e6:.2g} MB" if path.is_file() else ""
 
 
 def _tell(result: Result, as_json: bool) -> None:
@@ -172,10 +193,10 @@ def resume(
         result = again.made(output)
         run_directory.discard(run_directory.directory_for(output))
         progress.say(f"{output} is finished")
+        _tell(result, as_json)
     else:
         job = again.resumed(output)
-        result = _make(dataclasses.replace(job, device=device or job.device), progress)
-    _tell(result, as_json)
+        _end(job, _make(dataclasses.replace(job, device=device or job.device), progress), progress, as_json)
 
 
 @options.knows(*_RUNNING, options.alone)

@@ -26,14 +26,15 @@ class _Stage:
     def text(self, name: str) -> str:
         elapsed = max(time.monotonic() - self.began, 1e-6)
         rate = (self.done - self.first) / elapsed
-        left = _clock((self.total - self.done) / rate) if rate > 0 else "--:--"
+        left = clock((self.total - self.done) / rate) if rate > 0 else "--:--"
         return (
             f"{name}: frame {self.done}/{self.total}, chunk {self.chunk}/{self.num_chunks}, "
             f"{rate:.2f} frames/s, {left} left, {devices.peak_memory() / 2**20:.0f} MB"
         )
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Write a time as 1:05 or 2:01:05."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

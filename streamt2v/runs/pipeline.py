@@ -193,10 +193,14 @@ def _explained(error: BaseException, job: Job, directory: RunDirectory) -> BaseE
         directory.remove()  # nothing is finished: the next try need not say --resume
     if by := stopped_by(error):
         if not run_directory.exists(directory.path):
-            return Interrupted("interrupted before anything was finished", by=by)
+            return Interrupted("interrupted before anything was finished", "repeat the command", by=by)
         goes_on = f"streamt2v resume {shlex.quote(str(job.output))} continues"
-        playable = "" if shown is None else f"; what is finished can be watched: {directory.partial_path}"
-        return Interrupted(f"interrupted{playable}", goes_on, by=by)
+        if shown is None:
+            there = f"{directory.num_base_frames} frames are kept, none can be watched yet"
+        else:
+            there = f"{shown.meta['mark']['frames']} of {job.config.num_frames} frames can be watched: "
+            there += str(directory.partial_path)
+        return Interrupted(f"interrupted; {there}", goes_on, by=by)
     if isinstance(error, NumericsError):
         hint = "16 bit may be too narrow: --device cpu computes in 32; or try another --seed or --guidance, "
         where = f"{error.message}, after {directory.num_base_frames} base frames"
