@@ -96,8 +96,14 @@ def evaluate(
 
     [b]streamt2v evaluate ball_fast.mp4 --against ball.mp4[/b]
     """
+    for video in videos:
+        if not video.exists():
+            raise VideoError(f"{video} does not exist")
+    progress = Progress(quiet=quiet)
     try:
-        from streamt2v.metrics import evaluation, report
+        with progress:
+            progress.doing("loading what measures")
+            from streamt2v.metrics import evaluation, report
     except ImportError as error:
         hint = 'install what it needs with `pip install "streamt2v[metrics]"`'
         raise ConfigError(f"evaluate cannot start: {error}", hint) from error
@@ -106,7 +112,8 @@ def evaluate(
     targets = [target for target in (report_file, csv_file, frames_csv) if target is not None]
     for number, target in enumerate(targets):
         prepare.check_target(target, overwrite, *videos, against, *targets[:number])
-    with terminable("stopped; nothing was written"), Progress(quiet=quiet) as progress:
+    with terminable("stopped; nothing was written"), progress:
+        progress.doing(f"reading {len(videos)} video{'s' * (len(videos) > 1)}")
         results, failures = evaluation.evaluate(videos, settings, progress, progress.say)
     for failure in failures[not results :]:
         complain(f"error: {failure.message}", failure.hint)
@@ -149,14 +156,17 @@ def preview(
     targets = output or [named.parent / f"{named.stem}_preview{kind}" for kind in (".png", ".webp")]
     for number, target in enumerate(targets):
         prepare.check_target(target, overwrite, named, *targets[:number])
-    from streamt2v.media import preview
+    with Progress() as progress:
+        progress.doing(f"reading {source.name}")
+        seen = look(source)
+        from streamt2v.media import preview
 
-    for target in targets:
-        preview.check(target)
-    seen = look(source)
-    for target in targets:
-        preview.write(seen.video, target, width)
-        emit(str(target))
+        for target in targets:
+            preview.check(target)
+        for target in targets:
+            progress.doing(f"writing {target.name}")
+            preview.write(seen.video, target, width)
+            emit(str(target))
 
 
 def report(
@@ -177,7 +187,9 @@ def report(
     prepare.check_target(target, overwrite, named)
     from streamt2v.cli import report
 
-    files.write_bytes(target, report.as_html(look(video)).encode(errors="replace"))
+    with Progress() as progress:
+        progress.doing(f"reading {video.name}")
+        files.write_bytes(target, report.as_html(look(video)).encode(errors="replace"))
     emit(str(target))
 
 
@@ -190,7 +202,9 @@ def doctor(json_output: options.Json = False) -> None:
     """
     from streamt2v.cli.doctor import checks
 
-    results = checks()
+    with Progress() as progress:
+        progress.doing("checking this machine")
+        results = checks()
     if json_output:
         emit(json.dumps([dataclasses.asdict(result) for result in results]))
     else:

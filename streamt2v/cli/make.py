@@ -5,10 +5,11 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +23,10 @@ from streamt2v.jobs import again, asked, forecast, prepare, run_directory
 from streamt2v.jobs.job import BEHAVIOUR, Job, Result
 from streamt2v.jobs.prepared import Prepared
 from streamt2v.jobs.recipe import inspect_source
+from streamt2v.runs.pace import Status
+
+if TYPE_CHECKING:
+    from streamt2v.runs.watch import Report
 
 _RUNNING = (options.computing, options.writing, options.talking)
 
@@ -113,7 +118,7 @@ def _run(command: str, source: Path | None, output: Path | None, given: dict[str
     resolved = asked.resolve(**given, **more)
     output = output or default_output(resolved.prompt, resolved.seed)
     job = Job(command, resolved, output, source, **behaviour)
-    _end(job, _make(job, progress), progress, as_json)
+    _end(job, _make(job, progress, as_json), progress, as_json)
 
 
 def _talking(given: dict[str, Any]) -> tuple[Progress, bool]:
@@ -130,18 +135,23 @@ def _behaviour(given: dict[str, Any], *inputs: Path) -> dict[str, Any]:
     return behaviour | {"inputs": tuple(filter(None, (*inputs, given.get("config_file"), given.get("timeline"))))}
 
 
-def _make(job: Job, progress: Progress) -> Result:
-    with terminable(FETCHING):
+def _make(job: Job, progress: Progress, as_json: bool = False) -> Result:
+    report: Report = progress
+    with progress, terminable(FETCHING):
+        progress.doing(f"checking {job.output.name}")
         # All cheap checks come before torch is imported or a model loads.
         known = prepare.prepare(job, progress.say)
-    for notice in known.notices:
-        progress.say(notice)
-    length = f"{job.config.num_frames} frames at {job.config.output.fps:g} fps"
-    progress.say(f"{job.output}: {length}, model {job.config.model}, seed {job.config.seed}")
-    with progress:
+        if as_json:
+            report = events.JobReport(job.output.stem, _follow(progress, as_json))
+            report.start(job)
+        for notice in known.notices:
+            report.note(notice, warning=True)
+        length = f"{job.config.num_frames} frames at {job.config.output.fps:g} fps"
+        progress.say(f"{job.output}: {length}, model {job.config.model}, seed {job.config.seed}")
+        report.tell(Status("doing", "loading torch"))
         from streamt2v.runs import pipeline
 
-        return pipeline.make(known, progress)
+        return pipeline.make(known, report)
 
 
 def _end(job: Job, result: Result, progress: Progress, as_json: bool) -> None:
@@ -196,7 +206,8 @@ def resume(
         _tell(result, as_json)
     else:
         job = again.resumed(output)
-        _end(job, _make(dataclasses.replace(job, device=device or job.device), progress), progress, as_json)
+        job = dataclasses.replace(job, device=device or job.device)
+        _end(job, _make(job, progress, as_json), progress, as_json)
 
 
 @options.knows(*_RUNNING, options.alone)
@@ -232,7 +243,7 @@ def rerun(
     for key, value in config.to_flat(settings).items():
         if value != usual.get(key):
             progress.say(f"  {key} = {value}")
-    result = _make(Job(command, settings, output, source, like=like, **behaviour), progress)
+    result = _make(Job(command, settings, output, source, like=like, **behaviour), progress, as_json)
     if differences := again.compare(video, output):
         raise DifferenceError(f"the frames of {output} differ from those of {video}: {'; '.join(differences)}")
     progress.say(f"the frames are those of {video}")
@@ -299,31 +310,38 @@ def batch(
     shared = tasks.Shared(out_dir, given, behaviour, overwrite)
     with terminable(FETCHING), progress:
         part = tasks.shard_of(shard)
+        progress.doing(f"checking {file}")
         checked = tasks.check(rows.read(file), shared, part, progress.say)
-        code = run.run(*checked, _follow(progress, as_json), keep_going=keep_going, ray=ray)
+        names = [job.id for group in checked for job in group]
+        code = run.run(*checked, _follow(progress, as_json, names), keep_going=keep_going, ray=ray)
     raise typer.Exit(code)
 
 
-def _follow(progress: Progress, as_json: bool) -> events.Tell:
-    """Return a function that shows the events of a batch: results or JSON on stdout, text on stderr."""
+def _follow(progress: Progress, as_json: bool, jobs: Sequence[str] = ()) -> events.Tell:
+    """Return a function that shows the events of jobs: results or JSON on stdout, text on stderr."""
     out = sys.stdout  # Ray replaces it
+
+    def numbered(job: str) -> str:
+        return f"{jobs.index(job) + 1}/{len(jobs)} {job}" if job in jobs else ""
 
     def tell(event: events.Event) -> None:
         job = event.get("job", "")
         if as_json:
             emit(json.dumps(event), out)
         if event["type"] == "start":
-            progress.say("{job}: {output}: {frames} frames at {fps:g} fps, model {model}, seed {seed}".format(**event))
-        elif event["type"] == "progress":
-            progress.start(f"{job} {event['stage']}", event["total"], event["done"])
-        elif event["type"] == "chunk":
-            progress.advance(f"{job} {event['stage']}", event["done"], event["chunk"], event["chunks"])
+            progress.end("")  # the line of what came before the jobs
+            if job in jobs:
+                progress.say(
+                    "{job}: {output}: {frames} frames at {fps:g} fps, model {model}, seed {seed}".format(**event)
+                )
+        elif event["type"] in ("progress", "chunk"):
+            progress.tell(events.status_of(event), numbered(job))
         elif event["type"] == "warning":
-            progress.note(f"{job}: {event['message']}", warning=True)
+            progress.note(f"{job}: {event['message']}" if jobs else event["message"], warning=True)
         elif "jobs" in event:
             progress.say("{made} made, {there} already there, {failed} failed, {left} left".format(**event))
         else:
-            progress.end(*(f"{job} {stage}" for stage in ("stream", "refine")))
+            progress.end(numbered(job))
             if event["ok"] and not as_json:
                 emit(event["output"], out)
         if not event.get("ok", True):
@@ -375,8 +393,9 @@ def bench(
     short = dataclasses.replace(resolved, num_frames=forecast.short_length(resolved))
     with TemporaryDirectory(prefix="streamt2v-") as folder, terminable():
         job = Job("generate", short, Path(folder) / "bench.mp4", device=device, threads=threads, memory=memory)
-        known = prepare.prepare(job, progress.say)
         with progress:
+            progress.doing("measuring this machine")
+            known = prepare.prepare(job, progress.say)
             from streamt2v.runs import pipeline
 
             pipeline.make(known, progress)

@@ -84,7 +84,9 @@ ImageInit = Annotated[str | None, _steering("--image-init", _IMAGE_INIT, autocom
 Device = Annotated[str, _running("--device", "auto, cpu, cuda, cuda:1, mps.")]
 Threads = Annotated[int | None, _running("--threads", "CPU threads. Default: all cores.", min=1)]
 Memory = Annotated[float | None, _running("--memory", "GB it may use. Default: all that is free.", min=0.1, max=1e6)]
-Json = Annotated[bool, _running("--json", "Print one JSON object on stdout at the end.")]
+Json = Annotated[
+    bool, _running("--json", "Print JSON on stdout: events, if the command makes videos, and the result last.")
+]
 Quiet = Annotated[bool, _running("--quiet", "-q", "Errors only.")]
 Verbose = Annotated[bool, _running("--verbose", "-v", "Report more about each step.")]
 

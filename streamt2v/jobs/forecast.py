@@ -92,7 +92,7 @@ def plan(known: Prepared) -> Plan:
     kind, free = seen.kind, seen.free if job.memory is None else int(job.memory * 1e9)
     policy = memory.choose(free, known.stages, kind)
     threads = devices.default_threads() if job.threads is None else job.threads
-    measured = _timings().get(_key(config, seen, threads, policy))
+    measured = expected(config, seen, threads, policy)
     seconds = None
     if measured is not None:
         seconds = measured["fixed_seconds"] + (len(known.stream_plan) - 1) * measured["stream_seconds_per_chunk"]
@@ -129,6 +129,13 @@ def _look(device: str, gigabytes: float | None) -> devices.Glance:
         if gigabytes is None:
             raise ConfigError(error.message, f"{error.hint}; or say with --memory what it has") from None
         return devices.Glance(kind, 0)
+
+
+def expected(
+    config: RunConfig, seen: devices.Glance, threads: int, policy: memory.MemoryPolicy
+) -> dict[str, float] | None:
+    """Return what an earlier run with the same costs measured, by the names in `MEASURED`; None where none did."""
+    return _timings().get(_key(config, seen, threads, policy))
 
 
 def _timings_path() -> Path:

@@ -30,7 +30,7 @@ def prepare(job: Job, note: hub.Note = lambda text: None) -> Prepared:
     known = Prepared(job)
     _check_text(str(job.output))
     check_wishes(job.config, prompt_needed=job.command != "refine")
-    devices.parse(job.device)
+    devices.check(job.device)
     if job.command == "refine":
         _check_refined(known)
     _check_output(job)
