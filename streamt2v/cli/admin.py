@@ -16,7 +16,7 @@ from streamt2v.weights import home, hub
 
 def weights_list(
     name: Annotated[
-        str | None, typer.Argument(help="A model family, to list its files and their origin.", show_default=False)
+        str | None, typer.Argument(help="A name from this list, to see its files and their origin.", show_default=False)
     ] = None,
     json_output: options.Json = False,
 ) -> None:
@@ -26,15 +26,21 @@ def weights_list(
 
     [b]streamt2v weights list streamingt2v[/b]
     """
-    rows = weights.describe_files(weights.family(name)) if name else weights.describe_families()
+    if name is None:
+        rows = weights.describe_families()
+    elif (family := weights.listed(name)) is None:
+        rows = weights.describe_snapshot(name)
+    else:
+        rows = weights.describe_files(family)
     if json_output:
         emit(json.dumps(rows))
         return
-    width = max(len(row["name"]) for row in rows)
+    width = max((len(row["name"]) for row in rows), default=0)
     for row in rows:
-        size = f"{row['bytes'] / 1e6:,.1f} MB" if row["bytes"] else "size unknown"
+        size = f"{row['bytes'] / 1e6:,.1f} MB" if row["bytes"] else "said by pull"
         emit(f"{row['name']:<{width}}  {row['state']:<10} {size:>13}  {row['licence']}")
-        emit(f"    {row['what']}")
+        if said := "; ".join(filter(None, (row["what"], row.get("origin", "")))):
+            emit(f"    {said}")
 
 
 def weights_pull(

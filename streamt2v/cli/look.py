@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -34,18 +34,54 @@ def verify(
 
 def info(
     video: Annotated[Path, typer.Argument(help="A video made by streamt2v, or an unfinished run.", show_default=False)],
+    everything: Annotated[bool, typer.Option("--all", help="Show every setting, not ten lines.")] = False,
     json_output: options.Json = False,
 ) -> None:
-    """Show the settings that made a video, read from the file itself.
+    """Show what a video is and what made it, read from the file itself.
 
     [b]streamt2v info ball.mp4[/b]
+
+    [b]streamt2v info ball.mp4 --all[/b]
     """
     facts = describe_video(video)
     if json_output:
         emit(json.dumps(facts))
         return
-    for key, value in config.flatten(facts).items():
-        emit(plain(f"{key} = {value}"))
+    if everything:
+        for key, value in config.flatten(facts).items():
+            emit(plain(f"{key} = {value}"))
+        return
+    for key, said in _in_short(facts):
+        emit(f"{key:<9} {plain(said)}")
+
+
+def _in_short(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what most people want to know of a video, in at most ten lines."""
+    video, recipe, rows = facts["video"], facts["recipe"], list[tuple[str, str]]()
+    if "unfinished" in facts:
+        rows.append(("growing", facts["unfinished"]))
+    if video:
+        seconds = video["frames"] / video["fps"]
+        size = f"{video['width']}x{video['height']}"
+        rows.append(("video", f"{size}, {video['frames']} frames at {video['fps']:g} fps, {seconds:.4g} s"))
+    if not isinstance(recipe, dict):
+        return [*rows, ("made by", recipe.removeprefix("none: "))]
+    asked = recipe["config"]
+    later = sum(str(key).startswith("prompts.") for key in asked)
+    steps = f"{asked.get('stream.num_inference_steps')} in the stream"
+    if asked.get("refine.enabled"):
+        steps += f", {asked.get('refine.num_inference_steps')} in the refiner"
+    source = recipe.get("source") if isinstance(recipe.get("source"), dict) else {}
+    rows += [
+        ("prompt", str(asked.get("prompt")) + f" (and {later} later ones)" * bool(later)),
+        ("avoids", str(asked.get("negative_prompt") or "")),
+        ("made by", f"{recipe.get('command')}, model {asked.get('model')}, streamt2v {recipe.get('streamt2v')}"),
+        ("from", str((source or {}).get("name") or asked.get("image") or "")),
+        ("seed", str(asked.get("seed"))),
+        ("steps", steps),
+        ("on", f"{recipe.get('card') or recipe.get('device')}, {recipe.get('threads')} threads"),
+    ]
+    return [(key, said[:500]) for key, said in rows if said] + [("more", "--all shows every setting")]
 
 
 def evaluate(

@@ -6,21 +6,20 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from streamt2v import config, files, weights
+from streamt2v import config, weights
 from streamt2v.batch import events
 from streamt2v.cli import options
 from streamt2v.cli.progress import Progress, clock
 from streamt2v.cli.terminal import FETCHING, complain, emit, plain, terminable
 from streamt2v.errors import ConfigError, DifferenceError, Interrupted
 from streamt2v.jobs import again, asked, forecast, prepare, run_directory
-from streamt2v.jobs.job import BEHAVIOUR, Job, Result
+from streamt2v.jobs.job import BEHAVIOUR, Job, Result, default_output
 from streamt2v.jobs.prepared import Prepared
 from streamt2v.jobs.recipe import inspect_source
 from streamt2v.runs.pace import Status
@@ -31,17 +30,15 @@ if TYPE_CHECKING:
 _RUNNING = (options.computing, options.writing, options.talking)
 
 
-def default_output(prompt: str, seed: int) -> Path:
-    """Return a file name made of the date, the words of the prompt and the seed."""
-    return Path(f"{datetime.now():%Y%m%d-%H%M%S}_{files.slug(prompt)}_{seed}.mp4")
-
-
 @options.knows(options.making, options.streaming, options.starting, *_RUNNING, options.alone)
 def generate(
     prompt: options.Prompt = None,
     frames: options.Frames = None,
+    duration: options.Duration = None,
     output: options.Output = None,
     fps: options.Fps = None,
+    count: options.Count = 1,
+    dry_run: options.DryRun = False,
     **given: Any,
 ) -> None:
     """Make a video from a prompt.
@@ -58,7 +55,8 @@ def generate(
 
     [b]streamt2v generate "a cat on the beach" --model streamingt2v --init svd --image-init sdxl --frames 240[/b]
     """
-    _run("generate", None, output, given, prompt=options.read_prompt(prompt), frames=frames, fps=fps)
+    length: dict[str, Any] = {"frames": frames, "duration": duration, "fps": fps}
+    _run("generate", None, output, given, count, dry_run, prompt=options.read_prompt(prompt), **length)
 
 
 @options.knows(options.making, *_RUNNING, options.alone)
@@ -70,7 +68,7 @@ def refine(
     ] = None,
     fps: options.SourceFps = None,
     guidance: Annotated[
-        float | None, typer.Option("--guidance", help="Guidance; 1 is off.", rich_help_panel=options.ADVANCED)
+        float | None, typer.Option("--guidance", "--cfg", help="Guidance; 1 is off.", rich_help_panel=options.ADVANCED)
     ] = None,
     **given: Any,
 ) -> None:
@@ -81,18 +79,21 @@ def refine(
     [b]streamt2v refine ball.mp4 --strength creative -o other.mp4[/b]
     """
     output = output or source.parent / f"{source.stem}_refined.mp4"
-    _run("refine", source, output, given, prompt=prompt, fps=fps, **{"refine.guidance_scale": guidance})
+    more: dict[str, Any] = {"refine.guidance_scale": guidance}
+    _run("refine", source, output, given, prompt=prompt, fps=fps, **more)
 
 
 @options.knows(options.making, options.streaming, *_RUNNING, options.alone)
 def extend(
     source: Annotated[Path, typer.Argument(help="The video to continue.", show_default=False)],
-    frames: Annotated[int, typer.Option("--frames", "-n", help="Frames of the whole result, source included.")],
+    frames: options.Longer = None,
+    duration: options.Duration = None,
     output: options.Output = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="What the video shows. Default: its last prompt.")
     ] = None,
     fps: options.SourceFps = None,
+    dry_run: options.DryRun = False,
     **given: Any,
 ) -> None:
     """Continue a video: its own frames, then new ones generated from its last 16.
@@ -102,10 +103,20 @@ def extend(
     [b]streamt2v extend beach.mp4 --prompt "waves on a beach" --frames 480 -o longer.mp4[/b]
     """
     output = output or source.parent / f"{source.stem}_extended.mp4"
-    _run("extend", source, output, given, prompt=prompt, frames=frames, fps=fps)
+    if frames is None and duration is None:
+        raise ConfigError("the new length is missing", "give it with --frames 240 or --duration 30s, source included")
+    _run("extend", source, output, given, 1, dry_run, prompt=prompt, frames=frames, duration=duration, fps=fps)
 
 
-def _run(command: str, source: Path | None, output: Path | None, given: dict[str, Any], **more: Any) -> None:
+def _run(
+    command: str,
+    source: Path | None,
+    output: Path | None,
+    given: dict[str, Any],
+    count: int = 1,
+    dry_run: bool = False,
+    **more: Any,
+) -> None:
     """Carry out a command that makes a video; `given` are the options of the shared groups."""
     progress, as_json = _talking(given)
     behaviour = _behaviour(given)
@@ -118,7 +129,30 @@ def _run(command: str, source: Path | None, output: Path | None, given: dict[str
     resolved = asked.resolve(**given, **more)
     output = output or default_output(resolved.prompt, resolved.seed)
     job = Job(command, resolved, output, source, **behaviour)
-    _end(job, _make(job, progress, as_json), progress, as_json)
+    if dry_run:
+        prepare.prepare(job, progress.say)
+        _tell_plan(job, as_json, progress)
+    elif count > 1:
+        _vary(job, count, progress, as_json)
+    else:
+        _end(job, _make(job, progress, as_json), progress, as_json)
+
+
+def _vary(job: Job, count: int, progress: Progress, as_json: bool) -> None:
+    """Make a job several times, with the seeds that follow and numbered names, as a batch does."""
+    from streamt2v.batch import run, tasks
+
+    made = list[tasks.Task]()
+    with terminable(FETCHING), progress:
+        progress.doing(f"checking {count} videos")
+        for number in range(count):
+            name = job.output.with_name(f"{job.output.stem}-{number + 1:0{len(str(count))}}{job.output.suffix}")
+            settings = dataclasses.replace(job.config, seed=job.config.seed + number)
+            one = dataclasses.replace(job, config=settings, output=name)
+            made.append(tasks.Task(name.stem, number + 1, one, tuple(prepare.prepare(one, progress.say).notices)))
+        names = [task.id for task in made]
+        code = run.run(made, [], _follow(progress, as_json, names), keep_going=True, ray=None)
+    raise typer.Exit(code)
 
 
 def _talking(given: dict[str, Any]) -> tuple[Progress, bool]:
@@ -177,8 +211,10 @@ def _tell(result: Result, as_json: bool) -> None:
     emit(json.dumps(events.event("result", ok=True, **dataclasses.asdict(result))) if as_json else result.output)
 
 
-def _tell_plan(job: Job, as_json: bool) -> None:
-    report = forecast.plan(Prepared(job))
+def _tell_plan(job: Job, as_json: bool, progress: Progress) -> None:
+    for notice in prepare.prompt_notices(known := Prepared(job)):
+        progress.say(notice)
+    report = forecast.plan(known)
     emit(json.dumps(dataclasses.asdict(report)) if as_json else plain(report.as_text()))
 
 
@@ -250,7 +286,7 @@ def rerun(
     _tell(result, as_json)
 
 
-class RayCommand(typer.core.TyperCommand):
+class RayCommand(options.LeveledCommand):
     """A command whose --ray needs no address, because typer has no options with an optional value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -275,6 +311,7 @@ def batch(
         Path, typer.Option("--out-dir", help="Folder for the videos; no row writes elsewhere.", show_default=False)
     ],
     frames: options.Frames = None,
+    duration: options.Duration = None,
     fps: options.Fps = None,
     keep_going: Annotated[bool, typer.Option("--keep-going", help="Go on when rows are invalid or jobs fail.")] = False,
     shard: Annotated[
@@ -304,6 +341,7 @@ def batch(
     overwrite = behaviour.pop("overwrite")
     given |= {
         "frames": frames,
+        "duration": duration,
         "fps": fps,
         "device": None if ray else behaviour["device"],
     }  # a cluster has its own devices
@@ -358,6 +396,7 @@ def _follow(progress: Progress, as_json: bool, jobs: Sequence[str] = ()) -> even
 def plan(
     prompt: options.Prompt = None,
     frames: options.Frames = None,
+    duration: options.Duration = None,
     fps: options.Fps = None,
     json_output: options.Json = False,
     **given: Any,
@@ -369,9 +408,11 @@ def plan(
     [b]streamt2v plan "a cat on the beach" --model streamingt2v --device cuda --memory 12[/b]
     """
     threads, memory = given.pop("threads"), given.pop("memory")
-    resolved = asked.resolve(prompt=options.read_prompt(prompt), frames=frames, fps=fps, **given)
+    length: dict[str, Any] = {"frames": frames, "duration": duration, "fps": fps}
+    resolved = asked.resolve(prompt=options.read_prompt(prompt), **length, **given)
     prepare.check_wishes(resolved)
-    _tell_plan(Job("generate", resolved, Path(), threads=threads, memory=memory, device=given["device"]), json_output)
+    job = Job("generate", resolved, Path(), threads=threads, memory=memory, device=given["device"])
+    _tell_plan(job, json_output, Progress())
 
 
 @options.knows(options.making, options.streaming, options.starting, options.computing, options.talking)
@@ -399,4 +440,4 @@ def bench(
             from streamt2v.runs import pipeline
 
             pipeline.make(known, progress)
-    _tell_plan(dataclasses.replace(job, config=resolved), as_json)
+    _tell_plan(dataclasses.replace(job, config=resolved), as_json, progress)

@@ -1,5 +1,6 @@
 """Options that several commands share, declared once and grouped by what they are about."""
 
+import re
 import sys
 from collections.abc import Callable, Iterable
 from inspect import Parameter, Signature, signature
@@ -17,6 +18,7 @@ Command = TypeVar("Command", bound=Callable[..., None])
 ADVANCED = "Advanced"
 STEERING = "What is made"
 RUNNING = "How the run behaves"
+ALL = "all options"
 
 
 def _panel(title: str | None) -> Callable[..., Any]:
@@ -74,7 +76,15 @@ WeightsName = Annotated[
     typer.Argument(help="A name from `weights list`.", show_default=False, autocompletion=names_of_weights),
 ]
 Prompt = Annotated[str | None, typer.Argument(help="What to show; - reads it from standard input.", show_default=False)]
-Frames = Annotated[int | None, _main("--frames", "-n", "Exact number of frames to write. Default: 24.")]
+Frames = Annotated[
+    str | None, _main("--frames", "-n", "Exact number of frames to write, or a time: 10s, 2m, 1:20. Default: 24.")
+]
+Longer = Annotated[str | None, _main("--frames", "-n", "Frames of the whole result, or a time: 10s, 2m, 1:20.")]
+Duration = Annotated[str | None, _main("--duration", "The same as --frames with a time: 10s, 2m, 1:20.")]
+Count = Annotated[
+    int, _main("--count", "Videos to make, with the seeds that follow and numbered names.", min=1, max=10_000)
+]
+DryRun = Annotated[bool, _main("--dry-run", "Show the plan, as `streamt2v plan` does, and make nothing.")]
 Output = Annotated[Path | None, _main("--output", "-o", _OUTPUT)]
 Fps = Annotated[float | None, _main("--fps", f"{_RATE}the model's; 8 for demo.", parser=parse_rate)]
 SourceFps = Annotated[float | None, _main("--fps", f"{_RATE}the source's.", parser=parse_rate)]
@@ -93,12 +103,20 @@ Verbose = Annotated[bool, _running("--verbose", "-v", "Report more about each st
 
 def making(
     model: Annotated[str | None, _main("--model", "-m", _MODEL, autocompletion=_completing(weights.families))] = None,
-    seed: Annotated[int | None, _main("--seed", "Seed of all randomness. Default: random, printed and stored.")] = None,
+    seed: Annotated[
+        int | None, _main("--seed", "-s", "Seed of all randomness. Default: random, printed and stored.")
+    ] = None,
     size: Annotated[
         str | None, _main("--size", "Box WxH that the video fits into. Default: the model's; 256x144 for demo.")
     ] = None,
+    width: Annotated[
+        int | None, _main("--width", "Width instead of --size; alone it keeps the shape.", min=2, max=16384)
+    ] = None,
+    height: Annotated[
+        int | None, _main("--height", "Height instead of --size; alone it keeps the shape.", min=2, max=16384)
+    ] = None,
     fit: Annotated[str | None, _main("--fit", _FIT, autocompletion=_among(Fit))] = None,
-    negative: Annotated[str | None, _steering("--negative", "What to avoid.")] = None,
+    negative: Annotated[str | None, _steering("--negative", "--negative-prompt", "What to avoid.")] = None,
     quality: Annotated[str | None, _steering("--quality", _QUALITY, autocompletion=_among(Quality))] = None,
     strength: Annotated[str | None, _steering("--strength", _STRENGTH, autocompletion=_among(Strength))] = None,
     refine_steps: Annotated[int | None, _advanced("--refine-steps", "Steps of the refiner.")] = None,
@@ -123,7 +141,7 @@ def streaming(
     ] = None,
     no_refine: Annotated[bool, _steering("--no-refine", "Stop after the streaming stage.")] = False,
     steps: Annotated[int | None, _advanced("--steps", "Denoising steps of stages 1 and 2.")] = None,
-    guidance: Annotated[float | None, _advanced("--guidance", "Guidance of stages 1 and 2; 1 is off.")] = None,
+    guidance: Annotated[float | None, _advanced("--guidance", "--cfg", "Guidance of stages 1 and 2; 1 is off.")] = None,
 ) -> None:
     """Options of commands with a streaming stage."""
 
@@ -149,14 +167,35 @@ def computing(device: Device = "auto", threads: Threads = None, memory: Memory =
 
 
 def writing(
+    audio: Annotated[Path | None, _steering("--audio", "A file whose sound the video gets, cut to its length.")] = None,
     overwrite: Annotated[bool, _running("--overwrite", "-f", "Replace an existing output.")] = False,
     keep_run: Annotated[bool, _running("--keep-run", "Keep the run directory OUT.streamt2v/ after success.")] = False,
 ) -> None:
-    """What happens to existing files."""
+    """What is written, and what happens to existing files."""
 
 
 def talking(json_output: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """What a command prints."""
+
+
+def _panel_of(parameter: Parameter) -> int:
+    """Return the place of an option's panel: the same for every command; those without one are first."""
+    declared = next((part for part in getattr(parameter.annotation, "__metadata__", ())), None)
+    return (None, STEERING, ADVANCED, RUNNING).index(getattr(declared, "rich_help_panel", None))
+
+
+class LeveledCommand(typer.core.TyperCommand):
+    """A command whose --help leaves out the panels that --help-all shows."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help."""
+        rare = [p for p in self.params if getattr(p, "rich_help_panel", None) in (ADVANCED, RUNNING)]
+        if ctx.find_root().obj != ALL:
+            for parameter in rare:
+                vars(parameter)["hidden"] = True
+        super().format_help(ctx, formatter)
+        if rare and ctx.find_root().obj != ALL:
+            print(f"{len(rare)} more options: {ctx.command_path} --help-all")
 
 
 def knows(*groups: Callable[..., None]) -> Callable[[Command], Command]:
@@ -165,10 +204,36 @@ def knows(*groups: Callable[..., None]) -> Callable[[Command], Command]:
     def extend(command: Command) -> Command:
         own = [p for p in signature(command).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
         shared = [parameter for group in groups for parameter in signature(group).parameters.values()]
-        vars(command)["__signature__"] = Signature([*own, *shared])
+        vars(command)["__signature__"] = Signature(sorted([*own, *shared], key=_panel_of))
         return command
 
     return extend
+
+
+# What people type, and what it is called here.
+_MEANT = {
+    "--length": "--duration", "--seconds": "--duration", "--num-frames": "--frames", "--video-length": "--frames",
+    "--framerate": "--fps", "--frame-rate": "--fps", "--resolution": "--size", "--out": "-o", "--output-file": "-o",
+    "--cfg-scale": "--guidance", "--guidance-scale": "--guidance", "--neg": "--negative",
+    "--num-inference-steps": "--steps", "--sampling-steps": "--steps", "--denoise": "--strength",
+    "--force": "--overwrite",
+    "--yes": "--overwrite", "--music": "--audio", "--sound": "--audio", "--soundtrack": "--audio",
+    "--variations": "--count", "--batch-count": "--count", "--start-image": "--image", "--first-frame": "--image",
+    "--gpu": "--device", "--vram": "--memory", "--upscale": "streamt2v refine", "--continue": "--resume",
+    "make": "generate", "create": "generate", "run": "generate", "new": "generate", "upscale": "refine",
+    "enhance": "refine", "continue": "resume (a run) or extend (a video)", "lengthen": "extend", "show": "info",
+    "estimate": "plan", "check": "doctor", "models": "weights", "download": "weights pull", "score": "evaluate",
+    "measure": "evaluate or bench", "thumbnail": "preview", "queue": "batch", "repeat": "rerun",
+}  # fmt: skip
+
+
+def meant(said: str, arguments: list[str]) -> str:
+    """Return a hint for a usage error that another word would mend, "" if none would."""
+    if "unexpected extra argument" in said:
+        words = [word for word in arguments[1:] if not word.startswith("-")]
+        return f'quote the prompt: streamt2v {arguments[0]} "{" ".join(words[:8])}"' if words else ""
+    found = [word for word in _MEANT if word in re.split(r"[\s:'\".]+", said)]
+    return f"here that is {_MEANT[found[0]]}" if found else ""
 
 
 def read_prompt(prompt: str | None) -> str | None:

@@ -27,14 +27,6 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def spoken(seconds: float) -> str:
-    """Write a time as people say it: 40 s, 12 min, 3 h 20 min."""
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
 def line(name: str, status: Status, since: float, elapsed: float, width: int) -> str:
     """Return one line of fewer than `width` columns on how far a job is.
 

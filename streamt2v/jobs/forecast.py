@@ -19,6 +19,14 @@ MEASURED = (
 )  # fmt: skip
 
 
+def spoken(seconds: float) -> str:
+    """Write a time as people say it: 40 s, 12 min, 3 h 20 min."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
 @dataclass(frozen=True)
 class Plan:
     """Chunks of both stages, sizes in pixels, and estimates; None where this machine has not run the model yet."""
@@ -63,8 +71,11 @@ class Plan:
             lines.append(f"prompt   from frame {prompt.frame}{asked}: {prompt.text}")
         short = "; MORE THAN THERE IS" if self.needed_bytes > self.free_bytes else ""
         lines.append(f"memory   {self.policy.describe()}")
+        peak, measured = self.needed_bytes, ""
+        if self.measured is not None:
+            peak, measured = int(self.measured["peak_memory_bytes"]), " measured"
         lines.append(
-            f"         up to {self.needed_bytes / 1e9:.1f} of {self.free_bytes / 1e9:.1f} GB ({self.device}), "
+            f"         up to {peak / 1e9:.1f}{measured} of {self.free_bytes / 1e9:.1f} GB ({self.device}), "
             f"for any length{short}"
         )
         if caution := devices.caution(self.device):
@@ -72,10 +83,9 @@ class Plan:
         if self.measured is None:
             lines.append("time     unknown until the first run on this machine; `streamt2v bench` measures it")
         else:
-            start, chunk, refined, frame, peak = (self.measured[name] for name in MEASURED)
-            lines.append(f"         {peak / 1e6:.0f} MB when it last ran")
+            start, chunk, refined, frame, _ = (self.measured[name] for name in MEASURED)
             lines.append(
-                f"time     about {self.seconds:.0f} s: {start:.3g} s to load and begin, {chunk:.3g} s a chunk,"
+                f"time     about {spoken(self.seconds or 0)}: {start:.3g} s to load and begin, {chunk:.3g} s a chunk,"
             )
             lines.append(f"         {refined:.3g} s a chunk of the refiner, {frame:.3g} s a frame for its pixels")
         return "\n".join(lines)
