@@ -52,7 +52,9 @@ def blended(way: str) -> Iterator[None]:
                 _OfChunk(refiner.draws, chunk, way == "shared"),
                 lambda start, stop, clean=clean: clean[start:stop],
             )
-            yield torch.cat(list(together(alone)))[chunk.new_start - chunk.start :]
+            refined = torch.cat(list(together(alone)))[chunk.new_start - chunk.start :]
+            refiner.state.finished = chunk.stop
+            yield refined
 
     with patch.object(Refiner, "run", together if way == "randomized" else apart):
         yield

@@ -85,7 +85,6 @@ def concatenated_job(shop: Workshop) -> Job:
         network.load_state_dict(parts.widened(shop, parts.MERGERS))
     network.to(shop.device)
     lesson = shop.lesson()
-    assert lesson.vision is not None
     apm = (shop.frozen("apm", AppearanceTokens(DIM, 2 * DIM, denoisers.IMAGE_TOKENS, DIM)), lesson.vision)
     source, batch = shop.source(lesson.vae), shop.many(4)
     unet: Any = Beside(network)

@@ -29,7 +29,7 @@ from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.families.streamingt2v import from_text
 from streamt2v.media.frames import Frames, to_u8
 from streamt2v.stages.denoise import Sampling
-from streamt2v.stages.stream import Streamer, StreamState, chunk_noise
+from streamt2v.stages.stream import Streamer, StreamState, chunk_noise, continued
 from streamt2v.training.sheets import OVERLAP
 from streamt2v.training.world.captions import canonical
 from streamt2v.training.world.clips import CLIP_FRAMES, LATENT_SIZE
@@ -80,7 +80,7 @@ def compare(index: int, seed: int, frames: int, wanted: list[str], level: int) -
             drawn = other if name == ANOTHER_SEED else noise
             streamer = Streamer(models, context, first[0], sampling, drawn)
             began, state = time.process_time(), StreamState.after_first_chunk(first, OVERLAP)
-            new = torch.cat([made for made, _ in streamer.run(state, plan[1:])])
+            new = torch.cat([made for made, _ in continued(streamer.new_frames, state, plan[1:])])
             seconds = (time.process_time() - began) / (len(plan) - 1)
             shown = to_u8(torch.cat([first, new]))
             plain = shown if plain is None else plain

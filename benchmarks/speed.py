@@ -48,6 +48,7 @@ from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from streamt2v.errors import MemoryLimitError
 from streamt2v.jobs import needs
+from streamt2v.jobs.asked import parse_settings
 from streamt2v.jobs.job import Job, Result
 from streamt2v.models.encoders import decode_latents, encode_frames, latent_factor, latent_size
 from streamt2v.models.unet3d import Conditioning, TextContext, UNet3D, legal_canvas
@@ -324,7 +325,7 @@ def measure_parts(
     state = stream.StreamState.after_first_chunk(networks.base_frames(own.chunk), own.overlap)
     for quality in QUALITIES:
         asked = settings(networks.config.model, quality, given)
-        chunks = partial(networks.streamer(asked).run, state, [second])
+        chunks = partial(stream.continued, networks.streamer(asked).new_frames, state, [second])
         more = {"frames": own.chunk, "steps": asked.stream.num_inference_steps}
         measured(f"{CHUNK}, {quality}", base, lambda chunks=chunks: next(chunks())[0], **more)
     canvas, square = networks.canvas(), networks.canvas(square=True)
@@ -742,7 +743,7 @@ def measure_all(asked: argparse.Namespace) -> None:
     devices.set_threads(threads(device))
     devices.keep_freed_memory()
     model = asked.model or ("demo" if device.kind == "cpu" else "streamingt2v")
-    given, tools = asked.parse_settings(asked.set), Instruments(device, asked.repeats)
+    given, tools = parse_settings(asked.set), Instruments(device, asked.repeats)
     dtype = torch.float32 if device.kind == "cpu" else torch.float16
     name = (
         devices.describe(device).partition(" (")[0] if device.kind == "cuda" else f"{platform.machine()} {device.kind}"

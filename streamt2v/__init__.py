@@ -48,7 +48,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name on first use, so that importing the package stays instant."""
+    """Load a public name on first use, so that importing the package is instant."""
     if name not in _HOMES:
         raise AttributeError(f"module 'streamt2v' has no attribute {name!r}")
     from importlib import import_module

@@ -1,4 +1,4 @@
-"""Chunk plans: which frames each chunk of a stage covers. Integers only, and the only place that adds frame numbers.
+"""Chunk plans: which frames each chunk of a stage covers. Integers only; no other file adds frame numbers.
 
 A plan is a tuple of records. Every frame of the video belongs to at least one chunk and is produced exactly once:
 the last chunk shifts back (overlapping more) instead of frames being cut off or invented.
@@ -133,7 +133,7 @@ def snap(asked: Sequence[int], starts: Sequence[int]) -> tuple[int, ...]:
     """Return where changes take effect: each at the first of `starts` that is not before it.
 
     Args:
-        asked: frames at which something shall change, in order.
+        asked: frames at which something should change, in order.
         starts: frames at which it can change, in order.
 
     Raises:

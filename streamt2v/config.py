@@ -1,7 +1,7 @@
 """The configuration of a run: frozen dataclasses, read from TOML, overrides by dotted key.
 
 Precedence: defaults (the published values) < family preset < `--preset` < `--quality` < `--config` < `--set` < flags.
-Every value is checked against the range written beside it; an unknown key is an error that names the nearest one.
+Every value is checked against the range declared with it; an unknown key is an error that names the nearest one.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class SamplingConfig:
     num_inference_steps: int = _value(50, "denoising steps", 1, 1000)
     guidance_scale: float = _value(7.5, "classifier-free guidance; 1 switches it off", 1, 100)
     guidance_rescale: float = _rescale(0.0)
-    guidance_stop: float = _value(0.0, "share of the noise range, from its clean end, that is denoised unguided", 0, 1)
+    guidance_stop: float = _value(0.0, "share of the noise range, at its clean end, denoised without guidance", 0, 1)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class StreamConfig(SamplingConfig):
         "corrected", "published: noise is also added after the last step; corrected: it is not"
     )
     reuse_interval: int = _reuse_interval()
-    replacement: bool = _value(False, "keep the conditioning frames in place at every step (replacement method)")
+    replacement: bool = _value(False, "hold the conditioning frames in place at every step (replacement method)")
     replacement_carry: float = _value(0.0, "with replacement: share of its change carried to the next frame", 0, 1)
     cam: bool = _value(True, "condition on the last frames (conditional attention module)")
     apm: bool = _value(True, "condition on the anchor frame (appearance preservation module)")
@@ -141,13 +141,14 @@ class RunConfig:
     model: str = _value("demo", "model family, a name of weights.toml")
     prompt: str = _value("", "what to show")
     prompts: Mapping[int, str] = field(
-        default_factory=dict, metadata={"help": "what to show from a later frame on: prompts.240 is that of frame 240"}
+        default_factory=dict,
+        metadata={"help": "what to show from a later frame on: prompts.240 takes over at frame 240"},
     )
     negative_prompt: str = _value("", "what to avoid")
     image: str = _value("", "picture to start from")
     num_frames: int = _value(24, "frames of the output video", 1, 10_000_000)
     seed: int = _value(0, "seed of every random draw", 0, 2**63 - 1)
-    compile: bool = _value(False, "let torch compile the networks, which takes minutes once; rounds differently")
+    compile: bool = _value(False, "compile the networks with torch: takes minutes once and rounds differently")
     initialize: InitializeConfig = field(default_factory=InitializeConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
     refine: RefineConfig = field(default_factory=RefineConfig)
@@ -159,8 +160,8 @@ class RunConfig:
         check_chunking(self.stream.chunk, self.stream.overlap, "stream")
         check_chunking(self.refine.chunk, self.refine.overlap, "refine")
         if self.prompts and max(self.prompts) >= self.num_frames:
-            end = f"the video ends with frame {self.num_frames - 1}"
-            raise ConfigError(f"a prompt is to begin at frame {max(self.prompts)}, {end}", "name an earlier time")
+            end = f"but the video ends with frame {self.num_frames - 1}"
+            raise ConfigError(f"a prompt begins at frame {max(self.prompts)}, {end}", "name an earlier time")
 
 
 def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, Any], Any]]:
@@ -190,7 +191,7 @@ def without_removed(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe(key: str) -> dict[str, Any]:
-    """Return what `describe` says of one key; those of prompts are as many as there are frames."""
+    """Return what `describe` says about one key; every frame may have a prompt of its own."""
     options = describe()
     if re.fullmatch(r"prompts\.[1-9][0-9]{0,7}", key):
         return _PROMPT
@@ -268,7 +269,7 @@ def _parse(key: str, kind: Any, text: str) -> Any:
 
 
 def checked(key: str, spec: Mapping[str, Any], value: Any) -> Any:
-    """Return a value of a file in the type that a row of `describe` asks for; text is parsed.
+    """Return a value from a file as the type that a row of `describe` names; text is parsed.
 
     Raises:
         ConfigError: another type, or out of range.
@@ -279,7 +280,7 @@ def checked(key: str, spec: Mapping[str, Any], value: Any) -> Any:
 
 
 def _widened(kind: Any, value: Any) -> Any:
-    """Return a whole number as the float that it is in TOML, JSON and on the command line."""
+    """Return a whole number as a float where the key is one: TOML, JSON and command lines write 8 for 8.0."""
     if kind is float and type(value) is int:
         with contextlib.suppress(OverflowError):
             return float(value)
@@ -364,7 +365,7 @@ def to_flat(config: RunConfig) -> dict[str, Any]:
 
 
 _MAX_DENOMINATOR = 2**20
-"""Two fractions below `MAX_RATE` with denominators up to this are never the same float: the float is an exact name."""
+"""Two fractions below 1000 with denominators up to this never share a float, so the float names one exactly."""
 
 
 def exact_rate(fps: float | Fraction) -> Fraction:

@@ -32,12 +32,12 @@ class MemoryPolicy:
     offload: bool
     """Weights stay on the host; each layer's come to the device while it runs."""
     encoders_on_host: bool = False
-    """Text and image encoders, which work once, stay on the host, and so do features of chunks that wait. Where host
-    and device share their memory this saves nothing: the image encoder stays for the stage, and what the text encoder
-    took is kept for the next tensors."""
+    """Text and image encoders, which run once, stay on the host, as do the features of waiting chunks. Where host and
+    device share memory this saves nothing: the image encoder stays for the whole stage, and the allocator keeps what
+    the text encoder took."""
 
     def describe(self) -> str:
-        """Say it in words."""
+        """Describe the policy in words."""
         parts = [
             "16 bit" if self.precision == "float16" else "32 bit",
             "all stages loaded" if self.keep_networks else "one stage at a time",
@@ -53,7 +53,7 @@ class Stage:
 
     values: int
     encoder_values: int
-    """Those of text and image encoders, which work once."""
+    """Values of the text and image encoders, which run once."""
     cells: int
     width: int
     inner: int
@@ -65,7 +65,7 @@ class Stage:
     kept: int
     """Chunks whose features of the deep layers are kept at once, from step to step."""
     waits: bool
-    """Whether these wait for the turns of other chunks, so that the host can hold them."""
+    """Whether they wait while other chunks have their turn, so that the host can hold them."""
     kept_width: int
     """Channels of these features."""
     restoring: int = 0
@@ -83,17 +83,18 @@ class Stage:
 
 
 def chunks_kept(steps: int, interval: int, chunk: int, overlap: int) -> int:
-    """Return how many chunks of the refiner at most keep deep features at once, in diagonal order.
+    """Return how many chunks of the refiner keep deep features at once, at most.
 
-    About as many chunks are in flight as there are steps, times those that a chunk shares frames with on one side; all
-    keep features but those whose next step is a whole one. A last chunk that shifted back is one more.
+    In diagonal order about as many chunks are in flight as there are steps, times the neighbours on one side that a
+    chunk shares frames with. All of them keep features, except those whose next step is a whole one. A last chunk that
+    shifted back is one more.
     """
     neighbours = -(-chunk // (chunk - overlap)) - 1
     return 0 if interval == 1 else neighbours * (steps - -(-steps // interval)) + 2
 
 
 def needed(stages: Sequence[Stage], policy: MemoryPolicy) -> int:
-    """Bytes at the peak of a run; models of others, which make the first frames before all this, are not counted."""
+    """Return the bytes at the peak of a run, without third-party models, which make the first frames before it."""
     share = OFFLOADED_SHARE if policy.offload else 1
     if policy.keep_networks:
         loaded = sum(stage.values + stage.encoder_values for stage in stages) * share

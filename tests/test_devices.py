@@ -50,7 +50,7 @@ def test_one_of_several_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices.resolve("cuda").name == "cuda:0"
     assert devices.resolve("cuda:1") == devices.Device("cuda:1")
     assert current == [0, 0, 1]  # what says no index means this one
-    with pytest.raises(ConfigError, match="'cuda:2' is not there: torch finds 2 CUDA devices"):
+    with pytest.raises(ConfigError, match="there is no 'cuda:2': torch finds 2 CUDA devices"):
         devices.resolve("cuda:2")
 
 

@@ -8,6 +8,7 @@ import typer
 
 from streamt2v import config, weights
 from streamt2v.cli import options
+from streamt2v.cli.options import argument, option
 from streamt2v.cli.terminal import FETCHING, emit, say, terminable
 from streamt2v.errors import ConfigError
 from streamt2v.families import choose
@@ -15,9 +16,7 @@ from streamt2v.weights import home, hub
 
 
 def weights_list(
-    name: Annotated[
-        str | None, typer.Argument(help="A name from this list, to see its files and their origin.", show_default=False)
-    ] = None,
+    name: Annotated[str | None, argument("A name from this list, to see its files and their origin.")] = None,
     json_output: options.Json = False,
 ) -> None:
     """List the model families with state, size and licence, or the files of one family.
@@ -46,15 +45,12 @@ def weights_list(
 def weights_pull(
     name: Annotated[
         str,
-        typer.Argument(help="A name from `weights list`.", show_default=False, autocompletion=options.names_of_weights),
+        argument("A name from `weights list`.", autocompletion=options.names_of_weights),
     ],
     source: Annotated[
-        str,
-        typer.Option("--source", help="Which published copy to take if there are several; see `weights list NAME`."),
+        str, option("--source", "Which published copy to take if there are several; see `weights list NAME`.")
     ] = "",
-    folder: Annotated[
-        Path | None, typer.Option("--from", help="Folder of published files that are already here.")
-    ] = None,
+    folder: Annotated[Path | None, option("--from", "Folder of published files that are already here.")] = None,
 ) -> None:
     """Fetch a model family and convert it to 16-bit safetensors, or fetch a model for the first frames as it is.
 
@@ -108,8 +104,8 @@ def weights_verify(name: options.WeightsName = None) -> None:
 
 
 def weights_convert(
-    source: Annotated[Path, typer.Argument(help="A published checkpoint, or its folder.", show_default=False)],
-    destination: Annotated[Path, typer.Argument(help="Folder for the converted files.", show_default=False)],
+    source: Annotated[Path, argument("A published checkpoint, or its folder.")],
+    destination: Annotated[Path, argument("Folder for the converted files.")],
 ) -> None:
     """Convert a published checkpoint to files that streamt2v loads: 16 bit, no pickle, no optimizer state.
 
@@ -128,21 +124,18 @@ def train(
         str,
         typer.Argument(help="vae, text, vision, images, base, decoder, cam, apm, joint, image_to_video or refiner."),
     ],
-    minutes: Annotated[float | None, typer.Option("--minutes", help="Stop after this many minutes.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Stop after this many optimizer steps.")] = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder for checkpoints, log and sample sheets.")] = Path(
-        "training"
-    ),
+    minutes: Annotated[float | None, option("--minutes", "Stop after this many minutes.")] = None,
+    steps: Annotated[int | None, option("--steps", "Stop after this many optimizer steps.")] = None,
+    out: Annotated[Path, option("--out", "Folder for checkpoints, log and sample sheets.")] = Path("training"),
     resume_from: Annotated[
-        Path | None,
-        typer.Option("--from", help="Folder of weights to start from, such as streamt2v/demo. Default: start afresh."),
+        Path | None, option("--from", "Folder of weights to start from, such as streamt2v/demo. Default: start afresh.")
     ] = None,
     device: options.Device = "auto",
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the data and the initial weights.")] = 0,
+    seed: Annotated[int, option("--seed", "Seed of the data and the initial weights.")] = 0,
     steady: Annotated[
-        bool, typer.Option("--steady", help="Keep the learning rate constant, for a run that will be continued.")
+        bool, option("--steady", "Keep the learning rate constant, for a run that will be continued.")
     ] = False,
-    afresh: Annotated[bool, typer.Option("--afresh", help="Discard the state of an earlier run of this part.")] = False,
+    afresh: Annotated[bool, option("--afresh", "Discard the state of an earlier run of this part.")] = False,
 ) -> None:
     """Train one part of the demo family on the drawn world. Repeating the command continues an interrupted run.
 

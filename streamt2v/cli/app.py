@@ -14,6 +14,7 @@ from streamt2v.cli import options
 from streamt2v.cli.admin import train, weights_convert, weights_list, weights_path, weights_pull, weights_verify
 from streamt2v.cli.look import doctor, evaluate, info, preview, report, verify
 from streamt2v.cli.make import RayCommand, batch, bench, extend, generate, plan, refine, rerun, resume
+from streamt2v.cli.options import option
 from streamt2v.cli.terminal import complain, emit_failure, say, terminable
 from streamt2v.errors import ConfigError, Interrupted, StreamT2VError, explained
 from streamt2v.jobs.asked import said_by_option
@@ -56,14 +57,10 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[
-        bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
-    offline: Annotated[
-        bool, typer.Option("--offline", help="Make no connection; STREAMT2V_OFFLINE=1 means the same.")
-    ] = False,
-    no_color: Annotated[bool, typer.Option("--no-color", help="No colours; NO_COLOR=1 means the same.")] = False,
+    version: Annotated[bool, option("--version", "Show the version.", callback=_print_version, is_eager=True)] = False,
+    debug: Annotated[bool, option("--debug", "Show a traceback when something fails.")] = False,
+    offline: Annotated[bool, option("--offline", "Make no connection; STREAMT2V_OFFLINE=1 means the same.")] = False,
+    no_color: Annotated[bool, option("--no-color", "No colours; NO_COLOR=1 means the same.")] = False,
 ) -> None:
     """Make long videos from text on your own machine."""
 

@@ -10,6 +10,7 @@ import typer
 
 from streamt2v import config, files
 from streamt2v.cli import options
+from streamt2v.cli.options import argument, option
 from streamt2v.cli.progress import Progress
 from streamt2v.cli.terminal import complain, emit, plain, terminable
 from streamt2v.errors import ConfigError, VideoError, WeightsError
@@ -18,7 +19,7 @@ from streamt2v.jobs.recipe import describe_video, look
 
 
 def verify(
-    videos: Annotated[list[Path], typer.Argument(help="Videos made by streamt2v.", show_default=False)],
+    videos: Annotated[list[Path], argument("Videos made by streamt2v.")],
     json_output: options.Json = False,
 ) -> None:
     """Check that videos are intact: every bit as written, every frame decodable, as many as the recipe says.
@@ -33,8 +34,8 @@ def verify(
 
 
 def info(
-    video: Annotated[Path, typer.Argument(help="A video made by streamt2v, or an unfinished run.", show_default=False)],
-    everything: Annotated[bool, typer.Option("--all", help="Show every setting, not ten lines.")] = False,
+    video: Annotated[Path, argument("A video made by streamt2v, or an unfinished run.")],
+    everything: Annotated[bool, option("--all", "Show every setting, not ten lines.")] = False,
     json_output: options.Json = False,
 ) -> None:
     """Show what a video is and what made it, read from the file itself.
@@ -84,43 +85,39 @@ def _in_short(facts: dict[str, Any]) -> list[tuple[str, str]]:
     return [(key, said[:500]) for key, said in rows if said] + [("more", "--all shows every setting")]
 
 
-def evaluate(
-    videos: Annotated[list[Path], typer.Argument(help="The videos to measure, from any source.", show_default=False)],
+def measuring(
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="What they show, for CLIP. Default: each video's own prompt.")
+        str | None, option("--prompt", "What they show, for CLIP. Default: each video's own prompt.")
     ] = None,
-    against: Annotated[
-        Path | None, typer.Option("--against", help="Compare every frame with this video: PSNR and SSIM.")
-    ] = None,
-    report_file: Annotated[
-        Path | None, typer.Option("--report", help="Write an HTML page with plots and a contact sheet.")
-    ] = None,
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the scores, one row per video.")] = None,
-    frames_csv: Annotated[
-        Path | None, typer.Option("--frames-csv", help="Write the measurements, one row per frame.")
-    ] = None,
+    against: Annotated[Path | None, option("--against", "Compare every frame with this video: PSNR and SSIM.")] = None,
     seams: Annotated[
-        str | None,
-        typer.Option("--seams", help="Frames where chunks begin: 16,24,32 or 16:1200:8. Default: read from the video."),
+        str | None, option("--seams", "Frames where chunks begin: 16,24,32 or 16:1200:8. Default: read from the video.")
     ] = None,
-    window: Annotated[
-        int, typer.Option("--window", help="Number of frames that count as the first, and as the last.")
-    ] = 100,
+    window: Annotated[int, option("--window", "Number of frames that count as the first, and as the last.")] = 100,
     flow_size: Annotated[
-        int,
-        typer.Option(
-            "--flow-size", help="Side of the square that frames are scaled to for the flow; smaller is faster."
-        ),
+        int, option("--flow-size", "Side of the square that frames are scaled to for the flow; smaller is faster.")
     ] = 720,
     clip: Annotated[
-        str,
-        typer.Option("--clip", help="auto (the published CLIP if fetched, else demo's), demo, hub:OWNER/NAME or none."),
+        str, option("--clip", "auto (the published CLIP if fetched, else demo's), demo, hub:OWNER/NAME or none.")
     ] = "auto",
-    clip_every: Annotated[int, typer.Option("--clip-every", help="Apply CLIP to every Nth frame.")] = 8,
-    device: Annotated[str, typer.Option("--device", help="Where CLIP runs: auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", "-f", help="Replace files that exist.")] = False,
+    clip_every: Annotated[int, option("--clip-every", "Apply CLIP to every Nth frame.")] = 8,
+    device: Annotated[str, option("--device", "Where CLIP runs: auto, cpu, cuda, cuda:1, mps.")] = "auto",
+) -> None:
+    """What `evaluate` measures and how: the fields of `evaluation.Settings`."""
+
+
+@options.knows(measuring)
+def evaluate(
+    videos: Annotated[list[Path], argument("The videos to measure, from any source.")],
+    report_file: Annotated[
+        Path | None, option("--report", "Write an HTML page with plots and a contact sheet.")
+    ] = None,
+    csv_file: Annotated[Path | None, option("--csv", "Write the scores, one row per video.")] = None,
+    frames_csv: Annotated[Path | None, option("--frames-csv", "Write the measurements, one row per frame.")] = None,
+    overwrite: Annotated[bool, option("--overwrite", "-f", "Replace files that exist.")] = False,
     json_output: options.Json = False,
     quiet: options.Quiet = False,
+    **given: Any,
 ) -> None:
     """Measure videos: scene cuts, motion and warp error (MAWE), CLIP, drift, seams, stagnation, flicker.
 
@@ -143,11 +140,12 @@ def evaluate(
     except ImportError as error:
         hint = 'install what it needs with `pip install "streamt2v[metrics]"`'
         raise ConfigError(f"evaluate cannot start: {error}", hint) from error
-    begins = None if seams is None else evaluation.parse_seams(seams)
-    settings = evaluation.Settings(prompt, against, begins, window, flow_size, clip, clip_every, device)
+    if given["seams"] is not None:
+        given["seams"] = evaluation.parse_seams(given["seams"])
+    settings = evaluation.Settings(**given)
     targets = [target for target in (report_file, csv_file, frames_csv) if target is not None]
     for number, target in enumerate(targets):
-        prepare.check_target(target, overwrite, *videos, against, *targets[:number])
+        prepare.check_target(target, overwrite, *videos, settings.against, *targets[:number])
     with terminable("stopped; nothing was written"), progress:
         progress.doing(f"reading {len(videos)} video{'s' * (len(videos) > 1)}")
         results, failures = evaluation.evaluate(videos, settings, progress, progress.say)
@@ -171,16 +169,18 @@ def evaluate(
 
 def preview(
     source: Annotated[
-        Path, typer.Argument(metavar="VIDEO", help="Any video, or an unfinished run.", show_default=False)
+        Path,
+        argument(
+            "Any video, or an unfinished run.",
+            metavar="VIDEO",
+        ),
     ],
     output: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--output", "-o", help="A .png is a contact sheet, .webp and .gif move. Default: a .png and a .webp."
-        ),
+        option("--output", "-o", "A .png is a contact sheet, .webp and .gif move. Default: a .png and a .webp."),
     ] = None,
-    width: Annotated[int, typer.Option("--width", help="Maximum width of a frame.", min=16, max=4096)] = 320,
-    overwrite: Annotated[bool, typer.Option("--overwrite", "-f", help="Replace files that exist.")] = False,
+    width: Annotated[int, option("--width", "Maximum width of a frame.", min=16, max=4096)] = 320,
+    overwrite: Annotated[bool, option("--overwrite", "-f", "Replace files that exist.")] = False,
 ) -> None:
     """Make small pictures of a video: a contact sheet of 24 frames and a moving preview of 96.
 
@@ -206,11 +206,9 @@ def preview(
 
 
 def report(
-    video: Annotated[Path, typer.Argument(help="A video, or an unfinished run.", show_default=False)],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The HTML file. Default: the video's name.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", "-f", help="Replace a file that exists.")] = False,
+    video: Annotated[Path, argument("A video, or an unfinished run.")],
+    output: Annotated[Path | None, option("--output", "-o", "The HTML file. Default: the video's name.")] = None,
+    overwrite: Annotated[bool, option("--overwrite", "-f", "Replace a file that exists.")] = False,
 ) -> None:
     """Write an HTML page on how a video was made: recipe, prompts, chunks, contact sheet.
 

@@ -15,6 +15,7 @@ import typer
 from streamt2v import config, weights
 from streamt2v.batch import events
 from streamt2v.cli import options
+from streamt2v.cli.options import argument, option
 from streamt2v.cli.progress import Progress, clock
 from streamt2v.cli.terminal import FETCHING, complain, emit, plain, terminable
 from streamt2v.errors import ConfigError, DifferenceError, Interrupted
@@ -61,15 +62,11 @@ def generate(
 
 @options.knows(options.making, *_RUNNING, options.alone)
 def refine(
-    source: Annotated[Path, typer.Argument(help="The video to refine.", show_default=False)],
+    source: Annotated[Path, argument("The video to refine.")],
     output: options.Output = None,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", help="What the video shows. Default: its own prompts.")
-    ] = None,
+    prompt: Annotated[str | None, option("--prompt", "What the video shows. Default: its own prompts.")] = None,
     fps: options.SourceFps = None,
-    guidance: Annotated[
-        float | None, typer.Option("--guidance", "--cfg", help="Guidance; 1 is off.", rich_help_panel=options.ADVANCED)
-    ] = None,
+    guidance: Annotated[float | None, options.advanced("--guidance", "--cfg", "Guidance; 1 is off.")] = None,
     **given: Any,
 ) -> None:
     """Refine a video of any length: more detail, the same number of frames, the same sound.
@@ -85,13 +82,11 @@ def refine(
 
 @options.knows(options.making, options.streaming, *_RUNNING, options.alone)
 def extend(
-    source: Annotated[Path, typer.Argument(help="The video to continue.", show_default=False)],
+    source: Annotated[Path, argument("The video to continue.")],
     frames: options.Longer = None,
     duration: options.Duration = None,
     output: options.Output = None,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", help="What the video shows. Default: its last prompt.")
-    ] = None,
+    prompt: Annotated[str | None, option("--prompt", "What the video shows. Default: its last prompt.")] = None,
     fps: options.SourceFps = None,
     dry_run: options.DryRun = False,
     **given: Any,
@@ -220,10 +215,9 @@ def _tell_plan(job: Job, as_json: bool, progress: Progress) -> None:
 
 @options.knows(options.talking)
 def resume(
-    run: Annotated[Path, typer.Argument(help="The output, or its run directory OUT.streamt2v.", show_default=False)],
+    run: Annotated[Path, argument("The output, or its run directory OUT.streamt2v.")],
     device: Annotated[
-        str | None,
-        typer.Option("--device", help="Another device of the same kind and name. Default: the one the run began on."),
+        str | None, option("--device", "Another device of the same kind and name. Default: the one the run began on.")
     ] = None,
     **given: Any,
 ) -> None:
@@ -248,13 +242,11 @@ def resume(
 
 @options.knows(*_RUNNING, options.alone)
 def rerun(
-    video: Annotated[Path, typer.Argument(help="A video made by streamt2v.", show_default=False)],
+    video: Annotated[Path, argument("A video made by streamt2v.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The file to write. Default: VIDEO_rerun.mp4, of its kind.")
+        Path | None, option("--output", "-o", "The file to write. Default: VIDEO_rerun.mp4, of its kind.")
     ] = None,
-    source: Annotated[
-        Path | None, typer.Option("--source", help="The video that VIDEO was refined or extended from.")
-    ] = None,
+    source: Annotated[Path | None, option("--source", "The video that VIDEO was refined or extended from.")] = None,
     image: options.Image = None,
     init: options.Init = None,
     image_init: options.ImageInit = None,
@@ -301,26 +293,20 @@ class RayCommand(options.LeveledCommand):
 def batch(
     file: Annotated[
         str,
-        typer.Argument(
-            metavar="JOBS",
-            show_default=False,
-            help="Rows in .jsonl, .toml, .csv or .txt (one prompt per line); - is stdin.",
-        ),
+        argument("Rows in .jsonl, .toml, .csv or .txt (one prompt per line); - is stdin.", metavar="JOBS"),
     ],
     out_dir: Annotated[
-        Path, typer.Option("--out-dir", help="Folder for the videos; no row writes elsewhere.", show_default=False)
+        Path, option("--out-dir", "Folder for the videos; no row writes elsewhere.", show_default=False)
     ],
     frames: options.Frames = None,
     duration: options.Duration = None,
     fps: options.Fps = None,
-    keep_going: Annotated[bool, typer.Option("--keep-going", help="Go on when rows are invalid or jobs fail.")] = False,
+    keep_going: Annotated[bool, option("--keep-going", "Go on when rows are invalid or jobs fail.")] = False,
     shard: Annotated[
-        str,
-        typer.Option("--shard", metavar="I/N", help="Only every Nth row, starting with the Ith: one part per machine."),
+        str, option("--shard", "Only every Nth row, starting with the Ith: one part per machine.", metavar="I/N")
     ] = "1/1",
     ray: Annotated[
-        str | None,
-        typer.Option("--ray", metavar="[ADDRESS]", help="Run on Ray: auto, HOST:PORT, or no address to start it here."),
+        str | None, option("--ray", "Run on Ray: auto, HOST:PORT, or no address to start it here.", metavar="[ADDRESS]")
     ] = None,
     **given: Any,
 ) -> None:
@@ -417,7 +403,7 @@ def plan(
 
 @options.knows(options.making, options.streaming, options.starting, options.computing, options.talking)
 def bench(
-    frames: Annotated[int, typer.Option("--frames", "-n", help="Length to state the time for.")] = 1200,
+    frames: Annotated[int, option("--frames", "-n", "Length to state the time for.")] = 1200,
     **given: Any,
 ) -> None:
     """Measure this machine: make a short video, discard it, and show what a long one will take.

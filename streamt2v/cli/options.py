@@ -31,7 +31,12 @@ def _panel(title: str | None) -> Callable[..., Any]:
     return option
 
 
-_main, _steering, _advanced, _running = map(_panel, (None, STEERING, ADVANCED, RUNNING))
+option, _steering, advanced, _running = map(_panel, (None, STEERING, ADVANCED, RUNNING))
+
+
+def argument(said: str, **more: Any) -> Any:
+    """Return an argument with its help."""
+    return typer.Argument(help=said, show_default=False, **more)
 
 
 def _completing(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
@@ -71,23 +76,20 @@ _STRENGTH = (
 _AT = "Change the prompt at a time: 240 (a frame), 10s or 1:20; repeatable."
 
 # Options that some commands take individually; the others are declared in the groups below.
-WeightsName = Annotated[
-    str | None,
-    typer.Argument(help="A name from `weights list`.", show_default=False, autocompletion=names_of_weights),
-]
-Prompt = Annotated[str | None, typer.Argument(help="What to show; - reads it from standard input.", show_default=False)]
+WeightsName = Annotated[str | None, argument("A name from `weights list`.", autocompletion=names_of_weights)]
+Prompt = Annotated[str | None, argument("What to show; - reads it from standard input.")]
 Frames = Annotated[
-    str | None, _main("--frames", "-n", "Exact number of frames to write, or a time: 10s, 2m, 1:20. Default: 24.")
+    str | None, option("--frames", "-n", "Exact number of frames to write, or a time: 10s, 2m, 1:20. Default: 24.")
 ]
-Longer = Annotated[str | None, _main("--frames", "-n", "Frames of the whole result, or a time: 10s, 2m, 1:20.")]
-Duration = Annotated[str | None, _main("--duration", "The same as --frames with a time: 10s, 2m, 1:20.")]
+Longer = Annotated[str | None, option("--frames", "-n", "Frames of the whole result, or a time: 10s, 2m, 1:20.")]
+Duration = Annotated[str | None, option("--duration", "The same as --frames with a time: 10s, 2m, 1:20.")]
 Count = Annotated[
-    int, _main("--count", "Videos to make, with the seeds that follow and numbered names.", min=1, max=10_000)
+    int, option("--count", "Videos to make, with the seeds that follow and numbered names.", min=1, max=10_000)
 ]
-DryRun = Annotated[bool, _main("--dry-run", "Show the plan, as `streamt2v plan` does, and make nothing.")]
-Output = Annotated[Path | None, _main("--output", "-o", _OUTPUT)]
-Fps = Annotated[float | None, _main("--fps", f"{_RATE}the model's; 8 for demo.", parser=parse_rate)]
-SourceFps = Annotated[float | None, _main("--fps", f"{_RATE}the source's.", parser=parse_rate)]
+DryRun = Annotated[bool, option("--dry-run", "Show the plan, as `streamt2v plan` does, and make nothing.")]
+Output = Annotated[Path | None, option("--output", "-o", _OUTPUT)]
+Fps = Annotated[float | None, option("--fps", f"{_RATE}the model's; 8 for demo.", parser=parse_rate)]
+SourceFps = Annotated[float | None, option("--fps", f"{_RATE}the source's.", parser=parse_rate)]
 Image = Annotated[Path | None, _steering("--image", "Start from this picture.")]
 Init = Annotated[str | None, _steering("--init", _INIT, autocompletion=_INITIALIZERS)]
 ImageInit = Annotated[str | None, _steering("--image-init", _IMAGE_INIT, autocompletion=_INITIALIZERS)]
@@ -102,31 +104,31 @@ Verbose = Annotated[bool, _running("--verbose", "-v", "Report more about each st
 
 
 def making(
-    model: Annotated[str | None, _main("--model", "-m", _MODEL, autocompletion=_completing(weights.families))] = None,
+    model: Annotated[str | None, option("--model", "-m", _MODEL, autocompletion=_completing(weights.families))] = None,
     seed: Annotated[
-        int | None, _main("--seed", "-s", "Seed of all randomness. Default: random, printed and stored.")
+        int | None, option("--seed", "-s", "Seed of all randomness. Default: random, printed and stored.")
     ] = None,
     size: Annotated[
-        str | None, _main("--size", "Box WxH that the video fits into. Default: the model's; 256x144 for demo.")
+        str | None, option("--size", "Box WxH that the video fits into. Default: the model's; 256x144 for demo.")
     ] = None,
     width: Annotated[
-        int | None, _main("--width", "Width instead of --size; alone it keeps the shape.", min=2, max=16384)
+        int | None, option("--width", "Width instead of --size; alone it keeps the shape.", min=2, max=16384)
     ] = None,
     height: Annotated[
-        int | None, _main("--height", "Height instead of --size; alone it keeps the shape.", min=2, max=16384)
+        int | None, option("--height", "Height instead of --size; alone it keeps the shape.", min=2, max=16384)
     ] = None,
-    fit: Annotated[str | None, _main("--fit", _FIT, autocompletion=_among(Fit))] = None,
+    fit: Annotated[str | None, option("--fit", _FIT, autocompletion=_among(Fit))] = None,
     negative: Annotated[str | None, _steering("--negative", "--negative-prompt", "What to avoid.")] = None,
     quality: Annotated[str | None, _steering("--quality", _QUALITY, autocompletion=_among(Quality))] = None,
     strength: Annotated[str | None, _steering("--strength", _STRENGTH, autocompletion=_among(Strength))] = None,
-    refine_steps: Annotated[int | None, _advanced("--refine-steps", "Steps of the refiner.")] = None,
-    chunk: Annotated[int | None, _advanced("--chunk", "Frames the refiner processes at once.")] = None,
-    overlap: Annotated[int | None, _advanced("--overlap", "Frames shared by neighbouring refiner chunks.")] = None,
+    refine_steps: Annotated[int | None, advanced("--refine-steps", "Steps of the refiner.")] = None,
+    chunk: Annotated[int | None, advanced("--chunk", "Frames the refiner processes at once.")] = None,
+    overlap: Annotated[int | None, advanced("--overlap", "Frames shared by neighbouring refiner chunks.")] = None,
     preset: Annotated[
-        str | None, _advanced("--preset", "A shipped preset by name.", autocompletion=_completing(config.presets))
+        str | None, advanced("--preset", "A shipped preset by name.", autocompletion=_completing(config.presets))
     ] = None,
-    config_file: Annotated[Path | None, _advanced("--config", "A TOML file of settings.")] = None,
-    settings: Annotated[list[str] | None, _advanced("--set", "Any setting, as section.key=value; repeatable.")] = None,
+    config_file: Annotated[Path | None, advanced("--config", "A TOML file of settings.")] = None,
+    settings: Annotated[list[str] | None, advanced("--set", "Any setting, as section.key=value; repeatable.")] = None,
     compile: Annotated[
         bool | None, _running("--compile", "Compile the networks first: takes minutes once, then each step is faster.")
     ] = None,
@@ -140,8 +142,8 @@ def streaming(
         Path | None, _steering("--timeline", 'Prompts over time in a TOML or JSON file: {"0": "...", "10s": "..."}.')
     ] = None,
     no_refine: Annotated[bool, _steering("--no-refine", "Stop after the streaming stage.")] = False,
-    steps: Annotated[int | None, _advanced("--steps", "Denoising steps of stages 1 and 2.")] = None,
-    guidance: Annotated[float | None, _advanced("--guidance", "--cfg", "Guidance of stages 1 and 2; 1 is off.")] = None,
+    steps: Annotated[int | None, advanced("--steps", "Denoising steps of stages 1 and 2.")] = None,
+    guidance: Annotated[float | None, advanced("--guidance", "--cfg", "Guidance of stages 1 and 2; 1 is off.")] = None,
 ) -> None:
     """Options of commands with a streaming stage."""
 

@@ -39,7 +39,7 @@ class SeededDraws:
     seed: int
 
     def generator(self, purpose: str, address: Address = ()) -> torch.Generator:
-        """Return a fresh generator for code of others, which draws from it in its own order."""
+        """Return a fresh generator for third-party code, which draws from it in its own order."""
         text = "/".join((str(self.seed), purpose, *map(str, address)))
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         # 63 bits: the seed must fit the signed range.

@@ -1,14 +1,14 @@
-"""Replacement: frames that are known take the place of what the network estimates for them, at every step."""
+"""Replacement: known frames take the place of the network's estimates of them, at every step."""
 
 import torch
 from torch import Tensor
 
 
 def put_in_place(clean: Tensor, known: Tensor, carry: float = 0.0) -> Tensor:
-    """Return estimates of x_0 with the known frames in place, and what that changed carried on to those after them.
+    """Return estimates of x_0 with the known frames in place, and that change carried on to the frames after them.
 
     The change of the last known frame, d = known[Fc-1] - clean[Fc-1], tells where the network would jump. Frame Fc-1+k
-    gets carry^k d on top: a cheap stand-in for reconstruction guidance, which asks the network's gradient for it.
+    gets carry^k d on top: a cheap stand-in for reconstruction guidance, which needs the network's gradient.
 
     Args:
         clean: estimates [B, C, F, h, w].

@@ -81,7 +81,7 @@ class NoiseSchedule:
             raise ConfigError(f"the number of steps must lie in 1..{total}, not {num_steps}")
         if self.config.spacing == "leading":
             grid = [index * (total // num_steps) + self.config.steps_offset for index in reversed(range(num_steps))]
-            # With very many steps the offset would point behind the table.
+            # With very many steps the offset would point past the end of the table.
             return torch.tensor(grid).clamp(max=total - 1)
         return torch.tensor([round(total - index * total / num_steps) - 1 for index in range(num_steps)])
 
@@ -121,7 +121,7 @@ class NoiseSchedule:
     def _at(self, timestep: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Look up alpha and sigma, shaped to multiply with `like` [B, ...] in float32 or wider."""
         if not isinstance(timestep, Tensor):
-            return self.alphas[timestep], self.sigmas[timestep]  # numbers of the host: no device is waited for
+            return self.alphas[timestep], self.sigmas[timestep]  # on the host: nothing waits for the device
         if like.device not in self._copies:
             self._copies[like.device] = self.alphas.to(like.device), self.sigmas.to(like.device)
         alphas, sigmas = self._copies[like.device]
@@ -139,7 +139,7 @@ def sdedit_grid(schedule: NoiseSchedule, start_timestep_count: int, num_steps: i
     Args:
         schedule: the refiner's schedule.
         start_timestep_count: T', the timesteps below the start (600: the video is noised to timestep 599).
-        num_steps: N >= 1, always obeyed.
+        num_steps: N >= 1, exactly as many as asked for.
     """
     total = schedule.config.num_train_timesteps
     if not 1 <= start_timestep_count <= total:
@@ -200,7 +200,7 @@ def precondition(rho: float) -> Preconditioning:
 
 
 def _alpha_bars_from_betas(config: ScheduleConfig) -> Tensor:
-    """Multiply up alpha_bar = prod(1 - beta); with zero terminal SNR, shift and scale its root (arXiv 2305.08891)."""
+    """Return alpha_bar = prod(1 - beta), its root shifted and scaled for zero terminal SNR (arXiv 2305.08891)."""
     steps = config.num_train_timesteps
     if config.kind == "squared_cosine":
         grid = torch.arange(steps + 1, dtype=torch.float64) / steps
@@ -220,7 +220,7 @@ def _alpha_bars_from_betas(config: ScheduleConfig) -> Tensor:
 def _cosine_sigmas(config: ScheduleConfig) -> Tensor:
     """Return sigma of the shifted cosine log-SNR schedule, optionally stretched to end at 1.
 
-    In float32 like the published tables: near pure noise alpha hangs on the last digits of sigma.
+    In float32 like the published tables: near pure noise alpha depends on the last digits of sigma.
     """
     u = torch.linspace(1, 0, config.num_train_timesteps, dtype=torch.float32)
     start, end = math.atan(math.exp(-config.logsnr_min / 2)), math.atan(math.exp(-config.logsnr_max / 2))

@@ -185,9 +185,13 @@ def load_network(model_class: Any, place: Path, dtype: torch.dtype) -> Any:
         raise WeightsError(f"{place} holds no safetensors file", "pickled weights (.bin, .ckpt) are never opened")
     try:
         model, found = model_class.from_pretrained(
-            place, dtype=dtype, variant="fp16" if halved else None, use_safetensors=True, local_files_only=True,
+            place,
+            dtype=dtype,
+            variant="fp16" if halved else None,
+            use_safetensors=True,
+            local_files_only=True,
             output_loading_info=True,
-        )  # fmt: skip
+        )
     except Exception as error:  # safetensors raises its own kind, the libraries nearly every other
         # Some networks keep parts in float32, which the library only knows how to do with its helper.
         hint = "" if find_spec("accelerate") else "some networks need `pip install accelerate`"
@@ -212,9 +216,13 @@ def draw_picture(pipelines: Sequence[Any], config: RunConfig, generator: torch.G
 
 
 def from_pipeline(
-    pipeline: Any, config: RunConfig, generator: torch.Generator, picture: Tensor | None = None,
-    decode_chunk_size: int = 8, watch: Watching | None = None,
-) -> Tensor:  # fmt: skip
+    pipeline: Any,
+    config: RunConfig,
+    generator: torch.Generator,
+    picture: Tensor | None = None,
+    decode_chunk_size: int = 8,
+    watch: Watching | None = None,
+) -> Tensor:
     """Make the first chunk by a text- or image-to-video pipeline of diffusers: frames [F, 3, H, W] in [-1, 1].
 
     Args:

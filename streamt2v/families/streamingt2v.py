@@ -136,23 +136,34 @@ def _refine(networks: Networks, given: Enlarged) -> Iterator[Refined]:
 
 @torch.inference_mode()
 def from_text(
-    models: StreamModels, text: TextContext, sampling: Sampling, noise: NoiseOfChunk, num_frames: int,
+    models: StreamModels,
+    text: TextContext,
+    sampling: Sampling,
+    noise: NoiseOfChunk,
+    num_frames: int,
     observe: Observe | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Sample the first chunk from text alone, CAM and APM off: frames [F, 3, H, W] in [-1, 1]."""
     conditioning = models.unet.prepare(text)
-    latents = denoise(
-        lambda latents, timestep, rows: models.unet(latents, timestep, conditioning.rows(rows)),
-        models.schedule, noise(Chunk(0, 0, num_frames, 0)), sampling, observe,
-    )  # fmt: skip
+
+    def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
+        return models.unet(latents, timestep, conditioning.rows(rows))  # type: ignore[no-any-return]
+
+    latents = denoise(predict, models.schedule, noise(Chunk(0, 0, num_frames, 0)), sampling, observe)
     return decode_latents(models.vae, latents[0].transpose(0, 1))
 
 
 @torch.inference_mode()
 def from_image(
-    models: StreamModels, unet: UNet3D, image: Tensor, text: TextContext, sampling: Sampling, noise: NoiseOfChunk,
-    num_frames: int, observe: Observe | None = None,
-) -> Tensor:  # fmt: skip
+    models: StreamModels,
+    unet: UNet3D,
+    image: Tensor,
+    text: TextContext,
+    sampling: Sampling,
+    noise: NoiseOfChunk,
+    num_frames: int,
+    observe: Observe | None = None,
+) -> Tensor:
     """Sample the first chunk from a picture [3, H, W] in [-1, 1] the way SVD does: frames [F, 3, H, W] in [-1, 1].
 
     The picture's latents are concatenated to every frame's noisy latents, its CLIP embedding joins the text as one

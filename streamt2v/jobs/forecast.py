@@ -7,16 +7,15 @@ from pathlib import Path
 
 from streamt2v import devices, files, memory
 from streamt2v.chunks import Chunk, length
-from streamt2v.config import RunConfig
+from streamt2v.config import RunConfig, to_flat
 from streamt2v.errors import ConfigError, OutputError
 from streamt2v.families import choose
 from streamt2v.jobs.prepared import Prepared
 from streamt2v.timeline import Prompt
 from streamt2v.weights import home
 
-MEASURED = (
-    "fixed_seconds", "stream_seconds_per_chunk", "refine_seconds_per_chunk", "seconds_per_frame", "peak_memory_bytes"
-)  # fmt: skip
+PER_CHUNK = ("stream_seconds_per_chunk", "refine_seconds_per_chunk")
+MEASURED = ("fixed_seconds", *PER_CHUNK, "seconds_per_frame", "peak_memory_bytes")
 
 
 def spoken(seconds: float) -> str:
@@ -152,21 +151,25 @@ def _timings_path() -> Path:
     return home.path() / "timings.json"
 
 
+# Settings that the times depend on; those of the refiner only where it runs.
+_TIMED = (
+    *("model", "compile", "initialize.text_to_image", "initialize.num_inference_steps", "refine.enabled"),
+    *(f"stream.{name}" for name in ("chunk", "overlap", "height", "width", "num_inference_steps", "guidance_stop")),
+    *(f"stream.{name}" for name in ("cam", "apm", "reuse_interval", "replacement")),
+)
+_REFINED = (
+    *(f"refine.{name}" for name in ("chunk", "overlap", "num_inference_steps", "guidance_stop", "reuse_interval")),
+    *("output.height", "output.width", "output.fit"),
+)
+
+
 def _key(config: RunConfig, seen: devices.Glance, threads: int, policy: memory.MemoryPolicy) -> str:
     """Return what the times depend on: of the memory policy only what makes them many times longer."""
-    stream, refine, output = config.stream, config.refine, config.output
-    parts = [
-        seen.kind, seen.card, threads, policy.offload, config.compile, config.model,
-        choose.named(config), config.initialize.text_to_image, config.initialize.num_inference_steps,
-        (config.initialize.image_guidance_scale if config.image else config.initialize.guidance_scale) != 1,
-        stream.chunk, stream.overlap, stream.height, stream.width,
-        stream.num_inference_steps, stream.guidance_scale > 1, stream.guidance_stop, stream.cam, stream.apm,
-        stream.reuse_interval, stream.replacement,
-        refine.enabled,
-    ]  # fmt: skip
-    if refine.enabled:
-        parts += [refine.chunk, refine.overlap, refine.num_inference_steps, refine.guidance_scale > 1]
-        parts += [refine.guidance_stop, refine.reuse_interval, output.height, output.width, output.fit]
+    own, settings = config.initialize, to_flat(config)
+    scales = [own.image_guidance_scale if config.image else own.guidance_scale, config.stream.guidance_scale]
+    names = [*_TIMED, *(_REFINED if config.refine.enabled else ())]
+    parts = [seen.kind, seen.card, threads, policy.offload, choose.named(config), *(settings[name] for name in names)]
+    parts += [scale != 1 for scale in [*scales, *([config.refine.guidance_scale] if config.refine.enabled else [])]]
     return "/".join(map(str, parts))
 
 

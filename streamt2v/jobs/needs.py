@@ -1,5 +1,6 @@
 """What a run needs: memory on its device, by stage, and room on the disk."""
 
+from dataclasses import replace
 from typing import Any
 
 from streamt2v import memory, weights
@@ -9,51 +10,54 @@ from streamt2v.config import RunConfig
 
 def stages(config: RunConfig, source: tuple[int, int] | None = None) -> tuple[memory.Stage, ...]:
     """Return the stages of a run in numbers; `source` is the size (H, W) of a video that is only refined."""
-    family, stream, refine, output = weights.family(config.model), config.stream, config.refine, config.output
-    base, found = source or (stream.height, stream.width), []
+    stream, refine, output = config.stream, config.refine, config.output
+    base, found = source or stream.size, list[memory.Stage]()
     if source is None:
-        parts = ["vae", *(["cam"] if stream.cam else []), *(["apm"] if stream.apm else [])]
+        parts = ["unet", "vae", *(["cam"] if stream.cam else []), *(["apm"] if stream.apm else [])]
+        stage = _stage(config, "stream", parts, stream.chunk, base)
         guided, kept = stream.guidance_scale != 1, int(stream.reuse_interval > 1)
-        found.append(_stage(family, "stream", parts, stream.chunk, base, guided, stream.cam, kept))
+        found.append(replace(stage, guided=guided, cam=stream.cam, kept=kept))
     if refine.enabled:
         box = (output.height or base[0], output.width or base[1])
         scale = min(box[0] / base[0], box[1] / base[1])
         canvas = box if output.fit == "cover" else (round(base[0] * scale), round(base[1] * scale))
-        frames, chunks = min(refine.chunk, config.num_frames), count(config.num_frames, refine.chunk, refine.overlap)
+        stage = _stage(config, "refine", ["unet", "vae"], min(refine.chunk, config.num_frames), canvas)
         kept = memory.chunks_kept(refine.num_inference_steps, refine.reuse_interval, refine.chunk, refine.overlap)
-        guided, kept = refine.guidance_scale != 1, min(kept, chunks)
-        found.append(_stage(family, "refine", ["vae"], frames, canvas, guided, False, kept))
+        chunks = count(config.num_frames, refine.chunk, refine.overlap)
+        found.append(replace(stage, guided=refine.guidance_scale != 1, waits=True, kept=min(kept, chunks)))
     return tuple(found)
 
 
-def _stage(
-    family: weights.Family, name: str, parts: list[str], frames: int, size: tuple[int, int], guided: bool, cam: bool,
-    kept: int,
-) -> memory.Stage:  # fmt: skip
+def _stage(config: RunConfig, name: str, parts: list[str], frames: int, size: tuple[int, int]) -> memory.Stage:
+    """Return a stage by the sizes of its networks: so many frames of a size (H, W) at once."""
+    family = weights.family(config.model)
     (kind, unet), (_, vae) = _header(family, f"{name}.unet"), _header(family, f"{name}.vae")
     widths, finest = unet.get("block_out_channels", [320]), vae.get("block_out_channels", [128] * 4)
     # To multiples of 8 latent cells, which is as far as a canvas may have to grow.
     side = 8 * 2 ** (len(finest) - 1)
     rows, columns = (-(-extent // side) * 8 for extent in size)
-    values, encoders = (
-        sum(family.file(f"{name}.{part}").num_values for part in group if family.has(f"{name}.{part}"))
-        for group in (["unet", *parts], ["text", "image"])
-    )
-    if kind == "Restorer":
-        return memory.Stage(
-            values=values, encoder_values=encoders, cells=frames * rows * columns, width=0, inner=0, guided=guided,
-            cam=False, frame_values=rows * columns * side**2 // 64 * finest[0], kept=kept, waits=True,
-            # Features of a quarter of the size of the latents.
-            kept_width=widths[1] // 16, restoring=unet["out_channels"],
-        )  # fmt: skip
-    return memory.Stage(
-        values=values, encoder_values=encoders, cells=frames * rows * columns, width=widths[0],
-        inner=max(widths[0], unet.get("transformer_in_heads", 8) * unet.get("attention_head_dim", 64)), guided=guided,
-        cam=cam, frame_values=rows * columns * side**2 // 64 * finest[0], kept=kept,
-        waits=name == "refine",
+
+    def values(*roles: str) -> int:
+        return sum(family.file(f"{name}.{role}").num_values for role in roles if family.has(f"{name}.{role}"))
+
+    stage = memory.Stage(
+        values=values(*parts),
+        encoder_values=values("text", "image"),
+        cells=frames * rows * columns,
+        width=widths[0],
+        inner=max(widths[0], unet.get("transformer_in_heads", 8) * unet.get("attention_head_dim", 64)),
+        guided=False,
+        cam=False,
+        frame_values=rows * columns * side**2 // 64 * finest[0],
+        kept=0,
+        waits=False,
         # What comes from the first of the last level's layers, or from the level below where that has but two.
         kept_width=widths[0] if unet.get("layers_per_block", 2) > 1 else widths[:2][-1],
-    )  # fmt: skip
+    )
+    if kind != "Restorer":
+        return stage
+    # It keeps features of a quarter of the size of the latents.
+    return replace(stage, width=0, inner=0, kept_width=widths[1] // 16, restoring=unet["out_channels"])
 
 
 def _header(family: weights.Family, role: str) -> tuple[str, dict[str, Any]]:

@@ -55,11 +55,6 @@ def is_plain(primaries: int, transfer: int, matrix: int) -> bool:
     return primaries_of(primaries, matrix) not in _WIDE and transfer not in (PQ, HLG)
 
 
-def is_hdr(transfer: int) -> bool:
-    """Return whether a transfer function is one of high dynamic range."""
-    return transfer in (PQ, HLG)
-
-
 def primaries_of(primaries: int, matrix: int) -> int:
     """Return the primaries; where unspecified, those of BT.2020 with its matrices, else those of BT.709."""
     if primaries in _PRIMARIES:

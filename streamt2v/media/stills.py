@@ -104,8 +104,9 @@ def _animated(path: Path) -> Iterator[tuple[int, int, Frames]]:
         with pictures.opened(path, "WEBP") as file:
             for index in range(getattr(file, "n_frames", 1)):
                 file.seek(index)
-                shown = int(file.info.get("duration", 100))
-                yield time, shown, pictures.over_white(file.convert("RGBA"))
+                picture = pictures.over_white(file.convert("RGBA"))
+                shown = int(file.info.get("duration", 100))  # known only once the picture is decoded
+                yield time, shown, picture
                 time += max(1, shown)
     except InputError as error:
         raise VideoError(error.message, error.hint) from error

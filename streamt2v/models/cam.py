@@ -75,16 +75,17 @@ class ConditionalAttention(UNetEncoder):
 
     def embed_frames(self, frames: Tensor) -> Tensor:
         """Embed conditioning frames [B, Fc, 3, H, W] in [-1, 1] as [B, C0, Fc, h, w], once per chunk."""
-        return (
-            self.cond_embedding(frames.to(self.conv_in.weight.dtype).flatten(0, 1))
-            .unflatten(0, frames.shape[:2])
-            .transpose(1, 2)
-        )
+        embedded = self.cond_embedding(frames.to(self.conv_in.weight.dtype).flatten(0, 1))  # [N, C0, h, w]
+        return embedded.unflatten(0, frames.shape[:2]).transpose(1, 2)
 
     def forward(
-        self, latents_first: Tensor, timestep: Tensor | float, conditioning: Conditioning, frame_embedding: Tensor,
+        self,
+        latents_first: Tensor,
+        timestep: Tensor | float,
+        conditioning: Conditioning,
+        frame_embedding: Tensor,
         shallow: bool = False,
-    ) -> CamFeatures:  # fmt: skip
+    ) -> CamFeatures:
         """Extract the features the denoiser's mergers attend to.
 
         Args:
@@ -98,10 +99,10 @@ class ConditionalAttention(UNetEncoder):
             One feature [B, C, Fc, h, w] per skip and one of the middle.
         """
         batch, _, frames, _, _ = latents_first.shape
-        step = self.begin(frames, batch, timestep, conditioning, shallow=shallow)
+        step = self.begin(latents_first, timestep, conditioning, True, shallow)
         x = self.enter(latents_first, step).unflatten(0, (batch, frames))  # [B, Fc, C0, h, w]
         x = (x + frame_embedding.transpose(1, 2)).flatten(0, 1)  # [N, C0, h, w]
-        skips = self.descend(x, step, shallow)
+        skips = self.descend(x, step)
 
         def clips(images: Tensor) -> Tensor:
             return images.unflatten(0, (batch, frames)).transpose(1, 2)  # [B, C, Fc, h, w]
@@ -114,7 +115,7 @@ def init_from_unet(cam: ConditionalAttention, unet: UNetEncoder) -> None:
     """Copy the denoiser's encoder into CAM, the start of its training; sizes must agree.
 
     Raises:
-        ConfigError: a layer of CAM beside the pixel stack has no counterpart of its shape.
+        ConfigError: a layer of CAM outside the pixel stack has no counterpart of its shape.
     """
     source = unet.state_dict()
     own = {name: value for name, value in cam.state_dict().items() if not name.startswith("cond_embedding.")}

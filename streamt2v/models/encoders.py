@@ -1,4 +1,4 @@
-"""Text, image and VAE encoders of the libraries behind a few small functions; the VAE works frame by frame.
+"""Text, image and VAE encoders from libraries, behind a few small functions; the VAE works frame by frame.
 
 Shapes: B batch, F frames, C latent channels, S tokens, D features; H, W pixels, h, w latent cells.
 """
@@ -86,7 +86,7 @@ def latent_size(vae: Any, height: int, width: int) -> tuple[int, int]:
 
 
 def encode_frames(vae: Any, frames: Tensor, noise: Tensor | None = None) -> Tensor:
-    """Encode frames [F, 3, H, W] in [-1, 1] one by one to scaled latents [F, C, h, w], float32 or as the VAE asks for.
+    """Encode frames [F, 3, H, W] in [-1, 1] one by one to scaled latents [F, C, h, w], float32 unless the VAE says so.
 
     Args:
         vae: a library autoencoder with a `scaling_factor` in its config.
@@ -122,7 +122,7 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
 def decode_clip(vae: Any, latents: Tensor, groups: Sequence[Chunk], first: int = 0) -> Tensor:
     """Decode scaled latents [F, C, h, w] in groups by a temporal decoder: frames `first`.. [F - first, 3, H, W].
 
-    A frame looks different beside other frames, and alone it has none: groups that overlap give every frame its
+    A frame looks different next to other frames, and alone it has none: overlapping groups give every frame its
     neighbours, and each frame is taken from the group in which it lies further from the end.
 
     Args:
@@ -150,22 +150,22 @@ def _decoded(vae: Any, latents: Tensor, decode: Callable[[Tensor], Iterable[Tens
         scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
         return torch.cat([frames.float() for frames in decode(scaled)])
 
-    # Not clamped before it was looked at: that makes white of Inf.
+    # Checked before clamping, which would turn Inf into white.
     return _checked(vae, latents, run, lambda frames: is_black(to_u8(frames))).clamp_(-1, 1)
 
 
 def _checked(
     vae: Any, given: Tensor, compute: Callable[[], Tensor], is_bad: Callable[[Tensor], bool] = lambda result: False
 ) -> Tensor:
-    """Compute by the VAE; where that overflows or shows nothing in 16 bit, once more in 32; then `is_bad` is asked too.
+    """Run the VAE; where that overflows or shows nothing in 16 bit, run it in 32, and let `is_bad` judge that too.
 
-    What is computed again depends on what is given alone, so that a resumed run does the same.
+    Only the input decides what is run again, so a resumed run does the same.
     """
     result = compute()
-    # A codec that loses nothing returns a picture of one colour as it is.
+    # From a lossless codec a picture of one colour is no failure.
     if is_finite(result) if getattr(vae, "lossless", False) else is_picture(result):
         return result
-    if not is_finite(given):  # asked only now: what is not, never becomes a picture
+    if not is_finite(given):  # checked only now: non-finite input never becomes a picture
         raise NumericsError("a network produced NaN or Inf")
     narrow = vae.dtype
     if narrow.itemsize == 2:
@@ -174,7 +174,7 @@ def _checked(
         try:
             result = compute()
         finally:
-            torch.nn.Module.to(vae, narrow)  # the library's own warns of what was just undone
+            torch.nn.Module.to(vae, narrow)  # the library's own would warn about the cast just undone
         if is_picture(result) and not is_bad(result):
             return result
     raise NumericsError("the VAE produced NaN, Inf, a single value or nothing but black")

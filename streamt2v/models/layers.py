@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from streamt2v.errors import ConfigError
 from streamt2v.models.apm import TokenMixing
 
-# CUDA attention kernels take at most 65535 sequences at once, and bounded pieces keep activations small at 720p.
+# CUDA attention kernels take at most 65535 sequences at once; smaller pieces also keep activations small at 720p.
 MAX_SEQUENCES = 32768
 
 
@@ -131,7 +131,7 @@ class FeedForward(nn.Module):
         rows = x.flatten(0, -2)
         if torch.is_grad_enabled() or len(rows) <= self.rows_at_once:
             return self.net(x)
-        # The gated product is the peak of the whole network's memory; rows are independent.
+        # The gated product is the memory peak of the whole network, and rows are independent.
         return torch.cat([self.net(piece) for piece in rows.split(self.rows_at_once)]).view_as(x)
 
 

@@ -1,4 +1,4 @@
-"""Layers that look at each frame first and at the frames of a pixel then, and blend the two by a learned share.
+"""Layers that look at each frame, then at the frames of each pixel, and blend the two by a learned share.
 
 They are those of Stable Video Diffusion (arXiv 2311.15127) and take the place of separate temporal layers in `unet3d`,
 see `UNet3DConfig.blends_time`. Parameter names are those of diffusers' `UNetSpatioTemporalConditionModel`.

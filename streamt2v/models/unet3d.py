@@ -54,7 +54,7 @@ class UNet3DConfig(Table):
     attention_head_dim: int = 64
     """Width of one head; a layer of C channels has C / attention_head_dim heads."""
     transformer_in_heads: int = 8
-    """Heads of the temporal transformer behind the first convolution; 0 leaves it out."""
+    """Heads of the temporal transformer after the first convolution; 0 leaves it out."""
     norm_num_groups: int = 32
     text_tokens: int = 77
     image_tokens: int = 0
@@ -68,7 +68,7 @@ class UNet3DConfig(Table):
     frame_codes: bool = False
     """Text-dependent codes of the frame index in all temporal attention; needs `pooled_text_dim`."""
     blends_time: bool = False
-    """Layers that blend what they see in a frame and over time (see `spacetime`), not one after the other."""
+    """Whether layers blend what they see in a frame and over time (see `spacetime`), not one after the other."""
 
     def __post_init__(self) -> None:
         if len(self.block_out_channels) != len(self.attention_levels):
@@ -170,13 +170,15 @@ class CamFeatures:
 
 @dataclass(frozen=True)
 class Step:
-    """What every block sees of one denoising step beside the features."""
+    """What every block sees of one denoising step besides the features."""
 
     embedding: Tensor
     frames: int
     text: Iterator[KeysValues]
     pooled: Tensor | None
     temporal: bool
+    shallow: bool
+    """Whether the deep layers are left out, see `UNet3D.run`."""
 
 
 class Level(nn.Module):
@@ -317,7 +319,7 @@ class CamMerger(nn.Module):
 
 
 class CamMergers(nn.Module):
-    """One merger for every skip and one behind the middle."""
+    """One merger for every skip and one after the middle."""
 
     def __init__(self, config: UNet3DConfig) -> None:
         super().__init__()
@@ -377,16 +379,15 @@ class UNetEncoder(nn.Module):
         return Conditioning(tuple(layer.keys_values(context) for layer, context in contexts), pooled)
 
     def begin(
-        self, frames: int, batch: int, timestep: Tensor | float, conditioning: Conditioning, temporal: bool = True,
-        shallow: bool = False,
-    ) -> Step:  # fmt: skip
-        """Embed the timestep (scalar or [B]) and the pooled text, and line up what the blocks need."""
-        device = conditioning.keys_values[0].keys.device  # that of the weights is the host while they wait there
+        self, latents: Tensor, timestep: Tensor | float, conditioning: Conditioning, temporal: bool, shallow: bool
+    ) -> Step:
+        """Embed the timestep (scalar or [B]) and the pooled text, and line up what the blocks need for latents."""
+        device = conditioning.keys_values[0].keys.device  # weights that wait on the host are elsewhere
         times = timestep.to(device) if isinstance(timestep, Tensor) else torch.full((1,), timestep, device=device)
         embedding = self.time_embedding(times.reshape(-1))
         pooled = conditioning.pooled
         if pooled is not None:
-            pooled = pooled.repeat_interleave(batch // len(pooled), dim=0)  # [B, P]
+            pooled = pooled.repeat_interleave(len(latents) // len(pooled), dim=0)  # [B, P]
             if self.text_embedding is not None:
                 embedding = embedding + self.text_embedding(pooled)
         texts = conditioning.keys_values
@@ -394,7 +395,7 @@ class UNetEncoder(nn.Module):
             each = self.unet_config.texts_per_layer
             attends = self.unet_config.attention_levels[0]
             texts = (*texts[:each], *texts[-SHALLOW_LAYERS * each :]) if attends else ()
-        return Step(embedding, frames, iter(texts), pooled, temporal)
+        return Step(embedding, latents.shape[2], iter(texts), pooled, temporal, shallow)
 
     def enter(self, latents: Tensor, step: Step) -> Tensor:
         """Bring latents [B, C, F, h, w] into the network: [N, C0, h, w]."""
@@ -403,9 +404,9 @@ class UNetEncoder(nn.Module):
             x = self.transformer_in(x, step.frames, step.pooled)
         return x
 
-    def descend(self, x: Tensor, step: Step, shallow: bool = False) -> list[Tensor]:
+    def descend(self, x: Tensor, step: Step) -> list[Tensor]:
         """Run the way down on x [N, C0, h, w] and return every skip, x first, or those that the last layers take."""
-        if shallow:
+        if step.shallow:
             return [x, cast(DownLevel, self.down_blocks[0]).layer(0, x, step)]
         skips = [x]
         for level in self.down_blocks:
@@ -466,9 +467,14 @@ class UNet3D(UNetEncoder):
         return self.run(latents, timestep, conditioning, cam, temporal=temporal)[0]
 
     def run(
-        self, latents: Tensor, timestep: Tensor | float, conditioning: Conditioning, cam: CamFeatures | None = None,
-        deep: Tensor | None = None, temporal: bool = True,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self,
+        latents: Tensor,
+        timestep: Tensor | float,
+        conditioning: Conditioning,
+        cam: CamFeatures | None = None,
+        deep: Tensor | None = None,
+        temporal: bool = True,
+    ) -> tuple[Tensor, Tensor]:
         """Predict as `forward` does, and return the prediction with the features [N, C, h, w] of the deep layers.
 
         These change little from step to step. Given those of an earlier step in `deep`, nothing but the first layer of
@@ -479,8 +485,8 @@ class UNet3D(UNetEncoder):
         batch, _, frames, height, width = latents.shape
         if not self.config.accepts(height, width):
             raise ConfigError(f"latents of {height}x{width} do not fit this network", "pad them to a legal canvas")
-        step = self.begin(frames, batch, timestep, conditioning, temporal, shallow=deep is not None)
-        skips = self.descend(self.enter(latents, step), step, shallow=deep is not None)  # each [N, C, h, w]
+        step = self.begin(latents, timestep, conditioning, temporal, deep is not None)
+        skips = self.descend(self.enter(latents, step), step)  # each [N, C, h, w]
         x = self.mid_block(skips[-1], step) if deep is None else deep
         if cam is not None:
             skips, x = self.merge(skips, x, frames, cam)

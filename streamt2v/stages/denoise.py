@@ -13,7 +13,7 @@ from streamt2v.diffusion.schedules import NoiseSchedule
 Predict = Callable[[Tensor, int, slice], Tensor]
 """(latents [B, C, F, h, w], timestep, rows) -> model output [B, C, F, h, w]; B is the number of rows.
 
-Rows of everything that is prepared for guidance: BOTH, or UNCONDITIONAL or CONDITIONAL alone.
+`rows` selects from everything prepared for guidance: BOTH, or UNCONDITIONAL or CONDITIONAL alone.
 """
 
 BOTH, UNCONDITIONAL, CONDITIONAL = slice(0, 2), slice(0, 1), slice(1, 2)
@@ -48,7 +48,7 @@ class Sampling(SamplingConfig):
 
 @dataclass(frozen=True)
 class ChunkNoise:
-    """The random numbers of one chunk: initial latents [1, C, F, h, w] and the fresh noise of step i, same shape."""
+    """The random numbers of a chunk: initial latents [1, C, F, h, w], and the fresh noise of a step, same shape."""
 
     initial: Tensor
     step: Callable[[int], Tensor]
@@ -57,10 +57,10 @@ class ChunkNoise:
 def reusing(
     run: Run, kept: dict[int, Tensor] | None, reuses: Callable[[int], bool], place: str | None = None
 ) -> Predict:
-    """Return `run` with the features of its deep layers taken from `kept`, by row, at timesteps that `reuses` names.
+    """Return `run` with the features of its deep layers reused at the timesteps for which `reuses` is true.
 
-    At all others they are computed, and kept on the device `place` (None: where they are). `kept` None: at all, and
-    nothing is kept.
+    There they are taken from `kept`, by row. At all other timesteps they are computed and put into `kept`, on the
+    device `place` (None: where they are). Without `kept` they are always computed.
 
     Source: arXiv 2312.00858 (DeepCache).
     """
@@ -72,7 +72,7 @@ def reusing(
             return run(latents, timestep, rows, deep)[0]
         output, deep = run(latents, timestep, rows, None)
         if kept is not None:
-            # Never looked at on the host, so nobody need wait: the way back queues behind the way down.
+            # The host never reads them, so nothing waits: the copy back queues behind the copy out.
             kept.update(zip(indices, deep.to(place or deep.device, non_blocking=True).chunk(len(indices)), strict=True))
         return output
 

@@ -1,14 +1,14 @@
-"""Stage 2 from a picture, streaming: a network that starts from one picture continues a video for ever.
+"""Stage 2 from a picture, streaming: a network that starts from one picture continues a video without end.
 
 Every chunk is conditioned on the anchor frame in two ways (its CLIP embedding, and its latents beside the noisy ones),
 on three numbers (frame rate, amount of motion, noise on the anchor), and on the last frames through CAM. The network is
-of the EDM kind and is asked at noise levels, not timesteps. No text is looked at.
+of the EDM kind and is asked at noise levels, not timesteps. It reads no text.
 
 Sources: arXiv 2311.15127 (Stable Video Diffusion), and the published StreamingSVD.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from streamt2v.models.encoders import decode_clip, encode_frames
 from streamt2v.models.layers import sinusoids
 from streamt2v.models.unet3d import TextContext, UNet3D
 from streamt2v.stages.denoise import Observe, both_branches
-from streamt2v.stages.stream import StreamState, chunk_noise, continued, network_step
+from streamt2v.stages.stream import chunk_noise, network_step
 
 Estimate = Callable[[Tensor, int], Tensor]
 """(x, step) -> estimate of x_0, at the noise level of that step."""
@@ -51,7 +51,7 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Motion:
-    """What the network is told beside the picture: frames per second, amount of motion, noise added to the picture.
+    """What the network is told besides the picture: frames per second, amount of motion, noise added to the picture.
 
     `fps_id` is the rate minus one; motion_bucket_id is 0 (still) to 255; noise_aug_strength is a deviation.
     """
@@ -91,9 +91,13 @@ NoiseOfChunk = Callable[[Chunk], PictureNoise]
 
 
 def picture_noise(
-    draws: Draws, chunk_size: int, latent_shape: Sequence[int], frame_shape: Sequence[int],
-    kind: Literal["uniform", "normal"] = "uniform", device: str = "cpu",
-) -> NoiseOfChunk:  # fmt: skip
+    draws: Draws,
+    chunk_size: int,
+    latent_shape: Sequence[int],
+    frame_shape: Sequence[int],
+    kind: Literal["uniform", "normal"] = "uniform",
+    device: str = "cpu",
+) -> NoiseOfChunk:
     """Return the addressed noise of every chunk.
 
     Args:
@@ -122,8 +126,8 @@ def decode_groups(
         num_frames: F.
         decode_chunk_size: frames at once.
         overlap: frames that neighbouring groups share.
-        variant: published: groups side by side, so that a rest of one frame is decoded without neighbours; corrected:
-            groups overlap and all have the same size.
+        variant: published: groups side by side, so that a single frame left over is decoded without neighbours;
+            corrected: groups overlap and all have the same size.
 
     Raises:
         ConfigError: sizes out of range.
@@ -155,14 +159,19 @@ def sample(estimate: Estimate, rho: Tensor, noise: Tensor, observe: Observe | No
 class PictureStreamer:
     """Generates chunk after chunk; what the anchor and the numbers say is prepared once.
 
-    What continues a video from here: `run` goes on from `StreamState.after_first_chunk(frames, overlap, anchor)`, and
-    `chunk_latents` denoises one chunk. First frames and refinement are others' work: any first chunk will do.
+    `new_frames` continues a video chunk by chunk (see `stream.continued`) from any first chunk; `groups` are the frames
+    that the decoder sees at once.
     """
 
     def __init__(
-        self, models: PictureModels, anchor: Anchor, motion: Motion, sampling: PictureSampling, noise: NoiseOfChunk,
+        self,
+        models: PictureModels,
+        anchor: Anchor,
+        motion: Motion,
+        sampling: PictureSampling,
+        noise: NoiseOfChunk,
         groups: Sequence[Chunk],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.models, self.anchor, self.motion, self.sampling = models, anchor, motion, sampling
         self.noise, self.groups = noise, groups
         with torch.inference_mode():
@@ -195,7 +204,7 @@ class PictureStreamer:
         """Return the guided network at noise levels rho [N+1].
 
         Args:
-            rho: noise levels; the last is not asked for.
+            rho: noise levels; nothing is estimated at the last.
             beside: result of `anchor_latents`.
             conditioning_frames: [Fc, 3, H, W] in [-1, 1]; both branches see them.
             frames: F of the chunk.
@@ -209,7 +218,7 @@ class PictureStreamer:
 
         def predict(latents: Tensor, step: int, rows: slice) -> Tensor:
             given = torch.cat([latents, beside[rows].to(latents)], dim=1)
-            # A number in a tensor, as compiled code would be made anew for every other number.
+            # As a tensor: for every new plain number compiled code would be compiled again.
             level = torch.full((1,), factors[step].c_noise, device=latents.device)
             seen = None if self.extractor is None else self.extractor.rows(rows)
             return models.step(models.unet, models.cam, given, level, self.denoiser.rows(rows), seen, embedded, None)[0]
@@ -221,14 +230,10 @@ class PictureStreamer:
         return estimate
 
     @torch.inference_mode()
-    def run(self, state: StreamState, chunks: Sequence[Chunk]) -> Iterator[tuple[Tensor, StreamState]]:
-        """Yield (new frames [n, 3, H, W] in [-1, 1], state after them) for each of `chunks`, which continue the state.
+    def new_frames(self, chunk: Chunk, conditioning_frames: Tensor) -> Tensor:
+        """Return the frames [n, 3, H, W] in [-1, 1] that the whole chunk adds.
 
-        The re-created frames are decoded as far as new ones need them for neighbours.
+        The re-created frames are decoded as far as new ones need them as neighbours.
         """
-
-        def new_frames(chunk: Chunk, conditioning_frames: Tensor) -> Tensor:
-            latents = self.chunk_latents(chunk, conditioning_frames)[0].transpose(0, 1)  # [F, C, h, w]
-            return decode_clip(self.models.vae, latents, self.groups, first=chunk.new_start - chunk.start)
-
-        yield from continued(new_frames, state, chunks)
+        latents = self.chunk_latents(chunk, conditioning_frames)[0].transpose(0, 1)  # [F, C, h, w]
+        return decode_clip(self.models.vae, latents, self.groups, first=chunk.new_start - chunk.start)

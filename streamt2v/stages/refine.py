@@ -1,11 +1,12 @@
 """Stage 3, refinement: SDEdit in overlapping chunks with randomized blending, for any length at constant memory.
 
-Every denoising step blends the chunks anew (arXiv 2403.14773 section 4.3): in an overlap a random cut decides up to
-which frame the left chunk's clean estimate is used. Step s of a chunk needs only step s-1 of the chunks that share
-frames with it. So the stage need not sweep over the whole video once a step: chunk k runs step s as soon as chunk k+1
-has run step s-1, and a window of about as many chunks as there are steps slides along the video (diagonal order). A
-chunk-step is a function of the latents at its level and of addressed draws, so both orders give the same numbers. Where
-the deep layers are computed at every nth step only, it also depends on the chunk's latents at its last whole step.
+Every denoising step blends the chunks in a new way (arXiv 2403.14773 section 4.3): in an overlap a random cut decides
+up to which frame the left chunk's clean estimate is used. Step s of a chunk needs only step s-1 of the chunks that
+share frames with it. So the stage need not sweep over the whole video for each step: chunk k runs step s as soon as
+chunk k+1 has run step s-1, and a window of about as many chunks as there are steps slides along the video (diagonal
+order). A chunk-step is a function of the latents at its level and of addressed draws, so both orders give the same
+numbers. Where deep layers are computed at every n-th step only, it also depends on the chunk's latents at its last
+whole step.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -51,7 +52,7 @@ def refiner_conditioning(network: Any, text: TextContext | None, scale: float) -
 
 @dataclass(frozen=True)
 class Denoiser:
-    """The refiner network's `run` (or what was compiled from it), its schedule and the text of every chunk.
+    """The refiner network's `run` (or its compiled form), its schedule and the text of every chunk.
 
     `run` takes latents, timestep, text, None for CAM, features of the deep layers or None and, where the network
     `sees_source`, the source's clean latents; it returns its prediction and its features. `batched` as in
@@ -75,7 +76,7 @@ class Denoiser:
         text = self.text(chunk)
 
         def run(latents: Tensor, timestep: int, rows: slice, deep: Tensor | None) -> tuple[Tensor, Tensor]:
-            # A number in a tensor, as compiled code would be made anew for every other number.
+            # As a tensor: for every new plain number compiled code would be compiled again.
             time = torch.full((1,), timestep, device=latents.device)
             beside = () if source is None else (source,)
             return self.run(latents, time, text.rows(rows), None, deep, *beside)
@@ -184,7 +185,7 @@ class Refiner:
         return min(self.state.steps_done[index] for index in covering(self.plan, frame))
 
     def _next_ready(self) -> Chunk | None:
-        """Return the chunk to advance: the leftmost that can, which is the diagonal order."""
+        """Return the chunk to advance: always the leftmost that can, which makes the order diagonal."""
         return next(self._ready(), None)
 
     def _ready(self) -> Iterator[Chunk]:
@@ -196,7 +197,7 @@ class Refiner:
                 yield chunk
 
     def _admit(self) -> None:
-        """Take in the new frames of the next chunk: encode, noise to the start level."""
+        """Take in the new frames of the next chunk: encode them and add noise up to the start level."""
         state = self.state
         new = range(state.encoded, self.plan[covering(self.plan, state.encoded)[0]].stop)
         for frame, clean in zip(new, self.encode(new.start, new.stop), strict=True):
@@ -212,8 +213,8 @@ class Refiner:
     def _start(self, clean: Tensor, noise: Tensor) -> Tensor:
         """Noise clean latents to the start level t' - 1, in variance-exploding coordinates x_t / alpha_t.
 
-        The published code multiplies by rho where it should divide by alpha, so that its network first sees an input
-        sigma times as large as in training.
+        The published code multiplies by rho where it should divide by alpha, so its network first sees an input sigma
+        times as large as in training.
         """
         schedule, level = self.denoiser.schedule, self.settings.noise_level - 1
         noisy = schedule.add_noise(clean, noise, level)

@@ -1,4 +1,4 @@
-"""Stage 2, streaming: from a first chunk on, every step re-creates the last frames shown and adds new ones, for ever.
+"""Stage 2, streaming: from a first chunk on, each chunk re-creates the last frames and adds new ones, without end.
 
 Three signals condition each chunk (arXiv 2403.14773 section 4): the text, the last frames through CAM, and one anchor
 frame through APM. The state between chunks is small and explicit: the last frames and the anchor, as floats.
@@ -24,10 +24,16 @@ NoiseOfChunk = Callable[[Chunk], ChunkNoise]
 
 
 def network_step(
-    unet: UNet3D, cam: ConditionalAttention | None, latents: Tensor, timestep: Tensor, denoiser: Conditioning,
-    extractor: Conditioning | None, embedded: Tensor | None, deep: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Do what the networks do in one denoising step, in one piece for a compiler: CAM, then the denoiser's `run`."""
+    unet: UNet3D,
+    cam: ConditionalAttention | None,
+    latents: Tensor,
+    timestep: Tensor,
+    denoiser: Conditioning,
+    extractor: Conditioning | None,
+    embedded: Tensor | None,
+    deep: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Run the networks for one denoising step, in one function to compile: CAM, then the denoiser's `run`."""
     features = None
     if cam is not None and extractor is not None and embedded is not None:
         features = cam(latents[:, :, : embedded.shape[2]], timestep, extractor, embedded, shallow=deep is not None)
@@ -110,10 +116,13 @@ def anchor_tokens(models: StreamModels, anchor: Tensor) -> Tensor | None:
 
 
 def predictor(
-    models: StreamModels, denoiser: Conditioning, extractor: Conditioning | None, frames: Tensor,
+    models: StreamModels,
+    denoiser: Conditioning,
+    extractor: Conditioning | None,
+    frames: Tensor,
     whole_at: Collection[int] | None = None,
-) -> Predict:  # fmt: skip
-    """Return the network conditioned on frames [Fc, 3, H, W] in its way; both branches see the same frames.
+) -> Predict:
+    """Return the network conditioned on frames [Fc, 3, H, W]; both branches see the same ones.
 
     `whole_at` are the timesteps at which its deep layers are computed, None: all (see `reusing`).
     """
@@ -121,7 +130,7 @@ def predictor(
     embedded = None if models.cam is None else models.cam.embed_frames(frames.unsqueeze(0))  # [1, C, Fc, h, w]
 
     def run(latents: Tensor, timestep: int, rows: slice, deep: Tensor | None) -> tuple[Tensor, Tensor]:
-        # A number in a tensor, as compiled code would be made anew for every other number.
+        # As a tensor: for every new plain number compiled code would be compiled again.
         time = torch.full((1,), timestep, device=latents.device)
         seen = None if extractor is None else extractor.rows(rows)
         return models.step(models.unet, models.cam, latents, time, denoiser.rows(rows), seen, embedded, deep)
@@ -135,7 +144,7 @@ def continued(
     """Yield (new frames [n, 3, H, W], state after them) for each of `chunks`, which continue the state.
 
     Args:
-        new_frames: (chunk, conditioning frames [Fc, 3, H, W]) -> the frames it adds when it is generated whole.
+        new_frames: (chunk, conditioning frames [Fc, 3, H, W]) -> the frames that the whole chunk adds, as a streamer's.
         state: where to go on.
         chunks: of a streaming plan, in order.
     """
@@ -159,8 +168,8 @@ class Streamer:
     def chunk_latents(self, chunk: Chunk, conditioning_frames: Tensor, observe: Observe | None = None) -> Tensor:
         """Sample one chunk: conditioning frames [Fc, 3, H, W] in [-1, 1] -> latents [1, C, F, h, w].
 
-        The first Fc frames of the result re-create the conditioning frames (with replacement: are them), the others are
-        new.
+        The first Fc frames of the result re-create the conditioning frames (with replacement they are the same), the
+        others are new.
         """
         schedule, sampling, whole_at = self.models.schedule, self.sampling, None
         if sampling.reuse_interval > 1:
@@ -176,8 +185,3 @@ class Streamer:
         """Return the frames [n, 3, H, W] in [-1, 1] that the whole chunk adds; no others are decoded."""
         latents = self.chunk_latents(chunk, conditioning_frames, observe)[0, :, chunk.new_start - chunk.start :]
         return decode_latents(self.models.vae, latents.transpose(0, 1))
-
-    @torch.inference_mode()
-    def run(self, state: StreamState, chunks: Sequence[Chunk]) -> Iterator[tuple[Tensor, StreamState]]:
-        """Yield (new frames [n, 3, H, W], state after them) for each of `chunks`, which continue the state."""
-        yield from continued(self.new_frames, state, chunks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,13 +15,9 @@ Rows = dict[str, Tensor]
 """Columns of a table: tensors with one row an example."""
 
 
-def _no_pairs() -> Tensor:
-    return torch.empty(0, 2, dtype=torch.long)
-
-
 @dataclass(frozen=True)
 class Batch:
-    """Encoded clips and what is said of them.
+    """Encoded clips and what is known of them.
 
     Shapes: B clips of F frames; C channels of h x w latent cells; Fc conditioning frames of H x W pixels in [-1, 1].
     """
@@ -29,53 +25,42 @@ class Batch:
     latents: Tensor  # [B, C, F, h, w]
     captions: list[str]
     mask: Tensor  # [B, F, h, w] in [0, 1]: where errors count more
-    pairs: Tensor = field(default_factory=_no_pairs)  # rows [P, 2] of clips that differ in direction and its word only
     shown: Tensor | None = None  # [B, Fc, 3, H, W]: the first frames, as CAM will meet them
     anchors: Tensor | None = None  # [B, 3, H, W]: a frame of the past
+    own: Tensor | None = None  # [B, C, F, h, w]: what the network itself made of the clips
+    pairs: Tensor | None = None  # rows [P, 2] of clips that differ in direction and its word only
 
     def __len__(self) -> int:
         return len(self.captions)
 
-    def row(self, index: int) -> Batch:
-        """One clip as a batch."""
-        at = slice(index, index + 1)
-        return replace(
-            self,
-            latents=self.latents[at],
-            captions=self.captions[at],
-            mask=self.mask[at],
-            pairs=_no_pairs(),
-            shown=None if self.shown is None else self.shown[at],
-            anchors=None if self.anchors is None else self.anchors[at],
-        )
+    def columns(self) -> Rows:
+        """The tensors that hold a row for each clip, by name."""
+        columns = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        columns.pop("pairs", None)
+        return columns
+
+    def take(self, rows: list[int]) -> Batch:
+        """Some of the clips; pairs are forgotten."""
+        captions = [self.captions[row] for row in rows]
+        return Batch(captions=captions, **{name: column[rows] for name, column in self.columns().items()})
 
 
-def join(batches: list[Batch]) -> Batch:
-    """Concatenate batches of one kind; pairs are forgotten."""
-
-    def cat(parts: list[Tensor | None]) -> Tensor | None:
-        given = [part for part in parts if part is not None]
-        return torch.cat(given) if given else None
-
-    return Batch(
-        torch.cat([b.latents for b in batches]),
-        [caption for b in batches for caption in b.captions],
-        torch.cat([b.mask for b in batches]),
-        shown=cat([b.shown for b in batches]),
-        anchors=cat([b.anchors for b in batches]),
-    )
+def join(first: Batch, second: Batch) -> Batch:
+    """Concatenate two batches of one kind; pairs are forgotten."""
+    columns = {name: torch.cat([column, second.columns()[name]]) for name, column in first.columns().items()}
+    return Batch(captions=first.captions + second.captions, **columns)
 
 
 class Ring:
-    """A table of examples that are dear to make: it grows to its capacity, then the oldest give way.
+    """A table of examples that are expensive to make: it grows to its capacity, then the oldest give way.
 
     Args:
-        make: makes about so many new rows, as columns.
+        make: makes about as many new rows as asked for, as columns.
         capacity: rows kept.
         first: rows made before the first draw.
         generator: decides which rows are drawn.
         path: where the table lies between runs; None keeps it in memory only.
-        device: where rows are made and kept, wherever they were made before.
+        device: where rows are made and kept, also those of earlier runs elsewhere.
     """
 
     def __init__(
@@ -101,7 +86,7 @@ class Ring:
         self.owed += fresh
         while len(self) < self.first or self.owed >= at_once:
             self.owed = max(0.0, self.owed - at_once)
-            # Examples are exact, and kept in 16 bit of another kind than training computes in.
+            # Examples are made in 32 bit and kept as float16; training computes in bfloat16.
             with torch.autocast(self.device.type, enabled=False):
                 self.add(self.make(at_once))
         index = torch.randint(len(self), (count,), generator=self.generator)

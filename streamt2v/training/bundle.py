@@ -55,12 +55,19 @@ def freeze(network: Network, device: str = "cpu") -> Network:
     return network.to(device).eval().requires_grad_(False)
 
 
+def train_only(network: nn.Module, parameters: list[nn.Parameter]) -> None:
+    """Let these parameters learn, and no others of a network."""
+    network.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+
+
 def parameters_in(network: nn.Module, *parts: str) -> list[nn.Parameter]:
     """Parameters whose name contains one of the parts."""
     return [p for name, p in network.named_parameters() if any(part in name for part in parts)]
 
 
 def seeded(seed: int) -> torch.Generator:
-    """A generator, and the global one seeded too (initial weights come from it)."""
+    """A seeded generator; the global one, which initial weights come from, is seeded too."""
     torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)

@@ -60,7 +60,7 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
 class TextSource:
-    """Captions to text contexts through the frozen text encoder."""
+    """Turns captions into text contexts by the frozen text encoder."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, encoder: CLIPTextModelWithProjection) -> None:
         self.tokenizer, self.encoder = tokenizer, encoder.eval()
@@ -73,16 +73,16 @@ class TextSource:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What the losses share: the networks that do not learn, and where chance comes from."""
+    """What the losses share: the networks that do not learn, and the source of randomness."""
 
     text: TextSource
     vae: Any
-    vision: CLIPVisionModelWithProjection | None
+    vision: CLIPVisionModelWithProjection
     channels: Tensor  # weight of each latent channel, see `losses.pixel_effect`
     generator: torch.Generator
 
     def chance(self, count: int) -> list[float]:
-        """Numbers in [0, 1), one a row."""
+        """Random numbers in [0, 1), one a row."""
         return torch.rand(count, generator=self.generator).tolist()
 
     def context(self, captions: list[str], dropped: list[bool]) -> TextContext:
@@ -106,32 +106,23 @@ def image_loss(unet: UNet3D, batch: Batch, lesson: Lesson) -> Tensor:
     return weighted_error(prediction, target, batch.mask, channels=lesson.channels)
 
 
-def video_loss(unet: UNet3D, batch: Batch, lesson: Lesson, own: Tensor | None = None) -> Tensor:
-    """Loss on clips; where they are, mirrored pairs learn the difference that the direction's word makes.
+def video_loss(unet: UNet3D, batch: Batch, lesson: Lesson) -> Tensor:
+    """Loss on clips, or on what the network made of them where `batch.own` holds that (see `own_states`).
 
-    Timesteps 999 u^p favour high noise, where the text decides on motion.
-
-    Args:
-        unet: the base.
-        batch: clips.
-        lesson: what does not learn.
-        own: what the network itself made of these clips, see `own_states`; None trains on plain clips.
+    Mirrored pairs, if there are any, learn the difference that the direction's word makes. Timesteps 999 u^p favour
+    high noise, where the text decides on motion.
     """
-    rows, generator = batch.pairs, lesson.generator
+    pairs, generator = batch.pairs, lesson.generator
     timesteps = draw_timesteps(len(batch), generator, power=0.6).to(batch.latents.device)
-    noise = normal_like(batch.latents, generator)
-    if len(rows):
-        timesteps[rows[:, 1]] = timesteps[rows[:, 0]]
-        noise[rows[:, 1]] = noise[rows[:, 0]]
-    noisy, timesteps, target, factor = _noised(batch.latents, own, timesteps, noise, generator)
-    drops = lesson.chance(len(batch))
-    for first, second in rows.tolist():
-        drops[second] = drops[first]
+    noise, drops = normal_like(batch.latents, generator), lesson.chance(len(batch))
+    for first, second in [] if pairs is None else pairs.tolist():
+        timesteps[second], noise[second], drops[second] = timesteps[first], noise[first], drops[first]
+    noisy, timesteps, target, factor = _noised(batch.latents, batch.own, timesteps, noise, generator)
     context = lesson.context(batch.captions, [p < 0.1 for p in drops])
     prediction, target = factor * unet(noisy, timesteps, unet.prepare(context)), factor * target
     loss = weighted_error(prediction, target, batch.mask, channels=lesson.channels)
     loss = loss + flicker_error(prediction, target, batch.mask, channels=lesson.channels)
-    return loss + pair_contrast(prediction, target, rows, timesteps, batch.mask) if len(rows) else loss
+    return loss if pairs is None else loss + pair_contrast(prediction, target, pairs, timesteps, batch.mask)
 
 
 def _noised(
@@ -169,7 +160,7 @@ def own_states(denoise: Denoise, clean: Tensor, highest: int, generator: torch.G
     Args:
         denoise: the network with its conditioning.
         clean: true clips [B, C, F, h, w].
-        highest: noise at most so many of the `steps` back; `steps` begins with pure noise.
+        highest: start at most so many steps before the end; `steps` of them begin with pure noise.
         generator: of the noise.
         steps: of the sampler, eta 1.
 
@@ -184,7 +175,7 @@ def own_states(denoise: Denoise, clean: Tensor, highest: int, generator: torch.G
 
 @torch.no_grad()
 def sampled(denoise: Denoise, noisy: Tensor, begin: int, generator: torch.Generator, steps: int = 8) -> Tensor:
-    """The last `begin` of `steps` sampler steps with eta 1, on latents [B, C, F, h, w] noised as that demands."""
+    """The last `begin` of `steps` sampler steps at eta 1, from latents [B, C, F, h, w] noised up to there."""
     timesteps, levels = _schedule().ddim_grid(steps)
     timesteps, levels = timesteps[steps - begin :], levels[steps - begin :]
     x = noisy
@@ -197,31 +188,27 @@ def sampled(denoise: Denoise, noisy: Tensor, begin: int, generator: torch.Genera
 
 
 class OwnStates:
-    """Clips beside what the network made of them; the oldest give way.
+    """Clips with what the network made of them; the oldest give way, and every sixth draw makes new ones.
 
     Args:
-        make: a batch and the network's own version of it.
-        capacity: rows kept.
-        every: one new batch is made for so many draws.
-        generator: decides which rows are drawn.
+        make: a batch with the network's own version of it.
+        generator: decides which clips are drawn.
+        capacity: clips kept.
     """
 
-    def __init__(
-        self, make: Callable[[], tuple[Batch, Tensor]], generator: torch.Generator, capacity: int = 256, every: int = 6
-    ) -> None:
-        self.make, self.generator, self.capacity, self.every = make, generator, capacity, every
-        self.rows: list[tuple[Batch, Tensor]] = []
+    def __init__(self, make: Callable[[], Batch], generator: torch.Generator, capacity: int = 256) -> None:
+        self.make, self.generator, self.capacity = make, generator, capacity
+        self.kept: Batch | None = None
         self.draws = 0
 
-    def draw(self, count: int) -> tuple[Batch, Tensor]:
-        """Draw rows: clips [count] and the network's own versions of them."""
-        if self.draws % self.every == 0 or not self.rows:
-            batch, own = self.make()
-            self.rows += [(batch.row(i), own[i : i + 1]) for i in range(len(batch))]
-            self.rows = self.rows[-self.capacity :]
+    def draw(self, count: int) -> Batch:
+        """Draw some clips."""
+        if self.kept is None or self.draws % 6 == 0:
+            made = self.make()
+            clips = made if self.kept is None else join(self.kept, made)
+            self.kept = clips.take(list(range(len(clips)))[-self.capacity :])
         self.draws += 1
-        picked = [self.rows[i] for i in torch.randint(len(self.rows), (count,), generator=self.generator).tolist()]
-        return join([batch for batch, _ in picked]), torch.cat([own for _, own in picked])
+        return self.kept.take(torch.randint(len(self.kept), (count,), generator=self.generator).tolist())
 
 
 def streamed(
@@ -267,16 +254,15 @@ def streaming_loss(
     apm: AppearanceModule | None,
     batch: Batch,
     lesson: Lesson,
-    own: Tensor | None = None,
 ) -> Tensor:
     """Loss of CAM (apm None, the paper's first phase) or of CAM and APM together (its second phase).
 
-    A chunk is denoised while CAM sees its first frames as pixels. `own` as in `video_loss`.
+    A chunk, or what the network made of it (`batch.own`), is denoised while CAM sees its first frames as pixels.
     """
     generator = lesson.generator
     timesteps = draw_timesteps(len(batch), generator, power=0.7).to(batch.latents.device)
     noise = normal_like(batch.latents, generator)
-    noisy, timesteps, target, factor = _noised(batch.latents, own, timesteps, noise, generator)
+    noisy, timesteps, target, factor = _noised(batch.latents, batch.own, timesteps, noise, generator)
     prediction, target = factor * streamed(unet, cam, apm, batch, lesson)(noisy, timesteps), factor * target
     counts = importance(COND_FRAMES, batch.latents.shape[2]).to(batch.latents)
     loss = weighted_error(prediction, target, batch.mask, counts, lesson.channels)
@@ -285,8 +271,8 @@ def streaming_loss(
 
 
 def importance(frames: int, length: int) -> Tensor:
-    """How much each frame of a chunk counts in the loss, [length]: the first `frames` of it are thrown away after
-    sampling, the one after them makes the seam."""
+    """How much each frame of a chunk counts in the loss, [length]: the first `frames` are thrown away after sampling,
+    the next one makes the seam."""
     counts = torch.ones(length)
     counts[:frames] = 0.5
     counts[frames : frames + 2] = torch.tensor([2.0, 1.5])[: length - frames]
@@ -296,11 +282,11 @@ def importance(frames: int, length: int) -> Tensor:
 def image_to_video_loss(unet: UNet3D, batch: Batch, lesson: Lesson) -> Tensor:
     """Loss of the picture-to-video denoiser: a batch whose anchors are its first frames.
 
-    The first frame's latents stand beside every frame's, its embedding beside the text. In one case of ten text and
+    The first frame's latents are concatenated to every frame's, its embedding to the text. In one case of ten text and
     picture are dropped together, in one of ten the text alone.
     """
     latents, generator = batch.latents, lesson.generator
-    assert lesson.vision is not None and batch.anchors is not None
+    assert batch.anchors is not None
     timesteps = draw_timesteps(len(batch), generator, power=0.7).to(latents.device)
     noise = normal_like(latents, generator)
     chance = torch.rand(len(batch), generator=generator)

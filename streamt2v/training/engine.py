@@ -1,7 +1,8 @@
 """The training loop: every part is a `Job` (networks, loss, report), and one function runs them all.
 
-A run may last for days in pieces: everything that a step depends on is written beside the weights now and then, and the
-same command goes on from there. Steps are few and dear on a CPU, so the loop uses Muon and an average of the weights.
+A run may take days, in several sittings: everything that a step depends on is written beside the weights now and then,
+and the same command goes on from there. Steps on a CPU are few and expensive, so the loop uses Muon and an average of
+the weights.
 """
 # The libraries' modules are typed as Any.
 # mypy: disable-error-code="no-any-return, no-untyped-call"
@@ -25,6 +26,7 @@ from streamt2v.errors import NumericsError, WeightsError
 from streamt2v.training.optimizer import Muon
 
 Log = Callable[[str], None]
+REPORT_MINUTES = 10.0  # between two savings
 
 
 @dataclass
@@ -42,7 +44,7 @@ class Job:
     adam: list[nn.Parameter] = field(default_factory=list)
     """Those of `trained` that Muon does not suit: embeddings, first and last layers."""
     quick: list[nn.Parameter] = field(default_factory=list)
-    """Those of `trained` that learn five times as fast: new layers beside trained ones."""
+    """Those of `trained` that learn five times as fast: new layers among trained ones."""
     learning_rate: float = 1e-3
     average: float = 0.995
     """Decay of the average a step."""
@@ -50,9 +52,9 @@ class Job:
     """Examples in one loss, for the log."""
     device: str = "cpu"
     half: bool = False
-    """Run the loss in bfloat16 on a CPU, too: pays for wide convolutions on large pictures. A GPU always does."""
+    """Run the loss in bfloat16 on a CPU too: this pays for wide convolutions on large pictures. A GPU always does."""
     keep: Callable[[], None] = field(default=lambda: None)
-    """Called when state is saved: keep what was made for training, too."""
+    """Called when the state is saved, to save the examples that were made as well."""
 
 
 class Average:
@@ -87,12 +89,12 @@ class Average:
             value.copy_(kept)
 
 
-def rate_factor(step: int, progress: float, steady: bool, warm_up: int = 30) -> float:
-    """Learning rate factor: linear warm-up over some steps of this run, flat to 40 % of it, then linear to nearly zero.
+def rate_factor(step: int, progress: float, steady: bool) -> float:
+    """Learning rate factor: linear warm-up over 30 steps of this run, flat to 40 % of it, then linear to nearly zero.
 
     A steady run stays flat: it will be continued.
     """
-    warm = min(1.0, (step + 1) / warm_up)
+    warm = min(1.0, (step + 1) / 30)
     return warm if steady else warm * min(1.0, max(0.02, (1 - progress) / 0.6))
 
 
@@ -118,6 +120,17 @@ class Progress:
     smooth: float = 0.0  # loss
     first: float = 0.0
 
+    def add(self, loss: float, samples: int) -> None:
+        """Count one more step."""
+        self.first = self.first if self.steps else loss
+        self.smooth += max(0.01, 1 / (self.steps + 1)) * (loss - self.smooth)
+        self.steps, self.samples = self.steps + 1, self.samples + samples
+
+    def result(self) -> dict[str, float]:
+        """What a run returns and records."""
+        counts = {"steps": float(self.steps), "samples": float(self.samples)}
+        return {**counts, "first_loss": self.first, "loss": self.smooth, "seconds": self.seconds}
+
 
 class Checkpoint:
     """Everything a step depends on, in one file: weights, their average, the optimizer's memory, the random numbers."""
@@ -126,7 +139,7 @@ class Checkpoint:
         self.path, self.job, self.optimizer, self.average, self.generator = path, job, optimizer, average, generator
 
     def load(self) -> Progress:
-        """Take up an earlier run, if there was one.
+        """Resume an earlier run, if there was one.
 
         Raises:
             WeightsError: the file is of other networks.
@@ -170,7 +183,6 @@ def run(
     generator: torch.Generator,
     state: Path | None = None,
     steady: bool = False,
-    report_minutes: float = 10.0,
 ) -> dict[str, float]:
     """Train a job for some minutes or steps, whichever ends first, from where an earlier run stopped.
 
@@ -180,10 +192,9 @@ def run(
         minutes: wall-clock limit of this run; at least one of the limits is needed.
         steps: step limit of this run.
         log: called with one line of text now and then.
-        generator: of every draw of the job; its state is kept, too.
-        state: file that holds the run between sittings; None starts afresh and keeps nothing.
+        generator: of every draw of the job; its state is saved too.
+        state: file that holds the run between sittings; None starts afresh and saves nothing.
         steady: keep the learning rate: this run will be continued.
-        report_minutes: time between two savings.
 
     Returns:
         Number of steps, first and last smoothed loss, seconds and samples of this run and those before it.
@@ -198,36 +209,20 @@ def run(
     done = Progress() if checkpoint is None else checkpoint.load()
     if done.steps:
         log(f"going on after {done.steps} steps, {done.seconds / 3600:.2f} h, loss {done.smooth:.4f}")
-    before = done.seconds
+    before, steps_before = done.seconds, done.steps
     start = last_report = time.monotonic()
-    step = 0
-    kind = torch.device(job.device).type
     while True:
-        now = time.monotonic()
+        now, step = time.monotonic(), done.steps - steps_before
         by_time = (now - start) / (60 * minutes) if minutes else 0.0
         progress = max(by_time, step / steps if steps else 0.0)
         if progress >= 1:
             break
-        factor = rate_factor(step, progress, steady)
-        for group in optimizer.param_groups:
-            group["lr"] = job.learning_rate * factor * (5.0 if group["quick"] else 1.0)
-        with torch.autocast(kind, torch.bfloat16, enabled=job.half or kind == "cuda"):
-            loss = job.loss(progress)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise NumericsError(f"the loss is {value} after {done.steps} steps", "lower the learning rate")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(job.trained, 1.0)
-        optimizer.step()
+        done.add(_step(job, optimizer, progress, rate_factor(step, progress, steady)), job.samples)
         average.update()
-        done.smooth += max(0.01, 1 / (done.steps + 1)) * (value - done.smooth)
-        done.first = value if done.steps == 0 else done.first
-        step += 1
-        done.steps, done.samples, done.seconds = done.steps + 1, done.samples + job.samples, before + now - start
-        if step in (20, 100):
+        done.seconds = before + now - start
+        if step + 1 in (20, 100):
             log(f"step {done.steps}  {now - start:.0f} s  loss {done.smooth:.4f}")
-        if now - last_report > 60 * report_minutes:
+        if now - last_report > 60 * REPORT_MINUTES:
             last_report = now
             if checkpoint is not None:
                 checkpoint.save(done)
@@ -239,19 +234,29 @@ def run(
         checkpoint.save(done)
     average.exchange()
     job.save(out)
-    summary = job.report(out)
-    log(f"done: {step} steps, {done.seconds - before:.0f} s, loss {done.smooth:.4f}; {summary}")
-    return {
-        "steps": float(done.steps),
-        "samples": float(done.samples),
-        "first_loss": done.first,
-        "loss": done.smooth,
-        "seconds": done.seconds,
-    }
+    log(f"done: {step} steps, {done.seconds - before:.0f} s, loss {done.smooth:.4f}; {job.report(out)}")
+    return done.result()
+
+
+def _step(job: Job, optimizer: Muon, progress: float, factor: float) -> float:
+    """Take one step with `factor` times the job's learning rate; returns the loss before it."""
+    kind = torch.device(job.device).type
+    for group in optimizer.param_groups:
+        group["lr"] = job.learning_rate * factor * (5.0 if group["quick"] else 1.0)
+    with torch.autocast(kind, torch.bfloat16, enabled=job.half or kind == "cuda"):
+        loss = job.loss(progress)
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise NumericsError(f"the loss is {value} after {progress:.0%} of the run", "lower the learning rate")
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(job.trained, 1.0)
+    optimizer.step()
+    return value
 
 
 def record(folder: Path, part: str, device: str, result: dict[str, float]) -> None:
-    """Append one line to folder/training.jsonl: what a run of a part has come to."""
+    """Append one line to folder/training.jsonl: the result of one run of a part."""
     row = {"part": part, "device": device, "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()), **result}
     with (folder / "training.jsonl").open("a") as table:
         table.write(json.dumps(row) + "\n")

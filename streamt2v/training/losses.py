@@ -19,20 +19,20 @@ DEMO_SCHEDULE = ScheduleConfig(
 SUBJECT_WEIGHT = 4.0
 
 
-def draw_timesteps(count: int, generator: torch.Generator, power: float = 1.0, top: int = 999) -> Tensor:
-    """Timesteps [count] = top * u^power; a power below one favours high noise, where the text decides the motion.
+def draw_timesteps(count: int, generator: torch.Generator, power: float = 1.0) -> Tensor:
+    """Timesteps [count] = 999 u^power; a power below one favours high noise, where the text decides the motion.
 
     The draws are stratified over the batch, which lowers the variance of its loss.
     """
     u = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
-    return (top * u**power).round().long()
+    return (999 * u**power).round().long()
 
 
 @torch.no_grad()
 def pixel_effect(vae: Any, latents: Tensor) -> Tensor:
     """How much a change of each latent channel moves the decoded pixels, [C], with mean one.
 
-    Channels of a VAE differ in what they do to the picture; a loss that counts them alike spends effort where no eye
+    Channels of a VAE differ in what they do to the picture; a loss that counts them alike spends effort where nobody
     sees it.
 
     Args:

@@ -61,13 +61,10 @@ class Muon(torch.optim.Optimizer):
     def _muon(self, parameters: list[Tensor], rate: float) -> None:
         """Update parameters of one flattened shape."""
         gradients = [p.grad for p in parameters if p.grad is not None]
-        averages = [
-            self.state[p].setdefault("average", torch.zeros_like(g)) for p, g in zip(parameters, gradients, strict=True)
-        ]
+        averages = [self.state[p].setdefault("average", torch.zeros_like(p)) for p in parameters]
         torch._foreach_lerp_(averages, gradients, 1 - MOMENTUM)
-        directions = torch.stack([
-            g.lerp(average, MOMENTUM).flatten(1) for g, average in zip(gradients, averages, strict=True)
-        ])  # fmt: skip
+        pairs = zip(gradients, averages, strict=True)
+        directions = torch.stack([gradient.lerp(average, MOMENTUM).flatten(1) for gradient, average in pairs])
         scale = 0.2 * max(directions.shape[1:]) ** 0.5
         for parameter, update in zip(parameters, orthogonalise(directions), strict=True):
             parameter.sub_(update.view_as(parameter), alpha=rate * scale)

@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import CLIPVisionModelWithProjection
+from torch import nn
 
 from streamt2v.models.apm import AppearanceTokens
 from streamt2v.models.cam import ConditionalAttention, init_from_unet
@@ -60,11 +59,11 @@ class Workshop:
     """Share of the usual number of examples rendered before the first step; small in tests."""
 
     def many(self, count: int) -> int:
-        """A batch for the device: `count` where a CPU computes, eight times as many on a GPU, which would idle."""
+        """A batch size for the device: `count` on a CPU, eight times as many on a GPU, which would otherwise idle."""
         return count if torch.device(self.device).type == "cpu" else 8 * count
 
     def faster(self, network: Any) -> Any:
-        """Compile a network that learns, in place, where starting its kernels takes longer than the kernels."""
+        """Compile a network that learns, in place, on a GPU: launching its kernels takes longer than running them."""
         if torch.device(self.device).type == "cuda":
             network.compile(dynamic=False)
         return network
@@ -85,27 +84,16 @@ class Workshop:
         """Load a finished part that is only used."""
         return bundle.freeze(self.finished(name, network), self.device)
 
-    def vae(self) -> Any:
-        """The finished VAE."""
-        return self.frozen("vae", vae.build_vae())
-
-    def vision(self) -> CLIPVisionModelWithProjection:
-        """The finished image encoder."""
-        return self.frozen("vision", build_vision())
-
-    def text(self) -> TextSource:
-        """The finished text encoder."""
-        tokenizer = build_tokenizer()
-        return TextSource(tokenizer, self.frozen("text", build_text(len(tokenizer))))
-
     def lesson(self) -> Lesson:
         """The finished networks that the denoisers learn with."""
-        decoder, text, vision = self.vae(), self.text(), self.vision()
-        latents = encode(decoder, vae.held_out(16)[:, None])[:, :, 0]
-        return Lesson(text, decoder, vision, pixel_effect(decoder, latents), self.generator)
+        tokenizer = build_tokenizer()
+        text = TextSource(tokenizer, self.frozen("text", build_text(len(tokenizer))))
+        codec, vision = self.frozen("vae", vae.build_vae()), self.frozen("vision", build_vision())
+        latents = encode(codec, vae.held_out(16)[:, None])[:, :, 0]
+        return Lesson(text, codec, vision, pixel_effect(codec, latents), self.generator)
 
     def source(self, decoder: Any) -> WorldSource:
-        """Batches of the drawn world, kept beside the weights."""
+        """Batches of the drawn world; their examples are kept beside the weights."""
         return WorldSource(decoder, self.generator, self.out / "state" / "rings", first=self.first)
 
 
@@ -173,7 +161,7 @@ def vision_job(shop: Workshop) -> Job:
 
 
 def images_job(shop: Workshop) -> Job:
-    """The base's spatial layers on single frames: most of what a picture needs, at a sixteenth of a clip's price."""
+    """The base's spatial layers on single frames: most of what pictures need, at a sixteenth of a clip's price."""
     network = shop.faster(shop.resumed("unet", UNet3D(denoisers.BASE)))
     lesson = shop.lesson()
     source = shop.source(lesson.vae)
@@ -207,10 +195,8 @@ def base_job(shop: Workshop) -> Job:
     mistakes = _mistakes(network, lambda: source.clips(batch), lesson)
 
     def loss(progress: float) -> torch.Tensor:
-        if next(turn) % 3 == 2:
-            clips, own = mistakes.draw(batch)
-            return denoisers.video_loss(network, clips, lesson, own)
-        return denoisers.video_loss(network, source.clips(batch, pairs=1), lesson)
+        clips = mistakes.draw(batch) if next(turn) % 3 == 2 else source.clips(batch, pairs=1)
+        return denoisers.video_loss(network, clips, lesson)
 
     other = {id(p) for p in bundle.parameters_in(network, MERGERS, MIXING)}
     return Job(
@@ -228,19 +214,20 @@ def base_job(shop: Workshop) -> Job:
 
 
 def _mistakes(unet: UNet3D, draw: Callable[[], Batch], lesson: Lesson, capacity: int = 256) -> OwnStates:
-    """What the base makes of clips that were noised part of the way and of their captions."""
+    """What the base makes of clips that were noised part of the way, and of their captions."""
 
     @torch.no_grad()
-    def make() -> tuple[Batch, Tensor]:
+    def make() -> Batch:
         clips = draw()
         conditioning = unet.prepare(lesson.text.encode(clips.captions))
-        return clips, own_states(lambda x, t: unet(x, t, conditioning), clips.latents, 6, lesson.generator)
+        own = own_states(lambda x, t: unet(x, t, conditioning), clips.latents, 6, lesson.generator)
+        return replace(clips, own=own)
 
     return OwnStates(make, lesson.generator, capacity)
 
 
 def decoder_job(shop: Workshop) -> Job:
-    """The VAE's decoder alone, half on clean latents and half on what the base makes of them: it learns to mend those.
+    """The VAE's decoder alone, half on clean latents and half on what the base makes of them, which it learns to mend.
 
     The encoder, and so the latent space that all denoisers know, stays as it is.
     """
@@ -248,21 +235,17 @@ def decoder_job(shop: Workshop) -> Job:
     unet = shop.frozen("unet", UNet3D(denoisers.BASE))
     lesson = shop.lesson()
     source = shop.source(lesson.vae)
-    network.requires_grad_(False)
     trained = bundle.parameters_in(network, "decoder.", "post_quant_conv.")
-    for parameter in trained:
-        parameter.requires_grad_(True)
-
+    bundle.train_only(network, trained)
     mistakes = _mistakes(unet, lambda: source.pictured(2), lesson, capacity=64)
 
     def loss(progress: float) -> torch.Tensor:
-        clips, made = mistakes.draw(4)
+        clips = mistakes.draw(4)
         frames = torch.randint(CLIP_FRAMES, (2,), generator=shop.generator).tolist()
-        latents = torch.cat([clips.latents[:, :, frames[0]], made[:, :, frames[1]]])
-        assert clips.shown is not None
-        pixels = torch.cat([clips.shown[:, frames[0]], clips.shown[:, frames[1]]])
-        masks = torch.cat([clips.mask[:, frames[0]], clips.mask[:, frames[1]]])[:, None]
-        return vae.decoder_loss(network, latents, pixels, masks)
+        assert clips.shown is not None and clips.own is not None
+        latents = torch.cat([clips.latents[:, :, frames[0]], clips.own[:, :, frames[1]]])
+        pixels, masks = (torch.cat([clip[:, frame] for frame in frames]) for clip in (clips.shown, clips.mask))
+        return vae.decoder_loss(network, latents, pixels, masks[:, None])
 
     return Job(
         loss,
@@ -292,37 +275,20 @@ def apm_job(shop: Workshop) -> Job:
 def joint_job(shop: Workshop) -> Job:
     """Base, CAM and APM together: three steps in four with CAM and APM, one with both off.
 
-    The last keeps the base the initializer it was. Where time is short this beats frozen phases, because the base goes
+    That one keeps the base a good initializer. Where time is short this beats the frozen phases, because the base goes
     on learning.
     """
     return _streaming_job(shop, with_apm=True, with_base=True)
 
 
 def _streaming_job(shop: Workshop, with_apm: bool, with_base: bool = False) -> Job:
-    unet = shop.faster(shop.finished("unet", UNet3D(denoisers.BASE), continued=True))
-    cam = ConditionalAttention(denoisers.CAM)
-    continued = shop.resume or (shop.out if with_apm else None)
-    if continued is None or not (continued / "cam.safetensors").is_file():
-        init_from_unet(cam, unet)
-        align_mergers(unet)
-    else:
-        bundle.read(continued, "cam", cam)
-    cam.to(shop.device)
-    apm = AppearanceTokens(DIM, 2 * DIM, denoisers.IMAGE_TOKENS, DIM)
-    if with_apm and continued is not None and (continued / "apm.safetensors").is_file():
-        bundle.read(continued, "apm", apm)
-    apm.to(shop.device)
+    unet, cam, apm = _streaming_networks(shop, with_apm)
     lesson = shop.lesson()
-    assert lesson.vision is not None
     parts = (apm, lesson.vision) if with_apm else None
-    source = shop.source(lesson.vae)
+    source, batch, turn = shop.source(lesson.vae), shop.many(4), count()
     open_parts = ("",) if with_base else (MERGERS, MIXING) if with_apm else (MERGERS,)
-    turn = count()
-    batch = shop.many(4)
-    unet.requires_grad_(False)
     trained = [*bundle.parameters_in(unet, *open_parts), *cam.parameters(), *(apm.parameters() if with_apm else ())]
-    for parameter in trained:
-        parameter.requires_grad_(True)
+    bundle.train_only(unet, trained)
 
     def save(folder: Path) -> None:
         bundle.write(folder, "unet", unet, denoiser=True)
@@ -331,10 +297,10 @@ def _streaming_job(shop: Workshop, with_apm: bool, with_base: bool = False) -> J
             bundle.write(folder, "apm", apm)
 
     @torch.no_grad()
-    def continued_wrongly() -> tuple[Batch, Tensor]:
+    def continued_wrongly() -> Batch:
         chunks = source.chunks(batch)
         denoise = streamed(unet, cam, parts, chunks, lesson, dropping=False)
-        return chunks, own_states(denoise, chunks.latents, 8, shop.generator)
+        return replace(chunks, own=own_states(denoise, chunks.latents, 8, shop.generator))
 
     own_chunks = OwnStates(continued_wrongly, shop.generator)
     own_clips = _mistakes(unet, lambda: source.clips(batch), lesson)
@@ -342,26 +308,18 @@ def _streaming_job(shop: Workshop, with_apm: bool, with_base: bool = False) -> J
     def loss(progress: float) -> torch.Tensor:
         index = next(turn)
         if with_base and index % 4 == 0:
-            if index % 8 == 4:
-                clips, own = own_clips.draw(batch)
-                return denoisers.video_loss(unet, clips, lesson, own)
-            return denoisers.video_loss(unet, source.clips(batch, pairs=1), lesson)
-        if index % 4 == 2:
-            chunks, own = own_chunks.draw(batch)
-            return denoisers.streaming_loss(unet, cam, parts, chunks, lesson, own)
-        return denoisers.streaming_loss(unet, cam, parts, source.chunks(batch), lesson)
+            clips = own_clips.draw(batch) if index % 8 == 4 else source.clips(batch, pairs=1)
+            return denoisers.video_loss(unet, clips, lesson)
+        chunks = own_chunks.draw(batch) if index % 4 == 2 else source.chunks(batch)
+        return denoisers.streaming_loss(unet, cam, parts, chunks, lesson)
 
+    adam = [*_rims(cam), *bundle.parameters_in(cam, "_codes"), *bundle.parameters_in(unet, MIXING, "_codes")]
     return Job(
         loss,
         trained,
         save,
         lambda folder: streaming_sheet(folder / "streaming.png", models(unet, lesson.vae, cam, parts), lesson.text),
-        adam=[
-            *_rims(cam),
-            *bundle.parameters_in(cam, "_codes"),
-            *bundle.parameters_in(unet, MIXING, "_codes"),
-            *(_rims(unet) if with_base else ()),
-        ],
+        adam=adam + (_rims(unet) if with_base else []),
         quick=[*bundle.parameters_in(unet, MERGERS, ".apm.alpha"), *bundle.parameters_in(cam, "cond_embedding")],
         learning_rate=1e-3,
         average=0.998,
@@ -369,6 +327,22 @@ def _streaming_job(shop: Workshop, with_apm: bool, with_base: bool = False) -> J
         device=shop.device,
         keep=source.save,
     )
+
+
+def _streaming_networks(shop: Workshop, with_apm: bool) -> tuple[UNet3D, ConditionalAttention, AppearanceTokens]:
+    """Base, CAM and APM, continued where there is something to continue, else CAM as a copy of the base's encoder."""
+    unet = shop.faster(shop.finished("unet", UNet3D(denoisers.BASE), continued=True))
+    cam = ConditionalAttention(denoisers.CAM)
+    apm = AppearanceTokens(DIM, 2 * DIM, denoisers.IMAGE_TOKENS, DIM)
+    continued = shop.resume or (shop.out if with_apm else None)
+    if continued is None or not (continued / "cam.safetensors").is_file():
+        init_from_unet(cam, unet)
+        align_mergers(unet)
+    else:
+        bundle.read(continued, "cam", cam)
+    if with_apm and continued is not None and (continued / "apm.safetensors").is_file():
+        bundle.read(continued, "apm", apm)
+    return unet, cam.to(shop.device), apm.to(shop.device)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Pictures and numbers of what the networks can do now: sampled videos, contact sheets, the change at seams."""
+"""Pictures and numbers of what the networks can do so far: sampled videos, contact sheets, the change at seams."""
 # The libraries' modules are typed as Any.
 # mypy: disable-error-code="no-any-return, no-untyped-call"
 
@@ -9,18 +9,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from streamt2v import files
 from streamt2v.chunks import seams, streaming_plan
 from streamt2v.config import merge, preset
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule
 from streamt2v.families.streamingt2v import from_text
+from streamt2v.media.frames import to_u8
+from streamt2v.media.pictures import write_image
 from streamt2v.models.cam import ConditionalAttention
 from streamt2v.models.unet3d import UNet3D
 from streamt2v.stages.denoise import Sampling
-from streamt2v.stages.stream import NoiseOfChunk, Streamer, StreamModels, StreamState, chunk_noise
+from streamt2v.stages.stream import NoiseOfChunk, Streamer, StreamModels, StreamState, chunk_noise, continued
 from streamt2v.training.denoisers import AppearanceModule, Lesson, TextSource, sampled
 from streamt2v.training.losses import DEMO_SCHEDULE
 from streamt2v.training.world.captions import EXAMPLES, canonical
@@ -33,7 +35,7 @@ OVERLAP = 8
 def models(
     unet: UNet3D, vae: Any, cam: ConditionalAttention | None = None, apm: AppearanceModule | None = None
 ) -> StreamModels:
-    """Bring trained networks together for the streaming stage."""
+    """Join trained networks for the streaming stage."""
     network, vision = apm or (None, None)
     return StreamModels(unet, NoiseSchedule(DEMO_SCHEDULE), vae, cam, network, vision)
 
@@ -60,7 +62,7 @@ def stream_video(
     plan = streaming_plan(CLIP_FRAMES + OVERLAP * chunks, CLIP_FRAMES, OVERLAP)
     streamer = Streamer(models, context, first[0], Sampling.of(demo.stream), _noise(models, seed))
     state = StreamState.after_first_chunk(first, OVERLAP)
-    return torch.cat([first, *(new for new, _ in streamer.run(state, plan[1:]))])
+    return torch.cat([first, *(new for new, _ in continued(streamer.new_frames, state, plan[1:]))])
 
 
 def _noise(models: StreamModels, seed: int) -> NoiseOfChunk:
@@ -70,25 +72,21 @@ def _noise(models: StreamModels, seed: int) -> NoiseOfChunk:
 
 def write_sheet(path: Path, rows: Tensor) -> None:
     """Write frames [rows, columns, 3, H, W] in [-1, 1] as one picture."""
-    count, columns, _, height, width = rows.shape
-    picture = (
-        ((rows.clamp(-1, 1) + 1) * 127.5).byte().permute(0, 3, 1, 4, 2).reshape(count * height, columns * width, 3)
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.ascontiguousarray(picture.cpu().numpy())).save(path)
+    files.make_directory(path.parent)
+    write_image(path, np.concatenate([np.concatenate(list(to_u8(row)), axis=1) for row in rows]))
 
 
 @torch.no_grad()
-def image_sheet(path: Path, unet: UNet3D, lesson: Lesson, count: int = 24, guidance: float = 1.5) -> str:
-    """Make single frames of random prompts, drawn in one place so that sheets can be compared, four rows of them."""
-    generator = torch.Generator().manual_seed(5)
+def image_sheet(path: Path, unet: UNet3D, lesson: Lesson) -> str:
+    """Make single frames of 24 random prompts, always the same so that sheets can be compared, four rows of them."""
+    count, generator = 24, torch.Generator().manual_seed(5)
     captions = [canonical(labels) for labels in sample_scenes(count, generator).labels().tolist()]
     asked = unet.prepare(lesson.text.encode(captions))
     empty = unet.prepare(lesson.text.encode([""] * count))
 
     def denoise(noisy: Tensor, timesteps: Tensor) -> Tensor:
         plain = unet(noisy, timesteps, empty, temporal=False)
-        return plain + guidance * (unet(noisy, timesteps, asked, temporal=False) - plain)
+        return plain + 1.5 * (unet(noisy, timesteps, asked, temporal=False) - plain)
 
     channels = unet.unet_config.in_channels
     noise = torch.randn(count, channels, 1, *LATENT_SIZE, generator=generator).to(unet.conv_in.weight.device)

@@ -67,6 +67,15 @@ LIBRARY_VISUAL: tuple[Rule, ...] = (
 )
 """The same tower, alone or with the rest of CLIP, as the transformers library names it."""
 
+UNET_ENDS: tuple[Rule, ...] = (
+    rename(r"time_embed\.0\.(weight|bias)", r"time_embedding.linear_1.\1"),
+    rename(r"time_embed\.2\.(weight|bias)", r"time_embedding.linear_2.\1"),
+    rename(r"input_blocks\.0\.0\.(weight|bias)", r"conv_in.\1"),
+    rename(r"out\.0\.(weight|bias)", r"conv_norm_out.\1"),
+    rename(r"out\.2\.(weight|bias)", r"conv_out.\1"),
+)
+"""The ends of a UNet that numbers its blocks consecutively; an encoder has no such keys under `out`."""
+
 # fmt: off
 RESNET_LAYERS = {
     "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
@@ -109,14 +118,7 @@ def refiner_unet(attention_levels: Sequence[bool] = (True, True, True, False), l
         layers: layers per level on the way down.
     """
     levels = len(attention_levels)
-    rules = [
-        rename(r"time_embed\.0\.(weight|bias)", r"time_embedding.linear_1.\1"),
-        rename(r"time_embed\.2\.(weight|bias)", r"time_embedding.linear_2.\1"),
-        rename(r"input_blocks\.0\.0\.(weight|bias)", r"conv_in.\1"),
-        rename(r"out\.0\.(weight|bias)", r"conv_norm_out.\1"),
-        rename(r"out\.2\.(weight|bias)", r"conv_out.\1"),
-        *_temporal_transformer("input_blocks.0.1", "transformer_in"),
-    ]
+    rules = [*UNET_ENDS, *_temporal_transformer("input_blocks.0.1", "transformer_in")]
     for level, attends in enumerate(attention_levels):
         for layer in range(layers):
             block = f"input_blocks.{1 + (layers + 1) * level + layer}"

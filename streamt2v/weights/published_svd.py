@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from streamt2v.weights.keymaps import KeyMap, Rule, ignore, rename
-from streamt2v.weights.published import CHECKPOINTS, RESNET_LAYERS, Layout, Part, refiner_vae
+from streamt2v.weights.published import CHECKPOINTS, RESNET_LAYERS, UNET_ENDS, Layout, Part, refiner_vae
 
 LEVELS = (True, True, True, False)
 """Which levels of the published network have transformers."""
@@ -30,8 +30,6 @@ def unet(attention_levels: Sequence[bool] = LEVELS, layers: int = 2) -> KeyMap:
         rename(rf"cross_attention_merger_input_blocks\.(\d+){merger}", r"cam_mergers.down.\1.\2"),
         rename(rf"cross_attention_merger_mid_block{merger}", r"cam_mergers.mid.\1"),
         *_encoder(attention_levels, layers),
-        rename(r"out\.0\.(weight|bias)", r"conv_norm_out.\1"),
-        rename(r"out\.2\.(weight|bias)", r"conv_out.\1"),
     ]
     for level, attends in enumerate(reversed(attention_levels)):
         for layer in range(layers + 1):
@@ -77,10 +75,8 @@ def vae(levels: int = 4) -> KeyMap:
 def _encoder(attention_levels: Sequence[bool], layers: int) -> list[Rule]:
     """The way down and the middle, which the denoiser and CAM share."""
     rules = [
-        rename(r"time_embed\.0\.(weight|bias)", r"time_embedding.linear_1.\1"),
-        rename(r"time_embed\.2\.(weight|bias)", r"time_embedding.linear_2.\1"),
+        *UNET_ENDS,
         rename(r"label_emb\.0\.([02])\.(weight|bias)", r"text_embedding.\1.\2"),
-        rename(r"input_blocks\.0\.0\.(weight|bias)", r"conv_in.\1"),
         *_residual("middle_block.0", "mid_block.resnets.0"),
         *_transformer("middle_block.1", "mid_block.attentions.0"),
         *_residual("middle_block.2", "mid_block.resnets.1"),

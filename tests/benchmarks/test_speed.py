@@ -85,7 +85,7 @@ def test_in_16_bit_no_gain_changes_more_than_rounding_does(
     compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Two ways in 16 bit, each as far from 32 bit as the plain one is, are at most twice as far from each other."""
-    given = speed.options.parse_settings(SIZES["demo"])
+    given = speed.parse_settings(SIZES["demo"])
     asked = speed.settings("demo", "fast", given | {"refine.chunk": 4, "refine.overlap": 2})
     networks = speed.Networks(asked, speed.devices.Device("cpu"), torch.bfloat16)
     monkeypatch.setattr(speed.devices, "BACKEND", "eager")  # compiled to what is called without: done in seconds

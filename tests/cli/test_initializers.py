@@ -92,7 +92,7 @@ def test_other_files_in_the_folder_cannot_continue_a_run(
         (["--init", "EMPTY"], 4, "no diffusers pipeline"),
         (["--init", "modelscope", "--image", "PICTURE"], 2, "from text alone"),
         (["--init", "svd"], 2, "no initializer and no folder 'paintr'"),
-        (["--set", "initialize.guidance_scale=0"], 2, "only a model of others"),
+        (["--set", "initialize.guidance_scale=0"], 2, "only a third-party model"),
     ],
 )
 def test_mistakes_are_said_before_anything_loads(

@@ -207,12 +207,12 @@ def test_changed_outputs_are_found(name: str, clip: Path, tmp_path: Path, unrefi
 def test_frames_of_a_folder_are_exact(tmp_path: Path, unrefined: None) -> None:
     source = tmp_path / "in"
     source.mkdir()
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 36, 64, 3), dtype=np.uint8)
-    for index, picture in enumerate(pictures):
+    shown = np.random.default_rng(0).integers(0, 256, (3, 36, 64, 3), dtype=np.uint8)
+    for index, picture in enumerate(shown):
         Image.fromarray(picture).save(source / f"{index}.png")
     assert refine(source, tmp_path / "out") == 0
     made = np.stack([pictures.read(path) for path in stills.numbered(tmp_path / "out")])
-    assert np.array_equal(made, pictures)
+    assert np.array_equal(made, shown)
 
 
 def test_a_folder_with_other_things_is_left_alone(clip: Path, tmp_path: Path, unrefined: None) -> None:

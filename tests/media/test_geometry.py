@@ -63,5 +63,6 @@ def test_cropping_undoes_letterboxing(size: tuple[int, int], extra: tuple[int, i
 def test_skipping_keeps_the_other_frames_in_order(lengths: list[int], skipped: int) -> None:
     total = np.arange(sum(lengths), dtype=np.uint8).reshape(-1, 1, 1, 1).repeat(3, axis=3)
     stream = np.split(total, np.cumsum(lengths)[:-1])
-    rest = list(frames.skip(iter(stream), skipped))
-    assert np.array_equal(np.concatenate([total[:0], *rest]), total[skipped:])
+    groups = list(frames.since(frames.numbered(iter(stream)), skipped))
+    assert np.array_equal(np.concatenate([total[:0], *(group.frames for group in groups)]), total[skipped:])
+    assert all(np.array_equal(group.frames, total[group.start : group.stop]) for group in groups)

@@ -75,8 +75,8 @@ def test_commas_inside_and_other_languages(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b"prompt,frames,prompt\na,1,b\n", "two columns of line 1 have the same name, 'prompt'"),
-        (b"\n\nprompt,prompt\na,b\n", "two columns of line 3"),
+        (b"prompt,frames,prompt\na,1,b\n", "two columns in line 1 have the same name, 'prompt'"),
+        (b"\n\nprompt,prompt\na,b\n", "two columns in line 3"),
         (b",,\n\n", "holds no jobs"),
         (b"prompt\n", "holds no jobs"),
     ],

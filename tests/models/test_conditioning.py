@@ -53,7 +53,7 @@ def test_a_fresh_cam_sees_what_the_denoisers_encoder_sees() -> None:
     init_from_unet(cam, unet)
     latents, context, timestep = torch.randn(2, 4, 3, 4, 6), text(), torch.tensor([9, 800])
     features = cam(latents, timestep, cam.prepare(context), cam.embed_frames(torch.randn(1, 3, 3, 16, 24)))
-    step = unet.begin(3, 2, timestep, unet.prepare(context), temporal=True)
+    step = unet.begin(latents, timestep, unet.prepare(context), True, False)
     skips = unet.descend(unet.enter(latents, step), step)
     assert [f.shape[1] for f in features.down] == SIZES.skip_channels
     for feature, skip in zip(features.down, skips, strict=True):

@@ -22,7 +22,7 @@ from streamt2v.models.apm import AppearanceTokens
 from streamt2v.models.cam import CamConfig, ConditionalAttention
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
 from streamt2v.stages.denoise import ChunkNoise, Sampling
-from streamt2v.stages.stream import Streamer, StreamModels, StreamState
+from streamt2v.stages.stream import Streamer, StreamModels, StreamState, continued
 from streamt2v.weights import keymaps, published
 from tests.parity.report import COMPONENT, EXACT, WHOLE_RUN, Report
 
@@ -235,7 +235,7 @@ def components(report: Report, file: str, tensors: Tensors, setting: Setting) ->
     expect("cam.mid", features.mid.transpose(1, 2).flatten(0, 1))
 
     conditioning = unet.prepare(text, tokens)
-    step = unet.begin(frames, 2, timestep, conditioning, temporal=True)
+    step = unet.begin(latents, timestep, conditioning, True, False)
     entered = unet.enter(latents, step)
     skips = unet.descend(entered, step)
     merged, mid = unet.merge(skips, unet.mid_block(skips[-1], step), frames, features)
@@ -363,7 +363,7 @@ def loop(report: Report, file: str, tensors: Tensors, setting: Setting) -> None:
 
     stage.chunk_latents = recording  # type: ignore[method-assign]
     video = [first]
-    video += [new for new, _ in stage.run(StreamState.after_first_chunk(first, overlap), plan[1:])]
+    video += [new for new, _ in continued(stage.new_frames, StreamState.after_first_chunk(first, overlap), plan[1:])]
     for chunk, (latents, wanted) in enumerate(zip(found, finals, strict=False)):
         report.compare(file, f"latents of chunk {chunk + 1}", latents[0], wanted, WHOLE_RUN)
     report.compare(file, "video", (torch.cat(video) + 1) / 2, expected, WHOLE_RUN)

@@ -194,7 +194,7 @@ def unet_forward(report: Report, file: str, facts: Facts, tensors: Tensors, sett
 def block_outputs(unet: UNet3D, latents: Tensor, timestep: Tensor, tokens: Tensor) -> Tensors:
     """Run the network and return every block's output under the published block names."""
     found: Tensors = {}
-    step = unet.begin(latents.shape[2], len(latents), timestep, unet.prepare(TextContext(tokens)), temporal=True)
+    step = unet.begin(latents, timestep, unet.prepare(TextContext(tokens)), True, False)
     half = unet.time_embedding.channels // 2
     angles = timestep.float()[:, None] * 10000 ** (-torch.arange(half) / half)
     found["time_embed_in"] = torch.cat([angles.cos(), angles.sin()], dim=1)

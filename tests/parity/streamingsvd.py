@@ -31,7 +31,7 @@ from streamt2v.stages.picture_stream import (
     decode_groups,
     sample,
 )
-from streamt2v.stages.stream import StreamState
+from streamt2v.stages.stream import StreamState, continued
 from streamt2v.weights import published_svd
 from streamt2v.weights.keymaps import KeyMap
 from tests.parity.report import COMPONENT, EXACT, TABLE, WHOLE_RUN, Report
@@ -221,7 +221,7 @@ def networks(report: Report, file: str, tensors: Tensors, setting: Setting) -> N
     embedded = cam.embed_frames(control)  # [1, C, K, h, w]
     features = cam(latents[:, :, : control.shape[1]], level, cam.prepare(context(tensors)), embedded)
     conditioning = unet.prepare(context(tensors))
-    step = unet.begin(frames, 2, level, conditioning)
+    step = unet.begin(latents, level, conditioning, True, False)
     skips = unet.descend(unet.enter(latents, step), step)
     merged, mid = unet.merge(skips, unet.mid_block(skips[-1], step), frames, features)
     found = {
@@ -326,7 +326,7 @@ def loop(report: Report, file: str, tensors: Tensors, setting: Setting) -> None:
 
     stage.chunk_latents = recording  # type: ignore[method-assign]
     plan = chunks.streaming_plan(chunks.length(rounds + 1, size, overlap), size, overlap)
-    video = torch.cat([first, *(new for new, _ in stage.run(state, plan[1:]))])
+    video = torch.cat([first, *(new for new, _ in continued(stage.new_frames, state, plan[1:]))])
     for number, found in enumerate(latents):
         report.compare(file, f"latents of chunk {number + 1}", images(found), tensors[f"latents_{number}"], WHOLE_RUN)
     found, recorded = ((video + 1) / 2 * 255).to(torch.uint8).permute(0, 2, 3, 1), tensors["video_u8"]

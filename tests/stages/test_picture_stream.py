@@ -23,7 +23,7 @@ from streamt2v.stages.picture_stream import (
     decode_groups,
     picture_noise,
 )
-from streamt2v.stages.stream import StreamState
+from streamt2v.stages.stream import StreamState, continued
 
 FRAMES, OVERLAP = 6, 2
 MOTION, CHUNK = Motion(), Chunk(1, 4, 10, 6)
@@ -84,15 +84,17 @@ def streamer(
 @pytest.mark.parametrize("num_frames", [1, 6, 7, 10, 11, 23])
 def test_any_length_is_exact(models: PictureModels, num_frames: int) -> None:
     plan, state = streaming_plan(num_frames, FRAMES, OVERLAP), StreamState.after_first_chunk(video(), OVERLAP, 1)
-    frames = torch.cat([video()[: plan[0].stop], *(new for new, _ in streamer(models).run(state, plan[1:]))])
+    frames = torch.cat(
+        [video()[: plan[0].stop], *(new for new, _ in continued(streamer(models).new_frames, state, plan[1:]))]
+    )
     assert frames.shape == (num_frames, 3, 32, 32)
     assert float(frames.abs().max()) <= 1
 
 
 def test_a_run_goes_on_from_any_state(models: PictureModels) -> None:
     plan, state = streaming_plan(14, FRAMES, OVERLAP), StreamState.after_first_chunk(video(), OVERLAP, 1)
-    (first, after), (second, _) = streamer(models).run(state, plan[1:])
-    again = list(streamer(models).run(after, plan[2:]))
+    (first, after), (second, _) = continued(streamer(models).new_frames, state, plan[1:])
+    again = list(continued(streamer(models).new_frames, after, plan[2:]))
     assert torch.equal(again[0][0], second)
     assert torch.equal(after.conditioning_frames, first[-OVERLAP:])
     assert torch.equal(after.anchor, video()[1])

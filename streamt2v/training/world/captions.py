@@ -17,49 +17,28 @@ from streamt2v.training.world.scenes import ATTRIBUTES
 MAX_TOKENS = 24
 UNSPECIFIED = -1
 
-# Every word that names an attribute value; the first is the canonical one.
 WORDS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "colour": (
-        ("red", "crimson"), ("green", "emerald"), ("blue", "azure"), ("yellow", "golden"), ("purple", "violet"),
-        ("white", "silver"),
-    ),
-    "subject": (
-        ("ball", "orb", "sphere", "globe"), ("star", "spark", "sparkle"), ("lantern", "lamp", "candle"),
-        ("moon", "crescent"),
-    ),
-    "motion": (
-        ("left", "leftwards", "leftward"),
-        ("right", "rightwards", "rightward"),
-        ("floating", "floats", "hovering", "hovers", "bobbing", "bouncing", "bounces"),
-        ("rising", "rises", "up", "upwards", "ascending"),
-        ("circling", "circles", "circle", "orbiting"),
-    ),
-    "place": (
-        ("sea", "ocean", "water", "waves"),
-        ("hills", "meadow", "mountains", "valley", "fields"),
-        ("desert", "sand", "dunes"),
-        ("city", "town", "buildings", "skyline"),
-    ),
-    "time": (
-        ("day", "daytime", "daylight", "noon"),
-        ("sunset", "dusk", "evening", "dawn", "sunrise"),
-        ("night", "midnight", "moonlight"),
-    ),
-    "weather": (
-        ("clear", "cloudless", "sunny"),
-        ("clouds", "cloudy", "overcast"),
-        ("mist", "misty", "fog", "foggy"),
-        ("snow", "snowy", "winter"),
-    ),
-}  # fmt: skip
+    name: tuple(tuple(group.split()) for group in groups.split("/"))
+    for name, groups in {
+        "colour": "red crimson / green emerald / blue azure / yellow golden / purple violet / white silver",
+        "subject": "ball orb sphere globe / star spark sparkle / lantern lamp candle / moon crescent",
+        "motion": "left leftwards leftward / right rightwards rightward / floating floats hovering hovers bobbing "
+        "bouncing bounces / rising rises up upwards ascending / circling circles circle orbiting",
+        "place": "sea ocean water waves / hills meadow mountains valley fields / desert sand dunes / "
+        "city town buildings skyline",
+        "time": "day daytime daylight noon / sunset dusk evening dawn sunrise / night midnight moonlight",
+        "weather": "clear cloudless sunny / clouds cloudy overcast / mist misty fog foggy / snow snowy winter",
+    }.items()
+}
+"""By attribute, for each of its values: every word that names it, the canonical one first."""
 DEFAULTS = {"time": 0, "weather": 0}  # what a caption means that does not name them
 _CARRIERS = ("drifting", "moving", "flying", "gliding", "drifts", "moves")
 _WEATHER = ("under a clear sky", "under clouds", "in mist", "in snow")
-IGNORED = (
-    "a", "an", "the", "and", "is", "in", "at", "by", "on", "of", "to", "over", "above", "under", "during", "with",
-    "bright", "glowing", "shining", "light", "paper", "sky", "scene", "video", "clip", "large", "big", "around", "one",
-    "it", "that", "which", *_CARRIERS,
-)  # fmt: skip
+_HARMLESS = """
+    a an the and is in at by on of to over above under during with bright glowing shining light paper sky scene video
+    clip large big around one it that which
+"""
+IGNORED = (*_HARMLESS.split(), *_CARRIERS)
 EXAMPLES = (
     "a red ball floating over the sea at sunset",
     "a golden lantern rising over the city at night",

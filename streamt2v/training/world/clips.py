@@ -1,4 +1,4 @@
-"""Batches of the drawn world: rendered, encoded, kept in rings, captioned anew at every draw."""
+"""Batches of the drawn world: rendered, encoded, kept in rings, given a new caption at every draw."""
 # The libraries' modules are typed as Any.
 # mypy: disable-error-code="no-any-return, no-untyped-call"
 
@@ -20,7 +20,6 @@ from streamt2v.training.world.scenes import ATTRIBUTES, FLOATING, Scenes, join_s
 
 CLIP_FRAMES = 16
 COND_FRAMES = 8
-FRAME_SIZE = (72, 128)
 LATENT_SIZE = (9, 16)
 LATEST = 400  # frame index up to which late clips start
 
@@ -123,17 +122,17 @@ class WorldSource:
         rows = self._early.draw(count, fresh=count / 16)
         captions = self._captions(rows)
         ring = self._early.rows
-        drifting = (ring["motion"][::2] < FLOATING).nonzero()[:, 0] if pairs else torch.empty(0)
-        pairs = pairs if len(drifting) else 0
-        if pairs:
-            choice = torch.randint(len(drifting), (pairs,), generator=self.generator).to(self.device)
-            first = 2 * drifting[choice]
-            index = torch.stack([first, first + 1], 1).flatten()
-            for name, column in rows.items():
-                column[: 2 * pairs] = ring[name][index]
-            captions[: 2 * pairs] = list(self._paired_captions(_scenes(rows), pairs))
-        batch = self._batch(rows, captions)
-        return replace(batch, pairs=torch.arange(2 * pairs, device=self.device).view(pairs, 2))
+        drifting = (ring["motion"][::2] < FLOATING).nonzero()[:, 0]
+        if not pairs or not len(drifting):
+            return self._batch(rows, captions)
+        choice = torch.randint(len(drifting), (pairs,), generator=self.generator).to(self.device)
+        first = 2 * drifting[choice]
+        index = torch.stack([first, first + 1], 1).flatten()
+        for name, column in rows.items():
+            column[: 2 * pairs] = ring[name][index]
+        captions[: 2 * pairs] = list(self._paired_captions(_scenes(rows), pairs))
+        places = torch.arange(2 * pairs, device=self.device).view(pairs, 2)
+        return replace(self._batch(rows, captions), pairs=places)
 
     def _paired_captions(self, scenes: Scenes, pairs: int) -> Iterator[str]:
         for row, labels in enumerate(scenes.labels()[: 2 * pairs].tolist()):
@@ -155,19 +154,19 @@ class WorldSource:
         return replace(batch, latents=latents, shown=shown, anchors=anchors)
 
     def pictured(self, count: int) -> Batch:
-        """Clips as of `clips`, with all of their frames as pixels."""
+        """Clips as from `clips`, with all of their frames as pixels."""
         rows = self._early.draw(count, fresh=count / 16)
         frames = rows["start"][:, None] + torch.arange(CLIP_FRAMES, device=self.device)
         return replace(self._batch(rows, self._captions(rows)), shown=render(_scenes(rows), frames))
 
     def first_frames(self, count: int) -> Batch:
-        """Clips that start anywhere, with their first frame as anchor: a picture to begin from."""
+        """Clips that start anywhere, with their first frame as anchor: a picture to start from."""
         rows = self._late.draw(count, fresh=count / 16)
         batch = self._batch(rows, self._captions(rows))
         return replace(batch, anchors=render(_scenes(rows), rows["start"][:, None])[:, 0])
 
     def _conditioning(self, rows: Rows, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """The first frames of clips as CAM will meet them, and what is to follow them.
+        """The first frames of clips as CAM will meet them, and the latents to learn after them.
 
         While streaming, CAM sees what the model itself made. So some are rendered, some decoded from disturbed latents,
         and all carry a little noise: otherwise small errors are copied and grow from chunk to chunk. Half of the

@@ -27,8 +27,9 @@ BALL, STAR, LANTERN, MOON = range(4)
 
 Colours = Sequence[Sequence[float]]
 PAINT: Colours = (
-    (1.0, 0.10, 0.07), (0.08, 0.92, 0.26), (0.10, 0.36, 1.0), (1.0, 0.70, 0.05), (0.66, 0.16, 1.0), (1.0, 0.96, 0.90),
-)  # fmt: skip
+    *((1.0, 0.10, 0.07), (0.08, 0.92, 0.26), (0.10, 0.36, 1.0)),
+    *((1.0, 0.70, 0.05), (0.66, 0.16, 1.0), (1.0, 0.96, 0.90)),
+)
 # By time of day: the sky at the top, half way and at the horizon; the sun; what light falls on the land.
 _SKY_TOP: Colours = ((0.16, 0.36, 0.62), (0.10, 0.09, 0.30), (0.010, 0.018, 0.075))
 _SKY_MIDDLE: Colours = ((0.36, 0.58, 0.78), (0.46, 0.20, 0.42), (0.030, 0.055, 0.17))
@@ -36,7 +37,7 @@ _SKY_LOW: Colours = ((0.80, 0.84, 0.84), (1.0, 0.55, 0.28), (0.10, 0.17, 0.33))
 _SUN: Colours = ((1.0, 0.96, 0.84), (1.0, 0.74, 0.38), (0.62, 0.74, 1.0))
 _AMBIENT: Colours = ((1.0, 1.0, 1.0), (0.78, 0.56, 0.56), (0.22, 0.29, 0.50))
 _SUN_POWER = (0.42, 0.80, 0.16)
-_SPILL = (0.62, 0.80, 1.0)  # how much of the subject's light shows: a bright sky takes less
+_SPILL = (0.62, 0.80, 1.0)  # how much of the subject's light shows: less against a bright sky
 _LAND: Colours = ((0.05, 0.20, 0.32), (0.13, 0.27, 0.17), (0.74, 0.50, 0.30), (0.12, 0.14, 0.20))
 _SNOW = (0.86, 0.90, 0.96)
 _LAMP = (1.0, 0.76, 0.40)  # lit windows
@@ -87,7 +88,7 @@ class _View:
         return _View(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
     def angle(self, rate: float) -> Tensor:
-        """The angle that something has turned by which turns `rate` radians a frame."""
+        """The angle reached by now at `rate` radians a frame."""
         cycles = in_period(torch.full_like(self.period, rate / (2 * math.pi)), self.period)
         return 2 * math.pi * cycles * self.frame
 
@@ -96,12 +97,12 @@ class _View:
         return torch.sigmoid(4 * distance / self.pixel.clamp(min=width))
 
     def away(self) -> Tensor:
-        """Distance from the sun's place; it stands behind the horizon but by day."""
+        """Distance from the sun, which stands behind the horizon except by day."""
         down = self.y - self.horizon + 0.02 + 0.32 * self.day
         return ((self.x - self.sun_x).square() / 1.6 + down.square() + 1e-6).sqrt()
 
     def dimmed(self) -> Tensor:
-        """What the weather lets through of the sun."""
+        """The share of the sun that the weather lets through."""
         return 1 - 0.55 * (0.8 * self.cloudy + 0.7 * self.misty + self.snowy).clamp(max=1)
 
 
@@ -153,7 +154,7 @@ def _smooth(value: Tensor) -> Tensor:
 
 
 def _fraction(value: Tensor) -> Tensor:
-    """Something like a random number in [0, 1) for every value."""
+    """A random-looking number in [0, 1) for every value."""
     return torch.frac(value.sin().abs() * 43.7)
 
 
@@ -278,15 +279,14 @@ def _water(view: _View, picture: Tensor, lit: Tensor, reflected: Tensor, ground:
     x, relief = view.x, view.relief
     near = ((view.y - view.horizon) / (1 - view.horizon)).clamp(0, 1)
     depth = torch.log(near + 0.10)
+    swell = 0.9 * torch.sin(2.2 * x + relief)
+    ripples = 1.4 * torch.sin(3.1 * x - relief + view.angle(0.04))
+    chop = 2.2 * torch.sin(4.3 * x + 2 * relief - view.angle(0.05))
     wave = (
-        0.50 * torch.sin(7.5 * depth + 0.9 * torch.sin(2.2 * x + relief) - view.angle(0.16))
-        + 0.35 * torch.sin(
-            12.5 * depth + 1.4 * torch.sin(3.1 * x - relief + view.angle(0.04)) - view.angle(0.23) + 1.7 * x
-        )
-        + 0.25 * torch.sin(
-            21 * depth + 2.2 * torch.sin(4.3 * x + 2 * relief - view.angle(0.05)) - view.angle(0.31) - 2.6 * x
-        )
-    ) * _smooth(near / 0.10)  # fmt: skip
+        0.50 * torch.sin(7.5 * depth + swell - view.angle(0.16))
+        + 0.35 * torch.sin(12.5 * depth + ripples - view.angle(0.23) + 1.7 * x)
+        + 0.25 * torch.sin(21 * depth + chop - view.angle(0.31) - 2.6 * x)
+    ) * _smooth(near / 0.10)
     water = (reflected * 0.60 + ground * view.ambient * 0.55) * (1.02 - 0.38 * near[:, None])
     water = water + (0.085 * wave * (1 - 0.4 * view.night))[:, None] * (view.low * 0.6 + 0.2)
     glitter = torch.exp(-(((x - view.sun_x) / (0.07 + 0.26 * near)) ** 2)) * (0.42 + 0.58 * wave).clamp(min=0)
@@ -435,9 +435,7 @@ def shape(kind: int, x: Tensor, y: Tensor, pixel: Tensor) -> tuple[Tensor, Tenso
 
 def _subject(view: _View, picture: Tensor) -> Tensor:
     """Halo, body and glowing heart of the subject."""
-    x, y, pixel = (
-        value / view.radius for value in (view.x - view.centre_x, view.y - view.centre_y, view.pixel)
-    )  # fmt: skip
+    x, y, pixel = (value / view.radius for value in (view.x - view.centre_x, view.y - view.centre_y, view.pixel))
     body, heart, outside = (torch.zeros_like(x) for _ in range(3))
     for kind in range(len(ATTRIBUTES["subject"])):
         rows = (view.subject == kind).nonzero()[:, 0]

@@ -10,6 +10,8 @@ point the same way.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -30,41 +32,26 @@ DIM = 128
 IMAGE_SIZE = 64
 UNSEEN = 2  # position of the motion in the labels: a single frame does not show it
 _SIZES = [len(words) for words in ATTRIBUTES.values()]
+_LAYERS: dict[str, Any] = {
+    "hidden_size": DIM,
+    "intermediate_size": 4 * DIM,
+    "projection_dim": DIM,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "hidden_act": "gelu",
+}
 
 
 def build_text(vocab_size: int) -> CLIPTextModelWithProjection:
     """A fresh two-layer text encoder for the tokenizer of `captions`: pad 0, start 1, end 3."""
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=vocab_size,
-            hidden_size=DIM,
-            intermediate_size=4 * DIM,
-            projection_dim=DIM,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            hidden_act="gelu",
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=3,
-        )
-    )
+    tokens: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 3}
+    config = CLIPTextConfig(**_LAYERS, **tokens, vocab_size=vocab_size, max_position_embeddings=MAX_TOKENS)
+    return CLIPTextModelWithProjection(config)
 
 
 def build_vision() -> CLIPVisionModelWithProjection:
     """A fresh two-layer image encoder on 64 x 64 pixels in patches of 8."""
-    return CLIPVisionModelWithProjection(
-        CLIPVisionConfig(
-            hidden_size=DIM,
-            intermediate_size=4 * DIM,
-            projection_dim=DIM,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=IMAGE_SIZE,
-            patch_size=8,
-            hidden_act="gelu",
-        )
-    )
+    return CLIPVisionModelWithProjection(CLIPVisionConfig(**_LAYERS, image_size=IMAGE_SIZE, patch_size=8))
 
 
 def attribute_codes() -> Tensor:
@@ -96,7 +83,7 @@ def code_loss(embeddings: Tensor, labels: Tensor, codes: Tensor) -> Tensor:
 
 
 def noisy_caption(labels: list[int], generator: torch.Generator) -> str:
-    """A caption, in one case of six with a word that the tokenizer does not know, which must not matter."""
+    """A caption, in one case of six with a word that the tokenizer does not know and that must not matter."""
     words = compose(labels, generator).split()
     if torch.rand((), generator=generator) < 1 / 6:
         words.insert(int(torch.randint(len(words) + 1, (), generator=generator)), "?")

@@ -1,4 +1,4 @@
-"""Scenes of the drawn world: a light of one colour that moves for ever over a quiet land.
+"""Scenes of the drawn world: a light of one colour that moves endlessly over a quiet land.
 
 A scene is a handful of numbers and every position a formula of the frame index. So loss masks and motion labels are
 free, any frame can be rendered alone, and a clip has no end; with a period it repeats exactly.
