@@ -42,7 +42,9 @@ def line(name: str, status: Status, since: float, elapsed: float, width: int) ->
         head += f" chunk {status.chunk}/{status.chunks}" if status.chunks else ""
         head += f", step {status.step}/{status.steps}" if status.steps else ""
     left = None if status.seconds_left is None else max(0.0, status.seconds_left - since)
-    tail = [f"{status.share:4.0%}", f"{clock(elapsed)} so far" if left is None else f"{clock(left)} left"]
+    tail = [f"{clock(elapsed)} so far" if left is None else f"{clock(left)} left"]
+    if status.share or status.kind != "doing":
+        tail.insert(0, f"{status.share:4.0%}")
     memory = f"{status.memory_mb:.0f} MB" if status.memory_mb < 10_000 else f"{status.memory_mb / 1000:.1f} GB"
     room = width - 1 - len(head) - len("  ".join(tail)) - 4
     if status.memory_mb and room >= len(memory) + 2:
@@ -51,6 +53,7 @@ def line(name: str, status: Status, since: float, elapsed: float, width: int) ->
     if name and room > 6:
         head = f"{name[: min(24, room - 3)]}: {head}"
         room -= min(24, room - 3, len(name)) + 2
+    room = 0 if status.kind == "doing" and not status.share else room
     full = round(min(MOST_BAR, room) * status.share)
     bar = ["━" * full + "╌" * (min(MOST_BAR, room) - full)] if room >= FEWEST_BAR else []
     return "  ".join([head, *bar, *tail])[: width - 1]

@@ -72,8 +72,7 @@ class Pace:
 
     def skip(self, name: str, left: float) -> None:
         """Note that only `left` chunks of a kind are to be made: an earlier run made the others."""
-        work = self.works[name]
-        work.chunks = work.left = left
+        self.works[name].left = left
 
     def passed(self, name: str, now: float, left: float) -> None:
         """Count the time since the last event for one kind of work, of which `left` chunks remain."""

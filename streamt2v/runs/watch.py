@@ -68,12 +68,14 @@ class Watch:
         if frames and self.known.job.command != "refine":
             self.pace.skip(BEGIN, 0)
             self.pace.skip(STREAM, sum(chunk.stop > frames for chunk in self.known.stream_plan[1:]))
+            self.pace.mark(time.monotonic())
 
     def start(self, stage: str, total_frames: int, done: int = 0) -> None:
         """Begin a stage, or continue it after `done` frames."""
         self.frames[stage] = done, total_frames
         if stage == REFINE and done:
             self.pace.skip(REFINE, sum(chunk.stop > done for chunk in self.known.refine_plan))
+            self.pace.mark(time.monotonic())
         self._tell(Status("start", stage, done, total_frames))
 
     def step(self, stage: str, chunk: int, step: int, steps: int, left: float | None = None) -> None:

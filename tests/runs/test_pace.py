@@ -62,4 +62,4 @@ def test_loading_and_what_was_made_before_do_not_count() -> None:
     pace.passed("stream", 52.0, 3)
     pace.mark(52.0)
     assert pace.left(52.0) == pytest.approx(6)
-    assert pace.share == 0.25
+    assert pace.share == pytest.approx(8 / 11)
