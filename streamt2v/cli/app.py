@@ -16,6 +16,7 @@ from streamt2v.cli.look import doctor, evaluate, info, preview, report, verify
 from streamt2v.cli.make import RayCommand, batch, bench, extend, generate, plan, refine, rerun, resume
 from streamt2v.cli.options import option
 from streamt2v.cli.terminal import complain, emit_failure, say, terminable
+from streamt2v.cli.watch import watch
 from streamt2v.errors import ConfigError, Interrupted, StreamT2VError, explained
 from streamt2v.jobs.asked import said_by_option
 from streamt2v.weights import hub
@@ -38,7 +39,7 @@ app.add_typer(weights_app, name="weights")
 
 # In the order in which the help lists them.
 _FIRST: list[Command] = [generate, refine, extend, resume, verify, rerun]
-_LATER: list[Command] = [plan, bench, info, evaluate, preview, report, doctor, train]
+_LATER: list[Command] = [plan, bench, info, watch, evaluate, preview, report, doctor, train]
 _WEIGHTS: list[Command] = [weights_list, weights_pull, weights_path, weights_verify, weights_convert]
 for command in _FIRST:
     app.command(cls=options.LeveledCommand)(command)

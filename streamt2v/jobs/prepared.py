@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamt2v import files, memory, weights
-from streamt2v.chunks import Chunk, refinement_plan, streaming_plan
+from streamt2v.chunks import Chunk, base_offset, refinement_plan, streaming_plan
 from streamt2v.config import to_flat
 from streamt2v.families import choose
 from streamt2v.jobs import needs
@@ -56,7 +56,7 @@ class Prepared:
     @property
     def base_offset(self) -> int:
         """The frame of the output that the base video begins with."""
-        return max(0, self.kept - self.job.config.stream.chunk)
+        return base_offset(self.kept, self.job.config.stream.chunk)
 
     @property
     def num_frames(self) -> int:

@@ -108,7 +108,8 @@ def test_files(clip: Path, darker: Path, tmp_path: Path, capsys: pytest.CaptureF
     files = ["--report", page, "--csv", table, "--frames-csv", rows]
     assert call("evaluate", clip, darker, *QUICK, *files) == 0
     html = page.read_text()
-    assert html.count("<h2>") == html.count("data:image/jpeg;base64,") == 2
+    assert html.count("<h2>") == html.count("data:image/webp;base64,") == 2
+    assert html.count("data:image/jpeg;base64,") == 2 * 24
     assert "<svg" in html
     with table.open() as lines:
         first, second = csv.DictReader(lines)

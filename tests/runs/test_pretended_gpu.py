@@ -26,7 +26,7 @@ from streamt2v.media import frames, reading, writing
 from streamt2v.media.frames import Frames
 from streamt2v.memory import MemoryPolicy
 from streamt2v.models.cam import ConditionalAttention
-from streamt2v.runs import pipeline
+from streamt2v.runs import output, pipeline
 from streamt2v.training import parts
 from streamt2v.training.loop import train
 from streamt2v.training.parts import Workshop
@@ -197,9 +197,9 @@ def test_a_run_is_held_to_its_memory_and_repeats(tmp_path: Path, monkeypatch: py
 # -------------------------------------------------------------------------------------------------------------- waits
 
 MEANS = {
-    "frames.py extremes": "are these pictures, or must the VAE try again in 32 bit",
-    "frames.py to_u8": "frames leave the device",
-    "runs.py _array": "the state is stored",
+    "media/frames.py extremes": "are these pictures, or must the VAE try again in 32 bit",
+    "media/frames.py to_u8": "frames leave the device",
+    "jobs/states.py _array": "the state is stored",
     "stages/refine.py run": "are all estimates of this group finite, before the state is stored",
 }
 
@@ -225,13 +225,14 @@ def test_a_denoising_step_waits_for_nothing(name: str, tmp_path: Path) -> None:
     assert not more, more.report()
 
 
-def test_a_chunk_waits_for_what_is_stated(tmp_path: Path) -> None:
+def test_a_chunk_waits_for_what_is_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One more chunk of the stream, and one more group of the refiner: what the host waits for, and why."""
+    monkeypatch.setattr(output, "SAVING", 1e9)  # a state after every group
     policy = POLICIES["all loaded"]
     streamed = [waits_of(tmp_path / f"{count}.mp4", policy, num_frames=count, **{"refine.enabled": False})
                 for count in (12, 14)]  # fmt: skip
     found = Waits(streamed[1] - streamed[0])
-    stated = {"frames.py extremes": 2, "frames.py to_u8": 1, "runs.py _array": 2}
+    stated = {"media/frames.py extremes": 2, "media/frames.py to_u8": 1, "jobs/states.py _array": 2}
     assert found.by_function() == stated, found.report()
 
     refined = []
@@ -242,11 +243,11 @@ def test_a_chunk_waits_for_what_is_stated(tmp_path: Path) -> None:
     found = Waits(refined[1] - refined[0])
     frames_each = 4
     stated = {
-        "frames.py extremes": 2 * frames_each, "frames.py to_u8": frames_each, "stages/refine.py run": 1,
-        "runs.py _array": found.by_function()["runs.py _array"],
+        "media/frames.py extremes": 2 * frames_each, "media/frames.py to_u8": frames_each, "stages/refine.py run": 1,
+        "jobs/states.py _array": found.by_function()["jobs/states.py _array"],
     }  # fmt: skip
     assert found.by_function() == stated, found.report()
-    assert found.by_function()["runs.py _array"] <= 6
+    assert found.by_function()["jobs/states.py _array"] <= 6
     assert set(stated) == set(MEANS)
 
 
@@ -317,7 +318,7 @@ def test_a_planted_wait_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(guidance, "combine", curious)
     more = waits_of_two_more_steps(tmp_path, POLICIES["all loaded"])
-    assert {where.partition(":")[0] for _, where in more} == {"stages/denoise.py", "stages/refine.py"}
+    assert {where.partition(":")[0] for _, where in more} == {"stages/denoise.py"}
 
 
 # ----------------------------------------------------------------------------------------------------------- the rules
