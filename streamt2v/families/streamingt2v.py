@@ -16,7 +16,7 @@ from streamt2v.media import frames
 from streamt2v.models.encoders import decode_latents, embed_image, encode_frames, latent_factor, latent_size
 from streamt2v.models.unet3d import Conditioning, TextContext, UNet3D, legal_canvas
 from streamt2v.stages import stream
-from streamt2v.stages.denoise import Sampling, denoise
+from streamt2v.stages.denoise import Observe, Sampling, denoise
 from streamt2v.stages.refine import Denoiser, Refiner, RefineState, noise_grid, refiner_conditioning, sees_source
 from streamt2v.stages.stream import NoiseOfChunk, Streamer, StreamModels, StreamState
 
@@ -28,22 +28,28 @@ def build(networks: Networks) -> Makers:
     def first(prompt: str, picture: Tensor | None) -> Tensor:
         models, text, noise = _models(networks), _texts(networks, prompt), _noise(networks)
         sampling = Sampling.of(run.initialize, policy.batched_guidance)
+        stepped = _stepped(networks, 0, sampling.num_inference_steps)
         if picture is None:
-            return from_text(models, text, sampling, noise, run.stream.chunk)
+            return from_text(models, text, sampling, noise, run.stream.chunk, stepped)
         shape = (picture.shape[-2], picture.shape[-1])
         fitted = frames.apply_fit(picture.unsqueeze(0).to(device), frames.fit_into(shape, run.stream.size, "cover"))
         sampling = replace(sampling, guidance_scale=run.initialize.image_guidance_scale)
         unet = networks.load("initialize.image")
-        return from_image(models, unet, fitted[0], text, sampling, noise, run.stream.chunk)
+        return from_image(models, unet, fitted[0], text, sampling, noise, run.stream.chunk, stepped)
 
     def extend(state: StreamState, prompt: str, chunk: Chunk) -> Tensor:
         def streamer() -> Streamer:
             sampling = Sampling.of(run.stream, policy.batched_guidance)
             return Streamer(_models(networks), _texts(networks, prompt), state.anchor, sampling, _noise(networks))
 
-        return networks.once("streamer", streamer, prompt).new_frames(chunk, state.conditioning_frames)
+        stepped = _stepped(networks, chunk.index, run.stream.num_inference_steps)
+        return networks.once("streamer", streamer, prompt).new_frames(chunk, state.conditioning_frames, stepped)
 
     return Makers(first, extend, lambda enlarged: _refine(networks, enlarged))
+
+
+def _stepped(networks: Networks, chunk: int, steps: int) -> Observe:
+    return lambda step, output, latents: networks.watch.step("stream", chunk, step + 1, steps)
 
 
 def _texts(networks: Networks, prompt: str) -> TextContext:
@@ -119,7 +125,11 @@ def _refine(networks: Networks, given: Enlarged) -> Iterator[Refined]:
         with networks.pixel_time.running():
             return frames.unletterbox(decode_latents(vae, latent.unsqueeze(0)), given.size)
 
-    stage = Refiner(denoiser, given.plan, settings, networks.draws, encode, state)
+    def stepped(chunk: Chunk, state: RefineState) -> None:
+        left = len(given.plan) - sum(state.steps_done) / settings.num_inference_steps
+        networks.watch.step("refine", chunk.index, state.steps_done[chunk.index], settings.num_inference_steps, left)
+
+    stage = Refiner(denoiser, given.plan, settings, networks.draws, encode, state, stepped)
     for latents in stage.run():
         yield Refined(stage.state.finished - len(latents), map(decode, latents), stage.state.tensors)
         del latents  # large, and the next chunk needs its place
@@ -127,7 +137,12 @@ def _refine(networks: Networks, given: Enlarged) -> Iterator[Refined]:
 
 @torch.inference_mode()
 def from_text(
-    models: StreamModels, text: TextContext, sampling: Sampling, noise: NoiseOfChunk, num_frames: int
+    models: StreamModels,
+    text: TextContext,
+    sampling: Sampling,
+    noise: NoiseOfChunk,
+    num_frames: int,
+    observe: Observe | None = None,
 ) -> Tensor:
     """Sample the first chunk from text alone, CAM and APM off: frames [F, 3, H, W] in [-1, 1]."""
     conditioning = models.unet.prepare(text)
@@ -135,7 +150,7 @@ def from_text(
     def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
         return models.unet(latents, timestep, conditioning.rows(rows))  # type: ignore[no-any-return]
 
-    latents = denoise(predict, models.schedule, noise(Chunk(0, 0, num_frames, 0)), sampling)
+    latents = denoise(predict, models.schedule, noise(Chunk(0, 0, num_frames, 0)), sampling, observe)
     return decode_latents(models.vae, latents[0].transpose(0, 1))
 
 
@@ -148,6 +163,7 @@ def from_image(
     sampling: Sampling,
     noise: NoiseOfChunk,
     num_frames: int,
+    observe: Observe | None = None,
 ) -> Tensor:
     """Sample the first chunk from a picture [3, H, W] in [-1, 1] the way SVD does: frames [F, 3, H, W] in [-1, 1].
 
@@ -168,5 +184,5 @@ def from_image(
     def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
         return unet(torch.cat([latents, pictures[rows]], dim=1), timestep, conditioning.rows(rows))  # type: ignore[no-any-return]
 
-    latents = denoise(predict, models.schedule, noise(Chunk(0, 0, num_frames, 0)), sampling)
+    latents = denoise(predict, models.schedule, noise(Chunk(0, 0, num_frames, 0)), sampling, observe)
     return decode_latents(models.vae, latents[0].transpose(0, 1))

@@ -147,9 +147,10 @@ class Refiner:
         draws: Draws,
         encode: Encode,
         state: RefineState | None = None,
+        observe: Callable[[Chunk, RefineState], None] = lambda chunk, state: None,
     ) -> None:
         self.denoiser, self.plan, self.settings, self.draws, self.encode = denoiser, plan, settings, draws, encode
-        self.num_frames = plan[-1].stop
+        self.num_frames, self.observe = plan[-1].stop, observe
         self.state = state or RefineState(steps_done=[0] * len(plan))
         self.timesteps, self.rho = noise_grid(denoiser.schedule, settings)
         self.deep: dict[int, dict[int, Tensor]] = {}  # by chunk and row
@@ -167,6 +168,7 @@ class Refiner:
                 self._admit()
                 continue
             self._run_step(chunk)
+            self.observe(chunk, state)
             while (stop := self._final_stop()) > state.finished:
                 group = range(state.finished, stop)
                 final = torch.stack([state.latents[frame] for frame in group])
