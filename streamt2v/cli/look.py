@@ -67,7 +67,7 @@ def _in_short(facts: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("video", f"{size}, {video['frames']} frames at {video['fps']:g} fps, {seconds:.4g} s"))
     if not isinstance(recipe, dict):
         return [*rows, ("made by", recipe.removeprefix("none: "))]
-    asked = recipe["config"]
+    asked = recipe["config"] if isinstance(recipe.get("config"), dict) else {}
     later = sum(str(key).startswith("prompts.") for key in asked)
     steps = f"{asked.get('stream.num_inference_steps')} in the stream"
     if asked.get("refine.enabled"):

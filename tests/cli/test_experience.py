@@ -34,7 +34,9 @@ TOY = ("--model", "toy", "--device", "cpu", "--threads", "1")
 
 
 def interrupt_after(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Press Ctrl-C when so many groups of frames are written."""
+    """Press Ctrl-C when so many groups of frames are written; also where the tests run in a shell's background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     append, written = writing.SegmentWriter.append, list[int]()
 
     def counting(writer: writing.SegmentWriter, group: Any) -> writing.SegmentMark:
