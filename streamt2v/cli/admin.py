@@ -103,7 +103,7 @@ def weights_convert(
 ) -> None:
     """Convert a published checkpoint to files that streamt2v loads: 16 bit, no pickle, no optimizer state.
 
-    Known: streaming_t2v.ckpt, VidXTend (file or folder), the three files of MS-Vid2Vid-XL, OpenCLIP ViT-H-14.
+    Known: streaming_t2v.ckpt, VidXTend (file or folder), StreamingSVD, the three files of MS-Vid2Vid-XL, OpenCLIP.
 
     [b]streamt2v weights convert streaming_t2v.ckpt weights/[/b]
     """

@@ -64,11 +64,16 @@ def pull(family: Family, convert: Convert, note: Note, choice: str = "", folder:
                 continue
             path = found[source] or fetch.find(source, folder, note) or fetch.fetch(source, offers[source], note)
             note(f"converting {path}")
-            _remember(family, source.name, convert(path, family.root / family.name, note))
+            _remember(family, source.name, convert(path, _folder(family, source), note))
             if path == place:
                 with files.output_errors(path):
                     path.unlink()
     inventory.require(catalog.family(family.name))
+
+
+def _folder(family: Family, source: Source) -> Path:
+    """Return where a source's files go: its first folder, as families share what they make from the same source."""
+    return family.root / Path(source.makes[0]).parts[0]
 
 
 def _offers(absent: Sequence[Source], note: Note) -> dict[Source, fetch.Offer]:
