@@ -1,6 +1,6 @@
 """StreamingSVD end to end: pulled in the real layout, tiny and random; any length, resuming, every option."""
 
-import json
+import gc
 import signal
 import socket
 import subprocess
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from streamt2v import config, memory, weights
 from streamt2v.jobs import needs
 from streamt2v.media import reading
+from streamt2v.runs import base
 from streamt2v.weights import convert as checkpoints
 from streamt2v.weights import header, hub
 from tests import checkpoints as published
@@ -193,10 +194,24 @@ def test_files_are_shared_with_the_family_that_made_them_first(folder: Path) -> 
     assert (rows[MODEL], rows["streamingt2v"]) == ("ok", "incomplete")
 
 
-def test_memory_and_length(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What a run needs does not depend on its length."""
+def test_what_is_held_does_not_grow_with_the_video(
+    picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, store = list[int](), base.Base._store
+
+    def watch(*given: Any) -> Any:
+        group = store(*given)
+        gc.collect()
+        tensors = (thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter))
+        held.append(sum({part.data_ptr(): part.untyped_storage().nbytes() for part in tensors}.values()))
+        return group
+
+    monkeypatch.setattr(base.Base, "_store", watch)
+    make(tmp_path / "out.mp4", picture, 25 + 5 * 18, *PLAIN)
+    assert len(held) == 6
+    assert len(set(held[2:])) == 1  # until then the first chunk waits to be freed
     needed = []
     for frames in (100, 10_000):
-        assert call("plan", PROMPT, "--model", MODEL, "--frames", frames, "--json") == 0
-        needed.append(json.loads(capsys.readouterr().out)["needed_bytes"])
+        run = config.merge(config.preset(MODEL), {"model": MODEL, "num_frames": frames})
+        needed.append(memory.needed(needs.stages(run), memory.ladder("cuda")[0]))
     assert needed[0] == needed[1] > memory.OWN_BYTES
