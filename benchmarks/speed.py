@@ -213,7 +213,7 @@ def stand_ins(model: str) -> Iterator[None]:
     with (
         mock.patch.object(weights, "read_header", header),
         mock.patch.object(weights, "load", load),
-        mock.patch.object(weights, "require", lambda family: None),
+        mock.patch.object(weights, "require", lambda *_: None),
     ):
         yield
 

@@ -38,7 +38,7 @@ def prepare(job: Job, note: hub.Note = lambda text: None) -> Prepared:
     ffmpeg.check_ffmpeg(pictures_only=True)  # what else is carried is checked when it is looked at
     needed = int(1.2 * needs.disk_bytes(job.config)) - (run_directory.size(job.run_path) if job.resume else 0)
     files.require_space(job.output, needed, "this run")
-    weights.require(known.family)
+    weights.require(known.family, known.runs)
     if job.command != "refine":
         _check_unread(job.config, known.family)
         _check_sizes(job.config, known.family)

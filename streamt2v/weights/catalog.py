@@ -2,7 +2,7 @@
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PureWindowsPath
@@ -107,13 +107,21 @@ class Family:
         """Whether the family has a file for `role`; some parts, such as APM, are optional."""
         return role in self.components
 
+    def used(self, stages: Collection[str] = ()) -> tuple[WeightFile, ...]:
+        """The files that some stages use ("initialize", "stream", "refine"), by default all."""
+        roles = self.components.items()
+        paths = {path for role, path in roles if role.partition(".")[0] in stages} | {self.vocabulary}
+        return tuple(file for file in self.files if not stages or file.path in paths)
+
     @property
     def reads_text(self) -> bool:
         """Whether the streaming stage follows a prompt: a network of ours without a text encoder does not."""
         return self.has("stream.text") or not self.has("stream.unet")
 
-    def sources_of(self, choice: str = "") -> tuple[Source, ...]:
+    def sources_of(self, choice: str = "", stages: Collection[str] = ()) -> tuple[Source, ...]:
         """Return what a pull needs: the sources without a choice, and those of one choice, by default the first.
+
+        Of these only what some stages use, by default all.
 
         Raises:
             ConfigError: there is no such choice, or nothing to pull.
@@ -124,7 +132,9 @@ class Family:
         if choice and choice not in known:
             raise ConfigError(f"{self.name} has no source {choice!r}", config.nearest(choice, known))
         taken = choice or next(iter(known), "")
-        return tuple(source for source in self.sources if source.choice in ("", taken))
+        wanted = {file.path for file in self.used(stages)}
+        found = (source for source in self.sources if source.choice in ("", taken))
+        return tuple(source for source in found if not wanted.isdisjoint(source.makes))
 
     def vocabulary_path(self) -> Path | None:
         """Absolute path of the list of words that the family knows, or None if it takes any text."""

@@ -173,6 +173,22 @@ def test_a_picture_is_enough(picture: Path, tmp_path: Path) -> None:
     assert call("generate", "--image", picture, *given) == 0
 
 
+def test_the_refiner_is_only_fetched_for_those_who_refine(
+    folder: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STREAMT2V_HOME", str(tmp_path / "home"))
+    tiny = partial(checkpoints.convert, layouts=published.tiny_layouts())
+    monkeypatch.setattr(checkpoints, "convert", tiny)
+    pulled = ["weights", "pull", MODEL, "--no-refine", "--from", folder, "--offline"]
+    assert call(*pulled) == 4  # SVD-XT, which makes the first frames, is not here
+    assert "svd" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "home").glob("streamingt2v")] == []
+    assert make(tmp_path / "a.mp4", picture, 2, *PLAIN)[0] == 2
+    assert call(*arguments(tmp_path / "b.mp4", picture, 2)) == 4
+    assert "refine/unet.safetensors is not here" in capsys.readouterr().err
+    assert call("refine", tmp_path / "a.mp4", "--model", MODEL, "-o", tmp_path / "c.mp4", "-q") == 4
+
+
 def test_other_models_refuse_what_only_this_one_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--frames", 20, "-o", tmp_path / "out.mp4", "--set", "picture.fps=9", "--model", "demo", "-q"]
     assert call("generate", PROMPT, *given) == 2
