@@ -57,8 +57,8 @@ SKIPPED = 20  # frames: titles and fades
 def clip(path: Path, count: int) -> Frames:
     """Read some frames of a clip, cropped to multiples of 32 pixels."""
     found: list[Frames] = []
-    for part in frames.skip(isolated.read_frames(path), SKIPPED):
-        found.append(part)
+    for group in frames.since(frames.numbered(isolated.read_frames(path)), SKIPPED):
+        found.append(group.frames)
         if sum(map(len, found)) >= count:
             break
     shown = np.concatenate(found)[:count]

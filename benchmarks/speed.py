@@ -53,6 +53,7 @@ from streamt2v.jobs.job import Job, Result
 from streamt2v.models.encoders import decode_latents, encode_frames, latent_factor, latent_size
 from streamt2v.models.unet3d import Conditioning, TextContext, UNet3D, legal_canvas
 from streamt2v.runs import pipeline
+from streamt2v.runs.pace import Status
 from streamt2v.stages import stream
 from streamt2v.stages.denoise import Predict, Sampling, both_branches
 from streamt2v.stages.refine import Denoiser, Refiner, noise_grid, refiner_conditioning, sees_source
@@ -568,9 +569,7 @@ class Warnings:
     def __init__(self) -> None:
         self.said: list[str] = []
 
-    def start(self, stage: str, total_frames: int, done: int = 0) -> None: ...
-
-    def advance(self, stage: str, done: int, chunk: int, num_chunks: int) -> None: ...
+    def tell(self, status: Status) -> None: ...
 
     def note(self, text: str, warning: bool = False) -> None:
         self.said += [text] if warning else []

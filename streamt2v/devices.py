@@ -96,6 +96,15 @@ def parse(name: str) -> tuple[str, str]:
     return kind, index
 
 
+def check(name: str) -> None:
+    """Refuse an invalid name, and at once what the installed torch cannot have. Raises ConfigError."""
+    from importlib.metadata import version
+
+    kind, _ = parse(name)
+    if kind == "cuda" and "torch" not in sys.modules and "+cpu" in version("torch"):
+        raise ConfigError(f"there is no {name!r}: the installed torch is a CPU build", "use --device cpu, or auto")
+
+
 def card(device: Device) -> str:
     """Return the name of a GPU, "" for other devices. Two GPUs of the same name compute the same bits."""
     if device.kind != "cuda":
@@ -363,6 +372,7 @@ def glance(name: str = "auto") -> Glance:
     """
     from importlib.metadata import version  # importing it takes 15 ms
 
+    check(name)
     kind, index = parse(name)
     if kind == "cuda" or (kind == "auto" and "+cpu" not in version("torch")):
         cards = _cards()
@@ -447,6 +457,17 @@ def _available_on_host() -> int:
     if available:
         return available
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # no such file (macOS): total memory
+
+
+def working_memory() -> int:
+    """Return the most bytes this process has held where it computes: on its GPU once torch uses one, else on the host.
+
+    It neither imports torch nor waits for the GPU.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    return peak_memory()
 
 
 def peak_memory(device: Device | None = None) -> int:

@@ -96,10 +96,13 @@ def explain(path: Path, error: OSError, needed: int = 0) -> OutputError:
 
 
 def slug(text: str) -> str:
-    """Return the letters and digits of a text, joined by dashes, for a file name: at most 48 bytes, never empty."""
+    """Return the letters and digits of a text, joined by dashes, for a file name: at most 48 bytes, cut at words."""
     words = unicodedata.normalize("NFKC", text).lower()
     dashed = "-".join("".join(c if c.isalnum() else " " for c in words).split())
-    return dashed.encode()[:48].decode(errors="ignore").strip("-") or "video"
+    short = dashed.encode()[:48].decode(errors="ignore")
+    if "-" in short and dashed[len(short) : len(short) + 1] not in ("", "-"):
+        short = short.rpartition("-")[0]
+    return short.strip("-") or "video"
 
 
 def inside(folder: Path, name: str) -> Path:

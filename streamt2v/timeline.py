@@ -60,18 +60,20 @@ def prompt_at(timeline: Sequence[Prompt], frame: int) -> str:
 
 
 def parse_time(text: str, fps: float) -> int:
-    """Parse a time into a frame number: ``240`` (a frame), ``10s`` or ``1:20`` (minutes:seconds).
+    """Parse a time into a frame number: ``240`` (a frame), ``10s``, ``2m``, ``1h``, ``1m30s`` or ``1:20``.
 
     Raises:
         ConfigError: the text is none of these.
     """
-    found = re.fullmatch(r"([0-9]{1,9})|([0-9]{1,9}(?:\.[0-9]{1,9})?)s|([0-9]{1,7}):([0-5]?[0-9])", text.strip())
-    if not found:
-        raise ConfigError(f"{text!r} is not a time", "give a frame such as 240, or 10s, or 1:20")
-    frame, seconds, minutes, rest = found.groups()
-    if frame:
-        return int(frame)
-    return round((float(seconds) if seconds else 60 * int(minutes) + int(rest)) * fps)
+    written, number = text.strip(), r"([0-9]{1,9}(?:\.[0-9]{1,9})?)"
+    if re.fullmatch("[0-9]{1,9}", written):
+        return int(written)
+    found = re.fullmatch(r"(?:([0-9]{1,7}):)?([0-9]{1,7}):([0-5]?[0-9])", written)
+    found = found or re.fullmatch(f"(?:{number}h)?(?:{number}m)?(?:{number}s)?", written)
+    if not written or not found:
+        raise ConfigError(f"{text!r} is not a time", "give a frame such as 240, or 10s, 2m or 1:20")
+    hours, minutes, seconds = (float(part or 0) for part in found.groups())
+    return round((3600 * hours + 60 * minutes + seconds) * fps)
 
 
 def parse_at(pair: str) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """What all tests share: one thread, tests that need what is not here are skipped, and where recorded tensors lie."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,9 +9,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch starts: small networks only 
 
 import pytest
 
-from streamt2v import weights
+from streamt2v import config, weights
 from streamt2v.errors import StreamT2VError
-from streamt2v.weights import hub
+from streamt2v.weights import catalog, hub
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -59,6 +60,24 @@ def goldens() -> Callable[[str], Path]:
         return folder
 
     return find
+
+
+@pytest.fixture
+def toy_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """List a family without networks beside the others: its videos take a second."""
+    from streamt2v.families import makers
+    from tests.families import toy
+
+    presets, manifest = tmp_path / "presets", tmp_path / "weights.toml"
+    shutil.copytree(config.PRESETS, presets)
+    (presets / "toy.toml").write_text(toy.PRESET)
+    manifest.write_text(catalog._manifest(catalog.PACKAGE).read_text("utf-8") + toy.ROW)
+    monkeypatch.setattr(config, "PRESETS", presets)
+    monkeypatch.setattr(catalog, "_manifest", lambda root: manifest)
+    monkeypatch.setitem(makers.BUILDERS, "toy", "tests.families.toy")
+    config.presets.cache_clear()
+    yield
+    config.presets.cache_clear()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from streamt2v.families.networks import Networks
 from streamt2v.jobs import needs
 from streamt2v.memory import MemoryPolicy
 from streamt2v.models import layers
+from streamt2v.models.restorer import PixelCodecConfig, RestorerConfig
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
 from streamt2v.runs import pipeline
 from streamt2v.stages.denoise import ChunkNoise, Sampling, denoise
@@ -95,6 +96,21 @@ def test_longer_videos_need_no_more_and_larger_ones_do() -> None:
     assert need(**{"refine.guidance_scale": 1.0}) < need()
     assert need(**{"refine.enabled": False}) < need()
     assert needs.stages(PUBLISHED, (256, 256)) == needs.stages(PUBLISHED)[1:]
+
+
+def test_a_restoration_network_is_counted_by_what_it_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, sizes = needs._header, {"refine.unet": RestorerConfig(), "refine.vae": PixelCodecConfig()}
+
+    def header(family: weights.Family, role: str) -> tuple[str, dict[str, Any]]:
+        if role not in sizes:
+            return real(family, role)
+        # As a file has them: lists.
+        return type(sizes[role]).__name__.removesuffix("Config"), json.loads(json.dumps(asdict(sizes[role])))
+
+    monkeypatch.setattr(needs, "_header", header)
+    *_, stage = needs.stages(config.merge(config.to_flat(PUBLISHED), {"output.fit": "cover"}))
+    assert (stage.width, stage.inner, stage.kept_width, stage.restoring) == (0, 0, 4, 12)
+    assert (stage.cells, stage.frame_values) == (24 * 360 * 640, 3 * 720 * 1280)
 
 
 def test_the_counts_in_the_list_are_those_of_the_networks() -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from streamt2v.errors import explained
+from streamt2v.jobs.job import Job
+from streamt2v.runs.pace import Status
 
 SCHEMA = "streamt2v.event/1"
 """New fields may appear under the same number; a changed field raises it."""
@@ -18,6 +23,16 @@ Tell = Callable[[Event], None]
 def event(kind: str, **facts: Any) -> Event:
     """Make an event: start, progress, chunk, warning or result."""
     return {"schema": SCHEMA, "type": kind, **facts}
+
+
+def status_of(told: Event) -> Status:
+    """Return what a progress or chunk event tells."""
+    names = {item.name for item in fields(Status)} - {"kind"}
+    known = {key: value for key, value in told.items() if key in names}
+    kind: Any = "chunk" if told["type"] == "chunk" else "step" if told["step"] else "start"
+    if told["stage"] == "other":
+        return Status(**{**known, "kind": "doing", "stage": told["what"]})
+    return Status(kind=kind, **known)
 
 
 def failed(error: BaseException) -> Event:
@@ -32,17 +47,30 @@ class JobReport:
     """A `watch.Report` of one job of a batch, emitted as events."""
 
     job: str
-    tell: Tell
+    send: Tell
+    every: float = 0.5
+    """Seconds between two steps that are told, at least."""
+    _last: list[float] = field(default_factory=lambda: [0.0])
 
-    def start(self, stage: str, total_frames: int, done: int = 0) -> None:
-        """Begin a stage, or continue it after `done` frames."""
-        self.tell(event("progress", job=self.job, stage=stage, done=done, total=total_frames))
+    def start(self, job: Job, **facts: Any) -> None:
+        """Report that the job begins."""
+        run = job.config
+        facts |= {"output": str(job.output), "frames": run.num_frames, "fps": run.output.fps}
+        facts |= {"seed": run.seed, "model": run.model, "host": socket.gethostname(), "pid": os.getpid()}
+        self.send(event("start", job=self.job, **facts))
 
-    def advance(self, stage: str, done: int, chunk: int, num_chunks: int) -> None:
-        """Report a finished chunk."""
-        self.tell(event("chunk", job=self.job, stage=stage, done=done, chunk=chunk, chunks=num_chunks))
+    def tell(self, status: Status) -> None:
+        """Report progress: the ends of chunks, stages and whatever else begins, and steps now and then."""
+        now = time.monotonic()
+        if status.kind == "step" and now - self._last[0] < self.every:
+            return
+        self._last[0] = now
+        facts = {key: value for key, value in asdict(status).items() if key != "kind" and value is not None}
+        if status.kind == "doing":
+            facts |= {"stage": "other", "what": status.stage}
+        self.send(event("chunk" if status.kind == "chunk" else "progress", job=self.job, **facts))
 
     def note(self, text: str, warning: bool = False) -> None:
         """Pass on warnings; drop details."""
         if warning:
-            self.tell(event("warning", job=self.job, message=text))
+            self.send(event("warning", job=self.job, message=text))

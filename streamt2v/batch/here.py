@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
-import socket
 from collections.abc import Generator, Iterable
 from dataclasses import asdict
 from functools import cache
 from typing import TYPE_CHECKING
 
 from streamt2v.batch import events
-from streamt2v.batch.events import Event, JobReport, Tell, event
+from streamt2v.batch.events import Event, JobReport, Tell
 from streamt2v.batch.tasks import Task
 from streamt2v.errors import Interrupted, StreamT2VError
 
@@ -37,13 +35,12 @@ def attempt(task: Task, tell: Tell, loaded: Loaded) -> Event:
     """Run one job; return the fields of its result, also for a failure."""
     from streamt2v.runs import pipeline
 
-    run, output = task.job.config, str(task.job.output)
-    facts = {"output": output, "frames": run.num_frames, "fps": run.output.fps, "seed": run.seed, "model": run.model}
-    tell(event("start", job=task.id, line=task.line, **facts, host=socket.gethostname(), pid=os.getpid()))
+    report = JobReport(task.id, tell)
+    report.start(task.job, line=task.line)
     for notice in task.notices:
-        tell(event("warning", job=task.id, message=notice))
+        report.note(notice, warning=True)
     try:
-        return {"ok": True, "status": "made", **asdict(pipeline.run(task.job, JobReport(task.id, tell), loaded))}
+        return {"ok": True, "status": "made", **asdict(pipeline.run(task.job, report, loaded))}
     except Interrupted:
         raise
     except Exception as error:

@@ -16,7 +16,7 @@ from streamt2v.weights import home, hub
 
 
 def weights_list(
-    name: Annotated[str | None, argument("A model family, to list its files and their origin.")] = None,
+    name: Annotated[str | None, argument("A name from this list, to see its files and their origin.")] = None,
     json_output: options.Json = False,
 ) -> None:
     """List the model families with state, size and licence, or the files of one family.
@@ -25,15 +25,21 @@ def weights_list(
 
     [b]streamt2v weights list streamingt2v[/b]
     """
-    rows = weights.describe_files(weights.family(name)) if name else weights.describe_families()
+    if name is None:
+        rows = weights.describe_families()
+    elif (family := weights.listed(name)) is None:
+        rows = weights.describe_snapshot(name)
+    else:
+        rows = weights.describe_files(family)
     if json_output:
         emit(json.dumps(rows))
         return
-    width = max(len(row["name"]) for row in rows)
+    width = max((len(row["name"]) for row in rows), default=0)
     for row in rows:
-        size = f"{row['bytes'] / 1e6:,.1f} MB" if row["bytes"] else "size unknown"
+        size = f"{row['bytes'] / 1e6:,.1f} MB" if row["bytes"] else "said by pull"
         emit(f"{row['name']:<{width}}  {row['state']:<10} {size:>13}  {row['licence']}")
-        emit(f"    {row['what']}")
+        if said := "; ".join(filter(None, (row["what"], row.get("origin", "")))):
+            emit(f"    {said}")
 
 
 def weights_pull(

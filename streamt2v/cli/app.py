@@ -15,8 +15,10 @@ from streamt2v.cli.admin import train, weights_convert, weights_list, weights_pa
 from streamt2v.cli.look import doctor, evaluate, info, preview, report, verify
 from streamt2v.cli.make import RayCommand, batch, bench, extend, generate, plan, refine, rerun, resume
 from streamt2v.cli.options import option
-from streamt2v.cli.terminal import complain, emit_failure, terminable
+from streamt2v.cli.terminal import complain, emit_failure, say, terminable
+from streamt2v.cli.watch import watch
 from streamt2v.errors import ConfigError, Interrupted, StreamT2VError, explained
+from streamt2v.jobs.asked import said_by_option
 from streamt2v.weights import hub
 
 Command = Callable[..., None]
@@ -26,7 +28,7 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help", "--help-all"]},
     help="Make long videos from text on your own machine, with the StreamingT2V method.\n\n"
     '[b]streamt2v generate "a red ball bouncing over the sea at sunset" --frames 240 -o ball.mp4[/b]\n\n'
     "[b]streamt2v refine ball.mp4 -o ball_hd.mp4 --size 1280x720[/b]",
@@ -37,13 +39,13 @@ app.add_typer(weights_app, name="weights")
 
 # In the order in which the help lists them.
 _FIRST: list[Command] = [generate, refine, extend, resume, verify, rerun]
-_LATER: list[Command] = [plan, bench, info, evaluate, preview, report, doctor, train]
+_LATER: list[Command] = [plan, bench, info, watch, evaluate, preview, report, doctor, train]
 _WEIGHTS: list[Command] = [weights_list, weights_pull, weights_path, weights_verify, weights_convert]
 for command in _FIRST:
-    app.command()(command)
+    app.command(cls=options.LeveledCommand)(command)
 app.command(cls=RayCommand)(batch)
 for command in _LATER:
-    app.command()(command)
+    app.command(cls=options.LeveledCommand)(command)
 for command in _WEIGHTS:
     weights_app.command(command.__name__.removeprefix("weights_"))(command)
 
@@ -85,13 +87,19 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             app(
                 options.paired([argument for argument in asked if argument not in anywhere] + names),
                 prog_name="streamt2v",
+                obj=options.ALL if "--help-all" in asked else None,
             )
     except SystemExit as stop:
-        if "--json" in asked and (said := getattr(stop.__context__, "format_message", None)):  # typer's usage errors
-            emit_failure(ConfigError(said()))
+        if formatted := getattr(stop.__context__, "format_message", None):  # typer's usage errors
+            hint = options.meant(said := formatted(), asked)
+            if hint:
+                say(f"  {hint}")
+            if "--json" in asked:
+                emit_failure(ConfigError(said, hint))
         raise
     except Exception as error:
         known = explained(error)
+        known.message = said_by_option(known.message, asked)
         if "--json" in asked:
             emit_failure(known)
         if debug or known.exit_code == StreamT2VError.exit_code:

@@ -35,18 +35,54 @@ def verify(
 
 def info(
     video: Annotated[Path, argument("A video made by streamt2v, or an unfinished run.")],
+    everything: Annotated[bool, option("--all", "Show every setting, not ten lines.")] = False,
     json_output: options.Json = False,
 ) -> None:
-    """Show the settings that made a video, read from the file itself.
+    """Show what a video is and what made it, read from the file itself.
 
     [b]streamt2v info ball.mp4[/b]
+
+    [b]streamt2v info ball.mp4 --all[/b]
     """
     facts = describe_video(video)
     if json_output:
         emit(json.dumps(facts))
         return
-    for key, value in config.flatten(facts).items():
-        emit(plain(f"{key} = {value}"))
+    if everything:
+        for key, value in config.flatten(facts).items():
+            emit(plain(f"{key} = {value}"))
+        return
+    for key, said in _in_short(facts):
+        emit(f"{key:<9} {plain(said)}")
+
+
+def _in_short(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what most people want to know of a video, in at most ten lines."""
+    video, recipe, rows = facts["video"], facts["recipe"], list[tuple[str, str]]()
+    if "unfinished" in facts:
+        rows.append(("growing", facts["unfinished"]))
+    if video:
+        seconds = video["frames"] / video["fps"]
+        size = f"{video['width']}x{video['height']}"
+        rows.append(("video", f"{size}, {video['frames']} frames at {video['fps']:g} fps, {seconds:.4g} s"))
+    if not isinstance(recipe, dict):
+        return [*rows, ("made by", recipe.removeprefix("none: "))]
+    asked = recipe["config"] if isinstance(recipe.get("config"), dict) else {}
+    later = sum(str(key).startswith("prompts.") for key in asked)
+    steps = f"{asked.get('stream.num_inference_steps')} in the stream"
+    if asked.get("refine.enabled"):
+        steps += f", {asked.get('refine.num_inference_steps')} in the refiner"
+    source = recipe.get("source") if isinstance(recipe.get("source"), dict) else {}
+    rows += [
+        ("prompt", str(asked.get("prompt")) + f" (and {later} later ones)" * bool(later)),
+        ("avoids", str(asked.get("negative_prompt") or "")),
+        ("made by", f"{recipe.get('command')}, model {asked.get('model')}, streamt2v {recipe.get('streamt2v')}"),
+        ("from", str((source or {}).get("name") or asked.get("image") or "")),
+        ("seed", str(asked.get("seed"))),
+        ("steps", steps),
+        ("on", f"{recipe.get('card') or recipe.get('device')}, {recipe.get('threads')} threads"),
+    ]
+    return [(key, said[:500]) for key, said in rows if said] + [("more", "--all shows every setting")]
 
 
 def measuring(
@@ -93,8 +129,14 @@ def evaluate(
 
     [b]streamt2v evaluate ball_fast.mp4 --against ball.mp4[/b]
     """
+    for video in videos:
+        if not video.exists():
+            raise VideoError(f"{video} does not exist")
+    progress = Progress(quiet=quiet)
     try:
-        from streamt2v.metrics import evaluation, report
+        with progress:
+            progress.doing("loading what measures")
+            from streamt2v.metrics import evaluation, report
     except ImportError as error:
         hint = 'install what it needs with `pip install "streamt2v[metrics]"`'
         raise ConfigError(f"evaluate cannot start: {error}", hint) from error
@@ -104,7 +146,8 @@ def evaluate(
     targets = [target for target in (report_file, csv_file, frames_csv) if target is not None]
     for number, target in enumerate(targets):
         prepare.check_target(target, overwrite, *videos, settings.against, *targets[:number])
-    with terminable("stopped; nothing was written"), Progress(quiet=quiet) as progress:
+    with terminable("stopped; nothing was written"), progress:
+        progress.doing(f"reading {len(videos)} video{'s' * (len(videos) > 1)}")
         results, failures = evaluation.evaluate(videos, settings, progress, progress.say)
     for failure in failures[not results :]:
         complain(f"error: {failure.message}", failure.hint)
@@ -149,14 +192,17 @@ def preview(
     targets = output or [named.parent / f"{named.stem}_preview{kind}" for kind in (".png", ".webp")]
     for number, target in enumerate(targets):
         prepare.check_target(target, overwrite, named, *targets[:number])
-    from streamt2v.media import preview
+    with Progress() as progress:
+        progress.doing(f"reading {source.name}")
+        seen = look(source)
+        from streamt2v.media import preview
 
-    for target in targets:
-        preview.check(target)
-    seen = look(source)
-    for target in targets:
-        preview.write(seen.video, target, width)
-        emit(str(target))
+        for target in targets:
+            preview.check(target)
+        for target in targets:
+            progress.doing(f"writing {target.name}")
+            preview.write(seen.video, target, width)
+            emit(str(target))
 
 
 def report(
@@ -175,7 +221,9 @@ def report(
     prepare.check_target(target, overwrite, named)
     from streamt2v.cli import report
 
-    files.write_bytes(target, report.as_html(look(video)).encode(errors="replace"))
+    with Progress() as progress:
+        progress.doing(f"reading {video.name}")
+        files.write_bytes(target, report.as_html(look(video)).encode(errors="replace"))
     emit(str(target))
 
 
@@ -188,7 +236,9 @@ def doctor(json_output: options.Json = False) -> None:
     """
     from streamt2v.cli.doctor import checks
 
-    results = checks()
+    with Progress() as progress:
+        progress.doing("checking this machine")
+        results = checks()
     if json_output:
         emit(json.dumps([dataclasses.asdict(result) for result in results]))
     else:

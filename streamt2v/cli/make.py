@@ -3,40 +3,43 @@
 import dataclasses
 import json
 import re
+import shlex
 import sys
-from datetime import datetime
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from streamt2v import config, files, weights
+from streamt2v import config, weights
 from streamt2v.batch import events
 from streamt2v.cli import options
 from streamt2v.cli.options import argument, option
-from streamt2v.cli.progress import Progress
+from streamt2v.cli.progress import Progress, clock
 from streamt2v.cli.terminal import FETCHING, complain, emit, plain, terminable
 from streamt2v.errors import ConfigError, DifferenceError, Interrupted
 from streamt2v.jobs import again, asked, forecast, prepare, run_directory
-from streamt2v.jobs.job import BEHAVIOUR, Job, Result
+from streamt2v.jobs.job import BEHAVIOUR, Job, Result, default_output
 from streamt2v.jobs.prepared import Prepared
 from streamt2v.jobs.recipe import inspect_source
+from streamt2v.runs.pace import Status
+
+if TYPE_CHECKING:
+    from streamt2v.runs.watch import Report
 
 _RUNNING = (options.computing, options.writing, options.talking)
-
-
-def default_output(prompt: str, seed: int) -> Path:
-    """Return a file name made of the date, the words of the prompt and the seed."""
-    return Path(f"{datetime.now():%Y%m%d-%H%M%S}_{files.slug(prompt)}_{seed}.mp4")
 
 
 @options.knows(options.making, options.streaming, options.starting, *_RUNNING, options.alone)
 def generate(
     prompt: options.Prompt = None,
     frames: options.Frames = None,
+    duration: options.Duration = None,
     output: options.Output = None,
     fps: options.Fps = None,
+    count: options.Count = 1,
+    dry_run: options.DryRun = False,
     **given: Any,
 ) -> None:
     """Make a video from a prompt.
@@ -53,7 +56,8 @@ def generate(
 
     [b]streamt2v generate "a cat on the beach" --model streamingt2v --init svd --image-init sdxl --frames 240[/b]
     """
-    _run("generate", None, output, given, prompt=options.read_prompt(prompt), frames=frames, fps=fps)
+    length: dict[str, Any] = {"frames": frames, "duration": duration, "fps": fps}
+    _run("generate", None, output, given, count, dry_run, prompt=options.read_prompt(prompt), **length)
 
 
 @options.knows(options.making, *_RUNNING, options.alone)
@@ -62,7 +66,7 @@ def refine(
     output: options.Output = None,
     prompt: Annotated[str | None, option("--prompt", "What the video shows. Default: its own prompts.")] = None,
     fps: options.SourceFps = None,
-    guidance: Annotated[float | None, options.advanced("--guidance", "Guidance; 1 is off.")] = None,
+    guidance: Annotated[float | None, options.advanced("--guidance", "--cfg", "Guidance; 1 is off.")] = None,
     **given: Any,
 ) -> None:
     """Refine a video of any length: more detail, the same number of frames, the same sound.
@@ -72,16 +76,19 @@ def refine(
     [b]streamt2v refine ball.mp4 --strength creative -o other.mp4[/b]
     """
     output = output or source.parent / f"{source.stem}_refined.mp4"
-    _run("refine", source, output, given, prompt=prompt, fps=fps, **{"refine.guidance_scale": guidance})
+    more: dict[str, Any] = {"refine.guidance_scale": guidance}
+    _run("refine", source, output, given, prompt=prompt, fps=fps, **more)
 
 
 @options.knows(options.making, options.streaming, *_RUNNING, options.alone)
 def extend(
     source: Annotated[Path, argument("The video to continue.")],
-    frames: Annotated[int, option("--frames", "-n", "Frames of the whole result, source included.")],
+    frames: options.Longer = None,
+    duration: options.Duration = None,
     output: options.Output = None,
     prompt: Annotated[str | None, option("--prompt", "What the video shows. Default: its last prompt.")] = None,
     fps: options.SourceFps = None,
+    dry_run: options.DryRun = False,
     **given: Any,
 ) -> None:
     """Continue a video: its own frames, then new ones generated from its last 16.
@@ -91,10 +98,20 @@ def extend(
     [b]streamt2v extend beach.mp4 --prompt "waves on a beach" --frames 480 -o longer.mp4[/b]
     """
     output = output or source.parent / f"{source.stem}_extended.mp4"
-    _run("extend", source, output, given, prompt=prompt, frames=frames, fps=fps)
+    if frames is None and duration is None:
+        raise ConfigError("the new length is missing", "give it with --frames 240 or --duration 30s, source included")
+    _run("extend", source, output, given, 1, dry_run, prompt=prompt, frames=frames, duration=duration, fps=fps)
 
 
-def _run(command: str, source: Path | None, output: Path | None, given: dict[str, Any], **more: Any) -> None:
+def _run(
+    command: str,
+    source: Path | None,
+    output: Path | None,
+    given: dict[str, Any],
+    count: int = 1,
+    dry_run: bool = False,
+    **more: Any,
+) -> None:
     """Carry out a command that makes a video; `given` are the options of the shared groups."""
     progress, as_json = _talking(given)
     behaviour = _behaviour(given)
@@ -106,7 +123,31 @@ def _run(command: str, source: Path | None, output: Path | None, given: dict[str
     more |= {"device": behaviour["device"], "resume_from": output if behaviour["resume"] else None, "source": found}
     resolved = asked.resolve(**given, **more)
     output = output or default_output(resolved.prompt, resolved.seed)
-    _tell(_make(Job(command, resolved, output, source, **behaviour), progress), as_json)
+    job = Job(command, resolved, output, source, **behaviour)
+    if dry_run:
+        prepare.prepare(job, progress.say)
+        _tell_plan(job, as_json, progress)
+    elif count > 1:
+        _vary(job, count, progress, as_json)
+    else:
+        _end(job, _make(job, progress, as_json), progress, as_json)
+
+
+def _vary(job: Job, count: int, progress: Progress, as_json: bool) -> None:
+    """Make a job several times, with the seeds that follow and numbered names, as a batch does."""
+    from streamt2v.batch import run, tasks
+
+    made = list[tasks.Task]()
+    with terminable(FETCHING), progress:
+        progress.doing(f"checking {count} videos")
+        for number in range(count):
+            name = job.output.with_name(f"{job.output.stem}-{number + 1:0{len(str(count))}}{job.output.suffix}")
+            settings = dataclasses.replace(job.config, seed=job.config.seed + number)
+            one = dataclasses.replace(job, config=settings, output=name)
+            made.append(tasks.Task(name.stem, number + 1, one, tuple(prepare.prepare(one, progress.say).notices)))
+        names = [task.id for task in made]
+        code = run.run(made, [], _follow(progress, as_json, names), keep_going=True, ray=None)
+    raise typer.Exit(code)
 
 
 def _talking(given: dict[str, Any]) -> tuple[Progress, bool]:
@@ -123,26 +164,52 @@ def _behaviour(given: dict[str, Any], *inputs: Path) -> dict[str, Any]:
     return behaviour | {"inputs": tuple(filter(None, (*inputs, given.get("config_file"), given.get("timeline"))))}
 
 
-def _make(job: Job, progress: Progress) -> Result:
-    with terminable(FETCHING):
+def _make(job: Job, progress: Progress, as_json: bool = False) -> Result:
+    report: Report = progress
+    with progress, terminable(FETCHING):
+        progress.doing(f"checking {job.output.name}")
         # All cheap checks come before torch is imported or a model loads.
         known = prepare.prepare(job, progress.say)
-    for notice in known.notices:
-        progress.say(notice)
-    length = f"{job.config.num_frames} frames at {job.config.output.fps:g} fps"
-    progress.say(f"{job.output}: {length}, model {job.config.model}, seed {job.config.seed}")
-    with progress:
+        if as_json:
+            report = events.JobReport(job.output.stem, _follow(progress, as_json))
+            report.start(job)
+        for notice in known.notices:
+            report.note(notice, warning=True)
+        length = f"{job.config.num_frames} frames at {job.config.output.fps:g} fps"
+        progress.say(f"{job.output}: {length}, model {job.config.model}, seed {job.config.seed}")
+        report.tell(Status("doing", "loading torch"))
         from streamt2v.runs import pipeline
 
-        return pipeline.make(known, progress)
+        return pipeline.make(known, report)
+
+
+def _end(job: Job, result: Result, progress: Progress, as_json: bool) -> None:
+    """Say what was made and what can be done with it, then print the result."""
+    seconds, speed = result.frames / result.fps, result.frames / max(result.seconds, 0.01)
+    took = f"made in {clock(result.seconds)} at {speed:.3g} frames/s with seed {result.seed}"
+    progress.say(f"{result.width}x{result.height}, {seconds:.4g} s ({result.frames} frames){_size(job.output)}; {took}")
+    name = shlex.quote(result.output if result.output[0] != "-" else f"./{result.output}")
+    others = {"refine": "refine", "extend": f"extend --frames {2 * result.frames}", "rerun": "rerun"}
+    if job.command == "refine":
+        others.pop("refine")
+    if job.source is not None:
+        others["rerun"] += f" --source {shlex.quote(str(job.source))}"
+    progress.say(f"next: streamt2v preview {name}; or {', '.join(others.values())}")
+    _tell(result, as_json)
+
+
+def _size(path: Path) -> str:
+    return f", {path.stat().st_size / 1e6:.2g} MB" if path.is_file() else ""
 
 
 def _tell(result: Result, as_json: bool) -> None:
     emit(json.dumps(events.event("result", ok=True, **dataclasses.asdict(result))) if as_json else result.output)
 
 
-def _tell_plan(job: Job, as_json: bool) -> None:
-    report = forecast.plan(Prepared(job))
+def _tell_plan(job: Job, as_json: bool, progress: Progress) -> None:
+    for notice in prepare.prompt_notices(known := Prepared(job)):
+        progress.say(notice)
+    report = forecast.plan(known)
     emit(json.dumps(dataclasses.asdict(report)) if as_json else plain(report.as_text()))
 
 
@@ -166,10 +233,11 @@ def resume(
         result = again.made(output)
         run_directory.discard(run_directory.directory_for(output))
         progress.say(f"{output} is finished")
+        _tell(result, as_json)
     else:
         job = again.resumed(output)
-        result = _make(dataclasses.replace(job, device=device or job.device), progress)
-    _tell(result, as_json)
+        job = dataclasses.replace(job, device=device or job.device)
+        _end(job, _make(job, progress, as_json), progress, as_json)
 
 
 @options.knows(*_RUNNING, options.alone)
@@ -203,14 +271,14 @@ def rerun(
     for key, value in config.to_flat(settings).items():
         if value != usual.get(key):
             progress.say(f"  {key} = {value}")
-    result = _make(Job(command, settings, output, source, like=like, **behaviour), progress)
+    result = _make(Job(command, settings, output, source, like=like, **behaviour), progress, as_json)
     if differences := again.compare(video, output):
         raise DifferenceError(f"the frames of {output} differ from those of {video}: {'; '.join(differences)}")
     progress.say(f"the frames are those of {video}")
     _tell(result, as_json)
 
 
-class RayCommand(typer.core.TyperCommand):
+class RayCommand(options.LeveledCommand):
     """A command whose --ray needs no address, because typer has no options with an optional value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -231,6 +299,7 @@ def batch(
         Path, option("--out-dir", "Folder for the videos; no row writes elsewhere.", show_default=False)
     ],
     frames: options.Frames = None,
+    duration: options.Duration = None,
     fps: options.Fps = None,
     keep_going: Annotated[bool, option("--keep-going", "Go on when rows are invalid or jobs fail.")] = False,
     shard: Annotated[
@@ -258,37 +327,45 @@ def batch(
     overwrite = behaviour.pop("overwrite")
     given |= {
         "frames": frames,
+        "duration": duration,
         "fps": fps,
         "device": None if ray else behaviour["device"],
     }  # a cluster has its own devices
     shared = tasks.Shared(out_dir, given, behaviour, overwrite)
     with terminable(FETCHING), progress:
         part = tasks.shard_of(shard)
+        progress.doing(f"checking {file}")
         checked = tasks.check(rows.read(file), shared, part, progress.say)
-        code = run.run(*checked, _follow(progress, as_json), keep_going=keep_going, ray=ray)
+        names = [job.id for group in checked for job in group]
+        code = run.run(*checked, _follow(progress, as_json, names), keep_going=keep_going, ray=ray)
     raise typer.Exit(code)
 
 
-def _follow(progress: Progress, as_json: bool) -> events.Tell:
-    """Return a function that shows the events of a batch: results or JSON on stdout, text on stderr."""
+def _follow(progress: Progress, as_json: bool, jobs: Sequence[str] = ()) -> events.Tell:
+    """Return a function that shows the events of jobs: results or JSON on stdout, text on stderr."""
     out = sys.stdout  # Ray replaces it
+
+    def numbered(job: str) -> str:
+        return f"{jobs.index(job) + 1}/{len(jobs)} {job}" if job in jobs else ""
 
     def tell(event: events.Event) -> None:
         job = event.get("job", "")
         if as_json:
             emit(json.dumps(event), out)
         if event["type"] == "start":
-            progress.say("{job}: {output}: {frames} frames at {fps:g} fps, model {model}, seed {seed}".format(**event))
-        elif event["type"] == "progress":
-            progress.start(f"{job} {event['stage']}", event["total"], event["done"])
-        elif event["type"] == "chunk":
-            progress.advance(f"{job} {event['stage']}", event["done"], event["chunk"], event["chunks"])
+            progress.end("")  # the line of what came before the jobs
+            if job in jobs:
+                progress.say(
+                    "{job}: {output}: {frames} frames at {fps:g} fps, model {model}, seed {seed}".format(**event)
+                )
+        elif event["type"] in ("progress", "chunk"):
+            progress.tell(events.status_of(event), numbered(job))
         elif event["type"] == "warning":
-            progress.note(f"{job}: {event['message']}", warning=True)
+            progress.note(f"{job}: {event['message']}" if jobs else event["message"], warning=True)
         elif "jobs" in event:
             progress.say("{made} made, {there} already there, {failed} failed, {left} left".format(**event))
         else:
-            progress.end(*(f"{job} {stage}" for stage in ("stream", "refine")))
+            progress.end(numbered(job))
             if event["ok"] and not as_json:
                 emit(event["output"], out)
         if not event.get("ok", True):
@@ -305,6 +382,7 @@ def _follow(progress: Progress, as_json: bool) -> events.Tell:
 def plan(
     prompt: options.Prompt = None,
     frames: options.Frames = None,
+    duration: options.Duration = None,
     fps: options.Fps = None,
     json_output: options.Json = False,
     **given: Any,
@@ -316,9 +394,11 @@ def plan(
     [b]streamt2v plan "a cat on the beach" --model streamingt2v --device cuda --memory 12[/b]
     """
     threads, memory = given.pop("threads"), given.pop("memory")
-    resolved = asked.resolve(prompt=options.read_prompt(prompt), frames=frames, fps=fps, **given)
+    length: dict[str, Any] = {"frames": frames, "duration": duration, "fps": fps}
+    resolved = asked.resolve(prompt=options.read_prompt(prompt), **length, **given)
     prepare.check_wishes(resolved)
-    _tell_plan(Job("generate", resolved, Path(), threads=threads, memory=memory, device=given["device"]), json_output)
+    job = Job("generate", resolved, Path(), threads=threads, memory=memory, device=given["device"])
+    _tell_plan(job, json_output, Progress())
 
 
 @options.knows(options.making, options.streaming, options.starting, options.computing, options.talking)
@@ -340,9 +420,10 @@ def bench(
     short = dataclasses.replace(resolved, num_frames=forecast.short_length(resolved))
     with TemporaryDirectory(prefix="streamt2v-") as folder, terminable():
         job = Job("generate", short, Path(folder) / "bench.mp4", device=device, threads=threads, memory=memory)
-        known = prepare.prepare(job, progress.say)
         with progress:
+            progress.doing("measuring this machine")
+            known = prepare.prepare(job, progress.say)
             from streamt2v.runs import pipeline
 
             pipeline.make(known, progress)
-    _tell_plan(dataclasses.replace(job, config=resolved), as_json)
+    _tell_plan(dataclasses.replace(job, config=resolved), as_json, progress)

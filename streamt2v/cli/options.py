@@ -1,5 +1,6 @@
 """Options that several commands share, declared once and grouped by what they are about."""
 
+import re
 import sys
 from collections.abc import Callable, Iterable
 from inspect import Parameter, Signature, signature
@@ -17,6 +18,7 @@ Command = TypeVar("Command", bound=Callable[..., None])
 ADVANCED = "Advanced"
 STEERING = "What is made"
 RUNNING = "How the run behaves"
+ALL = "all options"
 
 
 def _panel(title: str | None) -> Callable[..., Any]:
@@ -76,7 +78,15 @@ _AT = "Change the prompt at a time: 240 (a frame), 10s or 1:20; repeatable."
 # Options that some commands take individually; the others are declared in the groups below.
 WeightsName = Annotated[str | None, argument("A name from `weights list`.", autocompletion=names_of_weights)]
 Prompt = Annotated[str | None, argument("What to show; - reads it from standard input.")]
-Frames = Annotated[int | None, option("--frames", "-n", "Exact number of frames to write. Default: 24.")]
+Frames = Annotated[
+    str | None, option("--frames", "-n", "Exact number of frames to write, or a time: 10s, 2m, 1:20. Default: 24.")
+]
+Longer = Annotated[str | None, option("--frames", "-n", "Frames of the whole result, or a time: 10s, 2m, 1:20.")]
+Duration = Annotated[str | None, option("--duration", "The same as --frames with a time: 10s, 2m, 1:20.")]
+Count = Annotated[
+    int, option("--count", "Videos to make, with the seeds that follow and numbered names.", min=1, max=10_000)
+]
+DryRun = Annotated[bool, option("--dry-run", "Show the plan, as `streamt2v plan` does, and make nothing.")]
 Output = Annotated[Path | None, option("--output", "-o", _OUTPUT)]
 Fps = Annotated[float | None, option("--fps", f"{_RATE}the model's; 8 for demo.", parser=parse_rate)]
 SourceFps = Annotated[float | None, option("--fps", f"{_RATE}the source's.", parser=parse_rate)]
@@ -86,19 +96,29 @@ ImageInit = Annotated[str | None, _steering("--image-init", _IMAGE_INIT, autocom
 Device = Annotated[str, _running("--device", "auto, cpu, cuda, cuda:1, mps.")]
 Threads = Annotated[int | None, _running("--threads", "CPU threads. Default: all cores.", min=1)]
 Memory = Annotated[float | None, _running("--memory", "GB it may use. Default: all that is free.", min=0.1, max=1e6)]
-Json = Annotated[bool, _running("--json", "Print one JSON object on stdout at the end.")]
+Json = Annotated[
+    bool, _running("--json", "Print JSON on stdout: events, if the command makes videos, and the result last.")
+]
 Quiet = Annotated[bool, _running("--quiet", "-q", "Errors only.")]
 Verbose = Annotated[bool, _running("--verbose", "-v", "Report more about each step.")]
 
 
 def making(
     model: Annotated[str | None, option("--model", "-m", _MODEL, autocompletion=_completing(weights.families))] = None,
-    seed: Annotated[int | None, option("--seed", "Seed of all randomness. Default: random, printed, stored.")] = None,
+    seed: Annotated[
+        int | None, option("--seed", "-s", "Seed of all randomness. Default: random, printed and stored.")
+    ] = None,
     size: Annotated[
         str | None, option("--size", "Box WxH that the video fits into. Default: the model's; 256x144 for demo.")
     ] = None,
+    width: Annotated[
+        int | None, option("--width", "Width instead of --size; alone it keeps the shape.", min=2, max=16384)
+    ] = None,
+    height: Annotated[
+        int | None, option("--height", "Height instead of --size; alone it keeps the shape.", min=2, max=16384)
+    ] = None,
     fit: Annotated[str | None, option("--fit", _FIT, autocompletion=_among(Fit))] = None,
-    negative: Annotated[str | None, _steering("--negative", "What to avoid.")] = None,
+    negative: Annotated[str | None, _steering("--negative", "--negative-prompt", "What to avoid.")] = None,
     quality: Annotated[str | None, _steering("--quality", _QUALITY, autocompletion=_among(Quality))] = None,
     strength: Annotated[str | None, _steering("--strength", _STRENGTH, autocompletion=_among(Strength))] = None,
     refine_steps: Annotated[int | None, advanced("--refine-steps", "Steps of the refiner.")] = None,
@@ -123,7 +143,7 @@ def streaming(
     ] = None,
     no_refine: Annotated[bool, _steering("--no-refine", "Stop after the streaming stage.")] = False,
     steps: Annotated[int | None, advanced("--steps", "Denoising steps of stages 1 and 2.")] = None,
-    guidance: Annotated[float | None, advanced("--guidance", "Guidance of stages 1 and 2; 1 is off.")] = None,
+    guidance: Annotated[float | None, advanced("--guidance", "--cfg", "Guidance of stages 1 and 2; 1 is off.")] = None,
 ) -> None:
     """Options of commands with a streaming stage."""
 
@@ -149,14 +169,35 @@ def computing(device: Device = "auto", threads: Threads = None, memory: Memory =
 
 
 def writing(
+    audio: Annotated[Path | None, _steering("--audio", "A file whose sound the video gets, cut to its length.")] = None,
     overwrite: Annotated[bool, _running("--overwrite", "-f", "Replace an existing output.")] = False,
     keep_run: Annotated[bool, _running("--keep-run", "Keep the run directory OUT.streamt2v/ after success.")] = False,
 ) -> None:
-    """What happens to existing files."""
+    """What is written, and what happens to existing files."""
 
 
 def talking(json_output: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """What a command prints."""
+
+
+def _panel_of(parameter: Parameter) -> int:
+    """Return the place of an option's panel: the same for every command; those without one are first."""
+    declared = next((part for part in getattr(parameter.annotation, "__metadata__", ())), None)
+    return (None, STEERING, ADVANCED, RUNNING).index(getattr(declared, "rich_help_panel", None))
+
+
+class LeveledCommand(typer.core.TyperCommand):
+    """A command whose --help leaves out the panels that --help-all shows."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help."""
+        rare = [p for p in self.params if getattr(p, "rich_help_panel", None) in (ADVANCED, RUNNING)]
+        if ctx.find_root().obj != ALL:
+            for parameter in rare:
+                vars(parameter)["hidden"] = True
+        super().format_help(ctx, formatter)
+        if rare and ctx.find_root().obj != ALL:
+            print(f"{len(rare)} more options: {ctx.command_path} --help-all")
 
 
 def knows(*groups: Callable[..., None]) -> Callable[[Command], Command]:
@@ -165,10 +206,36 @@ def knows(*groups: Callable[..., None]) -> Callable[[Command], Command]:
     def extend(command: Command) -> Command:
         own = [p for p in signature(command).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
         shared = [parameter for group in groups for parameter in signature(group).parameters.values()]
-        vars(command)["__signature__"] = Signature([*own, *shared])
+        vars(command)["__signature__"] = Signature(sorted([*own, *shared], key=_panel_of))
         return command
 
     return extend
+
+
+# What people type, and what it is called here.
+_MEANT = {
+    "--length": "--duration", "--seconds": "--duration", "--num-frames": "--frames", "--video-length": "--frames",
+    "--framerate": "--fps", "--frame-rate": "--fps", "--resolution": "--size", "--out": "-o", "--output-file": "-o",
+    "--cfg-scale": "--guidance", "--guidance-scale": "--guidance", "--neg": "--negative",
+    "--num-inference-steps": "--steps", "--sampling-steps": "--steps", "--denoise": "--strength",
+    "--force": "--overwrite",
+    "--yes": "--overwrite", "--music": "--audio", "--sound": "--audio", "--soundtrack": "--audio",
+    "--variations": "--count", "--batch-count": "--count", "--start-image": "--image", "--first-frame": "--image",
+    "--gpu": "--device", "--vram": "--memory", "--upscale": "streamt2v refine", "--continue": "--resume",
+    "make": "generate", "create": "generate", "run": "generate", "new": "generate", "upscale": "refine",
+    "enhance": "refine", "continue": "resume (a run) or extend (a video)", "lengthen": "extend", "show": "info",
+    "estimate": "plan", "check": "doctor", "models": "weights", "download": "weights pull", "score": "evaluate",
+    "measure": "evaluate or bench", "thumbnail": "preview", "queue": "batch", "repeat": "rerun",
+}  # fmt: skip
+
+
+def meant(said: str, arguments: list[str]) -> str:
+    """Return a hint for a usage error that another word would mend, "" if none would."""
+    if "unexpected extra argument" in said:
+        words = [word for word in arguments[1:] if not word.startswith("-")]
+        return f'quote the prompt: streamt2v {arguments[0]} "{" ".join(words[:8])}"' if words else ""
+    found = [word for word in _MEANT if word in re.split(r"[\s:'\".]+", said)]
+    return f"here that is {_MEANT[found[0]]}" if found else ""
 
 
 def read_prompt(prompt: str | None) -> str | None:

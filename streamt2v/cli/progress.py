@@ -1,4 +1,4 @@
-"""Progress of a run on stderr: live on a terminal, an occasional line elsewhere."""
+"""Progress of jobs on stderr: one live line for each on a terminal, an occasional line elsewhere."""
 
 from __future__ import annotations
 
@@ -7,45 +7,80 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from streamt2v import devices
 from streamt2v.cli.terminal import plain, say
+from streamt2v.runs.pace import Status
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
     from rich.live import Live
     from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 10.0
+REFRESHES = 4  # a second
+FEWEST_BAR, MOST_BAR = 5, 30
 
 
-class _Stage:
-    def __init__(self, total: int, done: int) -> None:
-        self.total, self.first, self.done = total, done, done
-        self.chunk, self.num_chunks = 0, 0
-        self.began = time.monotonic()
-
-    def text(self, name: str) -> str:
-        elapsed = max(time.monotonic() - self.began, 1e-6)
-        rate = (self.done - self.first) / elapsed
-        left = _clock((self.total - self.done) / rate) if rate > 0 else "--:--"
-        return (
-            f"{name}: frame {self.done}/{self.total}, chunk {self.chunk}/{self.num_chunks}, "
-            f"{rate:.2f} frames/s, {left} left, {devices.peak_memory() / 2**20:.0f} MB"
-        )
-
-
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Write a time as 1:05 or 2:01:05."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def line(name: str, status: Status, since: float, elapsed: float, width: int) -> str:
+    """Return one line of fewer than `width` columns on how far a job is.
+
+    Args:
+        name: of the job, where there are several.
+        status: what was told last.
+        since: seconds since then.
+        elapsed: seconds since the job began.
+        width: of the terminal, in columns.
+    """
+    head = plain(status.stage)
+    if status.kind != "doing":
+        head += f" chunk {status.chunk}/{status.chunks}" if status.chunks else ""
+        head += f", step {status.step}/{status.steps}" if status.steps else ""
+    left = None if status.seconds_left is None else max(0.0, status.seconds_left - since)
+    tail = [f"{clock(elapsed)} so far" if left is None else f"{clock(left)} left"]
+    if status.share or status.kind != "doing":
+        tail.insert(0, f"{status.share:4.0%}")
+    memory = f"{status.memory_mb:.0f} MB" if status.memory_mb < 10_000 else f"{status.memory_mb / 1000:.1f} GB"
+    room = width - 1 - len(head) - len("  ".join(tail)) - 4
+    if status.memory_mb and room >= len(memory) + 2:
+        tail.append(memory)
+        room -= len(memory) + 2
+    if name and room > 6:
+        head = f"{name[: min(24, room - 3)]}: {head}"
+        room -= min(24, room - 3, len(name)) + 2
+    room = 0 if status.kind == "doing" and not status.share else room
+    full = round(min(MOST_BAR, room) * status.share)
+    bar = ["━" * full + "╌" * (min(MOST_BAR, room) - full)] if room >= FEWEST_BAR else []
+    return "  ".join([head, *bar, *tail])[: width - 1]
+
+
+class _Shown:
+    """What was told last of a job, when, and when it began."""
+
+    def __init__(self, status: Status) -> None:
+        self.began = time.monotonic()
+        self.tell(status)
+
+    def tell(self, status: Status) -> None:
+        self.status, self.told = status, time.monotonic()
+
+    def line(self, name: str, width: int) -> str:
+        now = time.monotonic()
+        return line(name, self.status, now - self.told, now - self.began, width)
+
+
 class Progress:
-    """Reports a run on stderr: live with rich on a terminal, elsewhere a plain line at most every ten seconds."""
+    """Reports on stderr: live with rich on a terminal, elsewhere a plain line at most every ten seconds."""
 
     def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
         self.quiet, self.verbose = quiet, verbose
         self.live_wanted = not quiet and sys.stderr.isatty()
-        self.stages: dict[str, _Stage] = {}
+        self.shown: dict[str, _Shown] = {}
         self.last_line = time.monotonic()
         self.live: Live | None = None
 
@@ -54,9 +89,12 @@ class Progress:
             from rich.console import Console
             from rich.live import Live
 
-            self.live = Live(console=Console(stderr=True), refresh_per_second=4, get_renderable=self._render)
+            # Results go to stdout as they are.
+            self.live = Live(
+                self, console=Console(stderr=True), refresh_per_second=REFRESHES, transient=True, redirect_stdout=False
+            )
             try:
-                self.live.start()
+                self.live.start(refresh=True)
             except BaseException:  # such as a signal: the cursor may already be hidden
                 self.live.stop()
                 raise
@@ -68,26 +106,23 @@ class Progress:
         if self.live is not None:
             self.live.stop()
 
-    def start(self, stage: str, total_frames: int, done: int = 0) -> None:
-        """Begin a stage, or continue it after `done` frames."""
-        self.stages[stage] = _Stage(total_frames, done)
-        if self.live is None and self.verbose:
-            self.say(f"{stage}: {total_frames} frames" + (f", {done} of them already there" if done else ""))
-
-    def advance(self, stage: str, done: int, chunk: int, num_chunks: int) -> None:
-        """Show progress: at once on a terminal, elsewhere every ten seconds and at the end."""
-        state = self.stages[stage]
-        state.done, state.chunk, state.num_chunks = done, chunk, num_chunks
+    def tell(self, status: Status, job: str = "") -> None:
+        """Show how far a job is: at once on a terminal, elsewhere every ten seconds."""
+        shown = self.shown.setdefault(job, _Shown(status))
+        shown.tell(status)
         now = time.monotonic()
-        due = now - self.last_line >= SECONDS_BETWEEN_LINES or done == state.total or self.verbose
-        if self.live is None and due:
+        due = now - self.last_line >= SECONDS_BETWEEN_LINES and status.kind != "doing"
+        if self.live is None and (due or (self.verbose and status.kind != "step")):
             self.last_line = now
-            self.say(state.text(stage))
+            self.say(shown.line(job, 100))
 
-    def end(self, *stages: str) -> None:
-        """Stop showing these stages."""
-        for stage in stages:
-            self.stages.pop(stage, None)
+    def doing(self, text: str) -> None:
+        """Show what goes on before a job says so itself."""
+        self.tell(Status("doing", text))
+
+    def end(self, job: str) -> None:
+        """Stop showing a job."""
+        self.shown.pop(job, None)
 
     def note(self, text: str, warning: bool = False) -> None:
         """Print a warning, or a detail if the user asked for details."""
@@ -99,7 +134,8 @@ class Progress:
         if not self.quiet:
             say(text)
 
-    def _render(self) -> Text:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> list[Text]:
         from rich.text import Text
 
-        return Text("\n".join(stage.text(plain(name)) for name, stage in self.stages.items()))
+        rows = [Text(shown.line(name, options.max_width)) for name, shown in [*self.shown.items()]]
+        return rows[: max(1, (console.height or 25) - 2)]

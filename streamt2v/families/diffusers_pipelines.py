@@ -20,7 +20,7 @@ from streamt2v.config import RunConfig
 from streamt2v.errors import ConfigError, WeightsError
 from streamt2v.families.choose import ADAPTER, Chosen, read_index
 from streamt2v.families.makers import First
-from streamt2v.families.networks import Networks
+from streamt2v.families.networks import Networks, Watching
 from streamt2v.media.frames import apply_fit, fit_into, to_u8
 from streamt2v.memory import MemoryPolicy
 
@@ -29,23 +29,27 @@ def first(networks: Networks, chosen: Chosen) -> First:
     """Return the maker of first frames: a pipeline at its own size, from text, a picture, or a picture drawn first."""
 
     def pipeline(folder: Path, base: Path | None = None) -> Any:
-        networks.note(f"loading {folder}")
+        size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+        networks.watch.doing(f"loading {folder.name}, {size / 1e9:.1f} GB")
         loaded = load(folder, networks.device.name, base, networks.policy)
         if networks.run.negative_prompt and ignores_negative_prompt(loaded):
             networks.note(f"{type(loaded).__name__} knows no negative prompt", warning=True)
+        networks.watch.idle()
         return loaded
 
     def make(prompt: str, picture: Tensor | None) -> Tensor:
         run, draws = networks.run, networks.draws
         if chosen.kind == ADAPTER:
-            return from_pipeline(pipeline(chosen.folder, chosen.drawing[0]), run, draws.generator("initialize"))
+            animated = pipeline(chosen.folder, chosen.drawing[0])
+            return from_pipeline(animated, run, draws.generator("initialize"), watch=networks.watch)
         if chosen.drawing:
             artists = [pipeline(folder) for folder in chosen.drawing]
             picture = draw_picture(artists, run, draws.generator("initialize.picture"))
             del artists
             devices.release_memory(networks.device)
         at_once = 8 if networks.policy.keep_networks else 2
-        return from_pipeline(pipeline(chosen.folder), run, draws.generator("initialize"), picture, at_once)
+        generator, whole = draws.generator("initialize"), pipeline(chosen.folder)
+        return from_pipeline(whole, run, generator, picture, at_once, networks.watch)
 
     return make
 
@@ -217,6 +221,7 @@ def from_pipeline(
     generator: torch.Generator,
     picture: Tensor | None = None,
     decode_chunk_size: int = 8,
+    watch: Watching | None = None,
 ) -> Tensor:
     """Make the first chunk by a text- or image-to-video pipeline of diffusers: frames [F, 3, H, W] in [-1, 1].
 
@@ -226,6 +231,7 @@ def from_pipeline(
         generator: every random number of the pipeline comes from here.
         picture: [3, h, w] in [-1, 1], for an image-to-video pipeline.
         decode_chunk_size: frames that SVD's temporal decoder sees at once.
+        watch: is told of the steps of a pipeline that tells of them.
 
     Raises:
         ConfigError: the pipeline needs a picture, takes none, or refuses its settings.
@@ -242,6 +248,13 @@ def from_pipeline(
         "decode_chunk_size": decode_chunk_size,
         "output_type": "np",
     }
+    if watch is not None:
+
+        def stepped(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            watch.step("stream", 0, step + 1, max(step + 1, getattr(pipeline, "num_timesteps", 0)))
+            return tensors
+
+        wanted["callback_on_step_end"] = stepped
     size = own.size or _working_size(pipeline, base)
     wanted |= _sides(size)
     if picture is not None:

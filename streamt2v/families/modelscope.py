@@ -19,7 +19,7 @@ from streamt2v.families.diffusers_pipelines import dtype_of, load_part
 from streamt2v.families.makers import First
 from streamt2v.families.networks import Networks
 from streamt2v.models.encoders import decode_latents, encode_text, latent_size
-from streamt2v.stages.denoise import Sampling, denoise
+from streamt2v.stages.denoise import Observe, Sampling, denoise
 from streamt2v.stages.stream import NoiseOfChunk, chunk_noise
 
 
@@ -32,7 +32,11 @@ def first(networks: Networks, chosen: Chosen) -> First:
         height, width = run.initialize.size or run.stream.size
         shape = (model.unet.config.out_channels, *latent_size(model.vae, height, width))
         noise = chunk_noise(networks.draws, run.stream.chunk, shape, networks.device.name)
-        return from_modelscope(model, run, Sampling.of(run.initialize, networks.policy.batched_guidance), noise)
+        sampling = Sampling.of(run.initialize, networks.policy.batched_guidance)
+        steps = sampling.num_inference_steps or MODELSCOPE_STEPS
+        return from_modelscope(
+            model, run, sampling, noise, lambda step, *_: networks.watch.step("stream", 0, step + 1, steps)
+        )
 
     return make
 
@@ -85,7 +89,9 @@ class ModelScope:
 
 
 @torch.inference_mode()
-def from_modelscope(model: ModelScope, config: RunConfig, sampling: Sampling, noise: NoiseOfChunk) -> Tensor:
+def from_modelscope(
+    model: ModelScope, config: RunConfig, sampling: Sampling, noise: NoiseOfChunk, observe: Observe | None = None
+) -> Tensor:
     """Sample the first chunk from text with the library's 3D UNet: frames [F, 3, H, W] in [-1, 1].
 
     Steps or a guidance scale of 0 are the published ones.
@@ -103,5 +109,5 @@ def from_modelscope(model: ModelScope, config: RunConfig, sampling: Sampling, no
         output: Tensor = model.unet(latents.to(model.unet.dtype), timestep, text[rows]).sample
         return output.float()
 
-    latents = denoise(predict, model.schedule, noise(Chunk(0, 0, config.stream.chunk, 0)), sampling)
+    latents = denoise(predict, model.schedule, noise(Chunk(0, 0, config.stream.chunk, 0)), sampling, observe)
     return decode_latents(model.vae, latents[0].transpose(0, 1))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -44,6 +44,26 @@ class Loaded:
         return self.networks
 
 
+class Watching(Protocol):
+    """What is told of a run's networks; see `runs.watch.Watch`."""
+
+    def note(self, text: str, warning: bool = False) -> None:
+        """Say a line; a warning is for everybody."""
+        ...
+
+    def doing(self, text: str) -> None:
+        """Something other than a step goes on."""
+        ...
+
+    def idle(self) -> None:
+        """It is over."""
+        ...
+
+    def step(self, stage: str, chunk: int, step: int, steps: int, left: float | None = None) -> None:
+        """A step (from 1) of a chunk (from 0) was computed, or queued on the device."""
+        ...
+
+
 class Networks:
     """What a family's builder is given: networks by role, the run's settings and draws, and where to compute.
 
@@ -53,7 +73,7 @@ class Networks:
         device: where it computes.
         policy: what may stay on the device.
         here: networks by path, some of them perhaps loaded by an earlier run.
-        note: says a line; `warning=True` says it to everybody.
+        watch: is told what is loaded, and the steps of the stages.
     """
 
     def __init__(
@@ -63,9 +83,9 @@ class Networks:
         device: devices.Device,
         policy: MemoryPolicy,
         here: dict[Path, Any],
-        note: Callable[..., None],
+        watch: Watching,
     ) -> None:
-        self.run, self.prompts, self.note = run, prompts, note
+        self.run, self.prompts, self.watch, self.note = run, prompts, watch, watch.note
         self.device, self.policy, self.here = device, policy, here
         self.family, self.draws = weights.family(run.model), SeededDraws(run.seed)
         self.seconds = 0.0
@@ -77,7 +97,7 @@ class Networks:
         # Weights that come and go with every layer cannot be compiled in.
         self._compiles = run.compile and not policy.offload
         if run.compile and policy.offload:
-            note("with weights on the host the networks are not compiled", warning=True)
+            self.note("with weights on the host the networks are not compiled", warning=True)
         if self._compiles:
             devices.keep_compiled(home() / "compiled")
 
@@ -86,9 +106,13 @@ class Networks:
         path = self.family.path(role)
         if path not in self.here:
             with self._loads():
-                self.note(f"loading {role}")
+                self.watch.doing(f"loading {role}, {self._size(role)}")
                 self.here[path] = self._load(role)
         return self.here[path]
+
+    def _size(self, role: str) -> str:
+        size = sum(part.bytes for part in self.family.file(role).parts.values())
+        return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
     def _load(self, role: str) -> Any:
         policy = self.policy
@@ -135,6 +159,10 @@ class Networks:
             del self.here[self.family.path(f"{stage}.text")]
         return encoded
 
+    def stepped(self, chunk: int, steps: int) -> Callable[..., None]:
+        """Return what a streaming stage calls after each of its steps: (step, ...)."""
+        return lambda step, *_: self.watch.step("stream", chunk, step + 1, steps)
+
     def once(self, name: str, make: Callable[[], Made], key: object = None) -> Made:
         """Return what `make` makes; it is kept under a name until `release`, or until another key is asked for."""
         if name not in self._made or self._made[name][0] != key:
@@ -161,3 +189,4 @@ class Networks:
             if outermost:
                 self._loading = False
                 self.seconds += time.monotonic() - began
+                self.watch.idle()

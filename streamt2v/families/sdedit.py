@@ -6,6 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from streamt2v.chunks import Chunk
 from streamt2v.errors import VideoError
 from streamt2v.families.makers import Enlarged, Refined
 from streamt2v.families.networks import Networks
@@ -59,6 +60,11 @@ def refine(networks: Networks, given: Enlarged) -> Iterator[Refined]:
         with networks.pixel_time.running():
             return frames.unletterbox(decode_latents(vae, latent.unsqueeze(0)), given.size)
 
-    stage = Refiner(denoiser, given.plan, settings, networks.draws, encode, state)
+    def stepped(chunk: Chunk, state: RefineState) -> None:
+        left = len(given.plan) - sum(state.steps_done) / settings.num_inference_steps
+        networks.watch.step("refine", chunk.index, state.steps_done[chunk.index], settings.num_inference_steps, left)
+
+    stage = Refiner(denoiser, given.plan, settings, networks.draws, encode, state, stepped)
     for latents in stage.run():
         yield Refined(stage.state.finished - len(latents), map(decode, latents), stage.state.tensors)
+        del latents  # large, and the next chunk needs its place

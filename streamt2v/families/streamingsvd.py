@@ -41,7 +41,8 @@ def build(networks: Networks) -> Makers:
         own = run.initialize
         sampling = _sampling(networks, own.num_inference_steps, (FIRST_GUIDANCE, own.image_guidance_scale))
         stage = _streamer(networks, fitted.to(networks.device.name), sampling, None)
-        return stage.new_frames(Chunk(0, 0, run.stream.chunk, 0), fitted[None][:0])
+        stepped = networks.stepped(0, own.num_inference_steps)
+        return stage.new_frames(Chunk(0, 0, run.stream.chunk, 0), fitted[None][:0], stepped)
 
     def extend(state: StreamState, prompt: str, chunk: Chunk) -> Tensor:
         def streamer() -> PictureStreamer:
@@ -50,7 +51,8 @@ def build(networks: Networks) -> Makers:
             cam = networks.load("stream.cam") if run.stream.cam else None
             return _streamer(networks, state.anchor, sampling, cam)
 
-        return networks.once("streamer", streamer).new_frames(chunk, state.conditioning_frames)
+        stepped = networks.stepped(chunk.index, run.stream.num_inference_steps)
+        return networks.once("streamer", streamer).new_frames(chunk, state.conditioning_frames, stepped)
 
     return Makers(first, extend, lambda enlarged: sdedit.refine(networks, enlarged))
 

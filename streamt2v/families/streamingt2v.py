@@ -13,7 +13,7 @@ from streamt2v.media import frames
 from streamt2v.models.encoders import decode_latents, embed_image, encode_frames, latent_size
 from streamt2v.models.unet3d import TextContext, UNet3D
 from streamt2v.stages import stream
-from streamt2v.stages.denoise import Sampling, denoise
+from streamt2v.stages.denoise import Observe, Sampling, denoise
 from streamt2v.stages.stream import NoiseOfChunk, Streamer, StreamModels, StreamState
 
 
@@ -24,20 +24,22 @@ def build(networks: Networks) -> Makers:
     def first(prompt: str, picture: Tensor | None) -> Tensor:
         models, text, noise = _models(networks), _texts(networks, prompt), _noise(networks)
         sampling = Sampling.of(run.initialize, policy.batched_guidance)
+        stepped = networks.stepped(0, sampling.num_inference_steps)
         if picture is None:
-            return from_text(models, text, sampling, noise, run.stream.chunk)
+            return from_text(models, text, sampling, noise, run.stream.chunk, stepped)
         shape = (picture.shape[-2], picture.shape[-1])
         fitted = frames.apply_fit(picture.unsqueeze(0).to(device), frames.fit_into(shape, run.stream.size, "cover"))
         sampling = replace(sampling, guidance_scale=run.initialize.image_guidance_scale)
         unet = networks.load("initialize.image")
-        return from_image(models, unet, fitted[0], text, sampling, noise, run.stream.chunk)
+        return from_image(models, unet, fitted[0], text, sampling, noise, run.stream.chunk, stepped)
 
     def extend(state: StreamState, prompt: str, chunk: Chunk) -> Tensor:
         def streamer() -> Streamer:
             sampling = Sampling.of(run.stream, policy.batched_guidance)
             return Streamer(_models(networks), _texts(networks, prompt), state.anchor, sampling, _noise(networks))
 
-        return networks.once("streamer", streamer, prompt).new_frames(chunk, state.conditioning_frames)
+        stepped = networks.stepped(chunk.index, run.stream.num_inference_steps)
+        return networks.once("streamer", streamer, prompt).new_frames(chunk, state.conditioning_frames, stepped)
 
     return Makers(first, extend, lambda enlarged: sdedit.refine(networks, enlarged))
 
@@ -73,7 +75,12 @@ def _noise(networks: Networks) -> NoiseOfChunk:
 
 @torch.inference_mode()
 def from_text(
-    models: StreamModels, text: TextContext, sampling: Sampling, noise: NoiseOfChunk, num_frames: int
+    models: StreamModels,
+    text: TextContext,
+    sampling: Sampling,
+    noise: NoiseOfChunk,
+    num_frames: int,
+    observe: Observe | None = None,
 ) -> Tensor:
     """Sample the first chunk from text alone, CAM and APM off: frames [F, 3, H, W] in [-1, 1]."""
     conditioning = models.unet.prepare(text)
@@ -81,7 +88,7 @@ def from_text(
     def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
         return models.unet(latents, timestep, conditioning.rows(rows))  # type: ignore[no-any-return]
 
-    latents = denoise(predict, models.schedule, noise(Chunk(0, 0, num_frames, 0)), sampling)
+    latents = denoise(predict, models.schedule, noise(Chunk(0, 0, num_frames, 0)), sampling, observe)
     return decode_latents(models.vae, latents[0].transpose(0, 1))
 
 
@@ -94,6 +101,7 @@ def from_image(
     sampling: Sampling,
     noise: NoiseOfChunk,
     num_frames: int,
+    observe: Observe | None = None,
 ) -> Tensor:
     """Sample the first chunk from a picture [3, H, W] in [-1, 1] the way SVD does: frames [F, 3, H, W] in [-1, 1].
 
@@ -114,5 +122,5 @@ def from_image(
     def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
         return unet(torch.cat([latents, pictures[rows]], dim=1), timestep, conditioning.rows(rows))  # type: ignore[no-any-return]
 
-    latents = denoise(predict, models.schedule, noise(Chunk(0, 0, num_frames, 0)), sampling)
+    latents = denoise(predict, models.schedule, noise(Chunk(0, 0, num_frames, 0)), sampling, observe)
     return decode_latents(models.vae, latents[0].transpose(0, 1))

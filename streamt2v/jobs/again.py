@@ -28,9 +28,10 @@ def resumed(path: Path) -> Job:
     try:
         source, image = (_found_again(name, output, recipe, local) for name in ("source", "image"))
         settings = merge(recipe["config"], {"image": "" if image is None else str(image)})
-        preview = _moved("preview", output, local)
+        preview, audio = _moved("preview", output, local), _moved("audio", output, local)
         device, keep_run = local.get("device", recipe["device"]), local["keep_run"]
-        return Job(recipe["command"], settings, output, source, device, resume=True, keep_run=keep_run, preview=preview)
+        more = {"keep_run": keep_run, "preview": preview, "audio": audio}
+        return Job(recipe["command"], settings, output, source, device, resume=True, **more)
     except (KeyError, TypeError, AttributeError) as error:
         hint = "continue it by the command that began it, with --resume"
         raise ResumeError(f"{run_directory.directory_for(output)} does not say how it was begun", hint) from error
@@ -38,7 +39,7 @@ def resumed(path: Path) -> Job:
 
 def _moved(name: str, output: Path, local: Mapping[str, Any]) -> Path | None:
     """Return a recorded path where its folder is now: as seen from the output where that moved, else as it was."""
-    if not local[name]:
+    if not local.get(name):
         return None
     seen = local.get("from_output", {}).get(name)
     was = Path(local[name])

@@ -1,7 +1,7 @@
 """What was asked, as one checked config: options, files and presets in their order of precedence."""
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from streamt2v.errors import ConfigError, FieldError
 from streamt2v.families.choose import OWN, named
 from streamt2v.jobs import again
 from streamt2v.jobs.recipe import Source
-from streamt2v.timeline import parse_at, prompts_at, read_timeline
+from streamt2v.timeline import parse_at, parse_time, prompts_at, read_timeline
 
 # Options, and fields of a row of a batch, that stand for a setting of another name, or for several.
 _SETTINGS: Mapping[str, tuple[str, ...]] = {
@@ -25,19 +25,32 @@ _SETTINGS: Mapping[str, tuple[str, ...]] = {
     "fps": ("output.fps",),
     "fit": ("output.fit",),
     "frames": ("num_frames",),
+    "seed": ("seed",),
     "init": ("initialize.text_model", "initialize.picture_model"),
     "image_init": ("initialize.text_to_image",),
 }
-_PATHS = ("config_file", "timeline", "preview")
+_PATHS = ("config_file", "timeline", "preview", "audio")
 _TEXTS = ("model", "preset", "quality", "strength", "size", "device")
 # What else a row may hold: arguments of `resolve` and of a job, with the type and the range of each.
 _ARGUMENTS: Mapping[str, tuple[Any, float | None, float | None]] = {
     **dict.fromkeys((*_TEXTS, *_PATHS), (str, None, None)),
     **dict.fromkeys(("no_refine", "keep_run"), (bool, None, None)),
     "at": (list, None, None),
+    "duration": (str, None, None),
+    "width": (int, 1, 16384),
+    "height": (int, 1, 16384),
     "threads": (int, 1, None),
     "memory": (float, 0.1, 1e6),
 }
+
+
+def said_by_option(message: str, typed: Sequence[str]) -> str:
+    """Return a message about a setting in the words of its option, unless the setting itself was typed."""
+    names = {key: f"--{name.replace('_', '-')}" for name, keys in _SETTINGS.items() for key in keys}
+    names |= {"output.width": "--size", "output.height": "--size", "model": "--model"}
+    key, verb, rest = message.partition(" is ")
+    known = key in names and not any(word.startswith(f"{key}=") for word in typed)
+    return f"{names[key]}{verb}{rest}" if known and names[key] in typed else message
 
 
 def row_fields() -> dict[str, str]:
@@ -57,7 +70,10 @@ def parse_row(row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         if (name := known.get(field)) is None:
             raise FieldError(field, f"unknown field {field!r}", config.nearest(field, list(known)))
         try:
-            if name in _ARGUMENTS:
+            if name == "frames" and isinstance(given, str) and not given.isdecimal():
+                parse_length("frames", given, 1)
+                arguments[name] = given
+            elif name in _ARGUMENTS:
                 arguments[name] = _argument(field, name, given)
             else:
                 keys = _SETTINGS.get(name, (name,))
@@ -93,6 +109,20 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def parse_length(option: str, text: str, fps: float) -> int:
+    """Turn a number of frames or a time into frames, of which there is at least one for any time.
+
+    Raises:
+        ConfigError: neither of them; the option is named.
+    """
+    try:
+        frames = parse_time(text, fps)
+    except ConfigError:
+        hint = "such as 240 (frames), 10s, 2m or 1:20"
+        raise ConfigError(f"{option} is {text!r}, it must be a number of frames or a time", hint) from None
+    return frames if text.strip().isdecimal() else max(1, frames)
+
+
 def parse_settings(pairs: list[str]) -> dict[str, Any]:
     """Turn ``key=value`` texts into {dotted key: value}.
 
@@ -116,13 +146,17 @@ def kind_of(device: str) -> str:
 
 
 def resolve(
-    model: str | None,
-    preset: str | None,
-    quality: str | None,
-    config_file: Path | None,
-    settings: list[str] | None,
-    size: str | None,
+    model: str | None = None,
+    preset: str | None = None,
+    quality: str | None = None,
+    config_file: Path | None = None,
+    settings: list[str] | None = None,
+    size: str | None = None,
     strength: str | None = None,
+    frames: str | int | None = None,
+    duration: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
     resume_from: Path | None = None,
     source: Source | None = None,
     no_refine: bool = False,
@@ -138,6 +172,8 @@ def resolve(
     Args:
         model, preset, quality, config_file, settings, size, strength: the options of these names, None where not
             given.
+        frames, duration: the length, in frames or as a time.
+        width, height: as `size`; one alone keeps the shape of the video.
         resume_from: an output whose run gives the seed when no other was asked for.
         source: the video to refine or extend; its rate and prompt stand below the files and flags, its
             length above the files.
@@ -161,6 +197,16 @@ def resolve(
     if size is not None:
         given["output.height"], given["output.width"] = parse_size(size)
     given.update(row or {})
+    if frames is not None and duration is not None:
+        raise ConfigError("--frames and --duration both give the length", "leave one of them out")
+    wanted = None if frames is None and duration is None else str(duration if frames is None else frames)
+    if wanted is not None and not (row and "num_frames" in row):
+        parse_length("--frames" if duration is None else "--duration", wanted, 1)
+        given["num_frames"] = int(wanted) if wanted.isdecimal() else 10_000_000  # until the rate is known
+    if size is not None and (width or height):
+        raise ConfigError("--size and --width or --height both give the size", "leave one of them out")
+    if width or height:
+        given["output.height"], given["output.width"] = height or 0, width or 0  # until the shape is known
     if "image" in given:
         given["image"] = str(given["image"])
     if source is not None:
@@ -187,6 +233,14 @@ def resolve(
         if "prompt" not in asked:
             known = {frame: text for frame, text in source.prompts.items() if frame < given["num_frames"]}
             layers.append({f"prompts.{frame}" if frame else "prompt": text for frame, text in known.items()})
+    if wanted is not None and given["num_frames"] == 10_000_000:
+        option = "--frames" if duration is None else "--duration"
+        given["num_frames"] = parse_length(option, wanted, config.merge(*layers, from_file, given).output.fps)
+    if bool(width) != bool(height):
+        stream = config.merge(*layers, from_file, given).stream
+        tall, wide = stream.size if source is None else (source.height, source.width)
+        given["output.height"] = height or max(2, 2 * round((width or 0) * tall / wide / 2))
+        given["output.width"] = width or max(2, 2 * round((height or 0) * wide / tall / 2))
     if rows := [*(read_timeline(timeline) if timeline else []), *map(parse_at, at or [])]:
         fps = config.merge(*layers, from_file, given).output.fps
         if "prompt" in (found := prompts_at(rows, fps, source.frames if source else 0)) and "prompt" in given:

@@ -18,6 +18,14 @@ PER_CHUNK = ("stream_seconds_per_chunk", "refine_seconds_per_chunk")
 MEASURED = ("fixed_seconds", *PER_CHUNK, "seconds_per_frame", "peak_memory_bytes")
 
 
+def spoken(seconds: float) -> str:
+    """Write a time as people say it: 40 s, 12 min, 3 h 20 min."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
 @dataclass(frozen=True)
 class Plan:
     """Chunks of both stages, sizes in pixels, and estimates; None where this machine has not run the model yet."""
@@ -62,8 +70,11 @@ class Plan:
             lines.append(f"prompt   from frame {prompt.frame}{asked}: {prompt.text}")
         short = "; MORE THAN THERE IS" if self.needed_bytes > self.free_bytes else ""
         lines.append(f"memory   {self.policy.describe()}")
+        peak, measured = self.needed_bytes, ""
+        if self.measured is not None:
+            peak, measured = int(self.measured["peak_memory_bytes"]), " measured"
         lines.append(
-            f"         up to {self.needed_bytes / 1e9:.1f} of {self.free_bytes / 1e9:.1f} GB ({self.device}), "
+            f"         up to {peak / 1e9:.1f}{measured} of {self.free_bytes / 1e9:.1f} GB ({self.device}), "
             f"for any length{short}"
         )
         if caution := devices.caution(self.device):
@@ -71,10 +82,9 @@ class Plan:
         if self.measured is None:
             lines.append("time     unknown until the first run on this machine; `streamt2v bench` measures it")
         else:
-            start, chunk, refined, frame, peak = (self.measured[name] for name in MEASURED)
-            lines.append(f"         {peak / 1e6:.0f} MB when it last ran")
+            start, chunk, refined, frame, _ = (self.measured[name] for name in MEASURED)
             lines.append(
-                f"time     about {self.seconds:.0f} s: {start:.3g} s to load and begin, {chunk:.3g} s a chunk,"
+                f"time     about {spoken(self.seconds or 0)}: {start:.3g} s to load and begin, {chunk:.3g} s a chunk,"
             )
             lines.append(f"         {refined:.3g} s a chunk of the refiner, {frame:.3g} s a frame for its pixels")
         return "\n".join(lines)
@@ -91,7 +101,7 @@ def plan(known: Prepared) -> Plan:
     kind, free = seen.kind, seen.free if job.memory is None else int(job.memory * 1e9)
     policy = memory.choose(free, known.stages, kind)
     threads = devices.default_threads() if job.threads is None else job.threads
-    measured = _timings().get(_key(config, seen, threads, policy))
+    measured = expected(config, seen, threads, policy)
     seconds = None
     if measured is not None:
         seconds = measured["fixed_seconds"] + (len(known.stream_plan) - 1) * measured["stream_seconds_per_chunk"]
@@ -128,6 +138,13 @@ def _look(device: str, gigabytes: float | None) -> devices.Glance:
         if gigabytes is None:
             raise ConfigError(error.message, f"{error.hint}; or say with --memory what it has") from None
         return devices.Glance(kind, 0)
+
+
+def expected(
+    config: RunConfig, seen: devices.Glance, threads: int, policy: memory.MemoryPolicy
+) -> dict[str, float] | None:
+    """Return what an earlier run with the same costs measured, by the names in `MEASURED`; None where none did."""
+    return _timings().get(_key(config, seen, threads, policy))
 
 
 def _timings_path() -> Path:

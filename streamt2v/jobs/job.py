@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from streamt2v import devices
+from streamt2v import devices, files
 from streamt2v.config import RunConfig
 from streamt2v.jobs import run_directory
 
@@ -37,6 +38,8 @@ class Job:
     preview: Path | None = None
     inputs: tuple[Path, ...] = ()
     """What the command reads besides source and picture: it must not be written over."""
+    audio: Path | None = None
+    """A file whose sound the video gets, in place of its source's."""
     memory: float | None = None
     """Gigabytes that the run may take; None means what is free."""
     like: Mapping[str, Any] | None = None
@@ -52,7 +55,12 @@ class Job:
 
         Paths are kept as they are and as seen from the output, as folders are moved with all that is in them.
         """
-        paths = {"source": self.source, "image": self.config.image or None, "preview": self.preview}
+        paths = {
+            "source": self.source,
+            "image": self.config.image or None,
+            "preview": self.preview,
+            "audio": self.audio,
+        }
         given = {name: Path(path).absolute() for name, path in paths.items() if path}
         folder = self.output.absolute().parent
         seen = {name: os.path.relpath(path, folder) for name, path in given.items() if path.anchor == folder.anchor}
@@ -64,8 +72,13 @@ class Job:
         return self.resume_anyway and not key.startswith(_FIXED)
 
 
-BEHAVIOUR = ("device", "threads", "resume", "resume_anyway", "overwrite", "keep_run", "preview", "memory")
+BEHAVIOUR = ("device", "threads", "resume", "resume_anyway", "overwrite", "keep_run", "preview", "audio", "memory")
 """Fields of a job that say how it runs, not what it makes."""
+
+
+def default_output(prompt: str, seed: int) -> Path:
+    """Return a file name made of the date, the words of the prompt and the seed."""
+    return Path(f"{datetime.now():%Y%m%d-%H%M%S}_{files.slug(prompt)}_{seed}.mp4")
 
 
 @dataclass(frozen=True)

@@ -48,21 +48,25 @@ def _stage(config: RunConfig, name: str, parts: list[str], frames: int, size: tu
         values=values(*parts),
         encoder_values=values("text", "image"),
         cells=frames * rows * columns,
-        width=widths[0],
-        inner=max(widths[0], unet.get("transformer_in_heads", 8) * unet.get("attention_head_dim", 64)),
+        width=0,
+        inner=0,
         guided=False,
         cam=False,
         frame_values=decoded * rows * columns * side**2 // 64 * finest[0],
         kept=0,
         waits=False,
         vae_features=memory.TEMPORAL_VAE_FEATURES if temporal else memory.VAE_FEATURES,
+        kept_width=0,
+    )
+    if kind == "Restorer":  # keeps features of a quarter of the size of the latents
+        return replace(stage, kept_width=widths[1] // 16, restoring=unet["out_channels"])
+    return replace(
+        stage,
+        width=widths[0],
+        inner=max(widths[0], unet.get("transformer_in_heads", 8) * unet.get("attention_head_dim", 64)),
         # What comes from the first of the last level's layers, or from the level below where that has but two.
         kept_width=widths[0] if unet.get("layers_per_block", 2) > 1 else widths[:2][-1],
     )
-    if kind != "Restorer":
-        return stage
-    # It keeps features of a quarter of the size of the latents.
-    return replace(stage, width=0, inner=0, kept_width=widths[1] // 16, restoring=unet["out_channels"])
 
 
 def _header(family: weights.Family, role: str) -> tuple[str, dict[str, Any]]:

@@ -31,7 +31,7 @@ def prepare(job: Job, note: hub.Note = lambda text: None) -> Prepared:
     _check_text(str(job.output))
     follows = job.command == "generate" or known.family.reads_text
     check_wishes(job.config, prompt_needed=follows and job.command != "refine")
-    devices.parse(job.device)
+    devices.check(job.device)
     if job.command == "refine":
         _check_refined(known)
     _check_output(job)
@@ -51,7 +51,7 @@ def prepare(job: Job, note: hub.Note = lambda text: None) -> Prepared:
     known.notices.extend(
         f"the prompt of frame {turn.asked} begins with the next chunk, at frame {turn.frame}" for turn in turns
     )
-    known.notices.extend([*_prompt_notices(known), *_source_notices(known)])
+    known.notices.extend([*prompt_notices(known), *_source_notices(known)])
     return known
 
 
@@ -163,10 +163,10 @@ def _check_continued(known: Prepared) -> None:
 
 def _source_notices(known: Prepared) -> list[str]:
     job, found = known.job, known.source
-    if found is None:
-        return []
-    output, stream = job.config.output, job.config.stream
     notices = list(known.carried().notices)
+    if found is None:
+        return notices
+    output, stream = job.config.output, job.config.stream
     if not found.clock.steady:
         uneven = f"the {found.clock.pictures} pictures of {job.source} come at uneven times"
         notices.append(f"{uneven}: {found.frames} frames at {found.fps:g} fps show each when it is due")
@@ -178,7 +178,7 @@ def _source_notices(known: Prepared) -> list[str]:
     if job.command == "refine" and output.width and (found.width > output.width or found.height > output.height):
         box = f"{output.width}x{output.height}"
         notices.append(f"{job.source} is {found.width}x{found.height}, the result fits into {box}; --size changes it")
-    if found.has_audio and abs(found.fps - output.fps) > 1e-6:
+    if found.has_audio and job.audio is None and abs(found.fps - output.fps) > 1e-6:
         notices.append(f"the sound keeps its speed, the picture changes from {found.fps:g} to {output.fps:g} fps")
     return notices
 
@@ -201,7 +201,7 @@ def check_target(path: Path, overwrite: bool, *inputs: Path | str | None) -> Non
 
 def check_place(job: Job) -> None:
     """Refuse an output that is there, that is read, or in whose folder something is read. Raises OutputError."""
-    inputs = (job.source, job.config.image, *job.inputs)
+    inputs = (job.source, job.config.image, job.audio, *job.inputs)
     if job.output.suffix or not job.output.is_dir():
         check_target(job.output, job.overwrite or job.resume, *inputs)
         return
@@ -224,7 +224,9 @@ def _check_output(job: Job) -> None:
         if job.preview.suffix.lower() != ".png":
             raise ConfigError(f"the preview {job.preview} must end in .png")
         begun = job.resume and (run_directory.exists(job.run_path) or job.output.exists())  # it is that of the run
-        check_target(job.preview, job.overwrite or begun, job.source, job.config.image, *job.inputs, job.output)
+        check_target(
+            job.preview, job.overwrite or begun, job.source, job.config.image, job.audio, *job.inputs, job.output
+        )
     if run_directory.exists(job.run_path) and not (job.resume or job.overwrite):
         run_directory.RunDirectory(job.run_path).close()  # refuses one that is being worked on
         raise OutputError(
@@ -232,7 +234,8 @@ def _check_output(job: Job) -> None:
         )
 
 
-def _prompt_notices(known: Prepared) -> list[str]:
+def prompt_notices(known: Prepared) -> list[str]:
+    """Name the words of the prompts that the model does not know, and those it does."""
     job, words = known.job, known.family.vocabulary_path()
     if words is None:
         return []

@@ -103,12 +103,14 @@ class Prepared:
         return needs.stages(self.job.config, self.base_size if self.job.command == "refine" else None)
 
     def carried(self) -> Carried:
-        """Return how the result carries what the source has besides its pictures; there must be one."""
-        assert self.job.source is not None
+        """Return how the result carries the sound that it is given, or what its source has besides pictures."""
         from streamt2v.media import sound
 
-        config = self.job.config
-        return sound.carry(self.job.source, config.num_frames / config.output.rate, self.job.output.suffix)
+        config, suffix = self.job.config, self.job.output.suffix
+        length = config.num_frames / config.output.rate
+        if self.job.audio is not None:
+            return sound.add(self.job.audio, length, suffix)
+        return sound.carry(self.job.source, length, suffix) if self.job.source else sound.Carried()
 
     def recipe(self) -> dict[str, Any]:
         """Return what decides the frames: a run may only be resumed by a job with an equal recipe."""

@@ -8,6 +8,7 @@ from pathlib import Path
 DEMUXERS = (
     "mov,matroska,webm,avi,mpegts,mpeg,flv,ogg,gif,apng,asf,dv,mxf,ivf,obu,h264,hevc,m4v,mpegvideo,yuv4mpegpipe,nut"
 )
+SOUNDS = f"{DEMUXERS},wav,w64,aiff,mp3,aac,flac"  # where sound alone will do
 _NAMES = "mp4, mov, mkv, webm, avi, wmv, ts, mpg, flv, ogv, dv, mxf, gif, apng, y4m and raw h264, hevc or av1"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import time
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ from streamt2v.media import containers
 
 # Whatever its name, a file that is a script or playlist (concat, hls, ...) must not make ffmpeg open other files.
 INPUT_OPTIONS = {"format_whitelist": containers.DEMUXERS, "protocol_whitelist": "file"}
+SOUND_OPTIONS = {**INPUT_OPTIONS, "format_whitelist": containers.SOUNDS}
 STALL_SECONDS = 60.0  # ffmpeg copies gigabytes in this time; only when it hangs does its file stay the same
 
 
@@ -23,9 +25,9 @@ def url(path: Path) -> str:
     return f"file:{path.absolute()}"
 
 
-def input_options(path: Path) -> list[str]:
+def input_options(path: Path, options: Mapping[str, str] = INPUT_OPTIONS) -> list[str]:
     """Return the arguments by which ffmpeg reads one file, and no other file that it may refer to."""
-    return [part for key, value in INPUT_OPTIONS.items() for part in (f"-{key}", value)] + ["-i", url(path)]
+    return [part for key, value in options.items() for part in (f"-{key}", value)] + ["-i", url(path)]
 
 
 def check_ffmpeg(pictures_only: bool = False) -> None:

@@ -207,10 +207,11 @@ def since(source: Iterable[Group], first: int) -> Iterator[Group]:
 
 
 def contact_sheet(frames: Frames) -> Frames:
-    """Lay frames [F,H,W,3] out row by row in one picture, about square, with 4 pixels of grey between them."""
+    """Lay frames [F,H,W,3] out row by row, about square and with few holes, with 4 pixels of grey between them."""
     gap = 4
     count, height, width, _ = frames.shape
-    columns = math.ceil(math.sqrt(count))
+    square = math.ceil(math.sqrt(count))
+    columns = min((square, square + 1), key=lambda columns: -count % columns)
     rows = -(-count // columns)
     sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 24, np.uint8)
     for index, frame in enumerate(frames):

@@ -28,6 +28,7 @@ from streamt2v import files
 from streamt2v.errors import VideoError
 from streamt2v.media import exports, reading, seal
 from streamt2v.media.clock import Clock
+from streamt2v.media.ffmpeg import SOUND_OPTIONS
 
 if TYPE_CHECKING:
     from streamt2v.media.frames import Frames
@@ -55,6 +56,13 @@ def _probe(path: Path, _stamp: tuple[int, int, int] | None) -> reading.VideoInfo
         (facts, _), *_ = answers
     tracks = tuple(reading.Track(**track) for track in facts["tracks"])
     return reading.VideoInfo(**{**facts, "clock": _clock(facts["clock"]), "tracks": tracks})
+
+
+def tracks(path: Path) -> tuple[reading.Track, ...]:
+    """Return the tracks of a file that need not hold a video. Raises VideoError where it cannot be opened."""
+    with closing(_answers("tracks", path)) as answers:
+        (facts, _), *_ = answers
+    return tuple(reading.Track(**track) for track in facts["tracks"])
 
 
 def _clock(facts: dict[str, Any]) -> Clock:
@@ -121,6 +129,10 @@ def _main(what: str, path: Path, clock: str = "", damage: str = "") -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     try:
         _limit_memory(_MEMORY)
+        if what == "tracks":
+            with reading.opened(path, SOUND_OPTIONS) as container:
+                _answer({"tracks": [dataclasses.asdict(reading.track(stream)) for stream in container.streams]})
+            return
         height, width = reading.declared_size(path)
         _limit_memory(_MEMORY + _MEMORY_PER_PIXEL * height * width)
         if what == "probe":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -86,7 +86,7 @@ class VideoInfo:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[InputContainer]:
+def opened(path: Path, options: Mapping[str, str] = INPUT_OPTIONS) -> Iterator[InputContainer]:
     """Open a local video; any failure of the library in the body becomes a VideoError that names the file."""
     if not path.exists():
         raise VideoError(f"{path} does not exist")
@@ -95,7 +95,7 @@ def opened(path: Path) -> Iterator[InputContainer]:
     try:
         if path.stat().st_size == 0:
             raise VideoError(f"{path} is empty (0 bytes)")
-        with av.open(url(path), options=dict(INPUT_OPTIONS), metadata_errors="replace") as container:
+        with av.open(url(path), options=dict(options), metadata_errors="replace") as container:
             yield container
     except PermissionError as error:
         raise VideoError(f"{path} cannot be read: permission denied") from error
@@ -175,14 +175,15 @@ def probe(path: Path) -> VideoInfo:
             width=shown.shape[1],
             height=shown.shape[0],
             clock=dataclasses.replace(clock, joined=scan.joined),
-            tracks=tuple(_track(other) for other in container.streams if other.type != "video"),
+            tracks=tuple(track(other) for other in container.streams if other.type != "video"),
             chapters=len(container.chapters()),
             comment=next((text for key, text in container.metadata.items() if key.lower() == "comment"), ""),
             damaged=scan.damaged,
         )
 
 
-def _track(stream: Any) -> Track:
+def track(stream: Any) -> Track:
+    """Describe a stream of an open container."""
     context, meta = stream.codec_context, {key.lower(): text for key, text in stream.metadata.items()}
     return Track(
         kind=stream.type,

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
 from streamt2v import files
-from streamt2v.errors import OutputError, VideoError
+from streamt2v.errors import InputError, OutputError, VideoError
 from streamt2v.media import ffmpeg, isolated, reading
 from streamt2v.media.reading import Track
 from streamt2v.media.writing import Extras
@@ -48,7 +48,7 @@ _TEXTS = {"subrip", "srt", "ass", "ssa", "mov_text", "webvtt", "text"}
 class Carried:
     """How the tracks of a source go into the result, and what users should know about it first."""
 
-    extras: Extras
+    extras: Extras = field(default_factory=Extras)
     notices: tuple[str, ...] = ()
 
 
@@ -59,6 +59,31 @@ def carry(source: Path, length: Fraction, suffix: str = ".mp4") -> Carried:
         VideoError: see `isolated.probe`. OutputError: there is no ffmpeg.
     """
     return _carry(source, length, suffix.lower(), files.stamp(source))
+
+
+def add(path: Path, length: Fraction, suffix: str = ".mp4") -> Carried:
+    """Find out how a result of `length` seconds gets the first sound of a file, cut to its length.
+
+    Raises:
+        InputError: the file has no sound that can be read. OutputError: there is no ffmpeg.
+    """
+    return _add(path, length, suffix.lower(), files.stamp(path))
+
+
+@lru_cache(maxsize=8)
+def _add(path: Path, length: Fraction, suffix: str, _stamp: tuple[int, int, int] | None) -> Carried:
+    if not path.is_file():
+        raise InputError(f"{path} is not a file", "--audio takes a file with sound, such as .mp3, .wav or .mp4")
+    if (holder := HOLDERS.get(suffix)) is None:
+        return Carried(notices=(f"a {suffix or 'folder'} cannot hold sound, which is left out",))
+    ffmpeg.check_ffmpeg()
+    inputs = ffmpeg.input_options(path, ffmpeg.SOUND_OPTIONS)
+    track = next((track for track in isolated.tracks(path) if track.kind == "audio"), None)
+    ways = _ways(track, holder) if track else iter(())
+    way = next((way for way in ways if track and _works(inputs, track, way, length, suffix)), None)
+    if track is None or way is None:
+        raise InputError(f"{path} has no sound that can be read", "--audio takes a file such as .mp3, .wav or .mp4")
+    return Carried(_extras(inputs, [(track, way)], 0, length))
 
 
 @lru_cache(maxsize=8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from streamt2v.media.frames import Frames
 from streamt2v.metrics import clip as clips
 from streamt2v.metrics import motion, scores
 from streamt2v.metrics.scores import Series
+from streamt2v.runs.pace import Pace, Status
 from streamt2v.timeline import Prompt, plans
 from streamt2v.weights import hub
 
@@ -205,7 +207,6 @@ def evaluate(
     clip = None if settings.clip == "none" else clips.load(settings.clip, device, note)
     results, failures = list[Measured](), list[VideoError]()
     for path, subject in zip(paths, subjects, strict=True):
-        report.start(subject.video, subject.frames)
         other = None if settings.against is None else isolated.read_frames(settings.against, GROUP)
         stream = _told(isolated.read_frames(path, GROUP), subject, report)
         try:
@@ -217,11 +218,19 @@ def evaluate(
 
 def _told(stream: Iterator[Frames], subject: Subject, report: Report) -> Iterator[Frames]:
     """Pass on a stream and report each group after use."""
-    done, groups = 0, -(-subject.frames // GROUP)
+    name, done, groups = Path(subject.video).name, 0, -(-subject.frames // GROUP)
+    report.tell(Status("start", name, 0, subject.frames))
+    pace = Pace({name: groups}, {}, time.monotonic())
     for index, group in enumerate(stream):
         yield group
-        done += len(group)
-        report.advance(subject.video, done, index + 1, groups)
+        done, now = done + len(group), time.monotonic()
+        pace.passed(name, now, groups - index - 1)
+        pace.mark(now)
+        memory = devices.working_memory() / 2**20
+        status = Status(
+            "chunk", name, done, subject.frames, index + 1, groups, 0, 0, pace.share, pace.left(now), memory
+        )
+        report.tell(status)
 
 
 def measure(

@@ -11,14 +11,14 @@ import numpy as np
 from markupsafe import Markup
 
 from streamt2v import __version__
+from streamt2v.chunks import evenly
 from streamt2v.media import pages
-from streamt2v.media.frames import contact_sheet
 from streamt2v.metrics.evaluation import SCORES, Measured, Settings
 from streamt2v.metrics.motion import FLOW
 from streamt2v.metrics.scores import Series, mean
 
 MEAN = "mean"
-_WIDTH, _HEIGHT, _MARGIN = 900, 130, 48  # of a plot, in pixels
+_WIDTH, _HEIGHT = 900, 130  # of a plot; it is stretched to the width of the page, its labels are not
 _MAX_POINTS = 1500
 _PLOTS: Mapping[str, str] = {
     "change": "change to the frame before, levels",
@@ -31,24 +31,52 @@ _PLOTS: Mapping[str, str] = {
     "mse": "mean squared difference to the other video",
     "ssim": "SSIM with the other video",
 }
+LOW, HIGH, ONE = "\u2193", "\u2191", "\u2192 1"
+BETTER: Mapping[str, str] = {
+    **dict.fromkeys(("scene_cuts", "mawe_paper", "mawe_script", "warp_error", "flow_deviation"), LOW),
+    **dict.fromkeys(("colour_drift", "flicker", "mse"), LOW),
+    **dict.fromkeys(("clip_text", "clip_image", "psnr", "ssim"), HIGH),
+    **dict.fromkeys(("stagnation", "seam_score", "seam_score_refine"), ONE),
+}
+"""Which values of a score are better, as an arrow; the others only describe the motion."""
 _BODY = """
-<p>{{ how }}</p>
-<table><tr>{% for name in header %}<th title="{{ scores.get(name, "") }}">{{ name }}</th>{% endfor %}</tr>
+<p class="soft">{{ how }}</p>
+{% if rows|length > 1 %}
+<table class="cards scores"><thead><tr><th class="text">video</th>
+{% for name in names %}<th class="turned" title="{{ scores[name] }}">{{ name|replace("_", " ") }}
+{{ better.get(name, "") }}</th>
+{% endfor %}</tr></thead>
 {% for row in rows %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+<tr><td class="text now">{{ row[0] }}</td>{% for cell in row[1:] %}
+<td data-label="{{ names[loop.index0]|replace("_", " ") }} {{ better.get(names[loop.index0], "") }}"
+{% if cell == best[loop.index0] and loop.index %} class="best"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
 </table>
-{% for result, facts, sheet, plots in videos %}
+{% endif %}
+<p class="soft small">{{ legend }}</p>
+{% for result, facts, stills, animation, values, plots in videos %}
 <h2>{{ result.subject.video }}</h2>
-<p>{{ facts }}</p>
-<img alt="frames, evenly spaced" src="{{ sheet }}">
-{% for title, drawn in plots %}<p>{{ title }}</p>
+<p class="soft">{{ facts }}</p>
+{{ moving(animation) }}
+{{ sheet(stills) }}
+<h3>Scores</h3>
+<table class="facts"><thead><tr><th class="text tight">score</th><th class="tight">value</th>
+<th class="text">what it says</th></tr></thead>
+{% for name, value in values.items() %}
+<tr><td class="text tight">{{ name|replace("_", " ") }}</td>
+<td class="tight">{{ value }} {{ better.get(name, "") }}</td>
+<td class="text soft">{{ scores[name] }}</td></tr>
+{% endfor %}
+</table>
+{% for title, drawn in plots %}<h3>{{ title }}</h3>
 {{ drawn }}
 {% endfor %}
 {% endfor %}
 <details><summary>What the scores mean</summary>
-<dl>{% for name, text in scores.items() %}<dt>{{ name }}</dt><dd>{{ text }}</dd>{% endfor %}</dl></details>
+<dl>{% for name, text in scores.items() %}<dt>{{ name }} {{ better.get(name, "") }}</dt><dd>{{ text }}</dd>
+{% endfor %}</dl></details>
 """
+_LEGEND = f"{LOW} lower is better, {HIGH} higher is better, {ONE}: the nearer to 1 the better; others only describe."
 
 
 def means(results: Sequence[Measured]) -> dict[str, float | None]:
@@ -116,17 +144,37 @@ def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def as_html(results: Sequence[Measured], settings: Settings) -> str:
-    """Return a page with the table and, for each video, plots and a contact sheet, all embedded."""
-    header, *rows = _rows(results)
+    """Return a page with the table and, for each video, a preview, a contact sheet, scores and plots, all embedded."""
+    (_, *names), *rows = _rows(results)
     how = f"flow: {FLOW}, at {settings.flow_size}x{settings.flow_size}; first and last {settings.window} frames"
     if settings.against is not None:
         how += f"; compared with {settings.against}"
-    videos = [
-        (result, _facts(result), pages.picture(contact_sheet(np.stack(result.thumbnails))), _plots(result))
-        for result in results
-    ]
-    values = {"how": how, "header": header, "rows": rows, "videos": videos, "scores": SCORES}
-    return pages.render("streamt2v evaluate", _BODY, **values)
+    videos = [(result, _facts(result), *_pictures(result), _values(result), _plots(result)) for result in results]
+    words: dict[str, Any] = {"how": how, "names": names, "rows": rows, "best": _best(results, names), "videos": videos}
+    return pages.render("streamt2v evaluate", _BODY, **words, scores=SCORES, better=BETTER, legend=_LEGEND)
+
+
+def _values(result: Measured) -> dict[str, str]:
+    return {name: _number(value) for name, value in result.scores.items() if value is not None}
+
+
+def _best(results: Sequence[Measured], names: Sequence[str]) -> list[str]:
+    """Return the best value of each score as it is shown; empty where none is better, or all are alike."""
+    found = list[str]()
+    for name in names:
+        values = [value for result in results if (value := result.scores[name]) is not None]
+        rank = {LOW: values, HIGH: [-value for value in values], ONE: [abs(value - 1) for value in values]}
+        order = rank.get(BETTER.get(name, ""), [])
+        shown = {_number(value) for value in values}
+        found.append(_number(values[order.index(min(order))]) if order and len(shown) > 1 else "")
+    return found
+
+
+def _pictures(result: Measured) -> tuple[list[pages.Still], str]:
+    """Return the contact sheet of a video and its moving preview, of the same frames."""
+    subject, shown = result.subject, result.thumbnails
+    numbers = evenly(subject.frames, len(shown))
+    return pages.sheet(shown, numbers, subject.fps), pages.moving(np.stack(shown), min(subject.fps, 6))
 
 
 def _facts(result: Measured) -> str:
@@ -142,42 +190,39 @@ def _facts(result: Measured) -> str:
 def _plots(result: Measured) -> list[tuple[str, Markup]]:
     seams = result.subject.stream_seams + result.subject.refine_seams
     return [
-        (title, Markup(plot(result.series[name], seams, result.cuts)))  # made of numbers only
+        (title, Markup(plot(result.series[name], seams, result.cuts, result.subject.fps)))  # made of numbers only
         for name, title in _PLOTS.items()
         if np.isfinite(result.series[name]).sum() > 1
     ]
 
 
-def plot(series: Series, seams: Sequence[int] = (), cuts: Sequence[int] = ()) -> str:
-    """Draw a series as SVG: grey lines where chunks begin, red ones at cuts; a long series is drawn by its extremes."""
+def plot(series: Series, seams: Sequence[int] = (), cuts: Sequence[int] = (), fps: float = 0) -> str:
+    """Draw a series as HTML: grey lines where chunks begin, red ones at cuts; a long series by its extremes.
+
+    The labels are text beside the drawing, which is stretched to the width of the page: they stay as large on a phone.
+    """
     frames = np.flatnonzero(np.isfinite(series))
     low, high = float(series[frames].min()), float(series[frames].max())
     last, span = max(1, len(series) - 1), (high - low) or 1.0
 
     def x(frame: float) -> str:
-        return f"{_MARGIN + frame / last * (_WIDTH - _MARGIN):.1f}"
+        return f"{frame / last * _WIDTH:.1f}"
 
     def y(value: float) -> str:
-        return f"{(high - value) / span * (_HEIGHT - 20) + 4:.1f}"
+        return f"{(high - value) / span * (_HEIGHT - 8) + 4:.1f}"
 
     points = []
     for part in np.array_split(frames, min(len(frames), _MAX_POINTS)):
         extremes = {part[series[part].argmin()], part[series[part].argmax()]}
         points += [f"{x(frame)},{y(series[frame])}" for frame in sorted(extremes)]
-    marks = [(seam, "#ccc") for seam in sorted(set(seams))] + [(cut, "#d33") for cut in cuts]
-    lines = "".join(
-        f'<line x1="{x(at)}" x2="{x(at)}" y1="4" y2="{_HEIGHT - 16}" stroke="{colour}"/>' for at, colour in marks
-    )
-    labels = "".join(
-        f'<text x="{place[0]}" y="{place[1]}" text-anchor="{anchor}">{text}</text>'
-        for place, anchor, text in (
-            ((_MARGIN - 4, 12), "end", f"{high:.3g}"),
-            ((_MARGIN - 4, _HEIGHT - 16), "end", f"{low:.3g}"),
-            ((_MARGIN, _HEIGHT - 2), "start", "0"),
-            ((_WIDTH, _HEIGHT - 2), "end", f"{len(series) - 1}"),
-        )
+    marks = [(seam, "seam") for seam in sorted(set(seams))] + [(cut, "cut") for cut in cuts]
+    lines = "".join(f'<line class="{kind}" x1="{x(at)}" x2="{x(at)}" y1="0" y2="{_HEIGHT}"/>' for at, kind in marks)
+    ticks = "".join(
+        f"<span>{frame}</span>" if not fps else f"<span>{frame} ({pages.timecode(frame, fps)})</span>"
+        for frame in evenly(len(series), 3)
     )
     return (
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}">{lines}'
-        f'<polyline fill="none" stroke="#26c" points="{" ".join(points)}"/>{labels}</svg>'
+        f'<div class="plot"><div class="high"><span>{high:.3g}</span><span>{low:.3g}</span></div>'
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" preserveAspectRatio="none">{lines}'
+        f'<polyline class="curve" points="{" ".join(points)}"/></svg><div class="wide">{ticks}</div></div>'
     )

@@ -130,8 +130,6 @@ class Restorer(nn.Module):
         self.spread = nn.Conv2d(middle, 16 * fine, 1)
         self.fine = blocks(0, counts[0])
         self.conv_out = nn.Conv2d(fine, config.out_channels, 3, padding=1)
-        self.much = nn.Linear(config.embedding, config.out_channels)
-        zero_init(self.much)
         zero_init(self.conv_out)
         for layer in (self.conv_in, self.enter):  # noise would drown all else before it is known what it is for
             with torch.no_grad():
@@ -200,10 +198,10 @@ class Restorer(nn.Module):
         like = self.conv_out.weight
         times = torch.as_tensor(timestep, device=like.device).float().reshape(-1, 1).expand(batch, 1) / 1000
         scales = cast(Tensor, conditioning.pooled).float()
-        scales = scales.repeat_interleave(batch // len(scales), 0) / 4
+        scales = scales.repeat_interleave(batch // len(scales), 0)
         waves = times * (math.pi / 4 * 2 ** torch.arange(_FREQUENCIES, device=like.device))
-        # Of the scale no waves: any may be asked for, between those of the training.
-        return self.embed(torch.cat([waves.sin(), waves.cos(), scales, scales.square()], 1).to(like.dtype))
+        # Of the scale no waves: any may be asked for, between those of the training. From 1 to 2 it matters most.
+        return self.embed(torch.cat([waves.sin(), waves.cos(), scales, 2 * 2**-scales], 1).to(like.dtype))
 
     def _coarse(self, x: Tensor, embedding: Tensor, frames: int) -> Tensor:
         for block in self.before:
@@ -221,7 +219,7 @@ class Restorer(nn.Module):
         x = F.leaky_relu(x, 0.1, inplace=True)
         for block in self.fine:
             x = block(x, embedding, 1)
-        return self.conv_out(x).mul_(1 + self.much(embedding)[:, :, None, None])
+        return self.conv_out(x)
 
 
 @dataclass(frozen=True)

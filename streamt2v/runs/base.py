@@ -17,10 +17,8 @@ from streamt2v.jobs.prepared import Prepared
 from streamt2v.jobs.run_directory import RunDirectory
 from streamt2v.media import frames, isolated, pictures
 from streamt2v.media.frames import Group
-from streamt2v.runs.watch import Report, Speed, look_at
+from streamt2v.runs.watch import STREAM, Speed, Watch, look_at
 from streamt2v.stages.stream import StreamState
-
-STREAM = "stream"
 
 
 class Base:
@@ -32,13 +30,14 @@ class Base:
         making: Makers,
         directory: RunDirectory,
         networks: Networks,
-        report: Report,
+        report: Watch,
         speed: Speed,
     ) -> None:
         self.known, self.making, self.directory, self.networks = known, making, directory, networks
         self.report, self.speed, self.device = report, speed, networks.device.name
         # Before any frame is read: the store drops what no state accounts for.
         self.stored = directory.resume_point("stream")
+        report.stored(directory.num_base_frames)
 
     def groups(self, start: int) -> Iterator[Group]:
         """Yield the base video from frame `start` on; of a video that is only refined, its own frames."""

@@ -16,8 +16,8 @@ from streamt2v.jobs.prepared import Prepared
 from streamt2v.jobs.run_directory import RunDirectory
 from streamt2v.media import exports, frames, pictures, preview, reading
 from streamt2v.media.frames import Frames, Group
-from streamt2v.media.writing import Extras, SegmentMark, SegmentWriter
-from streamt2v.runs.watch import Report, look_at
+from streamt2v.media.writing import SegmentMark, SegmentWriter
+from streamt2v.runs.watch import Watch, look_at
 
 SAVING = 0.02  # of a run's time is spent on states: those of a refiner can be hundreds of megabytes
 
@@ -34,7 +34,7 @@ class Output:
     """Takes groups of frames in order, where the last one ended, and remembers how to go on; `size` is (H, W)."""
 
     def __init__(
-        self, known: Prepared, size: tuple[int, int], directory: RunDirectory, report: Report, clock: devices.Stopwatch
+        self, known: Prepared, size: tuple[int, int], directory: RunDirectory, report: Watch, clock: devices.Stopwatch
     ) -> None:
         self.known, self.size, self.directory, self.report, self.clock = known, size, directory, report, clock
         job, output = known.job, known.job.config.output
@@ -98,7 +98,7 @@ class Output:
         changes = [{**change, "changed": sorted(change["changed"])} for change in directory.changes]
         recipe = {"streamt2v": __version__, **directory.recipe, **({"changes": changes} if changes else {})}
         with self.clock.running():
-            extras = self.known.carried().extras if job.source else Extras()
+            extras = self.known.carried().extras
             if job.output.suffix.lower() == ".mp4":
                 self.writer.finish(job.output, json.dumps(recipe), extras)
             else:

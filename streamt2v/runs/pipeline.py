@@ -17,7 +17,7 @@ from streamt2v import __version__, devices, memory
 from streamt2v.errors import Interrupted, MemoryLimitError, NumericsError, stopped_by
 from streamt2v.families import makers
 from streamt2v.families.networks import Loaded, Networks
-from streamt2v.jobs import again, prepare, run_directory
+from streamt2v.jobs import again, forecast, prepare, run_directory
 from streamt2v.jobs.job import Job, Result
 from streamt2v.jobs.prepared import Prepared
 from streamt2v.jobs.run_directory import RunDirectory
@@ -25,7 +25,7 @@ from streamt2v.memory import MemoryPolicy
 from streamt2v.runs import refined
 from streamt2v.runs.base import Base
 from streamt2v.runs.output import Finished, Output
-from streamt2v.runs.watch import Report, Speed
+from streamt2v.runs.watch import Report, Speed, Watch
 
 RETRIES = 3  # with less memory each
 
@@ -82,7 +82,11 @@ def make(known: Prepared, report: Report, loaded: Loaded | None = None) -> Resul
                 there = again.finished(known)
                 directory.remove()
                 return there
-            output, speed = _make(known, report, directory, device, policy, loaded)
+            seen = devices.Glance(device.kind, 0, card)
+            prior = forecast.expected(job.config, seen, threads, policy)
+            watch = Watch(report, known, prior)
+            output, speed = _make(known, watch, directory, device, policy, loaded)
+            watch.doing(f"writing {job.output.name}")
             output.finish()
         except BaseException as error:
             told = _explained(error, job, directory)
@@ -100,7 +104,7 @@ def make(known: Prepared, report: Report, loaded: Loaded | None = None) -> Resul
 
 def _make(
     known: Prepared,
-    report: Report,
+    report: Watch,
     directory: RunDirectory,
     device: devices.Device,
     policy: MemoryPolicy,
@@ -111,7 +115,7 @@ def _make(
     sparing = memory.more_sparing(policy, device.kind)
     for lower in [*sparing[:RETRIES], None]:
         here = loaded.fitting(config.model, device, policy, config.compile)
-        networks = Networks(config, [turn.text for turn in known.timeline], device, policy, here, report.note)
+        networks = Networks(config, [turn.text for turn in known.timeline], device, policy, here, report)
         try:
             return _attempt(known, report, directory, networks)
         except Exception as error:
@@ -129,7 +133,7 @@ def _make(
     raise MemoryLimitError(f"out of memory, also with {policy.describe()}", hint)
 
 
-def _attempt(known: Prepared, report: Report, directory: RunDirectory, networks: Networks) -> tuple[Output, Speed]:
+def _attempt(known: Prepared, report: Watch, directory: RunDirectory, networks: Networks) -> tuple[Output, Speed]:
     """Produce every frame with one set of networks, from wherever the run directory stands."""
     making = makers.build(networks, known.chosen)
     speed = Speed(networks)
@@ -148,7 +152,7 @@ def _groups(
     base: Base,
     making: makers.Makers,
     networks: Networks,
-    report: Report,
+    report: Watch,
     output: Output,
 ) -> Iterator[Finished]:
     """Yield what the output still lacks: a continued video's own frames, then what the stages make."""
@@ -193,10 +197,14 @@ def _explained(error: BaseException, job: Job, directory: RunDirectory) -> BaseE
         directory.remove()  # nothing is finished: the next try need not say --resume
     if by := stopped_by(error):
         if not run_directory.exists(directory.path):
-            return Interrupted("interrupted before anything was finished", by=by)
+            return Interrupted("interrupted before anything was finished", "repeat the command", by=by)
         goes_on = f"streamt2v resume {shlex.quote(str(job.output))} continues"
-        playable = "" if shown is None else f"; what is finished can be watched: {directory.partial_path}"
-        return Interrupted(f"interrupted{playable}", goes_on, by=by)
+        if shown is None:
+            there = f"{directory.num_base_frames} frames are kept, none can be watched yet"
+        else:
+            there = f"{shown.meta['mark']['frames']} of {job.config.num_frames} frames can be watched: "
+            there += str(directory.partial_path)
+        return Interrupted(f"interrupted; {there}", goes_on, by=by)
     if isinstance(error, NumericsError):
         hint = "16 bit may be too narrow: --device cpu computes in 32; or try another --seed or --guidance, "
         where = f"{error.message}, after {directory.num_base_frames} base frames"

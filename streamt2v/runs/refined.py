@@ -15,9 +15,7 @@ from streamt2v.media import frames
 from streamt2v.media.frames import Frames, Group
 from streamt2v.runs.base import Base
 from streamt2v.runs.output import Finished, Output
-from streamt2v.runs.watch import Report
-
-REFINE = "refine"
+from streamt2v.runs.watch import REFINE, Watch
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def groups(
     base: Base,
     refine: Refine,
     networks: Networks,
-    report: Report,
+    report: Watch,
     output: Output,
 ) -> Iterator[Finished]:
     """Yield refined frames with the refiner's state after them, from where the output ends.

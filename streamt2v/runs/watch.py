@@ -1,8 +1,9 @@
 """What a run tells while it goes on, what it notices, and how fast it was."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Protocol
 
 from streamt2v import devices
@@ -12,17 +13,14 @@ from streamt2v.jobs.prepared import Prepared
 from streamt2v.jobs.run_directory import RunDirectory
 from streamt2v.media import frames
 from streamt2v.media.frames import Group
+from streamt2v.runs.pace import Pace, Status
 
 
 class Report(Protocol):
     """What is told of a run's progress; a test or a caller may pass its own."""
 
-    def start(self, stage: str, total_frames: int, done: int = 0) -> None:
-        """A stage begins, or continues after `done` frames."""
-        ...
-
-    def advance(self, stage: str, done: int, chunk: int, num_chunks: int) -> None:
-        """`done` frames of the stage exist, chunk number `chunk` (from 1) of `num_chunks` is finished."""
+    def tell(self, status: Status) -> None:
+        """Something went on."""
         ...
 
     def note(self, text: str, warning: bool = False) -> None:
@@ -30,7 +28,82 @@ class Report(Protocol):
         ...
 
 
-def look_at(group: Group, what: str, directory: RunDirectory, report: Report) -> None:
+BEGIN, STREAM, REFINE = "begin", "stream", "refine"
+
+
+class Watch:
+    """Follows one run: what its stages and networks tell is counted, timed, and passed on to a report."""
+
+    def __init__(self, report: Report, known: Prepared, prior: Mapping[str, float] | None) -> None:
+        self.report, self.known = report, known
+        self.frames: dict[str, tuple[int, int]] = {}
+        made, refined = known.job.command != "refine", len(known.refine_plan)
+        later = len(known.stream_plan) - 1 if made else 0
+        chunks = {BEGIN: int(made), STREAM: later, REFINE: refined}
+        costs = dict[str, float]()
+        if prior is not None:
+            pixels = prior["seconds_per_frame"] * known.num_frames
+            costs = {BEGIN: prior["fixed_seconds"], STREAM: prior["stream_seconds_per_chunk"]}
+            if refined:
+                costs[REFINE] = prior["refine_seconds_per_chunk"] + pixels / refined
+            else:
+                costs[STREAM] += pixels / max(1, later)
+        self.pace = Pace(chunks, costs, time.monotonic())
+        self.stepping: set[str] = set()  # stages that tell of steps, and so know best what is left of them
+
+    def note(self, text: str, warning: bool = False) -> None:
+        """Pass on a line."""
+        self.report.note(text, warning)
+
+    def doing(self, text: str) -> None:
+        """Tell what else is going on, such as loading."""
+        self._tell(Status("doing", text))
+
+    def idle(self) -> None:
+        """Let the time since the last event count for no stage."""
+        self.pace.idle(time.monotonic())
+
+    def stored(self, frames: int) -> None:
+        """Note that so many base frames are there already."""
+        if frames and self.known.job.command != "refine":
+            self.pace.skip(BEGIN, 0)
+            self.pace.skip(STREAM, sum(chunk.stop > frames for chunk in self.known.stream_plan[1:]))
+            self.pace.mark(time.monotonic())
+
+    def start(self, stage: str, total_frames: int, done: int = 0) -> None:
+        """Begin a stage, or continue it after `done` frames."""
+        self.frames[stage] = done, total_frames
+        if stage == REFINE and done:
+            self.pace.skip(REFINE, sum(chunk.stop > done for chunk in self.known.refine_plan))
+            self.pace.mark(time.monotonic())
+        self._tell(Status("start", stage, done, total_frames))
+
+    def step(self, stage: str, chunk: int, step: int, steps: int, left: float | None = None) -> None:
+        """Count a denoising step, from 1, of a chunk, from 0; `left` chunks of the stage remain, in parts of one."""
+        chunks = len(self.known.refine_plan if stage == REFINE else self.known.stream_plan)
+        remaining = chunks - chunk - step / steps if left is None else left
+        first = stage == STREAM and chunk == 0
+        self.stepping.add(BEGIN if first else stage)
+        self.pace.passed(BEGIN if first else stage, time.monotonic(), 1 - step / steps if first else remaining)
+        done, total = self.frames.get(stage, (0, 0))
+        self._tell(Status("step", stage, done, total, chunk + 1, chunks, step, steps))
+
+    def advance(self, stage: str, done: int, chunk: int, num_chunks: int) -> None:
+        """Count a finished chunk, from 1: `done` frames of the stage exist."""
+        now, first = time.monotonic(), stage == STREAM and chunk == 1
+        key = BEGIN if first else stage
+        kept = self.pace.works[key].left if stage == REFINE and REFINE in self.stepping and chunk < num_chunks else None
+        self.pace.passed(key, now, (0 if first else num_chunks - chunk) if kept is None else kept)
+        self.pace.mark(now)
+        self.frames[stage] = done, self.known.num_frames
+        self._tell(Status("chunk", stage, done, self.known.num_frames, chunk, num_chunks))
+
+    def _tell(self, status: Status) -> None:
+        left, memory = self.pace.left(time.monotonic()), devices.working_memory() / 2**20
+        self.report.tell(replace(status, share=self.pace.share, seconds_left=left, memory_mb=round(memory, 1)))
+
+
+def look_at(group: Group, what: str, directory: RunDirectory, report: Watch) -> None:
     """Warn of frames without a picture, and refuse to compute more than the disk can take."""
     if frames.is_black(group.frames):
         report.note(f"{what} {group.start} to {group.stop - 1} are black", warning=True)

@@ -232,10 +232,10 @@ class PictureStreamer:
         return estimate
 
     @torch.inference_mode()
-    def new_frames(self, chunk: Chunk, conditioning_frames: Tensor) -> Tensor:
+    def new_frames(self, chunk: Chunk, conditioning_frames: Tensor, observe: Observe | None = None) -> Tensor:
         """Return the frames [n, 3, H, W] in [-1, 1] that the whole chunk adds.
 
         The re-created frames are decoded as far as new ones need them as neighbours.
         """
-        latents = self.chunk_latents(chunk, conditioning_frames)[0].transpose(0, 1)  # [F, C, h, w]
+        latents = self.chunk_latents(chunk, conditioning_frames, observe)[0].transpose(0, 1)  # [F, C, h, w]
         return decode_clip(self.models.vae, latents, self.groups, first=chunk.new_start - chunk.start)

@@ -90,7 +90,7 @@ class RefineState:
 
     `steps_done[k]` counts the steps that chunk k has run, `finished` the frames handed on, `encoded` those taken from
     the source. A frame's level is the number of steps that all chunks covering it have run. `clean` keeps, by frame,
-    the source's latents for a network that sees them at every step. `whole` are, by chunk, its latents at its last
+    the source's latents for a network that sees them at every step. `whole` is, by chunk, its input at its last
     whole step, as long as steps that reuse its deep features are to come: a resumed run computes these features again.
     """
 
@@ -147,9 +147,10 @@ class Refiner:
         draws: Draws,
         encode: Encode,
         state: RefineState | None = None,
+        observe: Callable[[Chunk, RefineState], None] = lambda chunk, state: None,
     ) -> None:
         self.denoiser, self.plan, self.settings, self.draws, self.encode = denoiser, plan, settings, draws, encode
-        self.num_frames = plan[-1].stop
+        self.num_frames, self.observe = plan[-1].stop, observe
         self.state = state or RefineState(steps_done=[0] * len(plan))
         self.timesteps, self.rho = noise_grid(denoiser.schedule, settings)
         self.deep: dict[int, dict[int, Tensor]] = {}  # by chunk and row
@@ -167,6 +168,7 @@ class Refiner:
                 self._admit()
                 continue
             self._run_step(chunk)
+            self.observe(chunk, state)
             while (stop := self._final_stop()) > state.finished:
                 group = range(state.finished, stop)
                 final = torch.stack([state.latents[frame] for frame in group])
@@ -178,6 +180,7 @@ class Refiner:
                 if self.finite is not None and not bool(self.finite):
                     raise NumericsError("the refiner produced NaN or Inf")
                 yield final
+                del final  # large, and the next chunk needs its place
 
     def _steps_done(self, frame: int) -> int:
         return min(self.state.steps_done[index] for index in covering(self.plan, frame))
@@ -198,7 +201,8 @@ class Refiner:
         """Take in the new frames of the next chunk: encode them and add noise up to the start level."""
         state = self.state
         new = range(state.encoded, self.plan[covering(self.plan, state.encoded)[0]].stop)
-        for frame, clean in zip(new, self.encode(new.start, new.stop), strict=True):
+        for frame in new:  # one by one: a part would keep the latents of all of them in memory
+            clean = self.encode(frame, frame + 1)[0]
             state.latents[frame] = self._start(clean, self._noise("refine.start", (frame,), clean))
             if self.denoiser.sees_source:
                 state.clean[frame] = clean
@@ -222,7 +226,7 @@ class Refiner:
     def _run_step(self, chunk: Chunk) -> None:
         step = self.state.steps_done[chunk.index]
         frames = range(chunk.start, chunk.stop)
-        estimate = self._chunk_estimate(chunk, torch.stack([self.state.latents[frame] for frame in frames]), step)
+        estimate = self._chunk_estimate(chunk, step)
 
         def draw_cut(low: int, high: int, index: int) -> int:
             return self.draws.integer("refine.cut", (index, step), low, high)
@@ -236,15 +240,16 @@ class Refiner:
             elif frame in self.state.pending:  # a copy: a part would keep all of the estimate in memory
                 self.state.pending[frame] = self.state.pending[frame].clone()
 
-    def _chunk_estimate(self, chunk: Chunk, latents: Tensor, step: int) -> Tensor:
-        """Return the clean estimate of a chunk's latents, with its deep features of the last whole step."""
+    def _chunk_estimate(self, chunk: Chunk, step: int) -> Tensor:
+        """Return the clean estimate [F, C, h, w] of a chunk, with its deep features of the last whole step."""
         interval, whole, index = self.settings.reuse_interval, self.state.whole, chunk.index
         predictor = partial(self.denoiser.predictor, chunk, self._source(chunk))
         if interval == 1:
-            return self._clean_estimate(predictor(), latents, step)
+            return self._clean_estimate(predictor(), self._input(chunk, step), step)
         since, kept = step % interval, self.deep.pop(index, {})
         if since and not kept:
             self._clean_estimate(predictor(kept), whole[index], step - since)
+        latents = self._input(chunk, step)
         estimate = self._clean_estimate(predictor(kept, since > 0), latents, step)
         if since + 1 < interval and step + 1 < len(self.timesteps):
             self.deep[index] = kept
@@ -252,6 +257,12 @@ class Refiner:
         else:
             whole.pop(index, None)
         return estimate
+
+    def _input(self, chunk: Chunk, step: int) -> Tensor:
+        """Return what the network sees of a chunk: its latents [F, C, h, w] at their level, of unit variance."""
+        scale = (self.rho[step] ** 2 + 1) ** 0.5
+        # Scaled one by one: a second clip of full size would be a tenth of all memory.
+        return torch.stack([self.state.latents[frame] / scale for frame in range(chunk.start, chunk.stop)])
 
     def _source(self, chunk: Chunk) -> Tensor | None:
         """Return the source's latents of a chunk [1, C, F, h, w] for a network that sees them."""
@@ -261,14 +272,14 @@ class Refiner:
         return torch.stack(frames).transpose(0, 1).unsqueeze(0)
 
     def _clean_estimate(self, predict: Predict, latents: Tensor, step: int) -> Tensor:
-        """Predict the clean latents of one chunk: [F, C, h, w] -> [F, C, h, w]."""
-        scaled = latents.transpose(0, 1).unsqueeze(0) / (self.rho[step] ** 2 + 1) ** 0.5  # [1, C, F, h, w]
+        """Predict the clean latents of one chunk from its input: [F, C, h, w] -> [F, C, h, w]."""
+        scaled = latents.transpose(0, 1).unsqueeze(0)  # [1, C, F, h, w]
         timestep = int(self.timesteps[step])
         schedule = self.denoiser.schedule
         total = schedule.config.num_train_timesteps
         output = guided(predict, scaled, timestep, self.settings, total, self.denoiser.batched)
         x0 = schedule.to_x0(output, scaled, timestep)
-        finite = torch.isfinite(x0).all()
+        finite = torch.isfinite(torch.stack(x0.aminmax())).all()  # NaN is both; no mask as large as the clip
         self.finite = finite if self.finite is None else self.finite & finite
         return x0[0].transpose(0, 1)
 

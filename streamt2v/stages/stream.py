@@ -181,7 +181,7 @@ class Streamer:
         return denoise(predict, schedule, self.noise(chunk), sampling, observe, known)
 
     @torch.inference_mode()
-    def new_frames(self, chunk: Chunk, conditioning_frames: Tensor) -> Tensor:
+    def new_frames(self, chunk: Chunk, conditioning_frames: Tensor, observe: Observe | None = None) -> Tensor:
         """Return the frames [n, 3, H, W] in [-1, 1] that the whole chunk adds; no others are decoded."""
-        latents = self.chunk_latents(chunk, conditioning_frames)[0, :, chunk.new_start - chunk.start :]
+        latents = self.chunk_latents(chunk, conditioning_frames, observe)[0, :, chunk.new_start - chunk.start :]
         return decode_latents(self.models.vae, latents.transpose(0, 1))

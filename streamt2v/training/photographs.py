@@ -11,24 +11,28 @@ import io
 import math
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
+from av import VideoFrame
+from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional
 
 from streamt2v.errors import WeightsError
+from streamt2v.media import reading
 from streamt2v.media.frames import Frames, resize, to_float, to_u8
 
 LIST = Path(__file__).with_name("photographs.toml")
 CLIP_FRAMES, SIZE = 12, (240, 360)
 LONGEST = 3000
 """Photographs are shrunk to this many pixels: most show no more detail than that."""
-SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 10.0)
-SHARES = (0.2, 0.05, 0.42, 0.05, 0.06, 0.08, 0.04, 0.04, 0.06)
+SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0)
+SHARES = (0.22, 0.05, 0.45, 0.08, 0.1, 0.05, 0.05)
 
 
 @dataclass(frozen=True)
@@ -208,42 +212,104 @@ def put_in_front(frames: Frames, other: Frames, camera: Camera) -> Frames:
     return np.stack(made)
 
 
-def poorer(truth: Tensor, scale: float, camera: Camera) -> Tensor:
-    """Leave the clip [F, 3, H, W] as a camera or a codec would, `scale` times smaller, and enlarge it again."""
+@dataclass(frozen=True)
+class Wear:
+    """What a camera and a codec do to a clip; nothing but chroma at half its size where only a scale is given."""
+
+    scale: float
+    """How many times fewer pixels."""
+    blur: float = 0.0
+    """Deviation in pixels of the smaller clip."""
+    rule: str = "bicubic"
+    """How it is made smaller: bicubic, bilinear or box (each antialiased) or lanczos."""
+    grain: float = 0.0
+    """Deviation in levels of 255."""
+    coarse: bool = False
+    """Grain of three pixels."""
+    grey: bool = False
+    """Grain of brightness, mostly."""
+    crf: int | None = None
+    preset: str = "medium"
+    jpeg: int | None = None
+    """Quality."""
+    levels: int | None = None
+    """Of brightness: banding."""
+    chroma: bool = True
+    """Colours at half the size, as in nearly all videos."""
+
+    @classmethod
+    def draw(cls, scale: float, camera: Camera) -> Wear:
+        """Draw one: a third is neither blurred, noisy nor coded, the rest mostly one of these."""
+        how = camera.uniform(0, 1)
+        return cls(
+            scale,
+            blur=camera.uniform(0.2, 0.7) if camera.happens(0.2) else 0.0,
+            rule="bicubic" if camera.happens(0.7) else ("bilinear", "box", "lanczos")[camera.below(3)],
+            grain=camera.uniform(0, 1) ** 2 * 6 if camera.happens(0.2) else 0.0,
+            coarse=camera.happens(0.3),
+            grey=camera.happens(0.5),
+            crf=int(camera.uniform(18, 36)) if how < 0.5 else None,
+            preset="veryfast" if camera.happens(0.5) else "medium",
+            jpeg=40 + camera.below(55) if how > 0.95 else None,
+            levels=24 + camera.below(40) if camera.happens(0.02) else None,
+        )
+
+
+def poorer(truth: Tensor, wear: Wear, camera: Camera) -> Tensor:
+    """Leave the clip [F, 3, H, W] as a camera or a codec would, `wear.scale` times smaller, and enlarge it again."""
     height, width = truth.shape[-2:]
-    small = (max(8, round(height / scale)), max(8, round(width / scale)))
-    x = truth
-    if camera.happens(0.25 if scale > 1 else 0.35):
-        x = blur(x, camera.uniform(0.2, 0.9) * scale)
-    if small != (height, width):
-        kind = camera.below(4)
-        if kind == 0 and scale == round(scale):
-            x = functional.avg_pool2d(x, int(scale)) if height % scale == 0 and width % scale == 0 else resize(x, small)
-        elif kind == 1:
-            x = functional.interpolate(x, size=small, mode="bilinear", antialias=True)
-        elif kind == 2:
-            shown = to_u8(x)
-            x = to_float(
-                np.stack([np.asarray(Image.fromarray(f).resize(small[::-1], Image.Resampling.LANCZOS)) for f in shown])
-            )
-        else:
-            x = resize(x, small)
-    if camera.happens(0.3):
+    small = (max(8, round(height / wear.scale)), max(8, round(width / wear.scale)))
+    x = blur(truth, wear.blur * wear.scale) if wear.blur else truth
+    if small == (height, width):
+        pass
+    elif wear.rule == "box" and height % small[0] == width % small[1] == 0:
+        x = functional.avg_pool2d(x, (height // small[0], width // small[1]))
+    elif wear.rule == "bilinear":
+        x = functional.interpolate(x, size=small, mode="bilinear", antialias=True)
+    elif wear.rule == "lanczos":
+        images = map(Image.fromarray, to_u8(x))
+        x = to_float(np.stack([np.asarray(i.resize(small[::-1], Image.Resampling.LANCZOS)) for i in images]))
+    else:
+        x = resize(x, small)
+    if wear.grain:
         grain = torch.randn(x.shape, generator=camera.generator)
-        if camera.happens(0.5):
+        if wear.grey:
             grain = grain.mean(1, keepdim=True) * 3**0.5 * 0.8 + grain * 0.3
-        if camera.happens(0.3):
+        if wear.coarse:
             grain = functional.avg_pool2d(grain, 3, 1, 1) * 2
-        x = x + grain * (camera.uniform(0, 1) ** 2 * 10 / 127.5)
+        x = x + grain * (wear.grain / 127.5)
     shown = to_u8(x)
-    if camera.happens(0.5):
-        shown = coded(shown, int(camera.uniform(16, 37)), "veryfast" if camera.happens(0.5) else "medium")
-    elif camera.happens(0.15):
-        shown = np.stack([_jpeg(frame, 30 + camera.below(65)) for frame in shown])
-    if camera.happens(0.03):
-        levels = 24 + camera.below(40)  # banding
-        shown = (np.round(shown / 255 * levels) / levels * 255).astype(np.uint8)
+    if wear.jpeg is not None:
+        shown = np.stack([_jpeg(frame, wear.jpeg) for frame in shown])
+    if wear.levels is not None:
+        shown = (np.round(shown / 255 * wear.levels) / wear.levels * 255).astype(np.uint8)
+    if wear.crf is not None:
+        shown = coded(shown, wear.crf, wear.preset)
+    elif wear.chroma:
+        shown = halved_chroma(shown)
     return resize(to_float(shown), (height, width))
+
+
+def halved_chroma(frames: Frames) -> Frames:
+    """Return frames as a lossless video in yuv420p shows them; an odd last row or column is repeated for it."""
+    _, height, width, _ = frames.shape
+    even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")
+    return np.stack([_unpacked(_packed(frame))[:height, :width] for frame in even])
+
+
+def _packed(frame: Frames) -> VideoFrame:
+    """Pack a frame [H, W, 3] as videos are written here; plain conversion darkens it, which would be learned."""
+    picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+    bt709 = {"dst_colorspace": Colorspace.ITU709, "dst_color_range": ColorRange.MPEG}
+    return picture.reformat(format="yuv420p", interpolation=reading.EXACT, **bt709)
+
+
+def _unpacked(picture: VideoFrame) -> Frames:
+    """Return the frame [H, W, 3] of a picture as videos are read here."""
+    bt709 = {"src_colorspace": Colorspace.ITU709, "src_color_range": ColorRange.MPEG}
+    shown = picture.reformat(format="rgb24", interpolation=reading.EXACT, **bt709).to_ndarray()
+    frame: Frames = shown.astype(np.uint8, copy=False)
+    return frame
 
 
 def blur(x: Tensor, sigma: float) -> Tensor:
@@ -260,8 +326,6 @@ def blur(x: Tensor, sigma: float) -> Tensor:
 
 def coded(frames: Frames, crf: int, preset: str = "medium") -> Frames:
     """Code frames as H.264 in yuv420p and decode them again; an odd last row or column is repeated for it."""
-    import av
-
     count, height, width, _ = frames.shape
     even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")
     file = io.BytesIO()
@@ -271,12 +335,12 @@ def coded(frames: Frames, crf: int, preset: str = "medium") -> Frames:
         stream = container.add_stream("libx264", rate=25, options=options)
         stream.height, stream.width, stream.pix_fmt = even.shape[1], even.shape[2], "yuv420p"
         for array in even:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+            container.mux(stream.encode(_packed(array)))
         container.mux(stream.encode())
     file.seek(0)
     with av.open(file, "r") as container:
         container.streams.video[0].codec_context.thread_count = 1
-        found = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        found = np.stack([_unpacked(frame) for frame in container.decode(video=0)])
     assert len(found) == count
     shown: Frames = found[:, :height, :width].astype(np.uint8, copy=False)
     return shown
@@ -308,7 +372,7 @@ class PairSource:
     """Endless pairs, photographs and drawn world mixed."""
 
     def __init__(self, photographs: Sequence[Image.Image], generator: torch.Generator, world: float = 0.2) -> None:
-        self.photographs, self.generator, self.world = photographs, generator, world
+        self.photographs, self.world, self.camera = photographs, world, Camera(generator)
 
     def pairs(self) -> Iterator[Pair]:
         """Yield one pair after the other."""
@@ -317,19 +381,27 @@ class PairSource:
 
     def make(self) -> Pair:
         """Make one pair of about 384x256 pixels."""
-        camera = Camera(self.generator)
-        scale = SCALES[int(torch.multinomial(torch.tensor(SHARES), 1, generator=self.generator))]
-        if scale > 1 and camera.happens(0.3):
+        camera = self.camera
+        scale = SCALES[int(torch.multinomial(torch.tensor(SHARES), 1, generator=camera.generator))]
+        if scale not in (1, 2) and camera.happens(0.5):
             scale = max(1.0, scale * camera.uniform(0.8, 1.2))
         drawn = camera.happens(self.world)
         if drawn and camera.happens(0.5):
             scale = 10.0
-        size = SIZE
-        if drawn:
-            truth = world_clip(size, camera)
-        else:
-            shown = photograph_clip(self.photographs, size, camera)
-            if camera.happens(0.4):
-                shown = put_in_front(shown, photograph_clip(self.photographs, size, camera), camera)
-            truth = to_float(shown)
-        return Pair(truth, poorer(truth, scale, camera), scale)
+        wear = Wear.draw(scale, camera)
+        if drawn:  # half of them as the base's pictures are: soft, and never coded
+            return self.drawn(replace(wear, crf=None, chroma=False) if camera.happens(0.5) else wear)
+        return self.filmed(wear)
+
+    def drawn(self, wear: Wear) -> Pair:
+        """Make a pair of the drawn world."""
+        truth = world_clip(SIZE, self.camera)
+        return Pair(truth, poorer(truth, wear, self.camera), wear.scale)
+
+    def filmed(self, wear: Wear) -> Pair:
+        """Make a pair of photographs; the truth is what a video shows, as a network need not know what none can."""
+        shown = photograph_clip(self.photographs, SIZE, self.camera)
+        if self.camera.happens(0.25):
+            shown = put_in_front(shown, photograph_clip(self.photographs, SIZE, self.camera), self.camera)
+        truth = to_float(halved_chroma(shown))
+        return Pair(truth, poorer(truth, wear, self.camera), wear.scale)

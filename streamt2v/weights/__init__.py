@@ -11,6 +11,7 @@ from streamt2v.weights.inventory import (
     default_family,
     describe_families,
     describe_files,
+    describe_snapshot,
     folder_of,
     is_absent,
     missing,
@@ -21,7 +22,8 @@ from streamt2v.weights.inventory import (
 from streamt2v.weights.networks import build, furnish, load, load_module, load_tokenizer, quiet, save_module, shapes
 
 __all__ = [
-    "PACKAGE", "Family", "build", "contents", "default_family", "describe_families", "describe_files", "families",
-    "family", "folder_of", "furnish", "is_absent", "listed", "load", "load_module", "load_tokenizer", "missing",
-    "pipelines", "quiet", "read_header", "require", "save_module", "shapes", "verify", "verify_snapshot",
+    "PACKAGE", "Family", "build", "contents", "default_family", "describe_families", "describe_files",
+    "describe_snapshot", "families", "family", "folder_of", "furnish", "is_absent", "listed", "load", "load_module",
+    "load_tokenizer", "missing", "pipelines", "quiet", "read_header", "require", "save_module", "shapes", "verify",
+    "verify_snapshot",
 ]  # fmt: skip

@@ -155,13 +155,35 @@ def describe_families() -> list[dict[str, Any]]:
     rows = []
     for family in catalog.families().values():
         state = "absent" if is_absent(family) else "incomplete" if missing(family) else "ok"
-        rows.append(_row(family.name, state, family.num_bytes, family.licence, family.title))
+        origin = ", ".join(dict.fromkeys(source.repository for source in family.sources)) or "inside the package"
+        size = family.num_bytes or 2 * sum(file.num_values for file in family.files)
+        rows.append(_row(family.name, state, size, family.licence, family.title) | {"origin": origin})
     for name, listed in catalog.pipelines().items():
         parts = snapshot_of(listed["repository"])[1]
         here = [part.has_size(path) for path, part in parts.items()]
         state = "absent" if not any(here) else "ok" if all(here) else "incomplete"
-        rows.append(_row(name, state, _size(parts.values()), listed["licence"], f"{listed['what']} (first frames)"))
+        size = _size(parts.values()) or int(listed.get("bytes", 0))
+        row = _row(name, state, size, listed["licence"], f"{listed['what']} (first frames)")
+        rows.append(row | {"origin": listed["repository"]})
     return rows
+
+
+def describe_snapshot(name: str) -> list[dict[str, Any]]:
+    """Return a row per file of a third-party pipeline as in `describe_families`, or one for all while it is absent."""
+    listed = catalog.pipelines()[name]
+    folder, parts = snapshot_of(listed["repository"])
+    files = [
+        _row(
+            str(path.relative_to(folder)),
+            "ok" if part.has_size(path) else "incomplete",
+            part.bytes,
+            listed["licence"],
+            "",
+        )
+        for path, part in parts.items()
+        if folder is not None
+    ]
+    return files or [row for row in describe_families() if row["name"] == name]
 
 
 def describe_files(family: Family) -> list[dict[str, Any]]:

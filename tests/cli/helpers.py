@@ -87,6 +87,6 @@ def digest(path: Path) -> tuple[int, str]:
 
 
 def result(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    """Parse the one JSON object on stdout."""
-    parsed: dict[str, Any] = json.loads(capsys.readouterr().out)
+    """Parse the last JSON object on stdout."""
+    parsed: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
     return parsed

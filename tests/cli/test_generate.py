@@ -149,7 +149,9 @@ def test_info_reads_the_recipe_back(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert facts["recipe"]["config"]["seed"] == 7
     assert facts["recipe"]["threads"] == 1
     assert call("info", path) == 0
-    assert f"prompt = {PROMPT}" in capsys.readouterr().out
+    assert f"prompt    {PROMPT}\n" in capsys.readouterr().out
+    assert call("info", path, "--all") == 0
+    assert f"recipe.config.prompt = {PROMPT}\n" in capsys.readouterr().out
 
 
 def test_a_stored_config_repeats_the_run(tmp_path: Path) -> None:

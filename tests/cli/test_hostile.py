@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from streamt2v import config
-from streamt2v.cli.make import default_output
 from streamt2v.errors import ConfigError, InputError, VideoError, WeightsError
 from streamt2v.jobs import asked, prepare
+from streamt2v.jobs.job import default_output
 from streamt2v.jobs.recipe import inspect_source
 from streamt2v.media import pictures, reading
 from streamt2v.weights import catalog

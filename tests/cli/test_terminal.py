@@ -127,7 +127,7 @@ def test_colours_are_for_terminals_that_want_them() -> None:
 def test_a_signal_while_the_display_begins_gives_the_cursor_back(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[Live] = []
 
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise Terminated
 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)

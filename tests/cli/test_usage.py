@@ -26,7 +26,7 @@ from tests.cli.helpers import PROMPT, call, made
 MISTAKES = [
     (["generate", ""], 2, "the prompt is empty"),
     (["generate"], 2, "the prompt is empty"),
-    (["generate", "a red ball", "--frames", "0"], 2, "num_frames is 0"),
+    (["generate", "a red ball", "--frames", "0"], 2, "--frames is 0"),
     (["generate", "a red ball", "--frames", "many"], 2, "--frames"),
     (["generate", "a red ball", "--seed", "-1"], 2, "seed is -1"),
     (["generate", "a red ball", "--model", "dmeo"], 2, "did you mean 'demo'"),
@@ -37,7 +37,7 @@ MISTAKES = [
     (["plan", "a red ball", "--memory", "inf"], 2, "--memory"),
     (["plan", "a red ball", "--image", "none.png"], 3, "none.png"),
     (["plan", ""], 2, "the prompt is empty"),
-    (["generate", "a red ball", "--fps", "0"], 2, "output.fps is 0"),
+    (["generate", "a red ball", "--fps", "0"], 2, "--fps is 0"),
     (["generate", "a red ball", "-o", "out.avi"], 2, "must end in .mp4"),
     (["generate", "a red ball", "--image", "none.png", "-o", "x.mp4"], 3, "none.png"),
     (["generate", "a red ball", "--preset", "dmeo"], 2, "unknown preset"),

@@ -1,39 +1,20 @@
 """A new family is one file, one preset and one row; the real commands work with it."""
 
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from streamt2v import config
-from streamt2v.families import makers
 from streamt2v.jobs import run_directory
 from streamt2v.media import reading, writing
 from streamt2v.runs import output
-from streamt2v.weights import catalog
 from tests.cli.helpers import call
 from tests.families import toy
 
+pytestmark = pytest.mark.usefixtures("toy_family")
 LOSSLESS = ("--set", "output.crf=0")
-
-
-@pytest.fixture(autouse=True)
-def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """List the family beside the others."""
-    presets, manifest = tmp_path / "presets", tmp_path / "weights.toml"
-    shutil.copytree(config.PRESETS, presets)
-    (presets / "toy.toml").write_text(toy.PRESET)
-    manifest.write_text(catalog._manifest(catalog.PACKAGE).read_text("utf-8") + toy.ROW)
-    monkeypatch.setattr(config, "PRESETS", presets)
-    monkeypatch.setattr(catalog, "_manifest", lambda root: manifest)
-    monkeypatch.setitem(makers.BUILDERS, "toy", "tests.families.toy")
-    config.presets.cache_clear()
-    yield
-    config.presets.cache_clear()
 
 
 def levels(path: Path) -> list[float]:

@@ -513,9 +513,12 @@ def test_the_report_is_one_safe_file() -> None:
     assert "&lt;script&gt;" in page
     assert "://" not in page
     assert "default-src 'none'" in page
-    assert page.count("data:image/jpeg;base64,") == 2
+    assert page.count("data:image/jpeg;base64,") == 2 * 24
+    assert page.count("data:image/webp;base64,") == 2
     assert page.count("<svg") >= 8
     assert all(name in page for name in SCORES)
+    assert all(arrow in page for arrow in (report.LOW, report.HIGH, report.ONE))
+    assert set(report.BETTER) < set(SCORES)
 
 
 def test_a_long_plot_is_thinned_without_losing_its_extremes() -> None:
@@ -526,7 +529,7 @@ def test_a_long_plot_is_thinned_without_losing_its_extremes() -> None:
     assert all(text in drawn for text in (">7<", ">-5<", ">99999<"))
     assert drawn.count("<line") == 2
     heights = {point.split(",")[1] for point in drawn.split('points="')[1].split('"')[0].split()}
-    assert {"4.0", "114.0"} <= heights
+    assert {"4.0", "126.0"} <= heights
 
 
 def test_the_documentation_defines_every_score() -> None:

@@ -35,7 +35,7 @@ from tests.checkpoints import tiny_layouts
 from tests.cli.helpers import PROMPT, call, made
 from tests.pretended import Waits, pretended
 from tests.training.test_training import micro_networks as micro_networks
-from tests.training.test_training import one_photograph as one_photograph
+from tests.training.test_training import two_photographs as two_photographs
 
 TINY = {
     "prompt": PROMPT, "num_frames": 11, "seed": 3, "output.crf": 1, "refine.chunk": 6, "refine.overlap": 2,
@@ -404,7 +404,7 @@ class SixteenBit(torch.autocast):
         super().__init__(device_type, dtype, enabled=enabled or dtype is not None)
 
 
-@pytest.mark.usefixtures("micro_networks", "one_photograph")
+@pytest.mark.usefixtures("micro_networks", "two_photographs")
 def test_every_part_trains_as_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Workshop, "many", lambda shop, count: count)  # a GPU takes more at once
     (tmp_path / "cpu").mkdir()

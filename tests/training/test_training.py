@@ -15,7 +15,7 @@ from torch import nn
 from benchmarks import concatenation, judge
 from streamt2v.diffusion.schedules import NoiseSchedule
 from streamt2v.errors import ConfigError, NumericsError, OutputError, WeightsError
-from streamt2v.training import batches, denoisers, engine, losses, parts, photographs, sheets
+from streamt2v.training import batches, denoisers, engine, losses, parts, photographs, refiner, sheets
 from streamt2v.training.batches import Ring
 from streamt2v.training.engine import Job
 from streamt2v.training.loop import train
@@ -46,10 +46,10 @@ def micro_networks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def one_photograph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stripes instead of the photographs, filmed for a moment."""
+def two_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stripes instead of the photographs, one to judge on, filmed for a moment."""
     stripes = Image.fromarray(np.indices((400, 600)).sum(0).astype(np.uint8) // 8 * 64).convert("RGB")
-    monkeypatch.setattr(photographs, "load", lambda folder: [stripes])
+    monkeypatch.setattr(photographs, "load", lambda folder: [stripes, stripes])
     monkeypatch.setattr(photographs, "SIZE", (104, 112))
     monkeypatch.setattr(photographs, "CLIP_FRAMES", 5)
 
@@ -84,6 +84,12 @@ def test_every_part_trains_on_what_the_parts_before_it_left(tmp_path: Path) -> N
     resumed = load_file(tmp_path / "unet.safetensors")
     assert torch.equal(resumed["cam_mergers.mid.proj_in.weight"], after["cam_mergers.mid.proj_in.weight"])
     assert (resumed["conv_in.weight"] - after["conv_in.weight"]).abs().max() < 0.1
+
+
+def test_the_refiner_reports_every_kind_of_wear(tmp_path: Path) -> None:
+    lines: list[str] = []
+    train("refiner", minutes=None, steps=1, out=tmp_path, log=lines.append)
+    assert all(f"{kind} " in lines[-1] for kind in refiner.JUDGED)
 
 
 def test_the_parts_that_only_benchmarks_use_train_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

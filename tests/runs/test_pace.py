@@ -1,0 +1,65 @@
+"""The time left: right in a steady run, falling, never jumping; and the share of the work that is done."""
+
+import itertools
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamt2v.runs.pace import Pace
+
+COST = st.floats(0.01, 1000)
+
+
+@settings(deadline=None)
+@given(
+    costs=st.tuples(COST, COST, COST), chunks=st.integers(3, 30), steps=st.integers(1, 4), machine=st.floats(0.3, 3),
+    known=st.booleans(), random=st.randoms(use_true_random=False),
+)  # fmt: skip
+def test_the_time_left_of_a_steady_run_falls_and_is_right(
+    costs: tuple[float, float, float], chunks: int, steps: int, machine: float, known: bool, random: Random
+) -> None:
+    """Two stages take turns, each step as long as the last to 3 %; the first chunk has a cost of its own."""
+    begin, *later = costs
+    prior = {"begin": begin, "stream": later[0], "refine": later[1]} if known else {}
+    now, told = 100.0, list[tuple[float, float | None, float]]()
+    pace = Pace({"begin": 1, "stream": chunks, "refine": chunks}, prior, now)
+    assert (pace.left(now) is not None) is known
+    now += begin * machine
+    pace.passed("begin", now, 0)
+    pace.mark(now)
+    for chunk, (name, cost) in itertools.product(range(chunks), zip(("stream", "refine"), later, strict=True)):
+        for step in range(1, steps + 1):
+            now += cost / steps * machine * random.uniform(0.97, 1.03)
+            pace.passed(name, now, chunks - chunk - step / steps)
+        pace.mark(now)
+        told.append((now, pace.left(now), pace.share))
+    assert told[-1][1:] == (0.0, 1.0)
+    assert [share for *_, share in told] == sorted(share for *_, share in told)
+    for (before, earlier, _), (at, left, _) in itertools.pairwise(told[1:]):
+        assert earlier is not None and left is not None
+        assert left <= 1.1 * earlier
+        assert left == pytest.approx(now - at, rel=0.07, abs=1e-6)
+        assert pace.end is not None and before <= at
+
+
+def test_what_an_earlier_run_measured_counts_until_something_is_measured_here() -> None:
+    pace = Pace({"stream": 4, "refine": 2}, {"stream": 10.0, "refine": 30.0}, 0.0)
+    assert pace.left(0.0) == 100.0
+    assert pace.left(60.0) == 40.0  # frozen between chunks: it only counts down
+    assert pace.left(200.0) == 0.0
+    pace.passed("stream", 20.0, 3)
+    pace.mark(20.0)
+    assert pace.left(20.0) == 3 * 20 + 2 * 60  # this machine takes twice as long, also for what is to come
+
+
+def test_loading_and_what_was_made_before_do_not_count() -> None:
+    pace = Pace({"begin": 1, "stream": 10}, {}, 0.0)
+    pace.skip("begin", 0)
+    pace.skip("stream", 4)
+    pace.idle(50.0)
+    pace.passed("stream", 52.0, 3)
+    pace.mark(52.0)
+    assert pace.left(52.0) == pytest.approx(6)
+    assert pace.share == pytest.approx(8 / 11)
