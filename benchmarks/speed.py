@@ -57,7 +57,7 @@ from streamt2v.runs.pace import Status
 from streamt2v.stages import stream
 from streamt2v.stages.denoise import Predict, Sampling, both_branches
 from streamt2v.stages.refine import Denoiser, Refiner, noise_grid, refiner_conditioning, sees_source
-from streamt2v.weights import published
+from streamt2v.weights import convert, published
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
@@ -161,12 +161,16 @@ class Instruments:
 # ---------------------------------------------------------------------------------- networks made of random numbers
 
 
-def parts() -> dict[Path, published.Part]:
-    """What the published files would be converted to, by path in the weights home."""
-    listed = {name: part for layout in published.CHECKPOINTS.values() for name, part in layout.parts.items()}
-    family = weights.family("streamingt2v")
-    return {path: listed[path.relative_to(family.root / family.name).with_suffix("").as_posix()]
-            for path in map(family.path, family.components) if path.suffix == ".safetensors"}  # fmt: skip
+def parts(model: str) -> dict[Path, published.Part]:
+    """What the published files of a family would be converted to, by path in the weights home."""
+    layouts = {**convert.LAYOUTS, **published.CHECKPOINTS}
+    listed = {name: part for layout in layouts.values() for name, part in layout.parts.items()}
+    family = weights.family(model)
+
+    def name(path: Path) -> str:
+        return path.relative_to(family.root).with_suffix("").as_posix().partition("/")[2]
+
+    return {path: listed[name(path)] for path in map(family.path, family.components) if path.suffix == ".safetensors"}
 
 
 def random_network(path: Path, part: published.Part, device: str, dtype: torch.dtype) -> nn.Module:
@@ -198,7 +202,7 @@ def stand_ins(model: str) -> Iterator[None]:
     if not weights.family(model).sources:
         yield
         return
-    listed = parts()
+    listed = parts(model)
 
     def header(path: Path) -> tuple[str, Mapping[str, Any], Mapping[str, Any] | None]:
         return listed[path].network, listed[path].config, listed[path].schedule
@@ -210,7 +214,7 @@ def stand_ins(model: str) -> Iterator[None]:
     with (
         mock.patch.object(weights, "read_header", header),
         mock.patch.object(weights, "load", load),
-        mock.patch.object(weights, "require", lambda family: None),
+        mock.patch.object(weights, "require", lambda *_: None),
     ):
         yield
 

@@ -92,11 +92,32 @@ class StreamConfig(SamplingConfig):
     replacement_carry: float = _value(0.0, "with replacement: share of its change carried to the next frame", 0, 1)
     cam: bool = _value(True, "condition on the last frames (conditional attention module)")
     apm: bool = _value(True, "condition on the anchor frame (appearance preservation module)")
+    anchor: int = _value(0, "number of the anchor frame in the first chunk", 0, 1023)
 
     @property
     def size(self) -> tuple[int, int]:
         """(H, W) of base frames."""
         return self.height, self.width
+
+
+@dataclass(frozen=True)
+class PictureConfig:
+    """What a network that streams from the anchor frame, not from text, is told besides it, and how it decodes."""
+
+    fps: int = _value(7, "frames per second that it is told; the output plays at its own rate", 1, 256)
+    motion_bucket_id: int = _value(127, "amount of motion that it is told, from still to much", 0, 255)
+    noise_aug_strength: float = _value(0.02, "how much noise is added to the anchor frame", 0, 10)
+    noise: Literal["uniform", "normal"] = _value(
+        "uniform", "what is added: uniform from 0 to 1, as published, which brightens a little; or normal"
+    )
+    min_guidance_scale: float = _value(
+        1.5, "guidance of a chunk's first frame; it grows to stream.guidance_scale, and is never above it", 1, 100
+    )
+    decode_chunk_size: int = _value(8, "frames that the temporal decoder sees at once", 1, 1024)
+    decode_overlap: int = _value(2, "frames that neighbouring groups of the decoder share", 0, 1023)
+    decode_groups: Variant = _value(
+        "corrected", "published: side by side, so that a last frame may be left alone; corrected: equal, overlapping"
+    )
 
 
 @dataclass(frozen=True)
@@ -151,6 +172,7 @@ class RunConfig:
     compile: bool = _value(False, "compile the networks with torch: takes minutes once and rounds differently")
     initialize: InitializeConfig = field(default_factory=InitializeConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
+    picture: PictureConfig = field(default_factory=PictureConfig)
     refine: RefineConfig = field(default_factory=RefineConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
@@ -159,6 +181,10 @@ class RunConfig:
             _check(key, spec, value)
         check_chunking(self.stream.chunk, self.stream.overlap, "stream")
         check_chunking(self.refine.chunk, self.refine.overlap, "refine")
+        check_chunking(self.picture.decode_chunk_size, self.picture.decode_overlap, "picture.decode")
+        if self.stream.anchor >= self.stream.chunk:
+            last = f"the first chunk ends with frame {self.stream.chunk - 1}"
+            raise ConfigError(f"stream.anchor is {self.stream.anchor}, {last}")
         if self.prompts and max(self.prompts) >= self.num_frames:
             end = f"but the video ends with frame {self.num_frames - 1}"
             raise ConfigError(f"a prompt begins at frame {max(self.prompts)}, {end}", "name an earlier time")
@@ -309,7 +335,13 @@ def merge(*layers: Mapping[str, Any]) -> RunConfig:
         for key, given in layer.items():
             section, _, name = key.rpartition(".")
             tables.setdefault(section, {})[name] = _widened(_describe(key)["type"], given)
-    sections = {"initialize": InitializeConfig, "stream": StreamConfig, "refine": RefineConfig, "output": OutputConfig}
+    sections = {
+        "initialize": InitializeConfig,
+        "stream": StreamConfig,
+        "picture": PictureConfig,
+        "refine": RefineConfig,
+        "output": OutputConfig,
+    }
     parts: dict[str, Any] = {name: build(**tables.get(name, {})) for name, build in sections.items()}
     prompts = {int(frame): text for frame, text in tables.get("prompts", {}).items()}
     return RunConfig(**tables.get("", {}), **parts, prompts=dict(sorted(prompts.items())))

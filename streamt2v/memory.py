@@ -2,8 +2,9 @@
 
 Peaks were counted on the networks of the published sizes (tensors without data, fused attention): a UNet holds at most
 14 features of its finest level at once, or 6.5 and the inside of a feed-forward, which is cut into slices of rows.
-The VAE always works one frame at a time and holds 6 features of a frame's size. A restoration network works a few
-frames at a time where it is widest; what its stage holds of a chunk was measured: RESTORING_LATENTS times the latents.
+The VAE works on one frame at a time and holds 6 features of its size; a temporal decoder on several, and holds 8. A
+restoration network works on a few frames at a time where it is widest; what its stage holds of a chunk was measured:
+RESTORING_LATENTS times the latents.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 UNET_FEATURES, FEATURES_BESIDE_FEED_FORWARD, CAM_FEATURES, VAE_FEATURES = 14, 6.5, 4, 6
-RESTORING_LATENTS = 6
+TEMPORAL_VAE_FEATURES, RESTORING_LATENTS = 8, 6
 FEED_FORWARD_WIDTH = 16  # inside of a gated feed-forward: projection 8, gate 4, product 4 times as wide as its input
 MARGIN, OWN_BYTES = 1.15, 600_000_000  # fragments of the allocator; libraries and contexts
 MANY_ROWS, FEW_ROWS = 1 << 17, 1 << 15
@@ -61,13 +62,15 @@ class Stage:
     guided: bool
     cam: bool
     frame_values: int
-    """Pixels of a frame times channels of the VAE's finest level."""
+    """Pixels that the VAE handles at once times channels of its finest level."""
     kept: int
     """Chunks whose features of the deep layers are kept at once, from step to step."""
     waits: bool
     """Whether they wait while other chunks have their turn, so that the host can hold them."""
     kept_width: int
     """Channels of these features."""
+    vae_features: int = VAE_FEATURES
+    """Features of that size that the VAE holds."""
     restoring: int = 0
     """Channels of the latents of a restoration network on pixels, which has no features of the kind above; else 0."""
 
@@ -79,7 +82,7 @@ class Stage:
         kept = 0 if self.waits and policy.encoders_on_host else self.kept
         kept *= self.kept_width * self.cells * (2 if self.guided else 1)
         unet += self.cam * CAM_FEATURES * self.width * cells + RESTORING_LATENTS * self.restoring * cells
-        return max(unet + kept, VAE_FEATURES * self.frame_values)
+        return max(unet + kept, self.vae_features * self.frame_values)
 
 
 def chunks_kept(steps: int, interval: int, chunk: int, overlap: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamt2v.weights import networks, published
+from streamt2v.weights import convert, networks, published
 from tests.parity import official
 
 Shapes = dict[str, tuple[int, ...]]
@@ -19,6 +19,7 @@ State = dict[str, Tensor]
 
 STREAM, VIDXTEND = "streaming_t2v.ckpt", "vidxtend.safetensors"
 REFINER, VAE, CLIP = "non_ema_0035000.pth", "v2-1_512-ema-pruned.ckpt", "open_clip_pytorch_model.bin"
+STREAMING_SVD, SVD_KEYS = "streaming_svd.safetensors", Path(__file__).parent / "data" / "streamingsvd"
 IMAGE_TOWER = "the image tower of CLIP"
 
 UNET = {
@@ -40,10 +41,25 @@ VISION = {
     "num_attention_heads": 2, "projection_dim": 16, "hidden_act": "gelu",
 }  # fmt: skip
 APM = {"embed_dim": 16, "hidden_dim": 8, "num_tokens": 4, "context_dim": 16}
+SVD_UNET = {
+    "in_channels": 8, "block_out_channels": [32, 64, 128, 128], "attention_levels": [True, True, True, False],
+    "cross_attention_dim": 64, "attention_head_dim": 16, "transformer_in_heads": 0, "text_tokens": 1,
+    "pooled_text_dim": 48, "blends_time": True,
+}  # fmt: skip
+SVD = {
+    "svd/unet": SVD_UNET | {"cam": True},
+    "svd/cam": {"unet": SVD_UNET, "num_cond_frames": 7, "pixel_norms": True, "cond_embed_channels": [8, 16, 24, 32]},
+    "svd/vae": {
+        "down_block_types": ["DownEncoderBlock2D"] * 4, "block_out_channels": [32, 32, 64, 64], "layers_per_block": 2,
+        "scaling_factor": 0.18215,
+    },
+    "svd/vision": VISION | {"projection_dim": 64},
+}  # fmt: skip
+"""Sizes of the recorded tiny networks, but for the number of frames that CAM looks at."""
 SMALL = {
     "stream/unet": UNET | {"cam": True, "image_tokens": 4}, "stream/cam": CAM, "stream/apm": APM,
     "stream/vae": AUTOENCODER, "stream/text": TEXT, "stream/vision": VISION,
-    "refine/unet": UNET | {"downsample_padding": [2, 1]}, "refine/vae": AUTOENCODER, "refine/text": TEXT,
+    "refine/unet": UNET | {"downsample_padding": [2, 1]}, "refine/vae": AUTOENCODER, "refine/text": TEXT, **SVD,
 }  # fmt: skip
 
 
@@ -58,7 +74,7 @@ def tiny_layouts() -> dict[str, published.Layout]:
                 for name, part in layout.parts.items()
             },
         )
-        for file, layout in published.CHECKPOINTS.items()
+        for file, layout in convert.LAYOUTS.items()
     }
 
 
@@ -117,8 +133,19 @@ def published_shapes(layouts: Mapping[str, published.Layout]) -> dict[str, Shape
         VAE: {f"first_stage_model.{key}": shape for key, shape in first_stage.items()}
         | {"model.diffusion_model.out.2.bias": (4,), "cond_stage_model.logit_scale": (), "betas": (1000,)},
         CLIP: tower | visual,
+        STREAMING_SVD: _streaming_svd() if "block_out_channels" in unet else manifests()[STREAMING_SVD],
         IMAGE_TOWER: shapes(IMAGE_TOWER, "stream/vision") | {"logit_scale": ()},
     }
+
+
+def _streaming_svd() -> Shapes:
+    """The recorded names and shapes of tiny networks, with an image tower and what is left of its text half."""
+    recorded: dict[str, list[int]] = {}
+    for name in ("a1_keys.json", "a1_vae_keys.json"):
+        recorded |= json.loads((SVD_KEYS / name).read_text())
+    tower = _visual(SVD["svd/vision"]) | {"logit_scale": ()}
+    start = "conditioner.embedders.0.open_clip.model."
+    return {key: tuple(shape) for key, shape in recorded.items()} | {start + key: tower[key] for key in tower}
 
 
 def _merger_name(key: str) -> str:

@@ -26,8 +26,9 @@ def _values(spec: dict[str, Any]) -> st.SearchStrategy[Any]:
     return st.text(st.characters(codec="utf-8"))
 
 
+LINKED = ("chunk", "overlap", "anchor")  # each is bounded by another
 settings = st.fixed_dictionaries(
-    {}, optional={k: _values(s) for k, s in config.describe().items() if "overlap" not in k and "chunk" not in k}
+    {}, optional={k: _values(s) for k, s in config.describe().items() if not any(name in k for name in LINKED)}
 )
 
 

@@ -23,7 +23,7 @@ from streamt2v.models.restorer import PixelCodecConfig, RestorerConfig
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
 from streamt2v.runs import pipeline
 from streamt2v.stages.denoise import ChunkNoise, Sampling, denoise
-from streamt2v.weights.published import CHECKPOINTS
+from streamt2v.weights.convert import LAYOUTS
 from tests.cli.helpers import call, digest, generate
 from tests.conftest import REPOSITORY
 
@@ -114,12 +114,13 @@ def test_a_restoration_network_is_counted_by_what_it_keeps(monkeypatch: pytest.M
 
 
 def test_the_counts_in_the_list_are_those_of_the_networks() -> None:
-    family = weights.family("streamingt2v")
-    listed = {Path(file.path).with_suffix("").as_posix(): file.values for file in family.files if file.values}
-    for layout in CHECKPOINTS.values():
+    families = (weights.family(name) for name in ("streamingt2v", "streamingsvd"))
+    files = (file for family in families for file in family.files)
+    listed = {Path(file.path).with_suffix("").as_posix().partition("/")[2]: file.values for file in files}
+    for layout in LAYOUTS.values():
         for name, part in layout.parts.items():
             shapes = weights.shapes(weights.build(Path(name), part.network, part.config))
-            assert listed[f"streamingt2v/{name}"] == sum(torch.Size(shape).numel() for shape in shapes.values())
+            assert listed[name] == sum(torch.Size(shape).numel() for shape in shapes.values())
     assert all(file.num_values for file in weights.family("demo").files)
 
 

@@ -51,6 +51,7 @@ def weights_pull(
         str, option("--source", "Which published copy to take if there are several; see `weights list NAME`.")
     ] = "",
     folder: Annotated[Path | None, option("--from", "Folder of published files that are already here.")] = None,
+    no_refine: Annotated[bool, option("--no-refine", "Leave out what only the refiner needs.")] = False,
 ) -> None:
     """Fetch a model family and convert it to 16-bit safetensors, or fetch a model for the first frames as it is.
 
@@ -61,17 +62,21 @@ def weights_pull(
 
     [b]streamt2v weights pull streamingt2v --source original --from ~/downloads[/b]
 
+    [b]streamt2v weights pull streamingsvd --no-refine[/b]
+
     [b]streamt2v weights pull svd[/b]
     """
     from streamt2v.weights import convert as checkpoints
 
     with terminable(FETCHING):
         if (family := weights.listed(name)) is None:
-            if source or folder:
-                raise ConfigError(f"{name} comes from its repository alone", "leave --source and --from out")
+            if source or folder or no_refine:
+                raise ConfigError(
+                    f"{name} comes from its repository alone", "leave --source, --from and --no-refine out"
+                )
             choose.locate(name, say)
         else:
-            hub.pull(family, checkpoints.convert, say, source, folder)
+            hub.pull(family, checkpoints.convert, say, source, folder, ("initialize", "stream") if no_refine else ())
             start = config.merge(config.preset(family.preset)).initialize.text_model
             if start != choose.OWN:
                 say(f"{start}, which makes the first frames:")
@@ -109,7 +114,7 @@ def weights_convert(
 ) -> None:
     """Convert a published checkpoint to files that streamt2v loads: 16 bit, no pickle, no optimizer state.
 
-    Known: streaming_t2v.ckpt, VidXTend (file or folder), the three files of MS-Vid2Vid-XL, OpenCLIP ViT-H-14.
+    Known: streaming_t2v.ckpt, VidXTend (file or folder), StreamingSVD, the three files of MS-Vid2Vid-XL, OpenCLIP.
 
     [b]streamt2v weights convert streaming_t2v.ckpt weights/[/b]
     """

@@ -67,7 +67,7 @@ class Makers:
     refine: Refine
 
 
-BUILDERS = {"streamingt2v": "streamt2v.families.streamingt2v"}
+BUILDERS = {name: f"streamt2v.families.{name}" for name in ("streamingt2v", "streamingsvd")}
 """By the `builder` of a family in weights.toml: the module whose `build` turns its networks into callables."""
 
 

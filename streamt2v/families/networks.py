@@ -159,6 +159,10 @@ class Networks:
             del self.here[self.family.path(f"{stage}.text")]
         return encoded
 
+    def stepped(self, chunk: int, steps: int) -> Callable[..., None]:
+        """Return what a streaming stage calls after each of its steps: (step, ...)."""
+        return lambda step, *_: self.watch.step("stream", chunk, step + 1, steps)
+
     def once(self, name: str, make: Callable[[], Made], key: object = None) -> Made:
         """Return what `make` makes; it is kept under a name until `release`, or until another key is asked for."""
         if name not in self._made or self._made[name][0] != key:

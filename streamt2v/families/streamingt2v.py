@@ -1,23 +1,19 @@
 """StreamingT2V (arXiv 2403.14773), published or of the demo: its own initializer, CAM and APM, SDEdit refinement."""
 
-from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from streamt2v.chunks import Chunk
-from streamt2v.errors import VideoError
-from streamt2v.families import choose
-from streamt2v.families.makers import Enlarged, Makers, Refined
+from streamt2v.families import choose, sdedit
+from streamt2v.families.makers import Makers
 from streamt2v.families.networks import Networks
 from streamt2v.media import frames
-from streamt2v.models.encoders import decode_latents, embed_image, encode_frames, latent_factor, latent_size
-from streamt2v.models.unet3d import Conditioning, TextContext, UNet3D, legal_canvas
+from streamt2v.models.encoders import decode_latents, embed_image, encode_frames, latent_size
+from streamt2v.models.unet3d import TextContext, UNet3D
 from streamt2v.stages import stream
 from streamt2v.stages.denoise import Observe, Sampling, denoise
-from streamt2v.stages.refine import Denoiser, Refiner, RefineState, noise_grid, refiner_conditioning, sees_source
 from streamt2v.stages.stream import NoiseOfChunk, Streamer, StreamModels, StreamState
 
 
@@ -28,7 +24,7 @@ def build(networks: Networks) -> Makers:
     def first(prompt: str, picture: Tensor | None) -> Tensor:
         models, text, noise = _models(networks), _texts(networks, prompt), _noise(networks)
         sampling = Sampling.of(run.initialize, policy.batched_guidance)
-        stepped = _stepped(networks, 0, sampling.num_inference_steps)
+        stepped = networks.stepped(0, sampling.num_inference_steps)
         if picture is None:
             return from_text(models, text, sampling, noise, run.stream.chunk, stepped)
         shape = (picture.shape[-2], picture.shape[-1])
@@ -42,14 +38,10 @@ def build(networks: Networks) -> Makers:
             sampling = Sampling.of(run.stream, policy.batched_guidance)
             return Streamer(_models(networks), _texts(networks, prompt), state.anchor, sampling, _noise(networks))
 
-        stepped = _stepped(networks, chunk.index, run.stream.num_inference_steps)
+        stepped = networks.stepped(chunk.index, run.stream.num_inference_steps)
         return networks.once("streamer", streamer, prompt).new_frames(chunk, state.conditioning_frames, stepped)
 
-    return Makers(first, extend, lambda enlarged: _refine(networks, enlarged))
-
-
-def _stepped(networks: Networks, chunk: int, steps: int) -> Observe:
-    return lambda step, output, latents: networks.watch.step("stream", chunk, step + 1, steps)
+    return Makers(first, extend, lambda enlarged: sdedit.refine(networks, enlarged))
 
 
 def _texts(networks: Networks, prompt: str) -> TextContext:
@@ -79,60 +71,6 @@ def _noise(networks: Networks) -> NoiseOfChunk:
     models, config = _models(networks), networks.run.stream
     shape = (models.unet.config.out_channels, *latent_size(models.vae, config.height, config.width))
     return stream.chunk_noise(networks.draws, config.chunk, shape, networks.device.name)
-
-
-def _refine(networks: Networks, given: Enlarged) -> Iterator[Refined]:
-    """Refine by SDEdit with randomized blending on the smallest canvas that the networks accept."""
-    settings, policy, device = networks.run.refine, networks.policy, networks.device.name
-    schedule = networks.schedule("refine.unet")
-    noise_grid(schedule, settings)  # what it refuses should not cost a first chunk
-    state = RefineState.from_tensors(given.state, device) if given.state else None
-    source = given.frames(0 if state is None else state.encoded)
-    first = next(source, None)  # before the refiner's networks take memory: whatever makes it may need it all
-    texts = networks.texts("refine") if networks.family.has("refine.text") else {}
-    vae, unet = networks.load("refine.vae"), networks.load("refine.unet")
-    canvas = legal_canvas(*given.size, unet.config, latent_factor(vae))
-
-    @lru_cache(maxsize=settings.num_inference_steps + 2)  # those of the chunks in flight, at any length
-    def prepared(prompt: str) -> Conditioning:
-        return refiner_conditioning(unet, texts.get(prompt), given.scale)
-
-    denoiser = Denoiser(
-        networks.compiled(unet.run),
-        schedule,
-        lambda chunk: prepared(given.prompt_of(chunk)),
-        policy.batched_guidance,
-        "cpu" if policy.encoders_on_host else None,
-        sees_source(unet.config),
-    )
-
-    def encode(start: int, stop: int) -> Tensor:
-        return torch.cat([encode_frame(frame) for frame in range(start, stop)])
-
-    def encode_frame(number: int) -> Tensor:
-        nonlocal first
-        frame, first = (next(source, None) if first is None else first), None
-        if frame is None:
-            raise VideoError(f"the video ended early, after {number} of {given.plan[-1].stop} frames")
-        noise = None
-        if settings.posterior == "published":
-            shape = (unet.config.out_channels, *latent_size(vae, *canvas))
-            noise = networks.draws.normal("refine.posterior", (number,), shape).unsqueeze(0)
-        with networks.pixel_time.running():
-            return encode_frames(vae, frames.letterbox(frame, canvas), noise)
-
-    def decode(latent: Tensor) -> Tensor:
-        with networks.pixel_time.running():
-            return frames.unletterbox(decode_latents(vae, latent.unsqueeze(0)), given.size)
-
-    def stepped(chunk: Chunk, state: RefineState) -> None:
-        left = len(given.plan) - sum(state.steps_done) / settings.num_inference_steps
-        networks.watch.step("refine", chunk.index, state.steps_done[chunk.index], settings.num_inference_steps, left)
-
-    stage = Refiner(denoiser, given.plan, settings, networks.draws, encode, state, stepped)
-    for latents in stage.run():
-        yield Refined(stage.state.finished - len(latents), map(decode, latents), stage.state.tensors)
-        del latents  # large, and the next chunk needs its place
 
 
 @torch.inference_mode()

@@ -31,11 +31,15 @@ def stages(config: RunConfig, source: tuple[int, int] | None = None) -> tuple[me
 def _stage(config: RunConfig, name: str, parts: list[str], frames: int, size: tuple[int, int]) -> memory.Stage:
     """Return a stage by the sizes of its networks: so many frames of a size (H, W) at once."""
     family = weights.family(config.model)
-    (kind, unet), (_, vae) = _header(family, f"{name}.unet"), _header(family, f"{name}.vae")
+    (kind, unet), (codec, vae) = _header(family, f"{name}.unet"), _header(family, f"{name}.vae")
     widths, finest = unet.get("block_out_channels", [320]), vae.get("block_out_channels", [128] * 4)
     # To multiples of 8 latent cells, which is as far as a canvas may have to grow.
     side = 8 * 2 ** (len(finest) - 1)
     rows, columns = (-(-extent // side) * 8 for extent in size)
+
+    # Every other VAE sees one frame at a time.
+    temporal = codec == "AutoencoderKLTemporalDecoder"
+    decoded = min(config.picture.decode_chunk_size, frames) if temporal else 1
 
     def values(*roles: str) -> int:
         return sum(family.file(f"{name}.{role}").num_values for role in roles if family.has(f"{name}.{role}"))
@@ -48,9 +52,10 @@ def _stage(config: RunConfig, name: str, parts: list[str], frames: int, size: tu
         inner=0,
         guided=False,
         cam=False,
-        frame_values=rows * columns * side**2 // 64 * finest[0],
+        frame_values=decoded * rows * columns * side**2 // 64 * finest[0],
         kept=0,
         waits=False,
+        vae_features=memory.TEMPORAL_VAE_FEATURES if temporal else memory.VAE_FEATURES,
         kept_width=0,
     )
     if kind == "Restorer":  # keeps features of a quarter of the size of the latents

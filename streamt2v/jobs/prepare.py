@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from streamt2v import devices, files, weights
-from streamt2v.config import RunConfig
+from streamt2v.config import RunConfig, merge, preset, to_flat
 from streamt2v.errors import ConfigError, InputError, OutputError
 from streamt2v.families import choose
 from streamt2v.jobs import needs, run_directory
@@ -29,7 +29,8 @@ def prepare(job: Job, note: hub.Note = lambda text: None) -> Prepared:
 
     known = Prepared(job)
     _check_text(str(job.output))
-    check_wishes(job.config, prompt_needed=job.command != "refine")
+    follows = job.command == "generate" or known.family.reads_text
+    check_wishes(job.config, prompt_needed=follows and job.command != "refine")
     devices.check(job.device)
     if job.command == "refine":
         _check_refined(known)
@@ -37,8 +38,9 @@ def prepare(job: Job, note: hub.Note = lambda text: None) -> Prepared:
     ffmpeg.check_ffmpeg(pictures_only=True)  # what else is carried is checked when it is looked at
     needed = int(1.2 * needs.disk_bytes(job.config)) - (run_directory.size(job.run_path) if job.resume else 0)
     files.require_space(job.output, needed, "this run")
-    weights.require(known.family)
+    weights.require(known.family, known.runs)
     if job.command != "refine":
+        _check_unread(job.config, known.family)
         _check_sizes(job.config, known.family)
     if job.command == "generate":
         choose.choose(job.config, note)
@@ -54,8 +56,12 @@ def prepare(job: Job, note: hub.Note = lambda text: None) -> Prepared:
 
 
 def check_wishes(config: RunConfig, prompt_needed: bool = True) -> None:
-    """Check the prompts and the picture that a user gave. Raises ConfigError or InputError."""
-    prompts = (config.prompt, *config.prompts.values())
+    """Check the prompts and the picture that a user gave. Raises ConfigError or InputError.
+
+    A picture is enough for a model that reads no text.
+    """
+    prompts, reads_text = (config.prompt, *config.prompts.values()), weights.family(config.model).reads_text
+    prompt_needed = prompt_needed and (reads_text or not config.image)
     if prompt_needed and not all(text.strip() for text in prompts):
         raise ConfigError("the prompt is empty", 'try "a red ball bouncing over the sea at sunset"')
     for text in (*prompts, config.negative_prompt):
@@ -77,6 +83,17 @@ def _check_text(text: str) -> None:
     size = len(json.dumps(text))
     if size > MAX_TEXT_BYTES or "\0" in text:
         raise ConfigError(f"a text of {size} bytes is too long or holds a NUL", f"at most {MAX_TEXT_BYTES} bytes")
+
+
+def _check_unread(config: RunConfig, family: weights.Family) -> None:
+    """Refuse what was asked for and would change nothing."""
+    if config.prompts and not family.reads_text and not (config.refine.enabled and family.has("refine.text")):
+        raise ConfigError(f"model {family.name} reads no text: a later prompt would change nothing", "leave it out")
+    usual = to_flat(merge(preset(family.preset)))
+    for key, value in to_flat(config).items():
+        if key.startswith(family.unread) and value != usual[key]:
+            hint = f"leave it at {usual[key]!r}"
+            raise ConfigError(f"{key} is {value!r}, model {family.name} has no use for it", hint)
 
 
 def _check_sizes(config: RunConfig, family: weights.Family) -> None:
@@ -105,6 +122,11 @@ def _check_initializer(known: Prepared) -> list[str]:
         return notices
     if run.image and not family.has("initialize.image"):
         raise ConfigError(f"model {family.name} cannot start from a picture by itself", "use --init svd")
+    if not run.image and family.has("initialize.image") and not family.reads_text:
+        raise ConfigError(
+            f"model {family.name} starts from a picture and reads no text",
+            "give one with --image, or use --init svd, for which one is drawn",
+        )
     if not own.num_inference_steps or not (own.image_guidance_scale if run.image else own.guidance_scale):
         raise ConfigError(
             "initialize.num_inference_steps or a guidance scale is 0, which only a third-party model understands",

@@ -38,6 +38,13 @@ class Prepared:
         """The model family. Raises ConfigError where there is none of that name."""
         return weights.family(self.job.config.model)
 
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """The stages that run, as roles of networks name them."""
+        if self.job.command == "refine":
+            return ("refine",)
+        return ("initialize", "stream", *(["refine"] if self.job.config.refine.enabled else []))
+
     @cached_property
     def source(self) -> Source | None:
         """The video that is refined or continued. Raises VideoError where it is none."""
@@ -107,7 +114,7 @@ class Prepared:
 
     def recipe(self) -> dict[str, Any]:
         """Return what decides the frames: a run may only be resumed by a job with an equal recipe."""
-        config, source = self.job.config, self.job.source
+        config, source, used = self.job.config, self.job.source, self.family.used(self.runs)
         return {
             "command": self.job.command,
             # Of a picture the name says enough: a recipe travels with the video, the folder stays private.
@@ -115,7 +122,7 @@ class Prepared:
             "source": source and self.source and {**_fingerprint(source), "frames": self.source.frames},
             "image": _fingerprint(Path(config.image)) if config.image else None,
             "initializer": None if self.chosen is None else self.chosen.fingerprint(),
-            "weights": {name: part.sha256 for file in self.family.files for name, part in file.parts.items()},
+            "weights": {name: part.sha256 for file in used for name, part in file.parts.items()},
         }
 
 

@@ -70,7 +70,8 @@ class Base:
                 first = self._first_chunk()
             if not frames.is_finite(first):  # also in frames that only the next chunk looks at
                 raise NumericsError("the first chunk holds NaN or Inf")
-            state = StreamState.after_first_chunk(first, self.known.job.config.stream.overlap)
+            stream = self.known.job.config.stream
+            state = StreamState.after_first_chunk(first, stream.overlap, stream.anchor)
             with self.speed.streaming():
                 group = self._store(0, first[: self.known.num_frames], state)
             yield group

@@ -24,7 +24,7 @@ from streamt2v.models.cam import ConditionalAttention
 from streamt2v.models.encoders import decode_clip, encode_frames
 from streamt2v.models.layers import sinusoids
 from streamt2v.models.unet3d import TextContext, UNet3D
-from streamt2v.stages.denoise import Observe, both_branches
+from streamt2v.stages.denoise import CONDITIONAL, Observe, both_branches
 from streamt2v.stages.stream import chunk_noise, network_step
 
 Estimate = Callable[[Tensor, int], Tensor]
@@ -224,16 +224,18 @@ class PictureStreamer:
             return models.step(models.unet, models.cam, given, level, self.denoiser.rows(rows), seen, embedded, None)[0]
 
         def estimate(x: Tensor, step: int) -> Tensor:
+            if sampling.guidance_first == sampling.guidance_last == 1:
+                return factors[step].clean(predict(factors[step].c_in * x, step, CONDITIONAL), x)
             pair = both_branches(predict, factors[step].c_in * x, step, sampling.batched)
             return factors[step].clean(guidance.combine(*pair, scales.to(x)), x)
 
         return estimate
 
     @torch.inference_mode()
-    def new_frames(self, chunk: Chunk, conditioning_frames: Tensor) -> Tensor:
+    def new_frames(self, chunk: Chunk, conditioning_frames: Tensor, observe: Observe | None = None) -> Tensor:
         """Return the frames [n, 3, H, W] in [-1, 1] that the whole chunk adds.
 
         The re-created frames are decoded as far as new ones need them as neighbours.
         """
-        latents = self.chunk_latents(chunk, conditioning_frames)[0].transpose(0, 1)  # [F, C, h, w]
+        latents = self.chunk_latents(chunk, conditioning_frames, observe)[0].transpose(0, 1)  # [F, C, h, w]
         return decode_clip(self.models.vae, latents, self.groups, first=chunk.new_start - chunk.start)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PureWindowsPath
@@ -70,7 +70,8 @@ class Family:
     """A model family: which file plays which role ("stream.unet", "refine.vae", ...), its preset and its vocabulary.
 
     `root` is the package, or the weights home for a family that is converted from published files (`sources`);
-    `builder` names what turns the files into callables, see `families.makers`.
+    `builder` names what turns the files into callables, see `families.makers`; `unread` are settings, or beginnings of
+    their names, that it has no use for.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Family:
     root: Path
     sources: tuple[Source, ...] = ()
     builder: str = "streamingt2v"
+    unread: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -105,8 +107,21 @@ class Family:
         """Whether the family has a file for `role`; some parts, such as APM, are optional."""
         return role in self.components
 
-    def sources_of(self, choice: str = "") -> tuple[Source, ...]:
+    def used(self, stages: Collection[str] = ()) -> tuple[WeightFile, ...]:
+        """The files that some stages use ("initialize", "stream", "refine"), by default all."""
+        roles = self.components.items()
+        paths = {path for role, path in roles if role.partition(".")[0] in stages} | {self.vocabulary}
+        return tuple(file for file in self.files if not stages or file.path in paths)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the streaming stage follows a prompt: a network of ours without a text encoder does not."""
+        return self.has("stream.text") or not self.has("stream.unet")
+
+    def sources_of(self, choice: str = "", stages: Collection[str] = ()) -> tuple[Source, ...]:
         """Return what a pull needs: the sources without a choice, and those of one choice, by default the first.
+
+        Of these only what some stages use, by default all.
 
         Raises:
             ConfigError: there is no such choice, or nothing to pull.
@@ -116,7 +131,10 @@ class Family:
         known = list(dict.fromkeys(source.choice for source in self.sources if source.choice))
         if choice and choice not in known:
             raise ConfigError(f"{self.name} has no source {choice!r}", config.nearest(choice, known))
-        return tuple(source for source in self.sources if source.choice in ("", choice or known[0]))
+        taken = choice or next(iter(known), "")
+        wanted = {file.path for file in self.used(stages)}
+        found = (source for source in self.sources if source.choice in ("", taken))
+        return tuple(source for source in found if not wanted.isdisjoint(source.makes))
 
     def vocabulary_path(self) -> Path | None:
         """Absolute path of the list of words that the family knows, or None if it takes any text."""
@@ -174,6 +192,7 @@ def _families(root: Path, manifest: Path, pulled: Path, _stamps: object) -> dict
             roles = config.flatten(table["components"])
             used = dict.fromkeys([*roles.values(), *filter(None, [table["vocabulary"]])])
             head = {key: table[key] for key in ("title", "licence", "preset", "vocabulary", "builder") if key in table}
+            head["unread"] = tuple(table.get("unread", ()))
             sources = tuple(Source(**{**row, "makes": tuple(row["makes"])}) for row in table.get("sources", ()))
             place = pulled if sources else root
             known = home.recorded("files") if sources else {}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from streamt2v import files
 from streamt2v.errors import InputError, WeightsError
-from streamt2v.weights import header, networks, pickles
+from streamt2v.weights import header, networks, pickles, published_svd
 from streamt2v.weights.fetch import Note
 from streamt2v.weights.keymaps import check_prefixes
 from streamt2v.weights.pickles import Stored
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Tensors = Mapping[str, Stored]
 MAX_SHARD_BYTES = 2 * 2**30
 SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
+LAYOUTS: Mapping[str, Layout] = {**CHECKPOINTS, "streaming_svd.safetensors": published_svd.LAYOUT}
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -52,7 +53,7 @@ class _Network:
         return sum(map(self.bytes_of, self.sources))
 
 
-def convert(source: Path, destination: Path, note: Note, layouts: Mapping[str, Layout] = CHECKPOINTS) -> list[Path]:
+def convert(source: Path, destination: Path, note: Note, layouts: Mapping[str, Layout] = LAYOUTS) -> list[Path]:
     """Write the networks of a published checkpoint, and their tokenizer, as our own files; return their paths.
 
     Args:

@@ -7,7 +7,7 @@ over. Whole pipelines do go to that cache, where other programs share them.
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,14 @@ def offline() -> bool:
     return any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in OFFLINE)
 
 
-def pull(family: Family, convert: Convert, note: Note, choice: str = "", folder: Path | None = None) -> None:
+def pull(
+    family: Family,
+    convert: Convert,
+    note: Note,
+    choice: str = "",
+    folder: Path | None = None,
+    stages: Collection[str] = (),
+) -> None:
     """Complete a family: fetch the missing published files, convert each, record the results.
 
     A source whose results are here is skipped; converted files that were placed by hand are checked and recorded.
@@ -41,6 +48,7 @@ def pull(family: Family, convert: Convert, note: Note, choice: str = "", folder:
         note: called with one sentence per step.
         choice: which copy to take if there are several; by default the first.
         folder: where to look for the published files first.
+        stages: what to fetch them for, see `Family.used`; by default all.
 
     Raises:
         ConfigError: the family has no sources, or not this choice.
@@ -54,7 +62,7 @@ def pull(family: Family, convert: Convert, note: Note, choice: str = "", folder:
     if folder is not None and not folder.is_dir():
         raise InputError(f"{folder} is not a folder", "give --from the folder with the published files")
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its warnings are repeated here in fewer words
-    needed = [source for source in family.sources_of(choice) if not _is_made(family, source, choice, note)]
+    needed = [source for source in family.sources_of(choice, stages) if not _is_made(family, source, choice, note)]
     found = {source: fetch.find(source, folder, note) for source in needed}
     offers = _offers([source for source, path in found.items() if path is None], note)
     for source in needed:
@@ -64,11 +72,16 @@ def pull(family: Family, convert: Convert, note: Note, choice: str = "", folder:
                 continue
             path = found[source] or fetch.find(source, folder, note) or fetch.fetch(source, offers[source], note)
             note(f"converting {path}")
-            _remember(family, source.name, convert(path, family.root / family.name, note))
+            _remember(family, source.name, convert(path, _folder(family, source), note))
             if path == place:
                 with files.output_errors(path):
                     path.unlink()
-    inventory.require(catalog.family(family.name))
+    inventory.require(catalog.family(family.name), stages)
+
+
+def _folder(family: Family, source: Source) -> Path:
+    """Return where a source's files go: its first folder, as families share what they make from the same source."""
+    return family.root / Path(source.makes[0]).parts[0]
 
 
 def _offers(absent: Sequence[Source], note: Note) -> dict[Source, fetch.Offer]:

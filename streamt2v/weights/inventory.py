@@ -1,7 +1,7 @@
 """Which weights are installed, and whether they are as recorded; the tables behind `weights list`."""
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,13 @@ from streamt2v.weights.home import Recorded
 MAX_CPU_VALUES = 500_000_000  # parameters of a family; the published one has 5 billion, the demo 20 million
 
 
-def missing(family: Family) -> list[str]:
-    """Return a sentence for each file of a family that is missing or not of the recorded size (a cheap check)."""
+def missing(family: Family, stages: Collection[str] = ()) -> list[str]:
+    """Return a sentence for each file of a family that is missing or not of the recorded size (a cheap check).
+
+    Only files that some stages use are asked for, by default all.
+    """
     found = []
-    for file in family.files:
+    for file in family.used(stages):
         if not file.parts:
             found.append(f"{file.path} is not here")
         for name, part in file.parts.items():
@@ -49,12 +52,12 @@ def default_family(kind: str | None = None, root: Path = catalog.PACKAGE) -> str
     return usable[0] if usable else list(known)[-1]
 
 
-def require(family: Family) -> None:
-    """Raise WeightsError if not all files of a family are here, naming the first that is missing."""
+def require(family: Family, stages: Collection[str] = ()) -> None:
+    """Raise WeightsError if not all files that some stages use are here, by default all; the first is named."""
     if is_absent(family):
         hint = f"fetch them with `streamt2v weights pull {family.name}`, or use --model demo"
         raise WeightsError(f"the weights of {family.name!r} are not here", hint)
-    _refuse(family, missing(family))
+    _refuse(family, missing(family, stages))
 
 
 def require_unchanged(family: Family, file: WeightFile) -> None:

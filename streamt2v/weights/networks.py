@@ -31,6 +31,7 @@ NETWORKS: Mapping[str, tuple[str, str]] = {
     "ConditionalAttention": ("streamt2v.models.cam", "CamConfig"),
     "AppearanceTokens": ("streamt2v.models.apm", ""),
     "AutoencoderKL": ("diffusers.models.autoencoders.autoencoder_kl", ""),
+    "AutoencoderKLTemporalDecoder": ("diffusers.models.autoencoders.autoencoder_kl_temporal_decoder", ""),
     "CLIPTextModel": (_CLIP, "CLIPTextConfig"),
     "CLIPTextModelWithProjection": (_CLIP, "CLIPTextConfig"),
     "CLIPVisionModelWithProjection": (_CLIP, "CLIPVisionConfig"),

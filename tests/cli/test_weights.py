@@ -28,16 +28,17 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_list_shows_state_size_licence_and_purpose(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("weights", "list") == 0
-    first, what, demo, _, *others = capsys.readouterr().out.splitlines()
+    first, what, later, _, demo, _, *others = capsys.readouterr().out.splitlines()
     assert first.split() == [NAME, "absent", "10,032.3", "MB", "research", "only"]
     assert "published" in what
+    assert later.split()[:2] == ["streamingsvd", "absent"]
     assert demo.split()[:2] == ["demo", "ok"]
     assert [line.split()[:2] for line in others[::2]] == [[name, "absent"] for name in weights.pipelines()]
     assert call("weights", "list", "--json") == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in rows] == [*weights.families(), *weights.pipelines()]
     assert rows[0]["bytes"] == pytest.approx(10e9, rel=0.1)  # once converted
-    assert rows[1]["bytes"] > 30e6
+    assert rows[2]["bytes"] > 30e6
 
 
 def test_list_of_a_family_shows_files_and_their_sources(capsys: pytest.CaptureFixture[str]) -> None:

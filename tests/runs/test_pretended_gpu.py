@@ -47,6 +47,16 @@ TINY = {
 SIZES = {
     "demo": {"stream.height": 24, "stream.width": 40, "output.height": 24, "output.width": 40},
     "streamingt2v": {"stream.height": 32, "stream.width": 32, "output.height": 32, "output.width": 32},
+    "streamingsvd": {
+        "stream.height": 32,
+        "stream.width": 32,
+        "output.height": 32,
+        "output.width": 32,
+        "stream.overlap": 7,
+        "stream.reuse_interval": 1,
+        "initialize.picture_model": "own",
+        "picture.decode_chunk_size": 4,
+    },
 }
 POLICIES = dict(
     zip(("all loaded", "one stage", "slices", "two passes", "on the host"), memory.ladder("cuda"), strict=True)
@@ -65,6 +75,8 @@ def make(
     source: Path | None = None, **more: Any,
 ) -> Frames:  # fmt: skip
     """Make a small video; in bfloat16, which is held to the same rules as float16 and computed faster by a CPU."""
+    if command == "generate" and not weights.family(model).reads_text:
+        more["image"] = str(picture(path.parent))
     settings = config.merge(config.preset(model), {"model": model}, TINY, SIZES[model], more)
     wanted = replace(policy, precision="bfloat16")  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch, speed.stand_ins(model):

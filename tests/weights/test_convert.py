@@ -18,9 +18,8 @@ from streamt2v.cli.app import main
 from streamt2v.errors import InputError, OutputError, WeightsError
 from streamt2v.weights import convert, header, networks
 from streamt2v.weights.pickles import Stored
-from streamt2v.weights.published import CHECKPOINTS
 from tests import checkpoints as tiny
-from tests.checkpoints import CLIP, IMAGE_TOWER, REFINER, STREAM, VAE, VIDXTEND
+from tests.checkpoints import CLIP, IMAGE_TOWER, REFINER, STREAM, STREAMING_SVD, VAE, VIDXTEND
 
 LAYOUTS = tiny.tiny_layouts()
 SHAPES = tiny.published_shapes(LAYOUTS)
@@ -61,7 +60,7 @@ def loaded(folder: Path, name: str) -> tiny.State:
 @pytest.fixture(scope="module")
 def published() -> dict[str, tiny.Shapes]:
     """Every tensor of every published file at its real size: recorded where there is a record."""
-    made = tiny.published_shapes(CHECKPOINTS)
+    made = tiny.published_shapes(convert.LAYOUTS)
     recorded = tiny.manifests()
     assert made[STREAM] == recorded[STREAM]
     assert made[REFINER] == recorded[REFINER]
@@ -77,16 +76,16 @@ def test_the_record_is_the_published_one() -> None:
         REFINER: 1480,
         VAE: 248,
         CLIP: 294,
-        "streaming_svd.safetensors": 3246,
+        STREAMING_SVD: 3246,
     }
 
 
-@pytest.mark.parametrize("file", CHECKPOINTS)
+@pytest.mark.parametrize("file", convert.LAYOUTS)
 def test_every_published_key_is_mapped_once_or_ignored_with_a_reason(
     file: str, published: dict[str, tiny.Shapes]
 ) -> None:
-    layout, found = convert._plan(file, stored(published[file]), CHECKPOINTS)
-    assert layout is CHECKPOINTS[file]
+    layout, found = convert._plan(file, stored(published[file]), convert.LAYOUTS)
+    assert layout is convert.LAYOUTS[file]
     for name, network in found.items():
         targets = [target for _, found, _ in network.sources for target in found]
         assert len(targets) == len(set(targets))
@@ -102,7 +101,7 @@ def test_every_published_key_is_mapped_once_or_ignored_with_a_reason(
 def test_a_published_network_of_another_size_is_refused(published: dict[str, tiny.Shapes]) -> None:
     shapes = published[STREAM] | {"base_model.mid_block.resnets.0.conv1.weight": (1280, 1280, 3, 1)}
     with pytest.raises(WeightsError, match=r"mid_block\.resnets\.0\.conv1\.weight' has shape"):
-        convert._plan("x.ckpt", stored(shapes), CHECKPOINTS)
+        convert._plan("x.ckpt", stored(shapes), convert.LAYOUTS)
 
 
 @pytest.mark.parametrize("file", SHAPES)
@@ -151,6 +150,7 @@ def test_other_models_and_whole_numbers_are_refused() -> None:
         (VAE, "v2-1_512-ema-pruned.ckpt", None),
         (CLIP, "open_clip_pytorch_model.bin", "refine/tokenizer.json"),
         (IMAGE_TOWER, "model.safetensors", None),
+        (STREAMING_SVD, "streaming.safetensors", None),
     ],
 )
 def test_every_published_file_converts_and_loads(file: str, name: str, tokenizer: str | None, tmp_path: Path) -> None:
