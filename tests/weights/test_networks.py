@@ -44,6 +44,7 @@ def clip_config(**more: Any) -> dict[str, Any]:
 def small_networks() -> dict[str, torch.nn.Module]:
     """A small network of every class."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import AutoencoderKLTemporalDecoder
     from transformers import (
         CLIPTextConfig,
         CLIPTextModel,
@@ -62,6 +63,7 @@ def small_networks() -> dict[str, torch.nn.Module]:
         "ConditionalAttention": ConditionalAttention(cam),
         "AppearanceTokens": AppearanceTokens(**TOY),
         "AutoencoderKL": AutoencoderKL(block_out_channels=(8,), norm_num_groups=2),
+        "AutoencoderKLTemporalDecoder": AutoencoderKLTemporalDecoder(block_out_channels=(32,)),
         "CLIPTextModel": CLIPTextModel(CLIPTextConfig(**text)),
         "CLIPTextModelWithProjection": CLIPTextModelWithProjection(CLIPTextConfig(**text)),
         "CLIPVisionModelWithProjection": CLIPVisionModelWithProjection(CLIPVisionConfig(**vision)),
