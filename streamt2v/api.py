@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamt2v.jobs import asked
-from streamt2v.jobs.job import BEHAVIOUR, Job, Result, default_output
+from streamt2v.jobs.job import BEHAVIOUR, Job, Result, beside, default_output
 from streamt2v.jobs.recipe import inspect_source, recipe_of
 from streamt2v.runs.pace import Status
 
@@ -152,10 +152,9 @@ def _make(
     behaviour = {name: arguments.pop(name) for name in BEHAVIOUR if name in arguments}
     target = None if output is None else Path(output)
     if target is None and source is not None:
-        target = source.with_name(f"{source.stem}_{command.removesuffix('e')}ed.mp4")
+        target = beside(source, command)
     found = None if source is None else inspect_source(source)
-    if command == "refine" and found is not None and not found.own:
-        arguments.setdefault("strength", "faithful")
+    arguments.setdefault("strength", asked.usual_strength(command, found))
     device = behaviour.get("device", "auto")
     again = target if resume else None
     config = asked.resolve(row=settings, source=found, device=device, resume_from=again, **arguments)

@@ -20,7 +20,7 @@ from streamt2v.cli.progress import Progress, clock
 from streamt2v.cli.terminal import FETCHING, complain, emit, plain, terminable
 from streamt2v.errors import ConfigError, DifferenceError, Interrupted
 from streamt2v.jobs import again, asked, forecast, prepare, run_directory
-from streamt2v.jobs.job import BEHAVIOUR, Job, Result, default_output
+from streamt2v.jobs.job import BEHAVIOUR, Job, Result, beside, default_output
 from streamt2v.jobs.prepared import Prepared
 from streamt2v.jobs.recipe import inspect_source
 from streamt2v.runs.pace import Status
@@ -75,7 +75,7 @@ def refine(
 
     [b]streamt2v refine ball.mp4 --strength creative -o other.mp4[/b]
     """
-    output = output or source.parent / f"{source.stem}_refined.mp4"
+    output = output or beside(source, "refine")
     more: dict[str, Any] = {"refine.guidance_scale": guidance}
     _run("refine", source, output, given, prompt=prompt, fps=fps, **more)
 
@@ -97,7 +97,7 @@ def extend(
 
     [b]streamt2v extend beach.mp4 --prompt "waves on a beach" --frames 480 -o longer.mp4[/b]
     """
-    output = output or source.parent / f"{source.stem}_extended.mp4"
+    output = output or beside(source, "extend")
     if frames is None and duration is None:
         raise ConfigError("the new length is missing", "give it with --frames 240 or --duration 30s, source included")
     _run("extend", source, output, given, 1, dry_run, prompt=prompt, frames=frames, duration=duration, fps=fps)
@@ -118,8 +118,7 @@ def _run(
     if behaviour["resume"] and output is None:
         raise ConfigError("--resume needs to know which output", "name it with -o")
     found = None if source is None else inspect_source(source)
-    if command == "refine" and found is not None and not found.own:
-        given["strength"] = given["strength"] or "faithful"
+    given["strength"] = given.get("strength") or asked.usual_strength(command, found)
     more |= {"device": behaviour["device"], "resume_from": output if behaviour["resume"] else None, "source": found}
     resolved = asked.resolve(**given, **more)
     output = output or default_output(resolved.prompt, resolved.seed)

@@ -145,6 +145,11 @@ def kind_of(device: str) -> str:
     return devices.glance().kind if kind == "auto" else kind
 
 
+def usual_strength(command: str, source: Source | None) -> str | None:
+    """Return the --strength that is meant where none is given: footage from elsewhere is only restored and enlarged."""
+    return "faithful" if command == "refine" and source is not None and not source.own else None
+
+
 def resolve(
     model: str | None = None,
     preset: str | None = None,

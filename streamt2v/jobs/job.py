@@ -76,6 +76,11 @@ BEHAVIOUR = ("device", "threads", "resume", "resume_anyway", "overwrite", "keep_
 """Fields of a job that say how it runs, not what it makes."""
 
 
+def beside(source: Path, command: str) -> Path:
+    """Return the name of what `refine` or `extend` makes of a video when no other was given."""
+    return source.parent / f"{source.stem}_{command.removesuffix('e')}ed.mp4"
+
+
 def default_output(prompt: str, seed: int) -> Path:
     """Return a file name made of the date, the words of the prompt and the seed."""
     return Path(f"{datetime.now():%Y%m%d-%H%M%S}_{files.slug(prompt)}_{seed}.mp4")

@@ -8,7 +8,6 @@ from pathlib import Path
 from streamt2v import devices, files, weights
 from streamt2v.config import RunConfig, merge, preset, to_flat
 from streamt2v.errors import ConfigError, InputError, OutputError
-from streamt2v.families import choose
 from streamt2v.jobs import needs, run_directory
 from streamt2v.jobs.job import Job
 from streamt2v.jobs.prepared import Prepared
@@ -27,7 +26,7 @@ def prepare(job: Job, note: hub.Note = lambda text: None) -> Prepared:
     """
     from streamt2v.media import ffmpeg
 
-    known = Prepared(job)
+    known = Prepared(job, note)
     _check_text(str(job.output))
     follows = job.command == "generate" or known.family.reads_text
     check_wishes(job.config, prompt_needed=follows and job.command != "refine")
@@ -43,7 +42,6 @@ def prepare(job: Job, note: hub.Note = lambda text: None) -> Prepared:
         _check_unread(job.config, known.family)
         _check_sizes(job.config, known.family)
     if job.command == "generate":
-        choose.choose(job.config, note)
         known.notices.extend(_check_initializer(known))
     if job.command == "extend":
         _check_continued(known)

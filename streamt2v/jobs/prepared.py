@@ -15,6 +15,7 @@ from streamt2v.jobs import needs
 from streamt2v.jobs.job import Job
 from streamt2v.jobs.recipe import Source, inspect_source
 from streamt2v.timeline import Prompt, prompt_at, turns
+from streamt2v.weights import hub
 from streamt2v.weights.home import sha256_of
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class Prepared:
     """
 
     job: Job
+    note: hub.Note = lambda text: None
+    """Told the size before a third-party model is fetched."""
     notices: list[str] = field(default_factory=list)
     """What the user should know before it begins."""
 
@@ -53,7 +56,7 @@ class Prepared:
     @cached_property
     def chosen(self) -> choose.Chosen | None:
         """The third-party model of the first frames; None where the family makes them. Raises as `choose.choose`."""
-        return choose.choose(self.job.config) if self.job.command == "generate" else None
+        return choose.choose(self.job.config, self.note) if self.job.command == "generate" else None
 
     @property
     def kept(self) -> int:

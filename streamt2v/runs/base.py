@@ -17,7 +17,7 @@ from streamt2v.jobs.prepared import Prepared
 from streamt2v.jobs.run_directory import RunDirectory
 from streamt2v.media import frames, isolated, pictures
 from streamt2v.media.frames import Group
-from streamt2v.runs.watch import STREAM, Speed, Watch, look_at
+from streamt2v.runs.watch import BEGIN, STREAM, Speed, Watch, look_at
 from streamt2v.stages.stream import StreamState
 
 
@@ -66,20 +66,20 @@ class Base:
         """Continue the base video from the stored state, or begin it; store every chunk before passing it on."""
         self.report.start(STREAM, self.known.num_frames, self.directory.num_base_frames)
         if self.stored is None:
-            with self.speed.beginning():
+            with self.speed.counting(BEGIN):
                 first = self._first_chunk()
             if not frames.is_finite(first):  # also in frames that only the next chunk looks at
                 raise NumericsError("the first chunk holds NaN or Inf")
             stream = self.known.job.config.stream
             state = StreamState.after_first_chunk(first, stream.overlap, stream.anchor)
-            with self.speed.streaming():
+            with self.speed.counting(STREAM):
                 group = self._store(0, first[: self.known.num_frames], state)
             yield group
         else:
             tensors = {name: tensor.to(self.device) for name, tensor in self.stored.torch().items()}
             state = StreamState(self.stored.meta["next_chunk"], tensors["conditioning_frames"], tensors["anchor"])
         for chunk in self.known.stream_plan[state.next_chunk :]:
-            with self.speed.streaming():
+            with self.speed.counting(STREAM):
                 new, state = self._next_chunk(state, chunk)
                 group = self._store(chunk.index, new, state)
             yield group

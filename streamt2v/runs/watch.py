@@ -115,21 +115,14 @@ class Speed:
 
     def __init__(self, networks: Networks) -> None:
         self.networks = networks
-        self.first_seconds = self.stream_seconds = 0.0
+        self.seconds = {BEGIN: 0.0, STREAM: 0.0}
 
     @contextmanager
-    def beginning(self) -> Iterator[None]:
-        """Count what is done inside as the first chunk, without what it loads."""
+    def counting(self, work: str) -> Iterator[None]:
+        """Count what is done inside as the first chunk (BEGIN) or a later one (STREAM), without what it loads."""
         began = time.monotonic() - self.networks.seconds
         yield
-        self.first_seconds += time.monotonic() - self.networks.seconds - began
-
-    @contextmanager
-    def streaming(self) -> Iterator[None]:
-        """Count what is done inside as a later chunk, without what it loads."""
-        began = time.monotonic() - self.networks.seconds
-        yield
-        self.stream_seconds += time.monotonic() - self.networks.seconds - began
+        self.seconds[work] += time.monotonic() - self.networks.seconds - began
 
     def remember(self, known: Prepared, seconds: float) -> None:
         """Keep this run's speed for `plan`; short runs, and those that did not begin here, say too little."""
@@ -138,12 +131,12 @@ class Speed:
             return
         import torch
 
-        fixed = networks.seconds + self.first_seconds
-        rest = seconds - fixed - self.stream_seconds
+        fixed = networks.seconds + self.seconds[BEGIN]
+        rest = seconds - fixed - self.seconds[STREAM]
         pixels = networks.pixel_time.seconds if known.refine_plan else rest
         measured = {
             "fixed_seconds": fixed,
-            "stream_seconds_per_chunk": self.stream_seconds / later,
+            "stream_seconds_per_chunk": self.seconds[STREAM] / later,
             "refine_seconds_per_chunk": (rest - pixels) / max(1, len(known.refine_plan)),
             "seconds_per_frame": pixels / job.config.num_frames,
             "peak_memory_bytes": devices.peak_memory(networks.device),
