@@ -47,25 +47,35 @@ def _first(num_frames: int, size: int, overlap: int, what: str) -> Chunk:
     return Chunk(0, 0, min(size, num_frames), 0)
 
 
-def streaming_plan(num_frames: int, size: int, overlap: int) -> tuple[Chunk, ...]:
+def streaming_plan(
+    num_frames: int, size: int, overlap: int, ends: Sequence[int] = (), whole_first: bool = False
+) -> tuple[Chunk, ...]:
     """Plan the streaming stage: chunk 0 is the initializer's, later ones repeat `overlap` frames and add the rest.
 
     Chunks are generated whole even when the video ends inside one: the last record's `stop` is cut to the video's
-    end, so `num_new` says how many of its new frames are kept.
+    end, so `num_new` says how many of its new frames are kept. So does a chunk in front of one that ends with held
+    frames: the more new frames lie between what was shown and what is held, the better they meet.
 
     Args:
         num_frames: frames of the video, >= 1.
         size: frames denoised at once (F = 16 in the paper).
         overlap: conditioning frames (8 in the paper).
+        ends: where runs of frames that are held in place end, above `size` where the first chunk is `whole_first`,
+            else at least `size`; the last may lie behind the video, and a chunk then reaches so far.
+        whole_first: never cut the first chunk, which exists already.
 
     Raises:
         ConfigError: sizes out of range.
     """
-    chunks = [_first(num_frames, size, overlap, "streaming")]
+    chunks, step = [_first(num_frames, size, overlap, "streaming")], size - overlap
+    first = next(iter(sorted(ends)), None)
+    if first is not None and not whole_first and first < size + step:
+        chunks[0] = Chunk(0, 0, min(first - step, num_frames), 0)
     while chunks[-1].stop < num_frames:
         new_start = chunks[-1].stop
-        stop = min(new_start + size - overlap, num_frames)
-        chunks.append(Chunk(len(chunks), new_start - overlap, stop, new_start))
+        stop = new_start + step
+        stop = next((end - step for end in sorted(ends) if stop < end < stop + step), stop)
+        chunks.append(Chunk(len(chunks), new_start - overlap, min(stop, num_frames), new_start))
     return tuple(chunks)
 
 
@@ -83,6 +93,54 @@ def refinement_plan(num_frames: int, size: int, overlap: int) -> tuple[Chunk, ..
         start = min(previous.start + size - overlap, num_frames - size)
         chunks.append(Chunk(len(chunks), start, start + size, previous.stop))
     return tuple(chunks)
+
+
+@dataclass(frozen=True)
+class Around:
+    """How a plan counts that goes round a loop of `frames` frames in `chunks` chunks.
+
+    It begins `lead` frames and `first` chunks before frame 0 of the loop, and goes on after its end.
+    """
+
+    frames: int
+    lead: int
+    chunks: int
+    first: int
+
+    def frame(self, number: int) -> int:
+        """The frame of the loop that frame `number` of the plan is."""
+        return (number - self.lead) % self.frames
+
+    def chunk(self, index: int) -> int:
+        """The chunk of the loop that chunk `index` of the plan is."""
+        return (index - self.first) % self.chunks
+
+
+def loop_plan(num_frames: int, size: int, overlap: int, reach: int) -> tuple[tuple[Chunk, ...], Around]:
+    """Plan the refinement of a loop: chunks along the endless video, of which one round is kept.
+
+    The chunks of one round begin at frames 0, S, 2S, ... with S = size - overlap; the last stride may be shorter. As
+    every round is the same, frames that have `reach` frames on either side come out the same in every round.
+
+    Raises:
+        ConfigError: sizes out of range.
+    """
+    _first(num_frames, size, overlap, "refinement")
+    starts = range(0, num_frames, size - overlap)
+    first = 0
+    while _start(-first, starts, num_frames) > -reach:
+        first += 1
+    lead, chunks = -_start(-first, starts, num_frames), list[Chunk]()
+    while not chunks or chunks[-1].stop < lead + num_frames + reach:
+        start = lead + _start(len(chunks) - first, starts, num_frames)
+        chunks.append(Chunk(len(chunks), start, start + size, chunks[-1].stop if chunks else 0))
+    return tuple(chunks), Around(num_frames, lead, len(starts), first)
+
+
+def _start(index: int, starts: range, num_frames: int) -> int:
+    """Where chunk `index` of an endless loop begins, from chunk 0 at frame 0 on in both directions."""
+    rounds, place = divmod(index, len(starts))
+    return rounds * num_frames + starts[place]
 
 
 def middles(plan: Sequence[Chunk]) -> tuple[range, ...]:

@@ -26,6 +26,7 @@ Fit = Literal["contain", "cover", "pad"]
 Variant = Literal["published", "corrected"]
 Quality = Literal["reference", "balanced", "fast"]
 Strength = Literal["faithful", "balanced", "creative"]
+Loop = Literal["no", "stream", "ring"]
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -167,6 +168,11 @@ class RunConfig:
     )
     negative_prompt: str = _value("", "what to avoid")
     image: str = _value("", "picture to start from")
+    loop: Loop = _value(
+        "no",
+        "let the last frame lead back to the first. stream: the last chunk comes home, at any length and constant"
+        " memory; ring: windows all around, from text alone, with all frames in memory, up to 30 s",
+    )
     num_frames: int = _value(24, "frames of the output video", 1, 10_000_000)
     seed: int = _value(0, "seed of every random draw", 0, 2**63 - 1)
     compile: bool = _value(False, "compile the networks with torch: takes minutes once and rounds differently")

@@ -33,7 +33,7 @@ def turns(run: RunConfig, command: str = "generate", kept: int = 0) -> tuple[Pro
     asked = sorted(run.prompts)
     later = [] if command == "refine" else [frame for frame in asked if frame >= kept]
     followed = dict[int, int]()
-    if later:
+    if later and run.loop != "ring":  # whose windows each follow what they show
         stream, _ = plans(run, command, kept)
         followed = dict(zip(later, snap(later, seams(stream)), strict=True))
     changes = (Prompt(frame, followed.get(frame, frame), run.prompts[frame]) for frame in asked)
@@ -46,12 +46,29 @@ def plans(run: RunConfig, command: str = "generate", kept: int = 0) -> tuple[tup
     The first chunk of a continued video starts with the last of its `kept` frames. A stage that the run leaves out has
     no chunks.
     """
-    stream, refine = run.stream, run.refine
-    begin = base_offset(kept, stream.chunk)
-    made = run.num_frames - begin
-    first = streaming_plan(made, stream.chunk, stream.overlap) if command != "refine" else ()
-    second = refinement_plan(made, refine.chunk, refine.overlap) if refine.enabled else ()
+    refine, begin = run.refine, base_offset(kept, run.stream.chunk)
+    first = base_plan(run, kept) if command != "refine" else ()
+    second = refinement_plan(run.num_frames - begin, refine.chunk, refine.overlap) if refine.enabled else ()
     return shifted(first, begin), shifted(second, begin)
+
+
+def base_plan(run: RunConfig, kept: int = 0) -> tuple[Chunk, ...]:
+    """Return the chunks of the streaming stage, in frames of the base video; it continues `kept` frames, if any.
+
+    What comes home has a last chunk that ends with the first frames. A ring has one chunk: nothing of it is finished
+    before all is.
+    """
+    stream = run.stream
+    made = run.num_frames - base_offset(kept, stream.chunk)
+    if run.loop == "ring":
+        return (Chunk(0, 0, made, 0),)
+    home = (made + home_frames(run),) if run.loop == "stream" and made > stream.chunk else ()
+    return streaming_plan(made, stream.chunk, stream.overlap, home, whole_first=kept > 0)
+
+
+def home_frames(run: RunConfig) -> int:
+    """How many of its first frames the last chunk of a stream that comes home ends with."""
+    return run.stream.overlap // 2
 
 
 def prompt_at(timeline: Sequence[Prompt], frame: int) -> str:

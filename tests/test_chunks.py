@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamt2v.chunks import count, covering, middles, refinement_plan, seams, snap, streaming_plan
+from streamt2v.chunks import count, covering, loop_plan, middles, refinement_plan, seams, snap, streaming_plan
 from streamt2v.errors import ConfigError
 
 frames = st.integers(1, 400)
@@ -20,6 +20,50 @@ def test_streaming_plan_makes_every_frame_once(num_frames: int, sizes: tuple[int
     assert new == list(range(num_frames))
     assert all(chunk.new_start - chunk.start == sizes[1] for chunk in plan[1:])
     assert all(chunk.size <= sizes[0] for chunk in plan)
+
+
+@given(frames, sizes, st.sets(st.integers(0, 450), max_size=4), st.booleans())
+def test_streaming_plan_gives_held_frames_all_the_room_there_is(
+    num_frames: int, sizes: tuple[int, int], ends: set[int], whole_first: bool
+) -> None:
+    size, overlap = sizes
+    ends = {end for end in ends if size <= end}
+    plan = streaming_plan(num_frames, size, overlap, sorted(ends), whole_first)
+    new = [frame for chunk in plan for frame in range(chunk.new_start, chunk.stop)]
+    assert new == list(range(num_frames))
+    assert all(chunk.new_start - chunk.start == overlap for chunk in plan[1:])
+    assert all(chunk.size <= size and chunk.num_new >= 1 for chunk in plan)
+    assert plan[0].stop == min(size, num_frames) or not whole_first
+    step, before = size - overlap, 0
+    for end in sorted(ends):
+        # Nothing held lies nearer before it, so a chunk ends with it, with as many new frames as a chunk has.
+        if end - before >= 2 * step and end > size + step and end <= num_frames:
+            assert any(chunk.stop == end and chunk.num_new == step for chunk in plan)
+        before = end
+
+
+def test_a_stream_that_comes_home_ends_with_the_first_frames() -> None:
+    plan = streaming_plan(45, 16, 8, [49])
+    assert [(chunk.start, chunk.stop, chunk.new_start) for chunk in plan] == [
+        (0, 16, 0), (8, 24, 16), (16, 32, 24), (24, 40, 32), (32, 41, 40), (33, 45, 41)
+    ]  # fmt: skip
+    assert [chunk.stop for chunk in streaming_plan(17, 16, 8, [21])] == [13, 17]  # the first chunk is cut for it
+    assert [chunk.stop for chunk in streaming_plan(17, 16, 8, [21], whole_first=True)] == [16, 17]
+
+
+@given(st.integers(1, 90), sizes, st.integers(0, 60))
+def test_every_round_of_a_loop_plan_is_the_same(num_frames: int, sizes: tuple[int, int], reach: int) -> None:
+    size, overlap = sizes
+    plan, around = loop_plan(num_frames, size, overlap, reach)
+    assert {chunk.size for chunk in plan} == {size}
+    assert plan[0].start == 0
+    assert around.lead >= reach
+    assert plan[-1].stop >= around.lead + num_frames + reach
+    assert around.frame(around.lead) == 0
+    assert around.chunk(around.first) == 0
+    assert all(before.start < after.start <= before.stop for before, after in pairwise(plan))
+    begins = {around.chunk(chunk.index): around.frame(chunk.start) for chunk in plan}
+    assert all(around.frame(chunk.start) == begins[around.chunk(chunk.index)] for chunk in plan)
 
 
 @given(frames, sizes)

@@ -118,6 +118,7 @@ def making(
         int | None, option("--height", "Height instead of --size; alone it keeps the shape.", min=2, max=16384)
     ] = None,
     fit: Annotated[str | None, option("--fit", _FIT, autocompletion=_among(Fit))] = None,
+    loop: Annotated[bool, _steering("--loop", "Make a loop: the last frame leads back to the first.")] = False,
     negative: Annotated[str | None, _steering("--negative", "--negative-prompt", "What to avoid.")] = None,
     quality: Annotated[str | None, _steering("--quality", _QUALITY, autocompletion=_among(Quality))] = None,
     strength: Annotated[str | None, _steering("--strength", _STRENGTH, autocompletion=_among(Strength))] = None,
@@ -218,7 +219,7 @@ _MEANT = {
     "--framerate": "--fps", "--frame-rate": "--fps", "--resolution": "--size", "--out": "-o", "--output-file": "-o",
     "--cfg-scale": "--guidance", "--guidance-scale": "--guidance", "--neg": "--negative",
     "--num-inference-steps": "--steps", "--sampling-steps": "--steps", "--denoise": "--strength",
-    "--force": "--overwrite",
+    "--force": "--overwrite", "--seamless": "--loop", "--looping": "--loop",
     "--yes": "--overwrite", "--music": "--audio", "--sound": "--audio", "--soundtrack": "--audio",
     "--variations": "--count", "--batch-count": "--count", "--start-image": "--image", "--first-frame": "--image",
     "--gpu": "--device", "--vram": "--memory", "--upscale": "streamt2v refine", "--continue": "--resume",

@@ -1,26 +1,38 @@
 """Replacement: known frames take the place of the network's estimates of them, at every step."""
 
-import torch
+from bisect import bisect
+from dataclasses import dataclass
+
 from torch import Tensor
 
 
-def put_in_place(clean: Tensor, known: Tensor, carry: float = 0.0) -> Tensor:
-    """Return estimates of x_0 with the known frames in place, and that change carried on to the frames after them.
+@dataclass(frozen=True)
+class Held:
+    """Frames of a chunk that are known: their places in it, in order, and their clean latents [B, C, n, h, w]."""
 
-    The change of the last known frame, d = known[Fc-1] - clean[Fc-1], tells where the network would jump. Frame Fc-1+k
-    gets carry^k d on top: a cheap stand-in for reconstruction guidance, which needs the network's gradient.
+    places: tuple[int, ...]
+    latents: Tensor
+
+
+def put_in_place(clean: Tensor, held: Held, carry: float = 0.0) -> Tensor:
+    """Return estimates of x_0 with the held frames in place, and that change carried on to the frames beside them.
+
+    The change of a held frame, d = known - clean, tells where the network would jump. A new frame at distance k from
+    the last held one before it gets carry^k d on top, and the same from the next held one after it: a cheap stand-in
+    for reconstruction guidance, which needs the network's gradient.
 
     Args:
         clean: estimates [B, C, F, h, w].
-        known: clean latents [B, C, Fc, h, w] of the first Fc frames, 1 <= Fc <= F.
-        carry: 0 (known frames only) to 1 (all frames move as the last known one does).
+        held: 1 to F of these frames.
+        carry: 0 (held frames only) to 1 (all frames move as the nearest held ones do).
 
     Source: arXiv 2204.03458 section 3.1: the replacement method, and reconstruction guidance.
     """
-    count = known.shape[2]
-    new = clean[:, :, count:]
-    if carry:
-        weights = carry ** torch.arange(1, new.shape[2] + 1, device=clean.device).to(clean)
-        change = known[:, :, -1:] - clean[:, :, count - 1 : count]
-        new = new + weights[:, None, None] * change
-    return torch.cat([known.to(clean), new], dim=2)
+    places, known = list(held.places), held.latents.to(clean)
+    change, placed = known - clean[:, :, places], clean.clone()
+    placed[:, :, places] = known
+    for frame in sorted(set(range(clean.shape[2])) - set(places)) if carry else ():
+        after = bisect(places, frame)
+        for index in range(max(0, after - 1), min(len(places), after + 1)):
+            placed[:, :, frame] += carry ** abs(frame - places[index]) * change[:, :, index]
+    return placed

@@ -10,7 +10,7 @@ from importlib import import_module
 
 from torch import Tensor
 
-from streamt2v.chunks import Chunk
+from streamt2v.chunks import Around, Chunk
 from streamt2v.families.choose import MODELSCOPE, Chosen
 from streamt2v.families.networks import Networks
 from streamt2v.stages.stream import StreamState
@@ -31,6 +31,7 @@ class Enlarged:
         size: their (H, W).
         scale: how many times they were enlarged, at least 1.
         plan: chunks of the whole video.
+        around: how the plan goes round, if the video is a loop.
         prompt_of: what a chunk shows.
         state: as it was handed out with the last group that is finished; empty at the beginning.
     """
@@ -39,6 +40,7 @@ class Enlarged:
     size: tuple[int, int]
     scale: float
     plan: Sequence[Chunk]
+    around: Around | None
     prompt_of: Callable[[Chunk], str]
     state: dict[str, Tensor]
 

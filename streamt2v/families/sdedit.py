@@ -52,7 +52,8 @@ def refine(networks: Networks, given: Enlarged) -> Iterator[Refined]:
         noise = None
         if settings.posterior == "published":
             shape = (unet.config.out_channels, *latent_size(vae, *canvas))
-            noise = networks.draws.normal("refine.posterior", (number,), shape).unsqueeze(0)
+            place = number if given.around is None else given.around.frame(number)
+            noise = networks.draws.normal("refine.posterior", (place,), shape).unsqueeze(0)
         with networks.pixel_time.running():
             return encode_frames(vae, frames.letterbox(frame, canvas), noise)
 
@@ -64,7 +65,7 @@ def refine(networks: Networks, given: Enlarged) -> Iterator[Refined]:
         left = len(given.plan) - sum(state.steps_done) / settings.num_inference_steps
         networks.watch.step("refine", chunk.index, state.steps_done[chunk.index], settings.num_inference_steps, left)
 
-    stage = Refiner(denoiser, given.plan, settings, networks.draws, encode, state, stepped)
+    stage = Refiner(denoiser, given.plan, settings, networks.draws, encode, state, stepped, given.around)
     for latents in stage.run():
         yield Refined(stage.state.finished - len(latents), map(decode, latents), stage.state.tensors)
         del latents  # large, and the next chunk needs its place

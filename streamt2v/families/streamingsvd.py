@@ -52,7 +52,7 @@ def build(networks: Networks) -> Makers:
             return _streamer(networks, state.anchor, sampling, cam)
 
         stepped = networks.stepped(chunk.index, run.stream.num_inference_steps)
-        return networks.once("streamer", streamer).new_frames(chunk, state.conditioning_frames, stepped)
+        return networks.once("streamer", streamer).new_frames(chunk, state.conditioning_frames, stepped, state.ahead)
 
     return Makers(first, extend, lambda enlarged: sdedit.refine(networks, enlarged))
 

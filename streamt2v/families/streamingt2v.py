@@ -1,6 +1,7 @@
 """StreamingT2V (arXiv 2403.14773), published or of the demo: its own initializer, CAM and APM, SDEdit refinement."""
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,9 +13,10 @@ from streamt2v.families.networks import Networks
 from streamt2v.media import frames
 from streamt2v.models.encoders import decode_latents, embed_image, encode_frames, latent_size
 from streamt2v.models.unet3d import TextContext, UNet3D
-from streamt2v.stages import stream
-from streamt2v.stages.denoise import Observe, Sampling, denoise
-from streamt2v.stages.stream import NoiseOfChunk, Streamer, StreamModels, StreamState
+from streamt2v.stages import loops, stream
+from streamt2v.stages.denoise import Observe, Predict, Sampling, denoise
+from streamt2v.stages.stream import NoiseOfChunk, Streamer, StreamModels, StreamState, chunk_noise
+from streamt2v.timeline import prompt_at, turns
 
 
 def build(networks: Networks) -> Makers:
@@ -22,24 +24,30 @@ def build(networks: Networks) -> Makers:
     run, device, policy = networks.run, networks.device.name, networks.policy
 
     def first(prompt: str, picture: Tensor | None) -> Tensor:
-        models, text, noise = _models(networks), _texts(networks, prompt), _noise(networks)
+        if run.loop == "ring":
+            return _ring(networks)
+        whole = run.loop == "stream" and run.num_frames <= run.stream.chunk
+        num_frames = run.num_frames if whole else run.stream.chunk
+        models, text, noise = _models(networks), _texts(networks, prompt), _noise(networks, num_frames)
         sampling = Sampling.of(run.initialize, policy.batched_guidance)
         stepped = networks.stepped(0, sampling.num_inference_steps)
         if picture is None:
-            return from_text(models, text, sampling, noise, run.stream.chunk, stepped)
+            return from_text(models, text, sampling, noise, num_frames, stepped, whole)
         shape = (picture.shape[-2], picture.shape[-1])
         fitted = frames.apply_fit(picture.unsqueeze(0).to(device), frames.fit_into(shape, run.stream.size, "cover"))
         sampling = replace(sampling, guidance_scale=run.initialize.image_guidance_scale)
         unet = networks.load("initialize.image")
-        return from_image(models, unet, fitted[0], text, sampling, noise, run.stream.chunk, stepped)
+        return from_image(models, unet, fitted[0], text, sampling, noise, num_frames, stepped, whole)
 
     def extend(state: StreamState, prompt: str, chunk: Chunk) -> Tensor:
         def streamer() -> Streamer:
-            sampling = Sampling.of(run.stream, policy.batched_guidance)
-            return Streamer(_models(networks), _texts(networks, prompt), state.anchor, sampling, _noise(networks))
+            sampling, noise = Sampling.of(run.stream, policy.batched_guidance), _noise(networks, run.stream.chunk)
+            return Streamer(_models(networks), _texts(networks, prompt), state.anchor, sampling, noise)
 
         stepped = networks.stepped(chunk.index, run.stream.num_inference_steps)
-        return networks.once("streamer", streamer, prompt).new_frames(chunk, state.conditioning_frames, stepped)
+        return networks.once("streamer", streamer, prompt).new_frames(
+            chunk, state.conditioning_frames, stepped, state.ahead
+        )
 
     return Makers(first, extend, lambda enlarged: sdedit.refine(networks, enlarged))
 
@@ -67,10 +75,31 @@ def _models(networks: Networks) -> StreamModels:
     )
 
 
-def _noise(networks: Networks) -> NoiseOfChunk:
+def _noise(networks: Networks, num_frames: int) -> NoiseOfChunk:
     models, config = _models(networks), networks.run.stream
     shape = (models.unet.config.out_channels, *latent_size(models.vae, config.height, config.width))
-    return stream.chunk_noise(networks.draws, config.chunk, shape, networks.device.name)
+    return chunk_noise(networks.draws, num_frames, shape, networks.device.name)
+
+
+@torch.inference_mode()
+def _ring(networks: Networks) -> Tensor:
+    """Sample a whole loop from text as a ring of windows: frames [N, 3, H, W] in [-1, 1]."""
+    run, models = networks.run, _models(networks)
+    sampling, timeline = Sampling.of(run.initialize, networks.policy.batched_guidance), turns(run)
+    conditioning = cache(lambda prompt: models.unet.prepare(_texts(networks, prompt)))
+
+    def predict_at(frame: int) -> Predict:
+        text = conditioning(prompt_at(timeline, frame))
+        return lambda latents, timestep, rows: models.unet(latents, timestep, text.rows(rows))
+
+    def cut(window: int, step: int) -> int:
+        return networks.draws.integer("loop.cut", (window, step), 0, run.stream.overlap)
+
+    noise = _noise(networks, run.num_frames)(Chunk(0, 0, run.num_frames, 0))
+    stepped = networks.stepped(0, sampling.num_inference_steps)
+    sizes = (run.stream.chunk, run.stream.overlap)
+    latents = loops.denoise_ring(predict_at, models.schedule, noise, sampling, *sizes, cut, stepped)
+    return decode_latents(models.vae, latents[0].transpose(0, 1))
 
 
 @torch.inference_mode()
@@ -81,14 +110,17 @@ def from_text(
     noise: NoiseOfChunk,
     num_frames: int,
     observe: Observe | None = None,
+    loop: bool = False,
 ) -> Tensor:
-    """Sample the first chunk from text alone, CAM and APM off: frames [F, 3, H, W] in [-1, 1]."""
+    """Sample the first chunk from text alone, or a loop, CAM and APM off: frames [F, 3, H, W] in [-1, 1]."""
     conditioning = models.unet.prepare(text)
 
     def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
         return models.unet(latents, timestep, conditioning.rows(rows))  # type: ignore[no-any-return]
 
-    latents = denoise(predict, models.schedule, noise(Chunk(0, 0, num_frames, 0)), sampling, observe)
+    chunk, schedule = Chunk(0, 0, num_frames, 0), models.schedule
+    network = loops.rolled(predict, schedule.timesteps(sampling.num_inference_steps).tolist()) if loop else predict
+    latents = denoise(network, schedule, noise(chunk), sampling, observe)
     return decode_latents(models.vae, latents[0].transpose(0, 1))
 
 
@@ -102,6 +134,7 @@ def from_image(
     noise: NoiseOfChunk,
     num_frames: int,
     observe: Observe | None = None,
+    loop: bool = False,
 ) -> Tensor:
     """Sample the first chunk from a picture [3, H, W] in [-1, 1] the way SVD does: frames [F, 3, H, W] in [-1, 1].
 
@@ -122,5 +155,7 @@ def from_image(
     def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
         return unet(torch.cat([latents, pictures[rows]], dim=1), timestep, conditioning.rows(rows))  # type: ignore[no-any-return]
 
-    latents = denoise(predict, models.schedule, noise(Chunk(0, 0, num_frames, 0)), sampling, observe)
+    chunk, schedule = Chunk(0, 0, num_frames, 0), models.schedule
+    network = loops.rolled(predict, schedule.timesteps(sampling.num_inference_steps).tolist()) if loop else predict
+    latents = denoise(network, schedule, noise(chunk), sampling, observe)
     return decode_latents(models.vae, latents[0].transpose(0, 1))

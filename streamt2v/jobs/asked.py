@@ -165,6 +165,7 @@ def resolve(
     resume_from: Path | None = None,
     source: Source | None = None,
     no_refine: bool = False,
+    loop: bool = False,
     at: list[str] | None = None,
     timeline: Path | None = None,
     row: Mapping[str, Any] | None = None,
@@ -183,6 +184,7 @@ def resolve(
         source: the video to refine or extend; its rate and prompt stand below the files and flags, its
             length above the files.
         no_refine: leave the last stage out.
+        loop: let the last frame lead back to the first.
         at, timeline: prompts over time, as TIME=PROMPT and as a file.
         row: {dotted key: value} of a row of a batch, above all others.
         seed_of_row: its seed when nothing names one.
@@ -199,6 +201,8 @@ def resolve(
     )
     if no_refine:
         given["refine.enabled"] = False
+    if loop and "loop" not in given:
+        given["loop"] = "stream"
     if size is not None:
         given["output.height"], given["output.width"] = parse_size(size)
     given.update(row or {})

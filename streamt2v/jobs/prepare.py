@@ -13,6 +13,7 @@ from streamt2v.jobs.job import Job
 from streamt2v.jobs.prepared import Prepared
 from streamt2v.weights import hub, vocabulary
 
+RING_SECONDS = 30
 MAX_TEXT_BYTES = 24_000  # as JSON: the recipe, with two prompts, must fit the 64 KiB of a comment tag
 
 
@@ -41,6 +42,8 @@ def prepare(job: Job, note: hub.Note = lambda text: None) -> Prepared:
     if job.command != "refine":
         _check_unread(job.config, known.family)
         _check_sizes(job.config, known.family)
+    if job.config.loop != "no" and job.command != "refine":
+        _check_loop(known)
     if job.command == "generate":
         known.notices.extend(_check_initializer(known))
     if job.command == "extend":
@@ -131,6 +134,22 @@ def _check_initializer(known: Prepared) -> list[str]:
             "name one with --init, or set them to at least 1",
         )
     return notices
+
+
+def _check_loop(known: Prepared) -> None:
+    """Refuse loops that nothing here can make."""
+    job, run, own = known.job, known.job.config, known.family.reads_text and known.chosen is None
+    limit, shortest = int(RING_SECONDS * run.output.fps), run.stream.chunk + 1
+    if run.num_frames < 2:
+        raise ConfigError("a loop of 1 frame is a picture", "give --frames 2 or more")
+    if run.loop == "ring":
+        if job.command != "generate" or run.image or not own:
+            raise ConfigError("loop=ring begins with text alone, and with the model's own networks", "use --loop")
+        if not run.stream.chunk <= run.num_frames <= limit:
+            said = f"from {run.stream.chunk} to {limit} frames ({RING_SECONDS} s)"
+            raise ConfigError(f"--frames is {run.num_frames}, loop=ring holds all frames at once: {said}", "use --loop")
+    elif job.command == "generate" and run.num_frames < shortest and not own:
+        raise ConfigError(f"--frames is {run.num_frames}, here a loop has at least {shortest} frames")
 
 
 def _check_refined(known: Prepared) -> None:

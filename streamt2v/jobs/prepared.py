@@ -8,18 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamt2v import files, memory, weights
-from streamt2v.chunks import Chunk, base_offset, refinement_plan, streaming_plan
+from streamt2v.chunks import Around, Chunk, base_offset, loop_plan, refinement_plan
 from streamt2v.config import to_flat
 from streamt2v.families import choose
 from streamt2v.jobs import needs
 from streamt2v.jobs.job import Job
 from streamt2v.jobs.recipe import Source, inspect_source
-from streamt2v.timeline import Prompt, prompt_at, turns
+from streamt2v.timeline import Prompt, base_plan, prompt_at, turns
 from streamt2v.weights import hub
 from streamt2v.weights.home import sha256_of
 
 if TYPE_CHECKING:
     from streamt2v.media.sound import Carried
+
+
+LOOP_STEPS = 4
+"""Frames of a loop are refined beside all that so many steps can mix into them; more would cost more than it shows."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +95,27 @@ class Prepared:
     @cached_property
     def stream_plan(self) -> tuple[Chunk, ...]:
         """The chunks of the streaming stage, in frames of the base video."""
-        stream = self.job.config.stream
-        return streaming_plan(self.num_frames, stream.chunk, stream.overlap)
+        return base_plan(self.job.config, self.kept)
 
     @cached_property
     def refine_plan(self) -> tuple[Chunk, ...]:
-        """The chunks of the refiner, in frames of the base video; none where it is off."""
-        refine = self.job.config.refine
-        return refinement_plan(self.num_frames, refine.chunk, refine.overlap) if refine.enabled else ()
+        """The chunks of the refiner, in frames of the base video or `around` it; none where it is off."""
+        return self._refinement[0]
+
+    @property
+    def around(self) -> Around | None:
+        """How the refiner goes round a loop; None where it does not."""
+        return self._refinement[1]
+
+    @cached_property
+    def _refinement(self) -> tuple[tuple[Chunk, ...], Around | None]:
+        run, refine = self.job.config, self.job.config.refine
+        if not refine.enabled:
+            return (), None
+        if run.loop == "no" or self.job.command == "extend":
+            return refinement_plan(self.num_frames, refine.chunk, refine.overlap), None
+        reach = min(refine.num_inference_steps, LOOP_STEPS) * (refine.chunk - 1)
+        return loop_plan(self.num_frames, refine.chunk, refine.overlap, reach)
 
     @cached_property
     def stages(self) -> tuple[memory.Stage, ...]:

@@ -50,6 +50,7 @@ SCORES: Mapping[str, str] = {
     "colour_drift": "distance between the colours of the first frame and the last ones, levels",
     "seam_score": "change into chunks of the streaming stage / median change elsewhere",
     "seam_score_refine": "the same for chunks of the refinement stage",
+    "wrap": "change from the last frame to the first / median change: 1 in a loop that nobody sees the end of",
     "flicker": "local brightness that jumps back and forth, levels",
     "mse": "mean squared difference from the other video",
     "psnr": "dB against the other video; none if they are equal",
@@ -274,6 +275,7 @@ class _Meter:
         self.texts = {turn.frame: clip.text(turn.text) for turn in timeline if clip and turn.text.strip()}
         self.thumbnails: list[Frames] = []
         self.shown = set(chunks.evenly(subject.frames, THUMBNAILS))
+        self.first: Frames | None = None
         self.last: Frames | None = None
         self.last_square: Frames | None = None
         self.cells: list[Series] = []
@@ -287,6 +289,7 @@ class _Meter:
         if self.count in self.shown:
             size = THUMBNAIL_WIDTH, max(1, round(frame.shape[0] * THUMBNAIL_WIDTH / frame.shape[1]))
             self.thumbnails.append(np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA)))
+        self.first = frame if self.first is None else self.first
         self.last = frame
         self.count += 1
 
@@ -348,6 +351,7 @@ class _Meter:
             "colour_drift": scores.at_the_end(series["colour_drift"], window),
             "seam_score": scores.seam_score(series["change"], stream, refine),
             "seam_score_refine": scores.seam_score(series["change"], refine, stream),
+            "wrap": scores.wrap(self.first, self.last, series["change"]),
             "flicker": scores.mean(series["flicker"]),
             "mse": error,
             "psnr": scores.psnr(error),

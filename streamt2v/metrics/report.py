@@ -36,7 +36,7 @@ BETTER: Mapping[str, str] = {
     **dict.fromkeys(("scene_cuts", "mawe_paper", "mawe_script", "warp_error", "flow_deviation"), LOW),
     **dict.fromkeys(("colour_drift", "flicker", "mse"), LOW),
     **dict.fromkeys(("clip_text", "clip_image", "psnr", "ssim"), HIGH),
-    **dict.fromkeys(("stagnation", "seam_score", "seam_score_refine"), ONE),
+    **dict.fromkeys(("stagnation", "seam_score", "seam_score_refine", "wrap"), ONE),
 }
 """Which values of a score are better, as an arrow; the others only describe the motion."""
 _BODY = """

@@ -69,6 +69,13 @@ def seam_score(changes: Series, seams: Sequence[int], other_seams: Sequence[int]
     return ratio(mean(changes[list(seams)]), float(np.median(changes[elsewhere])))
 
 
+def wrap(first: Frames | None, last: Frames | None, changes: Series) -> float | None:
+    """Return the change from the last frame to the first over the median change between frames."""
+    if first is None or last is None or not np.isfinite(changes).any():
+        return None
+    return ratio(float(cv2.absdiff(last, first).mean()), float(np.nanmedian(changes)))
+
+
 def windows(num_frames: int, start: int, window: int) -> tuple[slice, slice] | None:
     """Return the first and the last `window` frames from `start` on, shortened so as not to overlap; None if empty."""
     size = min(window, (num_frames - start) // 2)

@@ -1,7 +1,9 @@
 """The base video: what is stored of it first, then what the family makes; every chunk is stored before it is used."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from streamt2v.media import frames, isolated, pictures
 from streamt2v.media.frames import Group
 from streamt2v.runs.watch import BEGIN, STREAM, Speed, Watch, look_at
 from streamt2v.stages.stream import StreamState
+from streamt2v.timeline import home_frames
 
 
 class Base:
@@ -57,10 +60,21 @@ class Base:
 
     def finish(self) -> None:
         """Make all base frames and drop the networks that made them."""
+        self.complete()
+        self.networks.release()
+
+    def complete(self) -> None:
+        """Make all base frames."""
         if self.known.job.command != "refine":
             for _ in self.groups(self.directory.num_base_frames):
                 pass
-        self.networks.release()
+
+    def around(self, start: int) -> Iterator[Group]:
+        """Yield the frames of a loop from one on, without end; `groups` of the whole video, again and again."""
+        self.complete()
+        while True:
+            yield from self.groups(start)
+            start = 0
 
     def _made(self) -> Iterator[Group]:
         """Continue the base video from the stored state, or begin it; store every chunk before passing it on."""
@@ -70,10 +84,11 @@ class Base:
                 first = self._first_chunk()
             if not frames.is_finite(first):  # also in frames that only the next chunk looks at
                 raise NumericsError("the first chunk holds NaN or Inf")
-            stream = self.known.job.config.stream
-            state = StreamState.after_first_chunk(first, stream.overlap, stream.anchor)
+            stream, plan = self.known.job.config.stream, self.known.stream_plan
+            stop = plan[0].stop if len(plan) > 1 else None
+            state = StreamState.after_first_chunk(first, stream.overlap, stream.anchor, stop)
             with self.speed.counting(STREAM):
-                group = self._store(0, first[: self.known.num_frames], state)
+                group = self._store(0, first[: plan[0].stop], state)
             yield group
         else:
             tensors = {name: tensor.to(self.device) for name, tensor in self.stored.torch().items()}
@@ -86,7 +101,23 @@ class Base:
 
     @torch.inference_mode()
     def _next_chunk(self, state: StreamState, chunk: Chunk) -> tuple[Tensor, StreamState]:
+        state = replace(state, ahead=dict(self._ahead(chunk)))
         return state.after(chunk, self.making.extend(state, self.known.prompt_of(chunk), chunk))
+
+    def _ahead(self, chunk: Chunk) -> Iterator[tuple[int, Tensor]]:
+        """Yield what is known already of a chunk's frames: after the last frame of a loop come its first ones."""
+        run, end = self.known.job.config, self.known.num_frames
+        coming = range(end, min(chunk.start + run.stream.chunk, end + home_frames(run)))
+        if run.loop != "no" and coming:
+            begin = self.source(0) if self.known.kept else frames.numbered(self.directory.base_frames(0), 0)
+            shown = islice(frames.singly(group.frames for group in begin), len(coming))
+            for number, frame in zip(coming, shown, strict=True):
+                yield number, self._fitted(frames.to_float(frame, self.device))[0]
+
+    def _fitted(self, images: Tensor) -> Tensor:
+        """Scale and crop frames to the size of the base video."""
+        size = (images.shape[-2], images.shape[-1])
+        return frames.apply_fit(images, frames.fit_into(size, self.known.job.config.stream.size, "cover"))
 
     def _store(self, index: int, new: Tensor, state: StreamState) -> Group:
         """Store the new frames of one chunk and the state after it; return the frames."""
@@ -112,5 +143,4 @@ class Base:
             first = self.making.first(job.config.prompt, picture).to(self.device)
             if chosen is not None:
                 devices.release_memory(self.networks.device)
-        size = (first.shape[-2], first.shape[-1])
-        return frames.apply_fit(first, frames.fit_into(size, job.config.stream.size, "cover"))
+        return self._fitted(first)

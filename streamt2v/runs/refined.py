@@ -7,7 +7,7 @@ from itertools import chain, islice
 import numpy as np
 from torch import Tensor
 
-from streamt2v.chunks import covering
+from streamt2v.chunks import Chunk, covering
 from streamt2v.families.makers import Enlarged, Refine
 from streamt2v.families.networks import Networks
 from streamt2v.jobs.prepared import Prepared
@@ -84,25 +84,33 @@ def groups(
 
     Frames of a continued video that it refines once more, as neighbours of new ones, the output has already.
     """
-    offset, done = known.base_offset, output.num_frames
+    offset, done, around = known.base_offset, output.num_frames, known.around
+    lead = 0 if around is None else around.lead
 
     def enlarged(start: int) -> Iterator[Tensor]:
         if not networks.policy.keep_networks:
             base.finish()
-        source = base.groups(start)
+        source = base.groups(start) if around is None else base.around(around.frame(start))
         first = list(islice(source, 1))  # the base video says first that it begins
         report.start(REFINE, known.num_frames, max(0, done - offset))
         for frame in frames.singly(group.frames for group in chain(first, source)):
             yield geometry.enlarged(frames.to_float(frame, networks.device.name))
 
-    asked = Enlarged(enlarged, geometry.content, geometry.scale, known.refine_plan, known.prompt_of, output.state)
+    def prompt_of(chunk: Chunk) -> str:
+        return known.prompt_of(chunk if around is None else replace(chunk, new_start=around.frame(chunk.new_start)))
+
+    asked = Enlarged(enlarged, geometry.content, geometry.scale, known.refine_plan, around, prompt_of, output.state)
     for made in refine(asked):
         shown = [_output(geometry, frame, networks) for frame in made.frames]
-        group = Group(offset + made.start, np.concatenate(shown)).since(done)
+        group = Group(offset + made.start - lead, np.concatenate(shown)).since(done)
+        group = Group(group.start, group.frames[: max(0, known.job.config.num_frames - group.start)])
         if len(group.frames):
             yield Finished(group, made.state)
         finished = group.stop - offset
-        report.advance(REFINE, finished, max(covering(known.refine_plan, finished - 1)) + 1, len(known.refine_plan))
+        chunk = max(covering(known.refine_plan, lead + finished - 1))
+        report.advance(REFINE, max(0, finished), chunk + 1, len(known.refine_plan))
+        if finished >= known.num_frames:
+            return
 
 
 def _output(geometry: Geometry, frame: Tensor, networks: Networks) -> Frames:

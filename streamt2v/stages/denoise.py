@@ -100,6 +100,24 @@ def guided(
     return guidance.combine(*pair, asked.guidance_scale, asked.guidance_rescale)
 
 
+def ddim(
+    latents: Tensor,
+    x0: Tensor,
+    alpha_bars: Tensor,
+    step: int,
+    sampling: Sampling,
+    noise: ChunkNoise,
+    epsilon: Tensor | None = None,
+) -> Tensor:
+    """Take one DDIM step from latents by their clean estimate, and by its noise where that is known already."""
+    if epsilon is None:
+        epsilon = (latents - alpha_bars[step].sqrt() * x0) / (1 - alpha_bars[step]).sqrt()
+    last = step == len(alpha_bars) - 2
+    eta = 0.0 if last and sampling.final_noise == "corrected" else sampling.eta
+    fresh = noise.step(step).to(latents) if eta > 0 else None
+    return solvers.ddim_step(x0, epsilon, alpha_bars[step], alpha_bars[step + 1], eta, fresh)
+
+
 @torch.inference_mode()
 def denoise(
     predict: Predict,
@@ -107,12 +125,12 @@ def denoise(
     noise: ChunkNoise,
     sampling: Sampling,
     observe: Observe | None = None,
-    known: Tensor | None = None,
+    held: replacement.Held | None = None,
 ) -> Tensor:
     """Sample one chunk of latents [1, C, F, h, w] with DDIM and classifier-free guidance.
 
-    `known` are clean latents [1, C, Fc, h, w] of the first Fc frames. They replace the network's estimates at every
-    step (`replacement`), so these frames run from their noise to `known`, and the others are denoised beside them.
+    What is `held` replaces the network's estimates at every step (`replacement`), so these frames run from their noise
+    to what is known, and the others are denoised beside them.
 
     Source: arXiv 2403.14773 section 5 (DDIM, 50 steps, eta 1, guidance 7.5).
     """
@@ -121,15 +139,13 @@ def denoise(
     for step, timestep in enumerate(timesteps.tolist()):
         total = schedule.config.num_train_timesteps
         output = guided(predict, latents, timestep, sampling, total, sampling.batched)
+        epsilon: Tensor | None
         x0, epsilon = schedule.to_x0_eps(output, latents, timestep)
-        last = step == len(timesteps) - 1
-        if known is not None:
+        if held is not None:
             # In the last step the network alone decides what new frames look like: what was carried leaves no trace.
-            x0 = replacement.put_in_place(x0, known, 0.0 if last else sampling.replacement_carry)
-            epsilon = (latents - alpha_bars[step].sqrt() * x0) / (1 - alpha_bars[step]).sqrt()
-        eta = 0.0 if last and sampling.final_noise == "corrected" else sampling.eta
-        fresh = noise.step(step).to(latents) if eta > 0 else None
-        latents = solvers.ddim_step(x0, epsilon, alpha_bars[step], alpha_bars[step + 1], eta, fresh)
+            x0 = replacement.put_in_place(x0, held, sampling.replacement_carry if step < len(timesteps) - 1 else 0.0)
+            epsilon = None
+        latents = ddim(latents, x0, alpha_bars, step, sampling, noise, epsilon)
         if observe is not None:
             observe(step, output, latents)
     return latents

@@ -8,7 +8,7 @@ Sources: arXiv 2311.15127 (Stable Video Diffusion), and the published StreamingS
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,13 +19,14 @@ from streamt2v.chunks import Chunk, refinement_plan, streaming_plan
 from streamt2v.config import Variant
 from streamt2v.diffusion import guidance, solvers
 from streamt2v.diffusion.noise import Draws
+from streamt2v.diffusion.replacement import Held, put_in_place
 from streamt2v.diffusion.schedules import align_your_steps, precondition
 from streamt2v.models.cam import ConditionalAttention
 from streamt2v.models.encoders import decode_clip, encode_frames
 from streamt2v.models.layers import sinusoids
 from streamt2v.models.unet3d import TextContext, UNet3D
 from streamt2v.stages.denoise import CONDITIONAL, Observe, both_branches
-from streamt2v.stages.stream import chunk_noise, network_step
+from streamt2v.stages.stream import NOTHING, chunk_noise, hold, network_step
 
 Estimate = Callable[[Tensor, int], Tensor]
 """(x, step) -> estimate of x_0, at the noise level of that step."""
@@ -137,7 +138,9 @@ def decode_groups(
     return refinement_plan(num_frames, decode_chunk_size, overlap)
 
 
-def sample(estimate: Estimate, rho: Tensor, noise: Tensor, observe: Observe | None = None) -> Tensor:
+def sample(
+    estimate: Estimate, rho: Tensor, noise: Tensor, observe: Observe | None = None, held: Held | None = None
+) -> Tensor:
     """Follow the probability flow from noise to latents of the same shape by Euler steps.
 
     Args:
@@ -145,11 +148,12 @@ def sample(estimate: Estimate, rho: Tensor, noise: Tensor, observe: Observe | No
         rho: noise levels [N+1], descending to 0.
         noise: unit normals [B, ...].
         observe: called with (step, clean estimate, latents after the step).
+        held: frames that replace the estimates of them at every step.
     """
     levels = rho.tolist()
     x = noise * math.sqrt(1 + levels[0] ** 2)
     for step in range(len(levels) - 1):
-        clean = estimate(x, step)
+        clean = estimate(x, step) if held is None else put_in_place(estimate(x, step), held)
         x = solvers.euler_step(x, clean, levels[step], levels[step + 1])
         if observe is not None:
             observe(step, clean, x)
@@ -190,15 +194,23 @@ class PictureStreamer:
         return torch.cat([torch.zeros_like(latents), latents]).unsqueeze(2)
 
     @torch.inference_mode()
-    def chunk_latents(self, chunk: Chunk, conditioning_frames: Tensor, observe: Observe | None = None) -> Tensor:
+    def chunk_latents(
+        self,
+        chunk: Chunk,
+        conditioning_frames: Tensor,
+        observe: Observe | None = None,
+        ahead: Mapping[int, Tensor] = NOTHING,
+    ) -> Tensor:
         """Sample one chunk: conditioning frames [Fc, 3, H, W] in [-1, 1] -> latents [1, C, F, h, w].
 
-        The first Fc frames of the result re-create the conditioning frames, the others are new.
+        The first Fc frames of the result re-create the conditioning frames, the others are new. Frames `ahead` that lie
+        in the chunk are held in place.
         """
         noise = self.noise(chunk)
         rho = align_your_steps(self.sampling.num_inference_steps)
-        estimate = self.estimator(rho, self.anchor_latents(noise.anchor), conditioning_frames, noise.initial.shape[2])
-        return sample(estimate, rho, noise.initial, observe)
+        frames = noise.initial.shape[2]
+        estimate = self.estimator(rho, self.anchor_latents(noise.anchor), conditioning_frames, frames)
+        return sample(estimate, rho, noise.initial, observe, hold(self.models.vae, chunk, frames, ahead))
 
     def estimator(self, rho: Tensor, beside: Tensor, conditioning_frames: Tensor, frames: int) -> Estimate:
         """Return the guided network at noise levels rho [N+1].
@@ -232,10 +244,16 @@ class PictureStreamer:
         return estimate
 
     @torch.inference_mode()
-    def new_frames(self, chunk: Chunk, conditioning_frames: Tensor, observe: Observe | None = None) -> Tensor:
+    def new_frames(
+        self,
+        chunk: Chunk,
+        conditioning_frames: Tensor,
+        observe: Observe | None = None,
+        ahead: Mapping[int, Tensor] = NOTHING,
+    ) -> Tensor:
         """Return the frames [n, 3, H, W] in [-1, 1] that the whole chunk adds.
 
         The re-created frames are decoded as far as new ones need them as neighbours.
         """
-        latents = self.chunk_latents(chunk, conditioning_frames, observe)[0].transpose(0, 1)  # [F, C, h, w]
+        latents = self.chunk_latents(chunk, conditioning_frames, observe, ahead)[0].transpose(0, 1)  # [F, C, h, w]
         return decode_clip(self.models.vae, latents, self.groups, first=chunk.new_start - chunk.start)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamt2v.chunks import Chunk, covering
+from streamt2v.chunks import Around, Chunk, covering
 from streamt2v.config import RefineConfig
 from streamt2v.devices import send
 from streamt2v.diffusion import blend, solvers
@@ -148,7 +148,9 @@ class Refiner:
         encode: Encode,
         state: RefineState | None = None,
         observe: Callable[[Chunk, RefineState], None] = lambda chunk, state: None,
+        around: Around | None = None,
     ) -> None:
+        self.around = around
         self.denoiser, self.plan, self.settings, self.draws, self.encode = denoiser, plan, settings, draws, encode
         self.num_frames, self.observe = plan[-1].stop, observe
         self.state = state or RefineState(steps_done=[0] * len(plan))
@@ -209,8 +211,10 @@ class Refiner:
         state.encoded = new.stop
 
     def _noise(self, purpose: str, address: tuple[int, ...], like: Tensor) -> Tensor:
-        """Draw unit normals like a tensor, and send them to its device."""
-        return send(self.draws.normal(purpose, address, like.shape), like.device).to(like.dtype)
+        """Draw unit normals like a tensor for a frame, the first number of the address, and send them to its device."""
+        frame, *rest = address
+        where = (frame if self.around is None else self.around.frame(frame), *rest)
+        return send(self.draws.normal(purpose, where, like.shape), like.device).to(like.dtype)
 
     def _start(self, clean: Tensor, noise: Tensor) -> Tensor:
         """Noise clean latents to the start level t' - 1, in variance-exploding coordinates x_t / alpha_t.
@@ -229,7 +233,8 @@ class Refiner:
         estimate = self._chunk_estimate(chunk, step)
 
         def draw_cut(low: int, high: int, index: int) -> int:
-            return self.draws.integer("refine.cut", (index, step), low, high)
+            where = index if self.around is None else self.around.chunk(index)
+            return self.draws.integer("refine.cut", (where, step), low, high)
 
         for frame in blend.owned(self.plan, chunk.index, draw_cut, self.settings.cut_range):
             self.state.pending[frame] = estimate[frame - chunk.start]

@@ -4,8 +4,9 @@ Three signals condition each chunk (arXiv 2403.14773 section 4): the text, the l
 frame through APM. The state between chunks is small and explicit: the last frames and the anchor, as floats.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from streamt2v.chunks import Chunk
 from streamt2v.devices import send
 from streamt2v.diffusion.noise import Draws, per_frame
+from streamt2v.diffusion.replacement import Held
 from streamt2v.diffusion.schedules import NoiseSchedule
 from streamt2v.models.apm import AppearanceTokens
 from streamt2v.models.cam import ConditionalAttention
@@ -21,6 +23,7 @@ from streamt2v.models.unet3d import Conditioning, TextContext, UNet3D
 from streamt2v.stages.denoise import ChunkNoise, Observe, Predict, Sampling, denoise, reusing
 
 NoiseOfChunk = Callable[[Chunk], ChunkNoise]
+NOTHING: Mapping[int, Tensor] = MappingProxyType({})
 
 
 def network_step(
@@ -58,16 +61,24 @@ class StreamModels:
 
 @dataclass(frozen=True)
 class StreamState:
-    """What the next chunk needs: its index, the last frames [Fc, 3, H, W] and the anchor frame [3, H, W] in [-1, 1]."""
+    """What the next chunk needs: its index, the last frames [Fc, 3, H, W] and the anchor frame [3, H, W] in [-1, 1].
+
+    `ahead` are frames [3, H, W] in [-1, 1] after the last ones that are known already, by their numbers in the video.
+    """
 
     next_chunk: int
     conditioning_frames: Tensor
     anchor: Tensor
+    ahead: Mapping[int, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def after_first_chunk(cls, frames: Tensor, overlap: int, anchor: int = 0) -> "StreamState":
-        """Start from the initializer's frames [F, 3, H, W] in [-1, 1]; `anchor` is the number of one of them."""
-        return cls(1, frames[len(frames) - overlap :], frames[anchor])
+    def after_first_chunk(cls, frames: Tensor, overlap: int, anchor: int = 0, stop: int | None = None) -> "StreamState":
+        """Start from the initializer's frames [F, 3, H, W] in [-1, 1], or the first `stop` of them.
+
+        `anchor` is the number of one of them.
+        """
+        stop = len(frames) if stop is None else stop
+        return cls(1, frames[stop - overlap : stop], frames[anchor])
 
     def after(self, chunk: Chunk, new: Tensor) -> "tuple[Tensor, StreamState]":
         """Continue with a chunk: (the frames of `new` that the video takes, the state after them).
@@ -76,9 +87,10 @@ class StreamState:
             chunk: of a streaming plan.
             new: the frames [n, 3, H, W] that it adds when it is generated whole.
         """
-        shown = torch.cat([self.conditioning_frames, new])
+        taken = new[: chunk.num_new]
+        shown = torch.cat([self.conditioning_frames, taken])
         kept = shown[len(shown) - (chunk.new_start - chunk.start) :]
-        return new[: chunk.num_new], StreamState(chunk.index + 1, kept, self.anchor)
+        return taken, StreamState(chunk.index + 1, kept, self.anchor, self.ahead)
 
 
 def chunk_noise(draws: Draws, chunk_size: int, latent_shape: Sequence[int], device: str = "cpu") -> NoiseOfChunk:
@@ -101,6 +113,15 @@ def chunk_noise(draws: Draws, chunk_size: int, latent_shape: Sequence[int], devi
         return ChunkNoise(draw("stream.start"), lambda step: draw("stream.step", step))
 
     return noise
+
+
+def hold(vae: torch.nn.Module, chunk: Chunk, size: int, known: Mapping[int, Tensor]) -> Held | None:
+    """Return what is held of a chunk of `size` frames: those of the frames known by number that lie in it, if any."""
+    inside = [frame for frame in sorted(known) if chunk.start <= frame < chunk.start + size]
+    if not inside:
+        return None
+    latents = encode_frames(vae, torch.stack([known[frame] for frame in inside])).transpose(0, 1)
+    return Held(tuple(frame - chunk.start for frame in inside), latents.unsqueeze(0))
 
 
 def anchor_tokens(models: StreamModels, anchor: Tensor) -> Tensor | None:
@@ -165,23 +186,35 @@ class Streamer:
             self.extractor = None if models.cam is None else models.cam.prepare(text)
 
     @torch.inference_mode()
-    def chunk_latents(self, chunk: Chunk, conditioning_frames: Tensor, observe: Observe | None = None) -> Tensor:
+    def chunk_latents(
+        self,
+        chunk: Chunk,
+        conditioning_frames: Tensor,
+        observe: Observe | None = None,
+        ahead: Mapping[int, Tensor] = NOTHING,
+    ) -> Tensor:
         """Sample one chunk: conditioning frames [Fc, 3, H, W] in [-1, 1] -> latents [1, C, F, h, w].
 
         The first Fc frames of the result re-create the conditioning frames (with replacement they are the same), the
-        others are new.
+        others are new. Frames `ahead` that lie in the chunk are held in place.
         """
         schedule, sampling, whole_at = self.models.schedule, self.sampling, None
         if sampling.reuse_interval > 1:
             whole_at = schedule.timesteps(sampling.num_inference_steps)[:: sampling.reuse_interval].tolist()
         predict = predictor(self.models, self.denoiser, self.extractor, conditioning_frames, whole_at)
-        known = None
-        if sampling.replacement and len(conditioning_frames):
-            known = encode_frames(self.models.vae, conditioning_frames).transpose(0, 1).unsqueeze(0)
-        return denoise(predict, schedule, self.noise(chunk), sampling, observe, known)
+        noise = self.noise(chunk)
+        known = dict(enumerate(conditioning_frames, chunk.start)) if sampling.replacement else {}
+        held = hold(self.models.vae, chunk, noise.initial.shape[2], {**known, **ahead})
+        return denoise(predict, schedule, noise, sampling, observe, held)
 
     @torch.inference_mode()
-    def new_frames(self, chunk: Chunk, conditioning_frames: Tensor, observe: Observe | None = None) -> Tensor:
+    def new_frames(
+        self,
+        chunk: Chunk,
+        conditioning_frames: Tensor,
+        observe: Observe | None = None,
+        ahead: Mapping[int, Tensor] = NOTHING,
+    ) -> Tensor:
         """Return the frames [n, 3, H, W] in [-1, 1] that the whole chunk adds; no others are decoded."""
-        latents = self.chunk_latents(chunk, conditioning_frames, observe)[0, :, chunk.new_start - chunk.start :]
+        latents = self.chunk_latents(chunk, conditioning_frames, observe, ahead)[0, :, chunk.new_start - chunk.start :]
         return decode_latents(self.models.vae, latents.transpose(0, 1))

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
@@ -180,17 +182,18 @@ def test_known_frames_run_from_their_noise_to_what_is_known(known_frames: int) -
 
     def check(step: int, output: Tensor, latents: Tensor) -> None:
         level = levels[step + 1]
-        held = level**0.5 * known + (1 - level) ** 0.5 * noise[:, :, :known_frames]
-        torch.testing.assert_close(latents[:, :, :known_frames], held, rtol=1e-4, atol=1e-4)
+        wanted = level**0.5 * known + (1 - level) ** 0.5 * noise[:, :, :known_frames]
+        torch.testing.assert_close(latents[:, :, :known_frames], wanted, rtol=1e-4, atol=1e-4)
 
     def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
         return torch.randn(len(latents), *noise.shape[1:])
 
     given, sampling = ChunkNoise(noise, lambda step: torch.randn_like(noise)), Sampling(6, 1.0)
-    denoise(predict, schedule, given, sampling, check, known)
-    stochastic = denoise(predict, schedule, given, replace(sampling, eta=1.0), known=known)
-    held = levels[-1] ** 0.5 * known + (1 - levels[-1]) ** 0.5 * noise[:, :, :known_frames]
-    assert (stochastic[:, :, :known_frames] - held).abs().max() < 0.1
+    held = replacement.Held(tuple(range(known_frames)), known)
+    denoise(predict, schedule, given, sampling, check, held)
+    stochastic = denoise(predict, schedule, given, replace(sampling, eta=1.0), held=held)
+    final = levels[-1] ** 0.5 * known + (1 - levels[-1]) ** 0.5 * noise[:, :, :known_frames]
+    assert (stochastic[:, :, :known_frames] - final).abs().max() < 0.1
 
 
 @torch.inference_mode()
@@ -218,10 +221,25 @@ def test_replacement_keeps_the_conditioning_frames_in_place() -> None:
 @pytest.mark.parametrize("carry", [0.0, 0.5, 1.0])
 def test_what_replacement_changes_is_carried_on(carry: float) -> None:
     clean, known = torch.randn(2, 4, 6, 3, 3), torch.randn(2, 4, 2, 3, 3)
-    placed = replacement.put_in_place(clean, known, carry)
+    placed = replacement.put_in_place(clean, replacement.Held((0, 1), known), carry)
     torch.testing.assert_close(placed[:, :, :2], known)
     for k in range(1, 5):
         expected = clean[:, :, 1 + k] + carry**k * (known[:, :, 1] - clean[:, :, 1])
         torch.testing.assert_close(placed[:, :, 1 + k], expected)
-    torch.testing.assert_close(replacement.put_in_place(clean, clean[:, :, :3], carry), clean)  # nothing to correct
-    torch.testing.assert_close(replacement.put_in_place(clean, clean + 1, carry), clean + 1)  # all known
+    same, moved = replacement.Held((0, 1, 2), clean[:, :, :3]), replacement.Held(tuple(range(6)), clean + 1)
+    torch.testing.assert_close(replacement.put_in_place(clean, same, carry), clean)  # nothing to correct
+    torch.testing.assert_close(replacement.put_in_place(clean, moved, carry), clean + 1)  # all known
+
+
+@given(st.sets(st.integers(0, 7), min_size=1), st.sampled_from([0.0, 0.5, 1.0]))
+def test_new_frames_follow_the_held_ones_on_both_sides(places: set[int], carry: float) -> None:
+    clean, held = torch.zeros(1, 1, 8, 1, 1), sorted(places)
+    known = torch.tensor([float(2 + place) for place in held]).view(1, 1, -1, 1, 1)
+    placed = replacement.put_in_place(clean, replacement.Held(tuple(held), known), carry).flatten()
+    for frame in range(8):
+        if frame in places:
+            assert placed[frame] == 2 + frame
+            continue
+        nearest = [max((p for p in held if p < frame), default=None), min((p for p in held if p > frame), default=None)]
+        expected = sum(carry ** abs(frame - place) * (2 + place) for place in nearest if place is not None)
+        assert float(placed[frame]) == pytest.approx(expected)
