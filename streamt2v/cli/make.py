@@ -400,7 +400,14 @@ def plan(
     _tell_plan(job, json_output, Progress())
 
 
-@options.knows(options.making, options.streaming, options.starting, options.computing, options.talking)
+@options.knows(
+    options.making,
+    options.streaming,
+    options.starting,
+    options.computing,
+    options.talking,
+    without=("seed", "negative", "at", "timeline"),  # the time hangs on no words and no draws
+)
 def bench(
     frames: Annotated[int, option("--frames", "-n", "Length to state the time for.")] = 1200,
     **given: Any,
