@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamt2v import files, memory, weights
-from streamt2v.chunks import Chunk, base_offset, refinement_plan, streaming_plan
+from streamt2v.chunks import Chunk, base_offset, shifted
 from streamt2v.config import to_flat
 from streamt2v.families import choose
 from streamt2v.jobs import needs
 from streamt2v.jobs.job import Job
 from streamt2v.jobs.recipe import Source, inspect_source
-from streamt2v.timeline import Prompt, prompt_at, turns
+from streamt2v.timeline import Prompt, plans, prompt_at, turns
 from streamt2v.weights import hub
 from streamt2v.weights.home import sha256_of
 
@@ -89,16 +89,19 @@ class Prepared:
         return prompt_at(self.timeline, self.base_offset + chunk.new_start)
 
     @cached_property
+    def plans(self) -> tuple[tuple[Chunk, ...], tuple[Chunk, ...]]:
+        """The chunks of the streaming stage and of the refiner, in frames of the output, as `timeline.plans`."""
+        return plans(self.job.config, self.job.command, self.kept)
+
+    @cached_property
     def stream_plan(self) -> tuple[Chunk, ...]:
-        """The chunks of the streaming stage, in frames of the base video."""
-        stream = self.job.config.stream
-        return streaming_plan(self.num_frames, stream.chunk, stream.overlap)
+        """The chunks of the streaming stage, in frames of the base video; none of a video that is refined."""
+        return shifted(self.plans[0], -self.base_offset)
 
     @cached_property
     def refine_plan(self) -> tuple[Chunk, ...]:
         """The chunks of the refiner, in frames of the base video; none where it is off."""
-        refine = self.job.config.refine
-        return refinement_plan(self.num_frames, refine.chunk, refine.overlap) if refine.enabled else ()
+        return shifted(self.plans[1], -self.base_offset)
 
     @cached_property
     def stages(self) -> tuple[memory.Stage, ...]:
