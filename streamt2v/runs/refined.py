@@ -106,5 +106,5 @@ def groups(
 
 
 def _output(geometry: Geometry, frame: Tensor, networks: Networks) -> Frames:
-    with networks.pixel_time.running():
+    with networks.pixels():
         return geometry.output(frame)
