@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,12 @@ class Prepared:
     """Told the size before a third-party model is fetched."""
     notices: list[str] = field(default_factory=list)
     """What the user should know before it begins."""
+
+    def behaving(self, **changes: Any) -> Prepared:
+        """Return the same for a run that behaves otherwise, by fields of `Job`: what was found out is kept."""
+        other, given = replace(self, job=replace(self.job, **changes)), {field.name for field in fields(self)}
+        vars(other).update({name: found for name, found in vars(self).items() if name not in given})
+        return other
 
     @cached_property
     def family(self) -> weights.Family:
