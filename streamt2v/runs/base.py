@@ -25,13 +25,7 @@ class Base:
     """Groups of base frames from any one on, as often as asked; made once."""
 
     def __init__(
-        self,
-        known: Prepared,
-        making: Makers,
-        directory: RunDirectory,
-        networks: Networks,
-        report: Watch,
-        speed: Speed,
+        self, known: Prepared, making: Makers, directory: RunDirectory, networks: Networks, report: Watch, speed: Speed
     ) -> None:
         self.known, self.making, self.directory, self.networks = known, making, directory, networks
         self.report, self.speed, self.device = report, speed, networks.device.name
