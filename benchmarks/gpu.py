@@ -186,13 +186,13 @@ def whole_run(place: str, policy: Any) -> Any:
     """Frames [F, H, W, 3] of a short video of the demo, made by the policy."""
     import numpy as np
 
-    from benchmarks import speed
+    from benchmarks import random_networks, speed
     from streamt2v import config, memory
     from streamt2v.jobs.job import Job
     from streamt2v.media import reading
     from streamt2v.runs import pipeline
 
-    asked = config.merge(config.preset("demo"), SMALL, {"prompt": speed.PROMPT, "output.crf": 1})
+    asked = config.merge(config.preset("demo"), SMALL, {"prompt": random_networks.PROMPT, "output.crf": 1})
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(memory, "choose", lambda *_: policy):
         path = Path(folder) / "out.mp4"
         pipeline.run(Job("generate", asked, path, device=place, threads=1), speed.Warnings())
@@ -276,21 +276,21 @@ def measured(small: bool) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
     """Yield the networks to measure, the instruments for it, and the settings given."""
     import torch
 
-    from benchmarks import speed
+    from benchmarks import random_networks, speed
     from streamt2v import devices
 
     device = devices.resolve("cpu" if small else "cuda")
     devices.repeat_exactly(device)
     model, given = ("demo", SMALL) if small else ("streamingt2v", {})
     dtype = torch.float32 if small else torch.float16
-    with speed.stand_ins(model), torch.inference_mode():
-        networks = speed.Networks(speed.settings(model, "fast", given), device, dtype)
+    with random_networks.stand_ins(model), torch.inference_mode():
+        networks = random_networks.Networks(random_networks.settings(model, "fast", given), device, dtype)
         yield networks, speed.Instruments(device, 1 if small else REPEATS), given
 
 
 def parts(small: bool) -> None:
     """What each part of a run takes, and where its time goes."""
-    from benchmarks import speed
+    from benchmarks import speed, speed_page
 
     with measured(small) as (networks, tools, given):
 
@@ -300,7 +300,7 @@ def parts(small: bool) -> None:
 
         found = speed.measure_parts(networks, tools, given, tell)
         for quality, row in speed.totals(found, networks.config.model, given).items():
-            say(f"{speed.LENGTH} frames, extrapolated", way=quality, ms=round(1000 * row["together"]))
+            say(f"{speed_page.LENGTH} frames, extrapolated", way=quality, ms=round(1000 * row["together"]))
         for name, row in speed.measure_profile(networks, tools).items():
             say(f"where the time goes: {name}", shares={kind: round(row[kind] / row["whole"], 3) for kind in row})
 

@@ -58,8 +58,8 @@ def scene(index: int, seed: int) -> Scenes:
 
 def load(folder: Path) -> tuple[StreamModels, TextSource]:
     """Load the networks of the first two stages from a folder."""
-    special = weights.families()["demo"].file("stream.tokenizer").tokens
-    text = TextSource(weights.load_tokenizer(folder / "tokenizer.json", special), network(folder, "text"))
+    pad = weights.families()["demo"].file("stream.tokenizer").pad
+    text = TextSource(weights.load_tokenizer(folder / "tokenizer.json", pad), network(folder, "text"))
     unet, vae, cam, apm, vision = (network(folder, name) for name in ("unet", "vae", "cam", "apm", "vision"))
     return sheets.models(unet, vae, cam, (apm, vision)), text
 

@@ -30,41 +30,36 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
-from functools import cached_property, partial
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor, nn, profiler
+from torch import Tensor, profiler
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from benchmarks.random_networks import Networks, Work, settings, stand_ins
+from benchmarks.speed_page import LENGTH, table
 from streamt2v import config, devices, memory, weights
 from streamt2v.chunks import length, refinement_plan, streaming_plan
 from streamt2v.config import RunConfig
-from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from streamt2v.errors import MemoryLimitError
 from streamt2v.jobs import needs
 from streamt2v.jobs.asked import parse_settings
 from streamt2v.jobs.job import Job, Result
 from streamt2v.models.encoders import decode_latents, encode_frames, latent_factor, latent_size
-from streamt2v.models.unet3d import Conditioning, TextContext, UNet3D, legal_canvas
+from streamt2v.models.unet3d import Conditioning, legal_canvas
 from streamt2v.runs import pipeline
 from streamt2v.runs.pace import Status
 from streamt2v.stages import stream
-from streamt2v.stages.denoise import Predict, Sampling, both_branches
-from streamt2v.stages.refine import Denoiser, Refiner, noise_grid, refiner_conditioning, sees_source
-from streamt2v.weights import convert, published
+from streamt2v.stages.denoise import Predict, both_branches
+from streamt2v.stages.refine import noise_grid, sees_source
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
 QUALITIES = ("reference", "balanced", "fast")
-LENGTH = 1200  # frames that the totals are extrapolated to
-TARGETS = {"reference": 1620, "balanced": 720, "fast": 240}  # seconds for them on one H100, at 1280x720
-PROMPT = "a red ball bouncing over the sea at sunset"
 # torch counts the attention kernels of GPUs alone.
 CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
@@ -74,7 +69,6 @@ UNGUIDED, REUSING = ", unguided", ", deep layers reused"
 ENCODE, DECODE = "VAE, encode a frame", "VAE, decode a frame"
 KINDS = {"convolution": r"conv", "matrix product": r"mm$|linear$|matmul$", "attention": r"attention", "norm": r"_norm$",
          "copy, join": r"cat$|copy_?$|clone$|contiguous$|pad|fill_?$|zero"}  # fmt: skip
-Work = Callable[[], Tensor]
 
 
 # ------------------------------------------------------------------------------------------------------- instruments
@@ -156,155 +150,6 @@ class Instruments:
         if self.device.kind == "cuda":
             return int(torch.cuda.max_memory_reserved(self.device.name))
         return devices.peak_memory()
-
-
-# ---------------------------------------------------------------------------------- networks made of random numbers
-
-
-def parts(model: str) -> dict[Path, published.Part]:
-    """What the published files of a family would be converted to, by path in the weights home."""
-    layouts = {**convert.LAYOUTS, **published.CHECKPOINTS}
-    listed = {name: part for layout in layouts.values() for name, part in layout.parts.items()}
-    family = weights.family(model)
-
-    def name(path: Path) -> str:
-        return path.relative_to(family.root).with_suffix("").as_posix().partition("/")[2]
-
-    return {path: listed[name(path)] for path in map(family.path, family.components) if path.suffix == ".safetensors"}
-
-
-def random_network(path: Path, part: published.Part, device: str, dtype: torch.dtype) -> nn.Module:
-    """A network of the part's size: weights of unit gain, norms of one, no biases, so that numbers stay moderate."""
-    network = weights.build(path, part.network, part.config)
-    draws = torch.Generator(device).manual_seed(0)
-
-    def numbers(key: str, shape: torch.Size) -> Tensor:
-        if len(shape) < 2:
-            return torch.full(shape, float(key.endswith("weight")), dtype=dtype, device=device)
-        values = torch.empty(shape, dtype=dtype, device=device).normal_(generator=draws)
-        return values.div_(shape[1:].numel() ** 0.5)
-
-    return weights.furnish(
-        network, {key: numbers(key, value.shape) for key, value in network.state_dict().items()}, device
-    )
-
-
-class AnyWords:
-    """Stands in for a tokenizer: every text is as many tokens as there is room for."""
-
-    def __call__(self, texts: Sequence[str], max_length: int = 77, **_: Any) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=torch.ones(len(texts), max_length, dtype=torch.long))
-
-
-@contextlib.contextmanager
-def stand_ins(model: str) -> Iterator[None]:
-    """Let a family whose weights must be pulled be made of random numbers while this lasts."""
-    if not weights.family(model).sources:
-        yield
-        return
-    listed = parts(model)
-
-    def header(path: Path) -> tuple[str, Mapping[str, Any], Mapping[str, Any] | None]:
-        return listed[path].network, listed[path].config, listed[path].schedule
-
-    def load(family: weights.Family, role: str, device: str, dtype: torch.dtype) -> Any:
-        path = family.path(role)
-        return AnyWords() if path.suffix == ".json" else random_network(path, listed[path], device, dtype)
-
-    with (
-        mock.patch.object(weights, "read_header", header),
-        mock.patch.object(weights, "load", load),
-        mock.patch.object(weights, "require", lambda *_: None),
-    ):
-        yield
-
-
-# --------------------------------------------------------------------------------------------------------- the parts
-
-
-def settings(model: str, quality: str, given: Mapping[str, Any]) -> RunConfig:
-    """The family's settings at a quality; it makes its first frames itself, and the whole box is refined."""
-    own = {"model": model, "prompt": PROMPT, "initialize.text_model": "own", "output.fit": "cover"}
-    return config.merge(config.preset(weights.family(model).preset, quality), own, given)
-
-
-@dataclass(frozen=True)
-class Networks:
-    """The networks of a family on a device, and what they need to run once; loaded when they are first asked for."""
-
-    config: RunConfig
-    device: devices.Device
-    dtype: torch.dtype
-
-    def load(self, role: str) -> Any:
-        network = weights.load(weights.family(self.config.model), role, self.device.name, self.dtype)
-        devices.arrange(network, self.device)
-        return network
-
-    def schedule(self, role: str) -> NoiseSchedule:
-        found = weights.read_header(weights.family(self.config.model).path(role))[2]
-        return NoiseSchedule(ScheduleConfig.from_dict(found or {}))
-
-    def random(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(self.device.name)
-
-    def text(self, unet: UNet3D) -> TextContext:
-        sizes = unet.unet_config
-        pooled = self.random(2, sizes.pooled_text_dim) if sizes.pooled_text_dim else None
-        return TextContext(self.random(2, sizes.text_tokens, sizes.cross_attention_dim), pooled)
-
-    def refining_text(self, unet: Any) -> Conditioning:
-        """What a chunk of the refiner is told: random text, or that its source was enlarged tenfold."""
-        return refiner_conditioning(unet, None if sees_source(unet.config) else self.text(unet), 10.0)
-
-    @cached_property
-    def streaming(self) -> stream.StreamModels:
-        roles = {"unet": "stream.unet", "vae": "stream.vae", "cam": "stream.cam", "apm": "stream.apm",
-                 "image_encoder": "stream.image"}  # fmt: skip
-        loaded = {name: self.load(role) for name, role in roles.items()}
-        return stream.StreamModels(schedule=self.schedule("stream.unet"), **loaded)
-
-    @cached_property
-    def refining(self) -> tuple[Any, nn.Module]:
-        return self.load("refine.unet"), self.load("refine.vae")
-
-    def streamer(self, config: RunConfig) -> stream.Streamer:
-        """The streaming stage at the settings of `config`."""
-        models = self.streaming
-        shape = (models.unet.config.out_channels, *latent_size(models.vae, *config.stream.size))
-        noise = stream.chunk_noise(SeededDraws(0), config.stream.chunk, shape, self.device.name)
-        anchor, sampling = self.base_frames(1)[0], Sampling.of(config.stream)
-        return stream.Streamer(models, self.text(models.unet), anchor, sampling, noise)
-
-    def base_frames(self, count: int) -> Tensor:
-        """Frames [F, 3, H, W] in [-1, 1] of the size that is streamed."""
-        return self.random(count, 3, *self.config.stream.size).clamp(-1, 1)
-
-    def canvas(self, square: bool = False) -> tuple[int, int]:
-        """(H, W) that the refiner works on, for what fills the box or for a square as high."""
-        height, width = self.config.output.height, self.config.output.width
-        unet, vae = self.refining
-        return legal_canvas(height, height if square else width, unet.config, latent_factor(vae))
-
-    def chunk_step(
-        self, canvas: tuple[int, int], way: Callable[[UNet3D], Any] = lambda unet: unet.run, batched: bool = True,
-        guided: bool = True, steps: int = 1, reuse_interval: int = 1,
-    ) -> Work:  # fmt: skip
-        """Steps of one chunk of the refiner, its draws and its solver included; `way` changes the network."""
-        unet, vae = self.refining
-        stop = 0.0 if guided else 1.0
-        refine = replace(
-            self.config.refine, num_inference_steps=steps, guidance_stop=stop, reuse_interval=reuse_interval
-        )  # fmt: skip
-        latents = self.random(refine.chunk, unet.config.out_channels, *latent_size(vae, *canvas))
-        latents = latents.to(getattr(vae, "latent_dtype", torch.float32))
-        text, looks = self.refining_text(unet), sees_source(unet.config)
-        schedule = self.schedule("refine.unet")
-        denoiser = Denoiser(way(unet), schedule, lambda chunk: text, batched, sees_source=looks)
-        plan = refinement_plan(refine.chunk, refine.chunk, refine.overlap)
-        return lambda: torch.cat(
-            list(Refiner(denoiser, plan, refine, SeededDraws(0), lambda a, b: latents[a:b]).run())
-        )  # fmt: skip
 
 
 def tell_part(name: str, row: Mapping[str, Any]) -> None:
@@ -614,111 +459,6 @@ def measure_tiers(
         found.append(row)
         tell(row)
     return found
-
-
-# ---------------------------------------------------------------------------------------------------------- the table
-
-
-def table(results: Path) -> str:
-    """docs/speed.md from every result in a folder."""
-    lines = [
-        "# Speed",
-        "",
-        "Made by `python benchmarks/speed.py`, which explains how it measures; one section per machine.",
-        "",
-    ]
-    for path in sorted(results.glob("*-speed-*.json")):
-        lines += section(json.loads(path.read_text("utf-8")))
-    for path in sorted(results.glob("*-gpu*.jsonl")):
-        lines += gpu_section([json.loads(line) for line in path.read_text("utf-8").splitlines()])
-    if not list(results.glob("*-gpu*.jsonl")):
-        lines += [
-            "## On a GPU",
-            "",
-            "Not run on CUDA yet: `python benchmarks/gpu.py` makes the rows of this table.",
-            "",
-        ]
-    return "\n".join(lines)
-
-
-def gpu_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The lines of one card, from the rows that `gpu.py` left."""
-    machine = next((row for row in rows if row["name"] == "machine"), {"card": "an unknown card", "date": "?"})
-    packages = ", ".join(f"{name} {found}" for name, found in machine.get("packages", {}).items())
-    lines = [
-        f"## {machine['card']}, {machine['date']}", "",
-        f"Rows of `python benchmarks/gpu.py{' --small' * bool(machine.get('small'))}`; {packages}.", "",
-        "| step | what | way | ms | rate | more |", "|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    known = {"step", "name", "way", "ms", "tflop", "gb"}
-    for row in rows:
-        if row["name"] == "machine":
-            continue
-        seconds, rate = row.get("ms", 0) / 1000, ""
-        if seconds and row.get("tflop"):
-            rate = f"{row['tflop'] / seconds:.3g} TFLOP/s"
-        elif seconds and row.get("gb"):
-            rate = f"{row['gb'] / seconds:.3g} GB/s"
-        more = "; ".join(f"{key} {value}" for key, value in row.items() if key not in known).replace("|", "/")
-        shown = [row["step"], row["name"], row.get("way", ""), f"{row['ms']:.4g}" if "ms" in row else "", rate, more]
-        lines.append("| " + " | ".join(" ".join(str(cell).split()) for cell in shown) + " |")
-    return [*lines, ""]
-
-
-def section(result: Mapping[str, Any]) -> list[str]:
-    """The lines of one machine and family."""
-    rate, published = result["matmul_tflops"], result["model"] == "streamingt2v"
-    lines = [
-        f"## {result['model']} on {result['device']}, {result['date']}", "",
-        f"{result['dtype']}, torch {result['versions']['torch']}. A large matrix product runs at {rate:.3g} TFLOP/s. "
-        f"Times are {result['clock']}; "
-        "all networks stay loaded.", "",
-        "| part | size | seconds | TFLOP | TFLOP/s | share of matmul | peak GB |", "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for name, row in result["parts"].items():
-        speed, steps = row["tflop"] / row["seconds"], f" ({row['steps']} steps)" if "steps" in row else ""
-        numbers = f"{row['seconds']:.3g} | {row['tflop']:.3g} | {speed:.3g} | {speed / rate:.0%}"
-        lines.append(f"| {name}{steps} | {row['width']}x{row['height']} | {numbers} | {row['peak_bytes'] / 1e9:.1f} |")
-    lines += ["", f"{LENGTH} frames after the first chunk, **extrapolated** from these parts, in seconds:", ""]
-    lines += ["| quality | stage 2 | refiner | its VAE | together |" + (" target (H100) |" if published else "")]
-    lines += ["|---|---|---|---|---|" + ("---|" if published else "")]
-    for quality, row in result["totals"].items():
-        target = f" {TARGETS[quality]} |" if published else ""
-        lines.append(f"| {quality} | " + " | ".join(f"{value:.0f}" for value in row.values()) + f" |{target}")
-    if profile := result.get("profile", {}):
-        kinds = [kind for kind in next(iter(profile.values())) if kind != "whole"]
-        lines += ["", "What remains, by torch's profiler; its own time counts as idle:", ""]
-        lines += [f"| share of the time | {' | '.join(kinds)} | idle |", "|---" * (len(kinds) + 2) + "|"]
-    for name, row in profile.items():
-        shares = [row[kind] / row["whole"] for kind in kinds]
-        lines.append(f"| {name} | {' | '.join(f'{share:.0%}' for share in [*shares, max(0, 1 - sum(shares))])} |")
-    lines += [
-        "",
-        "| exact gain | without, s | with, s | with / without | largest difference |",
-        "|---|---|---|---|---|",
-    ]
-    for name, row in result["gains"].items():
-        change = "other size" if row["difference"] is None else f"{row['difference']:.0e}"
-        lines.append(
-            f"| {name} | {row['without']:.3g} | {row['with']:.3g} | {row['with'] / row['without']:.2f} | {change} |"
-        )
-    if near := result.get("near_gains", {}):
-        lines += ["", "What approximate gains change: [concepts.md](concepts.md).", ""]
-        lines += ["| approximate gain | without, s | with, s | with / without |", "|---|---|---|---|"]
-    for name, row in near.items():
-        lines.append(f"| {name} | {row['without']:.3g} | {row['with']:.3g} | {row['with'] / row['without']:.2f} |")
-    gaps = ", ".join(f"{gap:.0e} in {name}" for name, gap in result["rounding"].items())
-    lines += ["", f"For comparison, the largest difference between 16 and 32 bit of the same way: {gaps}."]
-    if result["tiers"]:
-        lines += ["", "| memory | what is done | stated peak, GB | measured peak, GB |", "|---|---|---|---|"]
-    for row in result["tiers"]:
-        peak = "does not fit" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f}"
-        peak += "".join(f"; {text}" for text in row["warnings"])
-        lines.append(f"| {row['gigabytes']:g} GB | {row['policy']} | {row['stated_bytes'] / 1e9:.1f} | {peak} |")
-    if run := result["run"]:
-        what = f"{run['frames']} frames at `fast`, {run['width']}x{run['height']}{', compiled' * run['compiled']}"
-        lines += ["", f"{what}, **really made**, with first chunk, loading and encoding: {run['seconds']:.0f} s."]
-    return [*lines, ""]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -18,8 +18,6 @@ from typing import Any
 import av.error
 import imageio_ffmpeg
 import torch
-from diffusers import AutoencoderKL
-from transformers import CLIPTextModelWithProjection, CLIPTokenizerFast, CLIPVisionModelWithProjection  # noqa: F401
 
 from streamt2v import files
 from streamt2v.cli.app import main
@@ -27,6 +25,7 @@ from streamt2v.jobs import run_directory
 from streamt2v.media import ffmpeg, writing
 from streamt2v.media.frames import Frames
 from streamt2v.models.unet3d import UNet3D
+from streamt2v.models.vae import AutoencoderKL
 from streamt2v.runs import pipeline  # noqa: F401
 
 _server = multiprocessing.get_context("forkserver")
@@ -218,4 +217,4 @@ class Decoding:
                 decoded.sample.fill_(torch.nan)
             return decoded
 
-        AutoencoderKL.decode = decode
+        AutoencoderKL.decode = decode  # type: ignore[method-assign]

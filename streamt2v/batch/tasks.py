@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ def _task(row: Row, name: str, output: Path, shared: Shared, note: hub.Note) -> 
     if run.image and not Path(run.image).is_file():
         raise FieldError("image", f"{run.image} is not a file")
     job = Job("generate", run, output, **behaviour)
-    known = Prepared(job)
+    known = Prepared(job, note)
     changed = None
     if output.exists():
         try:
@@ -165,10 +165,10 @@ def _task(row: Row, name: str, output: Path, shared: Shared, note: hub.Note) -> 
             changed = error.message
     if changed and not shared.overwrite:
         raise OutputError(changed, "make it again with --overwrite, or give the row another id")
-    job = replace(job, resume=not (stopped and changed), overwrite=shared.overwrite)
+    known = known.behaving(resume=not (stopped and changed), overwrite=shared.overwrite)
     for path in filter(None, (job.output, job.preview)):
         files.make_directory(path.parent)
-    return Task(name, row.line, job, tuple(prepare.prepare(job, note).notices))
+    return Task(name, row.line, known.job, tuple(prepare.check(known).notices))
 
 
 def _seed(name: str) -> int:

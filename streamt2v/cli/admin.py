@@ -4,9 +4,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from streamt2v import config, weights
+from streamt2v import config, devices, training, weights
 from streamt2v.cli import options
 from streamt2v.cli.options import argument, option
 from streamt2v.cli.terminal import FETCHING, emit, say, terminable
@@ -43,10 +41,7 @@ def weights_list(
 
 
 def weights_pull(
-    name: Annotated[
-        str,
-        argument("A name from `weights list`.", autocompletion=options.names_of_weights),
-    ],
+    name: Annotated[str, argument("A name from `weights list`.", autocompletion=options.names_of_weights)],
     source: Annotated[
         str, option("--source", "Which published copy to take if there are several; see `weights list NAME`.")
     ] = "",
@@ -125,10 +120,7 @@ def weights_convert(
 
 
 def train(
-    part: Annotated[
-        str,
-        typer.Argument(help="vae, text, vision, images, base, decoder, cam, apm, joint, image_to_video or refiner."),
-    ],
+    part: Annotated[str, argument(f"{', '.join(training.PARTS[:-1])} or {training.PARTS[-1]}.")],
     minutes: Annotated[float | None, option("--minutes", "Stop after this many minutes.")] = None,
     steps: Annotated[int | None, option("--steps", "Stop after this many optimizer steps.")] = None,
     out: Annotated[Path, option("--out", "Folder for checkpoints, log and sample sheets.")] = Path("training"),
@@ -146,7 +138,8 @@ def train(
 
     [b]streamt2v train images --minutes 60 --out training[/b]
     """
-    from streamt2v import devices
+    training.check(part, training.PARTS, minutes, steps)
+    devices.glance(device)  # knows without torch that it is not there
     from streamt2v.training import loop
 
     loop.train(

@@ -15,12 +15,11 @@ from streamt2v.cli.progress import Progress
 from streamt2v.cli.terminal import complain, emit, plain, terminable
 from streamt2v.errors import ConfigError, VideoError, WeightsError
 from streamt2v.jobs import again, prepare, run_directory
-from streamt2v.jobs.recipe import describe_video, look
+from streamt2v.jobs.recipe import describe_video, inspect_source, look
 
 
 def verify(
-    videos: Annotated[list[Path], argument("Videos made by streamt2v.")],
-    json_output: options.Json = False,
+    videos: Annotated[list[Path], argument("Videos made by streamt2v.")], json_output: options.Json = False
 ) -> None:
     """Check that videos are intact: every bit as written, every frame decodable, as many as the recipe says.
 
@@ -132,9 +131,15 @@ def evaluate(
     for video in videos:
         if not video.exists():
             raise VideoError(f"{video} does not exist")
-    progress = Progress(quiet=quiet)
+    progress, against = Progress(quiet=quiet), given["against"]
+    targets = [target for target in (report_file, csv_file, frames_csv) if target is not None]
+    for number, target in enumerate(targets):
+        prepare.check_target(target, overwrite, *videos, against, *targets[:number])
     try:
         with progress:
+            for video in filter(None, [against, *(videos if len(videos) == 1 else [])]):
+                progress.doing(f"reading {video.name}")
+                inspect_source(video)
             progress.doing("loading what measures")
             from streamt2v.metrics import evaluation, report
     except ImportError as error:
@@ -143,9 +148,6 @@ def evaluate(
     if given["seams"] is not None:
         given["seams"] = evaluation.parse_seams(given["seams"])
     settings = evaluation.Settings(**given)
-    targets = [target for target in (report_file, csv_file, frames_csv) if target is not None]
-    for number, target in enumerate(targets):
-        prepare.check_target(target, overwrite, *videos, settings.against, *targets[:number])
     with terminable("stopped; nothing was written"), progress:
         progress.doing(f"reading {len(videos)} video{'s' * (len(videos) > 1)}")
         results, failures = evaluation.evaluate(videos, settings, progress, progress.say)
@@ -168,13 +170,7 @@ def evaluate(
 
 
 def preview(
-    source: Annotated[
-        Path,
-        argument(
-            "Any video, or an unfinished run.",
-            metavar="VIDEO",
-        ),
-    ],
+    source: Annotated[Path, argument("Any video, or an unfinished run.", metavar="VIDEO")],
     output: Annotated[
         list[Path] | None,
         option("--output", "-o", "A .png is a contact sheet, .webp and .gif move. Default: a .png and a .webp."),
@@ -219,11 +215,12 @@ def report(
     named = run_directory.output_of(video)
     target = output or named.parent / f"{named.stem}.html"
     prepare.check_target(target, overwrite, named)
-    from streamt2v.cli import report
-
     with Progress() as progress:
         progress.doing(f"reading {video.name}")
-        files.write_bytes(target, report.as_html(look(video)).encode(errors="replace"))
+        seen = look(video)
+        from streamt2v.cli import report
+
+        files.write_bytes(target, report.as_html(seen).encode(errors="replace"))
     emit(str(target))
 
 

@@ -291,8 +291,7 @@ class RayCommand(options.LeveledCommand):
 @options.knows(options.making, options.streaming, options.starting, *_RUNNING)
 def batch(
     file: Annotated[
-        str,
-        argument("Rows in .jsonl, .toml, .csv or .txt (one prompt per line); - is stdin.", metavar="JOBS"),
+        str, argument("Rows in .jsonl, .toml, .csv or .txt (one prompt per line); - is stdin.", metavar="JOBS")
     ],
     out_dir: Annotated[
         Path, option("--out-dir", "Folder for the videos; no row writes elsewhere.", show_default=False)
@@ -400,10 +399,16 @@ def plan(
     _tell_plan(job, json_output, Progress())
 
 
-@options.knows(options.making, options.streaming, options.starting, options.computing, options.talking)
+@options.knows(
+    options.making,
+    options.streaming,
+    options.starting,
+    options.computing,
+    options.talking,
+    without=("seed", "negative", "at", "timeline"),  # the time hangs on no words and no draws
+)
 def bench(
-    frames: Annotated[int, option("--frames", "-n", "Length to state the time for.")] = 1200,
-    **given: Any,
+    frames: Annotated[int, option("--frames", "-n", "Length to state the time for.")] = 1200, **given: Any
 ) -> None:
     """Measure this machine: make a short video, discard it, and show what a long one will take.
 

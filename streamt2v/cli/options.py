@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
@@ -201,13 +201,17 @@ class LeveledCommand(typer.core.TyperCommand):
             print(f"{len(rare)} more options: {ctx.command_path} --help-all")
 
 
-def knows(*groups: Callable[..., None]) -> Callable[[Command], Command]:
-    """Add the options of groups to a command, which receives them in its `**` parameter."""
+def knows(*groups: Callable[..., None], without: Sequence[str] = ()) -> Callable[[Command], Command]:
+    """Add the options of groups to a command, which receives them in its `**` parameter.
+
+    Those named in `without` would change nothing there.
+    """
 
     def extend(command: Command) -> Command:
         own = [p for p in signature(command).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
         shared = [parameter for group in groups for parameter in signature(group).parameters.values()]
-        vars(command)["__signature__"] = Signature(sorted([*own, *shared], key=_panel_of))
+        known = [*own, *(parameter for parameter in shared if parameter.name not in without)]
+        vars(command)["__signature__"] = Signature(sorted(known, key=_panel_of))
         return command
 
     return extend

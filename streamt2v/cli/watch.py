@@ -27,13 +27,14 @@ def watch(
     [b]streamt2v watch videos/ --port 8765[/b]
     """
     from streamt2v.watching import seen
-    from streamt2v.watching.serve import Server
 
     whole = place.resolve()  # what the user names may be a link, nothing inside may
     output = run_directory.output_of(whole)
     single = output != whole or not whole.is_dir()
     if single and seen.state_of(output) == "gone":
         raise InputError(f"{place} is no video, no unfinished run and no folder", "name the output of a run")
+    from streamt2v.watching.serve import Server
+
     try:
         server = Server(output.parent if single else whole, output if single else None, port)
     except OSError as error:

@@ -30,11 +30,11 @@ def first(networks: Networks, chosen: Chosen) -> First:
 
     def pipeline(folder: Path, base: Path | None = None) -> Any:
         size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-        networks.watch.doing(f"loading {folder.name}, {size / 1e9:.1f} GB")
-        loaded = load(folder, networks.device.name, base, networks.policy)
+        with networks.loading():
+            networks.watch.doing(f"loading {folder.name}, {size / 1e9:.1f} GB")
+            loaded = load(folder, networks.device.name, base, networks.policy)
         if networks.run.negative_prompt and ignores_negative_prompt(loaded):
             networks.note(f"{type(loaded).__name__} knows no negative prompt", warning=True)
-        networks.watch.idle()
         return loaded
 
     def make(prompt: str, picture: Tensor | None) -> Tensor:

@@ -55,8 +55,12 @@ class Watching(Protocol):
         """Something other than a step goes on."""
         ...
 
-    def idle(self) -> None:
-        """It is over."""
+    def idle(self, seconds: float) -> None:
+        """It is over, after so long."""
+        ...
+
+    def pixels(self) -> None:
+        """Frames were encoded, decoded or written."""
         ...
 
     def step(self, stage: str, chunk: int, step: int, steps: int, left: float | None = None) -> None:
@@ -88,10 +92,8 @@ class Networks:
         self.run, self.prompts, self.watch, self.note = run, prompts, watch, watch.note
         self.device, self.policy, self.here = device, policy, here
         self.family, self.draws = weights.family(run.model), SeededDraws(run.seed)
-        self.seconds = 0.0
-        """Spent on loading so far."""
         self.pixel_time = devices.Stopwatch(device)
-        """Spent on the refiner's pixels: its VAE, writing, the final file."""
+        """Spent on the pixels of output frames: the refiner's VAE, writing, the final file."""
         self._made: dict[str, tuple[object, Any]] = {}
         self._loading = False
         # Weights that come and go with every layer cannot be compiled in.
@@ -105,7 +107,7 @@ class Networks:
         """Return the network or tokenizer of a role, such as "stream.unet". Raises WeightsError."""
         path = self.family.path(role)
         if path not in self.here:
-            with self._loads():
+            with self.loading():
                 self.watch.doing(f"loading {role}, {self._size(role)}")
                 self.here[path] = self._load(role)
         return self.here[path]
@@ -167,7 +169,7 @@ class Networks:
         """Return what `make` makes; it is kept under a name until `release`, or until another key is asked for."""
         if name not in self._made or self._made[name][0] != key:
             self._made.pop(name, None)  # its memory is free before the next takes any
-            with self._loads():
+            with self.loading():
                 self._made[name] = key, make()
         made: Made = self._made[name][1]
         return made
@@ -179,8 +181,15 @@ class Networks:
         devices.release_memory(self.device, graphs=True)
 
     @contextmanager
-    def _loads(self) -> Iterator[None]:
-        """Count the time of what is done inside, once."""
+    def pixels(self) -> Iterator[None]:
+        """Count what is done inside as work on the pixels of output frames."""
+        with self.pixel_time.running():
+            yield
+        self.watch.pixels()
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Count the time of what is done inside for no stage, and once."""
         began, outermost = time.monotonic(), not self._loading
         self._loading = True
         try:
@@ -188,5 +197,4 @@ class Networks:
         finally:
             if outermost:
                 self._loading = False
-                self.seconds += time.monotonic() - began
-                self.watch.idle()
+                self.watch.idle(time.monotonic() - began)

@@ -54,11 +54,11 @@ def refine(networks: Networks, given: Enlarged) -> Iterator[Refined]:
             shape = (unet.config.out_channels, *latent_size(vae, *canvas))
             place = number if given.around is None else given.around.frame(number)
             noise = networks.draws.normal("refine.posterior", (place,), shape).unsqueeze(0)
-        with networks.pixel_time.running():
+        with networks.pixels():
             return encode_frames(vae, frames.letterbox(frame, canvas), noise)
 
     def decode(latent: Tensor) -> Tensor:
-        with networks.pixel_time.running():
+        with networks.pixels():
             return frames.unletterbox(decode_latents(vae, latent.unsqueeze(0)), given.size)
 
     def stepped(chunk: Chunk, state: RefineState) -> None:

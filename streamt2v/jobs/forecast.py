@@ -28,7 +28,10 @@ def spoken(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """Chunks of both stages, sizes in pixels, and estimates; None where this machine has not run the model yet."""
+    """Chunks of both stages in frames of the output, sizes in pixels, and estimates.
+
+    Estimates are None where this machine has not run the model yet.
+    """
 
     model: str
     num_frames: int
@@ -102,18 +105,18 @@ def plan(known: Prepared) -> Plan:
     policy = memory.choose(free, known.stages, kind)
     threads = devices.default_threads() if job.threads is None else job.threads
     measured = expected(config, seen, threads, policy)
-    seconds = None
+    seconds, (stream, refine) = None, known.plans
     if measured is not None:
-        seconds = measured["fixed_seconds"] + (len(known.stream_plan) - 1) * measured["stream_seconds_per_chunk"]
-        seconds += len(known.refine_plan) * measured["refine_seconds_per_chunk"]
+        seconds = measured["fixed_seconds"] + (len(stream) - 1) * measured["stream_seconds_per_chunk"]
+        seconds += len(known.refine_plan) * measured["refine_seconds_per_chunk"]  # of a loop, all the way round
         seconds += config.num_frames * measured["seconds_per_frame"]
     return Plan(
         model=config.model,
         num_frames=config.num_frames,
         fps=config.output.fps,
         initializer=choose.named(config),
-        stream_chunks=known.stream_plan,
-        refine_chunks=known.refine_plan,
+        stream_chunks=stream,
+        refine_chunks=refine,
         prompts=known.timeline,
         base_height=config.stream.height,
         base_width=config.stream.width,

@@ -18,16 +18,22 @@ MAX_TEXT_BYTES = 24_000  # as JSON: the recipe, with two prompts, must fit the 6
 
 
 def prepare(job: Job, note: hub.Note = lambda text: None) -> Prepared:
-    """Check everything about a job that is cheap to check, and return what is known of it.
+    """Return what is known of a job once it is checked; raises what `check` raises.
 
     A third-party model of the first frames is fetched where it is not here yet; `note` is told the size before that.
+    """
+    return check(Prepared(job, note))
+
+
+def check(known: Prepared) -> Prepared:
+    """Check everything about a job that is cheap to check; return what was given, with its notices.
 
     Raises:
         ConfigError, InputError, OutputError, WeightsError: what would make the run fail later.
     """
     from streamt2v.media import ffmpeg
 
-    known = Prepared(job, note)
+    job = known.job
     _check_text(str(job.output))
     follows = job.command == "generate" or known.family.reads_text
     check_wishes(job.config, prompt_needed=follows and job.command != "refine")

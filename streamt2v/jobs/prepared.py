@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamt2v import files, memory, weights
-from streamt2v.chunks import Around, Chunk, base_offset, loop_plan, refinement_plan
+from streamt2v.chunks import Around, Chunk, base_offset, loop_plan, shifted
 from streamt2v.config import to_flat
 from streamt2v.families import choose
 from streamt2v.jobs import needs
 from streamt2v.jobs.job import Job
 from streamt2v.jobs.recipe import Source, inspect_source
-from streamt2v.timeline import Prompt, base_plan, prompt_at, turns
+from streamt2v.timeline import Prompt, plans, prompt_at, turns
 from streamt2v.weights import hub
 from streamt2v.weights.home import sha256_of
 
@@ -39,6 +39,12 @@ class Prepared:
     """Told the size before a third-party model is fetched."""
     notices: list[str] = field(default_factory=list)
     """What the user should know before it begins."""
+
+    def behaving(self, **changes: Any) -> Prepared:
+        """Return the same for a run that behaves otherwise, by fields of `Job`: what was found out is kept."""
+        other, given = replace(self, job=replace(self.job, **changes)), {field.name for field in fields(self)}
+        vars(other).update({name: found for name, found in vars(self).items() if name not in given})
+        return other
 
     @cached_property
     def family(self) -> weights.Family:
@@ -93,27 +99,30 @@ class Prepared:
         return prompt_at(self.timeline, self.base_offset + chunk.new_start)
 
     @cached_property
+    def plans(self) -> tuple[tuple[Chunk, ...], tuple[Chunk, ...]]:
+        """The chunks of the streaming stage and of the refiner, in frames of the output, as `timeline.plans`."""
+        return plans(self.job.config, self.job.command, self.kept)
+
+    @cached_property
     def stream_plan(self) -> tuple[Chunk, ...]:
-        """The chunks of the streaming stage, in frames of the base video."""
-        return base_plan(self.job.config, self.kept)
+        """The chunks of the streaming stage, in frames of the base video; none of a video that is refined."""
+        return shifted(self.plans[0], -self.base_offset)
 
     @cached_property
     def refine_plan(self) -> tuple[Chunk, ...]:
         """The chunks of the refiner, in frames of the base video or `around` it; none where it is off."""
-        return self._refinement[0]
+        return shifted(self.plans[1], -self.base_offset) if self._rounds is None else self._rounds[0]
 
     @property
     def around(self) -> Around | None:
         """How the refiner goes round a loop; None where it does not."""
-        return self._refinement[1]
+        return None if self._rounds is None else self._rounds[1]
 
     @cached_property
-    def _refinement(self) -> tuple[tuple[Chunk, ...], Around | None]:
+    def _rounds(self) -> tuple[tuple[Chunk, ...], Around] | None:
         run, refine = self.job.config, self.job.config.refine
-        if not refine.enabled:
-            return (), None
-        if run.loop == "no" or self.job.command == "extend":
-            return refinement_plan(self.num_frames, refine.chunk, refine.overlap), None
+        if not refine.enabled or run.loop == "no" or self.job.command == "extend":
+            return None
         reach = min(refine.num_inference_steps, LOOP_STEPS) * (refine.chunk - 1)
         return loop_plan(self.num_frames, refine.chunk, refine.overlap, reach)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamt2v.config import RunConfig, exact_rate, merge, without_removed
-from streamt2v.errors import ConfigError, StreamT2VError
+from streamt2v.errors import ConfigError, StreamT2VError, VideoError
 from streamt2v.jobs import run_directory
 from streamt2v.media.clock import Clock
 from streamt2v.timeline import Prompt, turns
@@ -38,15 +38,21 @@ class Source:
 MAX_DEPTH = 6  # of a recipe
 
 
+def _probe(path: Path) -> VideoInfo:
+    if not path.exists():  # said before what decodes is loaded
+        raise VideoError(f"{path} does not exist")
+    from streamt2v.media import isolated
+
+    return isolated.probe(path)
+
+
 def inspect_source(path: Path) -> Source:
     """Probe a video and read the prompt that made it, if it carries one.
 
     Raises:
         VideoError: not a readable video.
     """
-    from streamt2v.media import isolated
-
-    found = isolated.probe(path)
+    found = _probe(path)
     recipe = recipe_of(found.comment)
     prompts = {prompt.frame: prompt.text for prompt in recorded_timeline(recipe, found.frames)}
     return Source(
@@ -124,15 +130,13 @@ def look(path: Path) -> Look:
     Raises:
         VideoError: neither is there. ResumeError: the run's record is damaged.
     """
-    from streamt2v.media import isolated
-
     output = run_directory.output_of(path)
     run, growing = run_directory.directory_for(output), run_directory.directory_for(output) / run_directory.GROWING
     if output.exists() or not run_directory.exists(run):
-        found = isolated.probe(output)
+        found = _probe(output)
         return Look(output, output, found, recipe_of(found.comment))
     begun = growing.is_file() and growing.stat().st_size
-    return Look(output, growing, isolated.probe(growing) if begun else None, run_directory.recorded(run).recipe)
+    return Look(output, growing, _probe(growing) if begun else None, run_directory.recorded(run).recipe)
 
 
 def describe_video(path: Path) -> dict[str, Any]:

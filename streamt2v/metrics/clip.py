@@ -18,7 +18,7 @@ from streamt2v.weights import home, hub
 AUTO, DEMO = "auto", "demo"
 PUBLISHED = "openai/clip-vit-large-patch14"
 _FILES = ("config.json", "tokenizer.json", "model.safetensors")
-_TOKENS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+_PAD = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
@@ -103,4 +103,4 @@ def _published(name: str, folder: Path, device: str) -> Clip:
         diffusers_pipelines.load_network(network, folder, dtype).to(device)
         for network in (transformers.CLIPTextModelWithProjection, transformers.CLIPVisionModelWithProjection)
     ]
-    return Clip(name, weights.load_tokenizer(words, _TOKENS), *encoders)
+    return Clip(name, weights.load_tokenizer(words, _PAD), *encoders)

@@ -1,8 +1,8 @@
-"""Text, image and VAE encoders from libraries, behind a few small functions; the VAE works frame by frame.
+"""Text, image and VAE encoders, ours or a library's, behind a few small functions; the VAE works frame by frame.
 
 Shapes: B batch, F frames, C latent channels, S tokens, D features; H, W pixels, h, w latent cells.
 """
-# The libraries' modules are typed as Any.
+# Calling a torch module is typed as Any.
 # mypy: disable-error-code="no-any-return, no-untyped-call"
 
 import logging

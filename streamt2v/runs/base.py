@@ -19,7 +19,7 @@ from streamt2v.jobs.prepared import Prepared
 from streamt2v.jobs.run_directory import RunDirectory
 from streamt2v.media import frames, isolated, pictures
 from streamt2v.media.frames import Group
-from streamt2v.runs.watch import BEGIN, STREAM, Speed, Watch, look_at
+from streamt2v.runs.watch import STREAM, Watch, look_at
 from streamt2v.stages.stream import StreamState
 from streamt2v.timeline import home_frames
 
@@ -28,16 +28,10 @@ class Base:
     """Groups of base frames from any one on, as often as asked; made once."""
 
     def __init__(
-        self,
-        known: Prepared,
-        making: Makers,
-        directory: RunDirectory,
-        networks: Networks,
-        report: Watch,
-        speed: Speed,
+        self, known: Prepared, making: Makers, directory: RunDirectory, networks: Networks, report: Watch
     ) -> None:
         self.known, self.making, self.directory, self.networks = known, making, directory, networks
-        self.report, self.speed, self.device = report, speed, networks.device.name
+        self.report, self.device = report, networks.device.name
         # Before any frame is read: the store drops what no state accounts for.
         self.stored = directory.resume_point("stream")
         report.stored(directory.num_base_frames)
@@ -80,24 +74,19 @@ class Base:
         """Continue the base video from the stored state, or begin it; store every chunk before passing it on."""
         self.report.start(STREAM, self.known.num_frames, self.directory.num_base_frames)
         if self.stored is None:
-            with self.speed.counting(BEGIN):
-                first = self._first_chunk()
+            first = self._first_chunk()
             if not frames.is_finite(first):  # also in frames that only the next chunk looks at
                 raise NumericsError("the first chunk holds NaN or Inf")
             stream, plan = self.known.job.config.stream, self.known.stream_plan
             stop = plan[0].stop if len(plan) > 1 else None
             state = StreamState.after_first_chunk(first, stream.overlap, stream.anchor, stop)
-            with self.speed.counting(STREAM):
-                group = self._store(0, first[: plan[0].stop], state)
-            yield group
+            yield self._store(0, first[: plan[0].stop], state)
         else:
             tensors = {name: tensor.to(self.device) for name, tensor in self.stored.torch().items()}
             state = StreamState(self.stored.meta["next_chunk"], tensors["conditioning_frames"], tensors["anchor"])
         for chunk in self.known.stream_plan[state.next_chunk :]:
-            with self.speed.counting(STREAM):
-                new, state = self._next_chunk(state, chunk)
-                group = self._store(chunk.index, new, state)
-            yield group
+            new, state = self._next_chunk(state, chunk)
+            yield self._store(chunk.index, new, state)
 
     @torch.inference_mode()
     def _next_chunk(self, state: StreamState, chunk: Chunk) -> tuple[Tensor, StreamState]:

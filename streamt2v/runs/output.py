@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from streamt2v import __version__, devices
+from streamt2v import __version__
 from streamt2v.errors import ResumeError, VideoError
+from streamt2v.families.networks import Networks
 from streamt2v.jobs.prepared import Prepared
 from streamt2v.jobs.run_directory import RunDirectory
 from streamt2v.media import exports, frames, pictures, preview, reading
@@ -34,9 +35,9 @@ class Output:
     """Takes groups of frames in order, where the last one ended, and remembers how to go on; `size` is (H, W)."""
 
     def __init__(
-        self, known: Prepared, size: tuple[int, int], directory: RunDirectory, report: Watch, clock: devices.Stopwatch
+        self, known: Prepared, size: tuple[int, int], directory: RunDirectory, report: Watch, networks: Networks
     ) -> None:
-        self.known, self.size, self.directory, self.report, self.clock = known, size, directory, report, clock
+        self.known, self.size, self.directory, self.report, self.networks = known, size, directory, report, networks
         job, output = known.job, known.job.config.output
         self._state = directory.load_state("output")
         mark = None if self._state is None else SegmentMark(**self._state.meta["mark"])
@@ -74,7 +75,7 @@ class Output:
         group = finished.group
         if group.start != self.num_frames:
             raise ValueError(f"frames {group.start}.. cannot follow {self.num_frames} frames")
-        with self.clock.running():
+        with self.networks.pixels():
             mark = self.writer.append(group.frames)
         began = time.monotonic()
         if finished.state is None or began >= self._due:
@@ -97,7 +98,7 @@ class Output:
         directory.require_room(self.writer.mark.size)
         changes = [{**change, "changed": sorted(change["changed"])} for change in directory.changes]
         recipe = {"streamt2v": __version__, **directory.recipe, **({"changes": changes} if changes else {})}
-        with self.clock.running():
+        with self.networks.pixels():
             extras = self.known.carried().extras
             if job.output.suffix.lower() == ".mp4":
                 self.writer.finish(job.output, json.dumps(recipe), extras)

@@ -32,13 +32,17 @@ class Status:
 
 @dataclass
 class _Work:
-    """One kind of work: what is left of it in chunks, the cost of a chunk by earlier runs, and by this one."""
+    """One kind of work: what is left of it in chunks, the cost of a chunk by earlier runs, and by this one.
+
+    Of its `total` seconds, those of the chunks `done` since the last mark are in `seconds`.
+    """
 
     chunks: float
     left: float
     prior: float | None
     done: float = 0.0
     seconds: float = 0.0
+    total: float = 0.0
     recent: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=RECENT))
 
     @property
@@ -62,26 +66,30 @@ class Pace:
 
     def __init__(self, chunks: Mapping[str, int], prior: Mapping[str, float], now: float) -> None:
         self.works = {name: _Work(count, count, prior.get(name)) for name, count in chunks.items()}
-        self.last, self.share = now, 0.0
+        self.last, self.share, self.idled = now, 0.0, 0.0
         self.end: float | None = None
         self.mark(now)
 
-    def idle(self, now: float) -> None:
-        """Let the time since the last event belong to nothing, such as loading."""
-        self.last = now
+    def idle(self, seconds: float) -> None:
+        """Let so much of the time since the last event belong to nothing, such as loading."""
+        self.last += seconds
+        self.idled += seconds
 
     def skip(self, name: str, left: float) -> None:
         """Note that only `left` chunks of a kind are to be made: an earlier run made the others."""
         self.works[name].left = left
 
-    def passed(self, name: str, now: float, left: float) -> None:
-        """Count the time since the last event for one kind of work, of which `left` chunks remain."""
+    def passed(self, name: str, now: float, left: float | None = None) -> None:
+        """Count the time since the last event for one kind of work, of which `left` chunks remain; None: as before."""
         work = self.works[name]
+        left = work.left if left is None else left
         work.seconds += now - self.last
+        work.total += now - self.last
         work.done += max(0.0, work.left - left)
         work.left, self.last = left, now
-        costs = [self._cost(work) for work in self.works.values()]
-        weighed = list(zip(costs if None not in costs else [1.0] * len(costs), self.works.values(), strict=True))
+        works = [work for work in self.works.values() if work.chunks]
+        costs = [self._cost(work) for work in works]
+        weighed = list(zip(costs if None not in costs else [1.0] * len(costs), works, strict=True))
         whole = sum((cost or 0.0) * work.chunks for cost, work in weighed)
         rest = sum((cost or 0.0) * work.left for cost, work in weighed)
         self.share = max(self.share, min(1.0, 1 - rest / whole)) if whole else self.share

@@ -25,7 +25,7 @@ from streamt2v.memory import MemoryPolicy
 from streamt2v.runs import refined
 from streamt2v.runs.base import Base
 from streamt2v.runs.output import Finished, Output
-from streamt2v.runs.watch import Report, Speed, Watch
+from streamt2v.runs.watch import Report, Watch
 
 RETRIES = 3  # with less memory each
 
@@ -85,7 +85,7 @@ def make(known: Prepared, report: Report, loaded: Loaded | None = None) -> Resul
             seen = devices.Glance(device.kind, 0, card)
             prior = forecast.expected(job.config, seen, threads, policy)
             watch = Watch(report, known, prior)
-            output, speed = _make(known, watch, directory, device, policy, loaded)
+            output, networks = _make(known, watch, directory, device, policy, loaded)
             watch.doing(f"writing {job.output.name}")
             output.finish()
         except BaseException as error:
@@ -95,7 +95,7 @@ def make(known: Prepared, report: Report, loaded: Loaded | None = None) -> Resul
             raise told from (None if isinstance(told, Interrupted) else error)
         seconds = time.monotonic() - began
         if cold and not directory.changes:
-            speed.remember(known, seconds)
+            watch.remember(seconds, networks)
         if not job.keep_run:
             directory.remove()
     height, width = output.size
@@ -109,7 +109,7 @@ def _make(
     device: devices.Device,
     policy: MemoryPolicy,
     loaded: Loaded,
-) -> tuple[Output, Speed]:
+) -> tuple[Output, Networks]:
     """Produce every frame; wherever memory ends, go on from what is stored with the next more sparing policies."""
     config = known.job.config
     sparing = memory.more_sparing(policy, device.kind)
@@ -117,7 +117,7 @@ def _make(
         here = loaded.fitting(config.model, device, policy, config.compile)
         networks = Networks(config, [turn.text for turn in known.timeline], device, policy, here, report)
         try:
-            return _attempt(known, report, directory, networks)
+            return _attempt(known, report, directory, networks), networks
         except Exception as error:
             if not devices.is_out_of_memory(error):
                 raise
@@ -133,17 +133,16 @@ def _make(
     raise MemoryLimitError(f"out of memory, also with {policy.describe()}", hint)
 
 
-def _attempt(known: Prepared, report: Watch, directory: RunDirectory, networks: Networks) -> tuple[Output, Speed]:
+def _attempt(known: Prepared, report: Watch, directory: RunDirectory, networks: Networks) -> Output:
     """Produce every frame with one set of networks, from wherever the run directory stands."""
     making = makers.build(networks, known.chosen)
-    speed = Speed(networks)
-    base = Base(known, making, directory, networks, report, speed)
+    base = Base(known, making, directory, networks, report)
     geometry = refined.Geometry.of(known)
-    output = Output(known, (geometry.fit.height, geometry.fit.width), directory, report, networks.pixel_time)
+    output = Output(known, (geometry.fit.height, geometry.fit.width), directory, report, networks)
     for group in _groups(known, geometry, base, making, networks, report, output):
         output.append(group)
     output.check_whole()
-    return output, speed
+    return output
 
 
 def _groups(

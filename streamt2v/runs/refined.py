@@ -72,13 +72,7 @@ def unrefined(geometry: Geometry, base: Base, done: int) -> Iterator[Finished]:
 
 
 def groups(
-    known: Prepared,
-    geometry: Geometry,
-    base: Base,
-    refine: Refine,
-    networks: Networks,
-    report: Watch,
-    output: Output,
+    known: Prepared, geometry: Geometry, base: Base, refine: Refine, networks: Networks, report: Watch, output: Output
 ) -> Iterator[Finished]:
     """Yield refined frames with the refiner's state after them, from where the output ends.
 
@@ -114,5 +108,5 @@ def groups(
 
 
 def _output(geometry: Geometry, frame: Tensor, networks: Networks) -> Frames:
-    with networks.pixel_time.running():
+    with networks.pixels():
         return geometry.output(frame)

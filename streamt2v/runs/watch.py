@@ -1,8 +1,7 @@
 """What a run tells while it goes on, what it notices, and how fast it was."""
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -59,9 +58,14 @@ class Watch:
         """Tell what else is going on, such as loading."""
         self._tell(Status("doing", text))
 
-    def idle(self) -> None:
-        """Let the time since the last event count for no stage."""
-        self.pace.idle(time.monotonic())
+    def idle(self, seconds: float) -> None:
+        """Let so much of the time since the last event count for no stage."""
+        self.pace.idle(seconds)
+
+    def pixels(self) -> None:
+        """Let the time since the last event count for the last stage, whose frames were encoded, decoded or written."""
+        begins = self.pace.works[BEGIN].left > 0
+        self.pace.passed(BEGIN if begins else REFINE if self.known.refine_plan else STREAM, time.monotonic())
 
     def stored(self, frames: int) -> None:
         """Note that so many base frames are there already."""
@@ -98,6 +102,26 @@ class Watch:
         self.frames[stage] = done, self.known.num_frames
         self._tell(Status("chunk", stage, done, self.known.num_frames, chunk, num_chunks))
 
+    def remember(self, seconds: float, networks: Networks) -> None:
+        """Keep the speed of this run of so many seconds for `plan`; one that is short or resumed says too little."""
+        job, refined, later = self.known.job, len(self.known.refine_plan), len(self.known.stream_plan) - 1
+        if job.command != "generate" or job.resume or not later or refined == 1:
+            return
+        import torch
+
+        fixed, pixels = self.pace.idled + self.pace.works[BEGIN].total, networks.pixel_time.seconds
+        chunks = seconds - fixed - pixels
+        streamed = self.pace.works[STREAM].total if refined else chunks
+        measured = {
+            "fixed_seconds": fixed,
+            "stream_seconds_per_chunk": streamed / later,
+            "refine_seconds_per_chunk": (chunks - streamed) / max(1, refined),
+            "seconds_per_frame": pixels / job.config.num_frames,
+            "peak_memory_bytes": devices.peak_memory(networks.device),
+        }
+        seen = devices.Glance(networks.device.kind, 0, devices.card(networks.device))
+        forecast.remember(job.config, seen, torch.get_num_threads(), networks.policy, measured)
+
     def _tell(self, status: Status) -> None:
         left, memory = self.pace.left(time.monotonic()), devices.working_memory() / 2**20
         self.report.tell(replace(status, share=self.pace.share, seconds_left=left, memory_mb=round(memory, 1)))
@@ -108,38 +132,3 @@ def look_at(group: Group, what: str, directory: RunDirectory, report: Watch) -> 
     if frames.is_black(group.frames):
         report.note(f"{what} {group.start} to {group.stop - 1} are black", warning=True)
     directory.require_room(2 * group.frames.nbytes)  # of what comes next, as large as this before compression
-
-
-class Speed:
-    """What a run's time was spent on, for `plan`: loading and the first chunk, later chunks, the refiner's pixels."""
-
-    def __init__(self, networks: Networks) -> None:
-        self.networks = networks
-        self.seconds = {BEGIN: 0.0, STREAM: 0.0}
-
-    @contextmanager
-    def counting(self, work: str) -> Iterator[None]:
-        """Count what is done inside as the first chunk (BEGIN) or a later one (STREAM), without what it loads."""
-        began = time.monotonic() - self.networks.seconds
-        yield
-        self.seconds[work] += time.monotonic() - self.networks.seconds - began
-
-    def remember(self, known: Prepared, seconds: float) -> None:
-        """Keep this run's speed for `plan`; short runs, and those that did not begin here, say too little."""
-        job, networks, later = known.job, self.networks, len(known.stream_plan) - 1
-        if job.command != "generate" or job.resume or not later or len(known.refine_plan) == 1:
-            return
-        import torch
-
-        fixed = networks.seconds + self.seconds[BEGIN]
-        rest = seconds - fixed - self.seconds[STREAM]
-        pixels = networks.pixel_time.seconds if known.refine_plan else rest
-        measured = {
-            "fixed_seconds": fixed,
-            "stream_seconds_per_chunk": self.seconds[STREAM] / later,
-            "refine_seconds_per_chunk": (rest - pixels) / max(1, len(known.refine_plan)),
-            "seconds_per_frame": pixels / job.config.num_frames,
-            "peak_memory_bytes": devices.peak_memory(networks.device),
-        }
-        seen = devices.Glance(networks.device.kind, 0, devices.card(networks.device))
-        forecast.remember(job.config, seen, torch.get_num_threads(), networks.policy, measured)

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from streamt2v import files
-from streamt2v.errors import ConfigError
-from streamt2v.training import bundle, engine
+from streamt2v.training import bundle, check, engine
 from streamt2v.training.parts import JOBS, Workshop
 
 
@@ -55,11 +54,7 @@ def train(
         WeightsError: a part that this one builds on is missing or of other sizes.
         NumericsError: training diverged.
     """
-    if part not in jobs:
-        raise ConfigError(f"there is no part {part!r} to train", f"parts: {', '.join(jobs)}")
-    limits = [limit for limit in (minutes, steps) if limit is not None]
-    if not limits or not all(limit > 0 for limit in limits):
-        raise ConfigError("training needs a limit above 0", "give --minutes or --steps")
+    check(part, jobs, minutes, steps)
     files.make_directory(out)
     bundle.write_words(out)
     workshop = Workshop(out, device, bundle.seeded(seed), resume_from)

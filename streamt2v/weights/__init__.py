@@ -19,7 +19,8 @@ from streamt2v.weights.inventory import (
     verify,
     verify_snapshot,
 )
-from streamt2v.weights.networks import build, furnish, load, load_module, load_tokenizer, quiet, save_module, shapes
+from streamt2v.weights.networks import build, furnish, load, load_module, quiet, save_module, shapes
+from streamt2v.weights.tokenizer import load_tokenizer
 
 __all__ = [
     "PACKAGE", "Family", "build", "contents", "default_family", "describe_families", "describe_files",

@@ -1,6 +1,5 @@
 """The catalog, `weights.toml`: model families with their files, roles and sources; third-party pipelines."""
 
-import dataclasses
 import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -21,9 +20,8 @@ class WeightFile:
     """A file of a family: its path relative to the family's root, its licence, what it is, and what it must contain.
 
     `parts` are the actual files by path: usually the file itself, several for a split network, none until the family is
-    pulled. `source` is the published file they were converted from. `tokens` and `tidy` are for tokenizers: keyword
-    arguments, such as `pad_token`, that the file lacks; and whether prompts are cleaned first. `values` is the listed
-    number of parameters.
+    pulled. `source` is the published file they were converted from. `pad` and `tidy` are for tokenizers: the token
+    that fills short texts up, and whether prompts are cleaned first. `values` is the listed number of parameters.
     """
 
     path: str
@@ -31,7 +29,7 @@ class WeightFile:
     what: str
     parts: Mapping[str, Recorded]
     source: str = ""
-    tokens: Mapping[str, str | int] = dataclasses.field(default_factory=dict)
+    pad: str = ""
     tidy: bool = False
     values: int = 0
 

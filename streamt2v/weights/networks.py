@@ -17,12 +17,12 @@ from streamt2v import files
 from streamt2v.errors import ConfigError, OutputError, WeightsError, signals_wait
 from streamt2v.weights import header, inventory
 from streamt2v.weights.catalog import Family
+from streamt2v.weights.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
 
 Shapes = Mapping[str, tuple[int, ...]]
-_CLIP = "transformers.models.clip.modeling_clip"
 # class name -> (its module, its config class there); "" if it is configured by keyword arguments
 NETWORKS: Mapping[str, tuple[str, str]] = {
     "UNet3D": ("streamt2v.models.unet3d", "UNet3DConfig"),
@@ -30,11 +30,11 @@ NETWORKS: Mapping[str, tuple[str, str]] = {
     "PixelCodec": ("streamt2v.models.restorer", "PixelCodecConfig"),
     "ConditionalAttention": ("streamt2v.models.cam", "CamConfig"),
     "AppearanceTokens": ("streamt2v.models.apm", ""),
-    "AutoencoderKL": ("diffusers.models.autoencoders.autoencoder_kl", ""),
+    "AutoencoderKL": ("streamt2v.models.vae", "AutoencoderConfig"),
     "AutoencoderKLTemporalDecoder": ("diffusers.models.autoencoders.autoencoder_kl_temporal_decoder", ""),
-    "CLIPTextModel": (_CLIP, "CLIPTextConfig"),
-    "CLIPTextModelWithProjection": (_CLIP, "CLIPTextConfig"),
-    "CLIPVisionModelWithProjection": (_CLIP, "CLIPVisionConfig"),
+    "CLIPTextModel": ("streamt2v.models.clip", "CLIPTextConfig"),
+    "CLIPTextModelWithProjection": ("streamt2v.models.clip", "CLIPTextConfig"),
+    "CLIPVisionModelWithProjection": ("streamt2v.models.clip", "CLIPVisionConfig"),
 }
 
 
@@ -213,24 +213,6 @@ def _check_keys(path: Path, name: str, wanted: Shapes, found: Shapes) -> None:
             raise WeightsError(f"{path} has a tensor {key!r} that {name} does not know", hint)
 
 
-def load_tokenizer(path: Path, tokens: Mapping[str, str | int] | None = None) -> Any:
-    """Load a fast tokenizer from its `tokenizer.json`; `tokens` adds what the file lacks (pad, begin, end).
-
-    Raises:
-        WeightsError: the file is missing, or not a tokenizer.
-    """
-    if not path.is_file():
-        raise WeightsError(f"{path} is missing", "install streamt2v again")
-    quiet("transformers")
-    import transformers
-
-    fast: Any = transformers.PreTrainedTokenizerFast  # the class is renamed in every major version
-    try:
-        return fast(tokenizer_file=str(path), **dict(tokens or {}))
-    except Exception as error:  # the library raises a bare Exception for a file it cannot read
-        raise WeightsError(f"{path} is not a tokenizer: {error}", "run `streamt2v weights verify`") from error
-
-
 def load(chosen: Family, role: str, device: str | torch.device, dtype: torch.dtype) -> Any:
     """Load the network (or, for a ".tokenizer" role, the tokenizer) that plays `role` in a family.
 
@@ -240,4 +222,4 @@ def load(chosen: Family, role: str, device: str | torch.device, dtype: torch.dty
     """
     path, row = chosen.path(role), chosen.file(role)
     inventory.require_unchanged(chosen, row)
-    return load_tokenizer(path, row.tokens) if path.suffix == ".json" else load_module(path, device, dtype)
+    return load_tokenizer(path, row.pad) if path.suffix == ".json" else load_module(path, device, dtype)

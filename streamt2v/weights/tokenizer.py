@@ -1,12 +1,78 @@
-"""CLIP's byte-pair tokenizer, which no published checkpoint contains, built from its list of merges."""
+"""Texts to token numbers: tokenizers from files, and CLIP's, which no published checkpoint contains."""
 
 import lzma
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
+from streamt2v.errors import WeightsError
 from streamt2v.weights.catalog import PACKAGE
 
 if TYPE_CHECKING:
     import tokenizers
+
+
+class Tokenizer:
+    """A tokenizer from a file, with the part of transformers' interface that `models.encoders` uses.
+
+    The pad token only fills up: where a text holds it, it is a word like others.
+    """
+
+    def __init__(self, backend: "tokenizers.Tokenizer", pad: str) -> None:
+        self.backend, self.pad = backend, pad
+        self.pad_id = backend.token_to_id(pad)
+        backend.no_padding()
+        backend.no_truncation()
+
+    def __call__(
+        self,
+        texts: Sequence[str],
+        padding: str = "",
+        truncation: bool = False,
+        max_length: int = 0,
+        return_tensors: str = "",
+    ) -> Any:
+        """Return an object with `input_ids`: a list of numbers for each text, or of tensors [B, max_length].
+
+        Args:
+            texts: any number of them.
+            padding: "max_length" fills up to `max_length` tokens.
+            truncation: cut what is longer, before the end token.
+            max_length: see there.
+            return_tensors: "pt" for a tensor.
+        """
+        if truncation:
+            self.backend.enable_truncation(max_length)
+        if padding == "max_length":
+            self.backend.enable_padding(length=max_length, pad_id=self.pad_id, pad_token=self.pad)
+        ids: Any = [self.backend.encode(text).ids for text in texts]
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        if return_tensors:
+            import torch
+
+            ids = torch.tensor(ids)
+        return SimpleNamespace(input_ids=ids)
+
+
+def load_tokenizer(path: Path, pad: str) -> Tokenizer:
+    """Load a tokenizer from its `tokenizer.json`; `pad` is the token that fills short texts up.
+
+    Raises:
+        WeightsError: the file is missing, not a tokenizer, or one without such a token.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path} is missing", "install streamt2v again")
+    import tokenizers
+
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception for a file it cannot read
+        raise WeightsError(f"{path} is not a tokenizer: {error}", "run `streamt2v weights verify`") from error
+    if backend.token_to_id(pad) is None:
+        raise WeightsError(f"{path} has no token {pad!r} to fill short texts up", "run `streamt2v weights verify`")
+    return Tokenizer(backend, pad)
 
 
 def clip_tokenizer(length: int = 77, pad_id: int = 0) -> "tokenizers.Tokenizer":

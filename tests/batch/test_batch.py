@@ -19,11 +19,11 @@ import typer
 from streamt2v import config, devices, errors, weights
 from streamt2v.batch import here, on_ray, rows, run, tasks
 from streamt2v.cli import app
-from streamt2v.jobs import asked, run_directory
+from streamt2v.jobs import asked, prepared, run_directory
 from streamt2v.jobs.job import Job, Result
 from streamt2v.jobs.prepared import Prepared
 from streamt2v.runs import pipeline
-from tests.cli.helpers import PROMPT, TINY, call, digest, start
+from tests.cli.helpers import PROMPT, TINY, call, digest, made, start
 
 needs_ray = pytest.mark.skipif(not find_spec("ray"), reason="the extra ray is not installed")
 SCHEMA = json.loads((resources.files("streamt2v") / "event.schema.json").read_text())
@@ -445,6 +445,20 @@ def test_a_stopped_run_goes_on_with_its_own_settings_only(tmp_path: Path) -> Non
         assert said in refusal.error.message and "--overwrite" in refusal.error.hint
         [task], _ = check(path, out, overwrite=True)
         assert (task.job.resume, task.job.overwrite) == (False, True)
+
+
+def test_a_row_is_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether its output is there, has other settings or is yet to be made."""
+    path, out, looked = jsonl(tmp_path / "jobs.jsonl", [{"id": "x", "prompt": "a"}]), tmp_path / "out", list[object]()
+    choose = prepared.choose.choose
+    monkeypatch.setattr(prepared.choose, "choose", lambda *given: [looked.append(given[1]), choose(*given)][1])
+    [task], _ = check(path, out)
+    made(task.job.output, 4, json.dumps({"streamt2v": "0.0.1", **Prepared(task.job).recipe()}))
+    for other, overwrite in (([{"id": "x", "prompt": "a"}], False), ([{"id": "x", "prompt": "b"}], True)):
+        looked.clear()
+        [task], _ = check(jsonl(path, other), out, overwrite=overwrite)
+        assert (task.made is None) == overwrite
+        assert len(looked) == 1
 
 
 def test_what_is_no_video_of_ours_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

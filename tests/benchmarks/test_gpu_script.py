@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu, speed
+from benchmarks import gpu, speed, speed_page
 
 REPOSITORY = Path(gpu.__file__).resolve().parents[1]
 CRASH = 'import os, sys; print(\'{"name": "said before"}\', flush=True); os.kill(os.getpid(), 9)'
@@ -66,7 +66,7 @@ def test_the_page_is_made_of_the_rows(tmp_path: Path) -> None:
         {"step": "micro", "name": "end", "code": 0, "seconds": 3.0},
     ]  # fmt: skip
     (tmp_path / "2026-12-01-gpu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    page = speed.table(tmp_path)
+    page = speed_page.table(tmp_path)
     assert "## NVIDIA X, 2026-12-01" in page
     assert "| micro | attention | FLASH | 2 | 250 TFLOP/s |  |" in page
     assert "| micro | attention | CUDNN |  |  | error RuntimeError: a/b |" in page
@@ -76,7 +76,7 @@ def test_the_page_is_made_of_the_rows(tmp_path: Path) -> None:
 
 def test_the_page_is_fresh() -> None:
     """`python benchmarks/gpu.py --table` changes nothing; where there are no rows of a GPU, it says so."""
-    page = speed.table(speed.RESULTS)
+    page = speed_page.table(speed.RESULTS)
     assert speed.PAGE.read_text("utf-8") == page
     assert ("Not run on CUDA" in page) == (not list(speed.RESULTS.glob("*-gpu*.jsonl")))
 

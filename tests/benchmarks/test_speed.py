@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import speed
-from streamt2v import weights
+from benchmarks import random_networks, speed
+from streamt2v import devices, weights
+from streamt2v.jobs.asked import parse_settings
 from streamt2v.models.unet3d import CamFeatures, TextContext, UNet3D
 from streamt2v.weights import published
 from tests.checkpoints import tiny_layouts
@@ -63,7 +64,7 @@ def test_work_is_counted_in_full() -> None:
     part = published.CHECKPOINTS["streaming_t2v.ckpt"].parts["stream/unet"]
     unet = weights.build(Path(part.network), part.network, part.config).to("meta")
     assert isinstance(unet, UNet3D)
-    config, count = unet.config, speed.Instruments(speed.devices.Device("cpu"), 1)
+    config, count = unet.config, speed.Instruments(devices.Device("cpu"), 1)
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, device="meta")
@@ -85,10 +86,10 @@ def test_in_16_bit_no_gain_changes_more_than_rounding_does(
     compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Two ways in 16 bit, each as far from 32 bit as the plain one is, are at most twice as far from each other."""
-    given = speed.parse_settings(SIZES["demo"])
-    asked = speed.settings("demo", "fast", given | {"refine.chunk": 4, "refine.overlap": 2})
-    networks = speed.Networks(asked, speed.devices.Device("cpu"), torch.bfloat16)
-    monkeypatch.setattr(speed.devices, "BACKEND", "eager")  # compiled to what is called without: done in seconds
+    given = parse_settings(SIZES["demo"])
+    asked = random_networks.settings("demo", "fast", given | {"refine.chunk": 4, "refine.overlap": 2})
+    networks = random_networks.Networks(asked, devices.Device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(devices, "BACKEND", "eager")  # compiled to what is called without: done in seconds
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
     with torch.inference_mode():

@@ -16,6 +16,7 @@ from streamt2v.stages import refine, stream
 from tests.cli.helpers import PROMPT, TINY, call, generate, result, start
 
 PLANNED = [word for word in TINY if word != "--quiet"]
+TIMED = [word for word in TINY if word not in ("--seed", "7")]
 
 
 class SlowMachine:
@@ -51,7 +52,7 @@ def test_a_short_run_foretells_a_long_one(
 
     assert call("plan", PROMPT, *PLANNED, "--frames", 72) == 0
     assert "`streamt2v bench` measures it" in capsys.readouterr().out
-    assert call("bench", *TINY, "--frames", 72, "--json") == 0
+    assert call("bench", *TIMED, "--frames", 72, "--json") == 0
     told = result(capsys)
     assert told["measured"]["stream_seconds_per_chunk"] == 7
     assert told["measured"]["refine_seconds_per_chunk"] == 2 * 3
@@ -71,12 +72,18 @@ def test_what_is_not_refined_has_no_time_for_it(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(
         devices, "arrange", lambda network, device: arranged.append((type(network).__name__, device.kind))
     )
-    assert call("bench", *TINY, "--no-refine", "--frames", 100) == 0
+    assert call("bench", *TIMED, "--no-refine", "--frames", 100) == 0
     (row,) = json.loads((tmp_path / "timings.json").read_text()).values()
     assert row["refine_seconds_per_chunk"] == 0
     assert set(row) == set(forecast.MEASURED)
     assert all(row[name] > 0 for name in forecast.MEASURED if name != "refine_seconds_per_chunk")
     assert {("UNet3D", "cpu"), ("AutoencoderKL", "cpu")} <= set(arranged)  # every network of a run
+
+
+@pytest.mark.parametrize("unused", ["--seed=7", "--negative=grey", "--at=16=a blue ball", "--timeline=turns.toml"])
+def test_it_takes_only_what_costs_time(unused: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("bench", *TIMED, unused) == 2
+    assert unused.partition("=")[0] in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -101,6 +101,10 @@ def test_a_dry_run_is_the_plan_and_makes_nothing(tmp_path: Path, capsys: pytest.
     source = made(tmp_path / "in.mp4", 20)
     assert call("extend", source, "--prompt", "abc", "--duration", "5s", *TOY, "--dry-run") == 0
     assert "40 frames" in capsys.readouterr().out
+    assert call("extend", source, "--prompt", "abc", "--frames", 40, *TOY, "--dry-run", "--json") == 0
+    found = result(capsys)  # of the 20 frames, the last 16 are the first chunk
+    assert (found["stream_chunks"][0]["start"], found["stream_chunks"][-1]["stop"]) == (4, 40)
+    assert (found["refine_chunks"][0]["start"], found["refine_chunks"][-1]["stop"]) == (4, 40)
     assert call("extend", source, *TOY) == 2
     assert "--duration" in capsys.readouterr().err
 

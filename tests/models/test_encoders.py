@@ -5,22 +5,22 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
-from transformers import (
+
+from streamt2v.errors import ConfigError, NumericsError
+from streamt2v.models import encoders
+from streamt2v.models.clip import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
-
-from streamt2v.errors import ConfigError, NumericsError
-from streamt2v.models import encoders
+from streamt2v.models.vae import AutoencoderConfig, AutoencoderKL
 
 TEXT = CLIPTextConfig(
     vocab_size=20, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-    max_position_embeddings=6, projection_dim=5, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    max_position_embeddings=6, projection_dim=5, eos_token_id=2,
 )  # fmt: skip
 
 
@@ -31,11 +31,10 @@ def same_numbers() -> None:
 
 @pytest.fixture
 def vae() -> AutoencoderKL:
-    made = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8), norm_num_groups=4, scaling_factor=0.5, mid_block_add_attention=False,
-    )  # fmt: skip
-    return made.eval()
+    sizes = AutoencoderConfig(
+        block_out_channels=(8, 8), norm_num_groups=4, scaling_factor=0.5, mid_block_add_attention=False
+    )
+    return AutoencoderKL(sizes).eval()
 
 
 def tokenizer(texts: list[str], max_length: int, **named: Any) -> SimpleNamespace:

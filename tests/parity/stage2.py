@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from streamt2v.chunks import Chunk, streaming_plan
 from streamt2v.diffusion import guidance, solvers
@@ -20,7 +18,9 @@ from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from streamt2v.models import encoders
 from streamt2v.models.apm import AppearanceTokens
 from streamt2v.models.cam import CamConfig, ConditionalAttention
+from streamt2v.models.clip import CLIPVisionConfig, CLIPVisionModelWithProjection
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
+from streamt2v.models.vae import AutoencoderConfig, AutoencoderKL
 from streamt2v.stages.denoise import ChunkNoise, Sampling
 from streamt2v.stages.stream import Streamer, StreamModels, StreamState, continued
 from streamt2v.weights import keymaps, published
@@ -158,16 +158,14 @@ def schedule_config(facts: Mapping[str, Any]) -> ScheduleConfig:
 def vae(sizes: Mapping[str, Any], facts: Mapping[str, Any], state: Tensors) -> AutoencoderKL:
     widths = sizes["vae"]["block_out_channels"]
     return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * len(widths),
-        up_block_types=("UpDecoderBlock2D",) * len(widths),
-        block_out_channels=tuple(widths),
-        layers_per_block=sizes["vae"]["layers_per_block"],
-        latent_channels=sizes.get("vae_latent_channels", sizes.get("in_channels", 4)),
-        norm_num_groups=sizes["vae"]["norm_num_groups"],
-        scaling_factor=facts["vae_scaling_factor"],
-        mid_block_add_attention=any(key.startswith("vae.encoder.mid_block.attentions") for key in state),
+        AutoencoderConfig(
+            block_out_channels=tuple(widths),
+            layers_per_block=sizes["vae"]["layers_per_block"],
+            latent_channels=sizes.get("vae_latent_channels", sizes.get("in_channels", 4)),
+            norm_num_groups=sizes["vae"]["norm_num_groups"],
+            scaling_factor=facts["vae_scaling_factor"],
+            mid_block_add_attention=any(key.startswith("vae.encoder.mid_block.attentions") for key in state),
+        )
     )
 
 

@@ -55,11 +55,13 @@ def test_what_an_earlier_run_measured_counts_until_something_is_measured_here() 
 
 
 def test_loading_and_what_was_made_before_do_not_count() -> None:
-    pace = Pace({"begin": 1, "stream": 10}, {}, 0.0)
+    pace = Pace({"begin": 1, "stream": 10, "refine": 0}, {}, 0.0)
     pace.skip("begin", 0)
     pace.skip("stream", 4)
     pace.idle(50.0)
+    pace.passed("stream", 51.5)
     pace.passed("stream", 52.0, 3)
     pace.mark(52.0)
     assert pace.left(52.0) == pytest.approx(6)
+    assert (pace.idled, pace.works["stream"].total) == (50.0, 2.0)
     assert pace.share == pytest.approx(8 / 11)

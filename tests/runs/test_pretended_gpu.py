@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks import speed
+from benchmarks import random_networks, speed
 from streamt2v import config, devices, memory, weights
 from streamt2v.diffusion import guidance
 from streamt2v.diffusion.noise import SeededDraws
@@ -79,7 +79,7 @@ def make(
         more["image"] = str(picture(path.parent))
     settings = config.merge(config.preset(model), {"model": model}, TINY, SIZES[model], more)
     wanted = replace(policy, precision="bfloat16")  # type: ignore[arg-type]
-    with pytest.MonkeyPatch.context() as patch, speed.stand_ins(model):
+    with pytest.MonkeyPatch.context() as patch, random_networks.stand_ins(model):
         patch.setattr(memory, "choose", lambda *_: wanted)
         pipeline.run(Job(command, settings, path, source, device, threads=1), speed.Warnings())
     return np.concatenate(list(reading.read_frames(path)))

@@ -15,7 +15,7 @@ from torch import nn
 from benchmarks import concatenation, judge
 from streamt2v.diffusion.schedules import NoiseSchedule
 from streamt2v.errors import ConfigError, NumericsError, OutputError, WeightsError
-from streamt2v.training import batches, denoisers, engine, losses, parts, photographs, refiner, sheets
+from streamt2v.training import PARTS, batches, denoisers, engine, losses, parts, photographs, refiner, sheets
 from streamt2v.training.batches import Ring
 from streamt2v.training.engine import Job
 from streamt2v.training.loop import train
@@ -146,6 +146,7 @@ def test_a_part_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(parts, "SHIPPED", tmp_path / "none")
     with pytest.raises(WeightsError, match="unet"):
         train("base", minutes=None, steps=1, out=tmp_path)
+    assert list(JOBS) == PARTS
     with pytest.raises(ConfigError, match="no part"):
         train("unet", minutes=1, steps=None, out=tmp_path)
     with pytest.raises(WeightsError, match=r"text\.safetensors"):

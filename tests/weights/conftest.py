@@ -35,7 +35,7 @@ bytes = 0
 sha256 = ""
 licence = "Apache-2.0"
 what = "words"
-tokens = { pad_token = "<pad>", model_max_length = 7 }
+pad = "<pad>"
 """
 
 

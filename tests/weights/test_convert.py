@@ -18,6 +18,7 @@ from streamt2v.cli.app import main
 from streamt2v.errors import InputError, OutputError, WeightsError
 from streamt2v.weights import convert, header, networks
 from streamt2v.weights.pickles import Stored
+from streamt2v.weights.tokenizer import load_tokenizer
 from tests import checkpoints as tiny
 from tests.checkpoints import CLIP, IMAGE_TOWER, REFINER, STREAM, STREAMING_SVD, VAE, VIDXTEND
 
@@ -232,12 +233,15 @@ def test_a_folder_of_checkpoints_is_converted_whole(tmp_path: Path) -> None:
 def test_the_tokenizer_pads_as_the_published_one(tmp_path: Path) -> None:
     make(tmp_path / "x.bin", CLIP)
     tiny_convert(tmp_path / "x.bin", tmp_path)
-    tokenizer = networks.load_tokenizer(tmp_path / "refine" / "tokenizer.json")
+    tokenizer = load_tokenizer(tmp_path / "refine" / "tokenizer.json", pad="!")
     ids = tokenizer(["A cat", "a " * 100], padding="max_length", truncation=True, max_length=77).input_ids
     assert ids[0] == [49406, 320, 2368, 49407] + [0] * 73
     assert ids[1] == [49406, *[320] * 75, 49407]
-    assert len(tokenizer) == 49408
-    assert len(tokenizer("a " * 100).input_ids) == 102  # uncut, so that what is too long can be named
+    assert tokenizer.backend.get_vocab_size() == 49408
+    (uncut,) = tokenizer(["a " * 100]).input_ids
+    assert len(uncut) == 102  # so that what is too long can be named
+    # Padding with "!", number 0, makes nothing else of one in a text.
+    assert tokenizer(["a ball!"]).input_ids == [[49406, 320, 1069, 256, 49407]]
 
 
 def test_values_beyond_16_bit_are_refused(tmp_path: Path) -> None:

@@ -19,9 +19,18 @@ from safetensors.torch import save_file
 from streamt2v.errors import OutputError, WeightsError
 from streamt2v.models.apm import AppearanceTokens
 from streamt2v.models.cam import CamConfig, ConditionalAttention
+from streamt2v.models.clip import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 from streamt2v.models.restorer import PixelCodec, PixelCodecConfig, Restorer, RestorerConfig
 from streamt2v.models.unet3d import UNet3D, UNet3DConfig
+from streamt2v.models.vae import AutoencoderConfig, AutoencoderKL
 from streamt2v.weights import catalog, header, inventory, networks
+from streamt2v.weights.tokenizer import clip_tokenizer, load_tokenizer
 from tests.weights.conftest import TOY
 
 UNET = UNet3DConfig(
@@ -43,18 +52,10 @@ def clip_config(**more: Any) -> dict[str, Any]:
 
 def small_networks() -> dict[str, torch.nn.Module]:
     """A small network of every class."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import AutoencoderKLTemporalDecoder
-    from transformers import (
-        CLIPTextConfig,
-        CLIPTextModel,
-        CLIPTextModelWithProjection,
-        CLIPVisionConfig,
-        CLIPVisionModelWithProjection,
-    )
 
     cam = CamConfig(unet=UNET, cond_embed_channels=(4, 4, 8, 8))
-    text = clip_config(vocab_size=20, max_position_embeddings=7, projection_dim=4, bos_token_id=1, eos_token_id=3)
+    text = clip_config(vocab_size=20, max_position_embeddings=7, projection_dim=4, eos_token_id=3)
     vision = clip_config(image_size=16, patch_size=8, projection_dim=4)
     return {
         "UNet3D": UNet3D(UNET),
@@ -62,7 +63,7 @@ def small_networks() -> dict[str, torch.nn.Module]:
         "PixelCodec": PixelCodec(PixelCodecConfig()),
         "ConditionalAttention": ConditionalAttention(cam),
         "AppearanceTokens": AppearanceTokens(**TOY),
-        "AutoencoderKL": AutoencoderKL(block_out_channels=(8,), norm_num_groups=2),
+        "AutoencoderKL": AutoencoderKL(AutoencoderConfig(block_out_channels=(8,), norm_num_groups=2)),
         "AutoencoderKLTemporalDecoder": AutoencoderKLTemporalDecoder(block_out_channels=(32,)),
         "CLIPTextModel": CLIPTextModel(CLIPTextConfig(**text)),
         "CLIPTextModelWithProjection": CLIPTextModelWithProjection(CLIPTextConfig(**text)),
@@ -232,9 +233,7 @@ def test_a_family_loads_by_role(root: Path, apm: AppearanceTokens) -> None:
     loaded = networks.load(chosen, "stream.apm", "cpu", torch.float32)
     assert torch.equal(loaded.linear_1.bias, apm.linear_1.bias.half().float())
     tokenizer = networks.load(chosen, "stream.tokenizer", "cpu", torch.float32)
-    assert tokenizer.pad_token == "<pad>"
-    assert tokenizer.model_max_length == 7
-    assert tokenizer("ball", padding="max_length")["input_ids"] == [1, 0, 0, 0, 0, 0, 0]
+    assert tokenizer(["ball"], padding="max_length", max_length=7).input_ids == [[1, 0, 0, 0, 0, 0, 0]]
     with pytest.raises(WeightsError, match=r"has no 'stream\.cam'"):
         chosen.path("stream.cam")
 
@@ -282,7 +281,10 @@ def test_weights_load_in_a_thread_too(file: Path) -> None:
 def test_a_broken_tokenizer_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     with pytest.raises(WeightsError, match="missing"):
-        networks.load_tokenizer(path)
+        load_tokenizer(path, "!")
     path.write_text("{}")
     with pytest.raises(WeightsError, match="not a tokenizer"):
-        networks.load_tokenizer(path)
+        load_tokenizer(path, "!")
+    path.write_text(clip_tokenizer().to_str())
+    with pytest.raises(WeightsError, match="no token '<pad>'"):
+        load_tokenizer(path, "<pad>")
