@@ -168,6 +168,9 @@ class RunConfig:
     )
     negative_prompt: str = _value("", "what to avoid")
     image: str = _value("", "picture to start from")
+    pictures: Mapping[int, str] = field(
+        default_factory=dict, metadata={"help": "picture that a later frame shows: pictures.240 is that of frame 240"}
+    )
     loop: Loop = _value(
         "no",
         "let the last frame lead back to the first. stream: the last chunk comes home, at any length and constant"
@@ -182,6 +185,12 @@ class RunConfig:
     refine: RefineConfig = field(default_factory=RefineConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
+    @property
+    def all_pictures(self) -> dict[str, str]:
+        """{key of the setting: path} of all pictures that are asked for."""
+        later = {f"pictures.{frame}": path for frame, path in self.pictures.items()}
+        return {"image": self.image, **later} if self.image else later
+
     def __post_init__(self) -> None:
         for key, spec, value in _leaves(self):
             _check(key, spec, value)
@@ -191,9 +200,10 @@ class RunConfig:
         if self.stream.anchor >= self.stream.chunk:
             last = f"the first chunk ends with frame {self.stream.chunk - 1}"
             raise ConfigError(f"stream.anchor is {self.stream.anchor}, {last}")
-        if self.prompts and max(self.prompts) >= self.num_frames:
-            end = f"but the video ends with frame {self.num_frames - 1}"
-            raise ConfigError(f"a prompt begins at frame {max(self.prompts)}, {end}", "name an earlier time")
+        for what, later in {"prompt begins at": self.prompts, "picture is for": self.pictures}.items():
+            if later and max(later) >= self.num_frames:
+                end = f"but the video ends with frame {self.num_frames - 1}"
+                raise ConfigError(f"a {what} frame {max(later)}, {end}", "name an earlier time")
 
 
 def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, Any], Any]]:
@@ -225,7 +235,7 @@ def without_removed(recipe: dict[str, Any]) -> dict[str, Any]:
 def _describe(key: str) -> dict[str, Any]:
     """Return what `describe` says about one key; every frame may have a prompt of its own."""
     options = describe()
-    if re.fullmatch(r"prompts\.[1-9][0-9]{0,7}", key):
+    if re.fullmatch(r"(prompts|pictures)\.[1-9][0-9]{0,7}", key):
         return _PROMPT
     if key in _REMOVED:
         raise ConfigError(f"{key} is no longer a setting", f"leave it out: {_REMOVED[key][0]} is what always happens")
@@ -349,8 +359,9 @@ def merge(*layers: Mapping[str, Any]) -> RunConfig:
         "output": OutputConfig,
     }
     parts: dict[str, Any] = {name: build(**tables.get(name, {})) for name, build in sections.items()}
-    prompts = {int(frame): text for frame, text in tables.get("prompts", {}).items()}
-    return RunConfig(**tables.get("", {}), **parts, prompts=dict(sorted(prompts.items())))
+    for name in ("prompts", "pictures"):
+        parts[name] = dict(sorted((int(frame), text) for frame, text in tables.get(name, {}).items()))
+    return RunConfig(**tables.get("", {}), **parts)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

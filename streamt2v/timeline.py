@@ -1,4 +1,4 @@
-"""Prompts over time: how a time is written, at which frame a run switches to each prompt, and the chunks it has."""
+"""Prompts and pictures over time: how a time is written, where each takes effect, and the chunks that follow."""
 
 import json
 import re
@@ -55,15 +55,18 @@ def plans(run: RunConfig, command: str = "generate", kept: int = 0) -> tuple[tup
 def base_plan(run: RunConfig, kept: int = 0) -> tuple[Chunk, ...]:
     """Return the chunks of the streaming stage, in frames of the base video; it continues `kept` frames, if any.
 
-    What comes home has a last chunk that ends with the first frames. A ring has one chunk: nothing of it is finished
-    before all is.
+    A picture ends a chunk, so that as many new frames as possible lead to it. What comes home has a last chunk that
+    ends with the first frames. A ring has one chunk: nothing of it is finished before all is.
     """
     stream = run.stream
     made = run.num_frames - base_offset(kept, stream.chunk)
     if run.loop == "ring":
         return (Chunk(0, 0, made, 0),)
-    home = (made + home_frames(run),) if run.loop == "stream" and made > stream.chunk else ()
-    return streaming_plan(made, stream.chunk, stream.overlap, home, whole_first=kept > 0)
+    begin = run.num_frames - made
+    ends = [frame + 1 - begin for frame in run.pictures]
+    if run.loop == "stream" and made > stream.chunk:
+        ends.append(made + home_frames(run))
+    return streaming_plan(made, stream.chunk, stream.overlap, ends, whole_first=kept > 0)
 
 
 def home_frames(run: RunConfig) -> int:
@@ -119,15 +122,24 @@ def read_timeline(path: Path) -> list[tuple[str, str]]:
     return rows
 
 
-def prompts_at(rows: list[tuple[str, str]], fps: float, kept: int) -> dict[str, str]:
-    """Turn times and prompts into settings; frame 0 sets the main prompt, and no change may lie in `kept` frames."""
+def is_picture(text: str) -> bool:
+    """Tell whether what is to be seen at a time is the name of a picture, not a prompt."""
+    return text.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"))
+
+
+def settings_at(rows: list[tuple[str, str]], fps: float, kept: int) -> dict[str, str]:
+    """Turn times with prompts or names of pictures into settings; no time may lie in `kept` frames.
+
+    Frame 0 sets the main prompt, or the picture to start from.
+    """
     found: dict[str, str] = {}
     for time, text in rows:
-        frame = parse_time(time, fps)
-        key = f"prompts.{frame}" if frame else "prompt"
+        frame, what = parse_time(time, fps), "pictures" if is_picture(text) else "prompts"
+        key = f"{what}.{frame}" if frame else {"pictures": "image", "prompts": "prompt"}[what]
         if frame < kept:
             raise ConfigError(f"frame {frame} already exists: new ones begin at {kept}", "give a later time")
         if key in found:
-            raise ConfigError(f"two prompts begin at frame {frame}", "leave one of them out")
+            verb = "begin at" if what == "prompts" else "are for"
+            raise ConfigError(f"two {what} {verb} frame {frame}", "leave one of them out")
         found[key] = text
     return found

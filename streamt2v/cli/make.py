@@ -24,6 +24,7 @@ from streamt2v.jobs.job import BEHAVIOUR, Job, Result, beside, default_output
 from streamt2v.jobs.prepared import Prepared
 from streamt2v.jobs.recipe import inspect_source
 from streamt2v.runs.pace import Status
+from streamt2v.timeline import parse_at, parse_time
 
 if TYPE_CHECKING:
     from streamt2v.runs.watch import Report
@@ -247,6 +248,7 @@ def rerun(
     ] = None,
     source: Annotated[Path | None, option("--source", "The video that VIDEO was refined or extended from.")] = None,
     image: options.Image = None,
+    at: options.At = None,
     init: options.Init = None,
     image_init: options.ImageInit = None,
     **given: Any,
@@ -263,6 +265,7 @@ def rerun(
     behaviour = _behaviour(given, video)
     places = dict.fromkeys(("initialize.text_model", "initialize.picture_model"), init)
     places |= {"initialize.text_to_image": image_init, "image": None if image is None else str(image)}
+    places |= {f"pictures.{parse_time(time, 1)}": path for time, path in map(parse_at, at or [])}
     command, settings, like = again.rerun(video, source, places)
     output = output or video.with_name(f"{video.stem}_rerun{video.suffix}")
     progress.say(f"{video} says: {command}, with")

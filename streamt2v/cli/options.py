@@ -73,7 +73,7 @@ _STRENGTH = (
     "How far the refiner may depart from its input: faithful, balanced or creative. Default: faithful for a video that "
     "streamt2v did not make, else set by the preset."
 )
-_AT = "Change the prompt at a time: 240 (a frame), 10s or 1:20; repeatable."
+_AT = "At a time, 240 (a frame), 10s or 1:20, begin another prompt, or show a picture; repeatable."
 
 # Options that some commands take individually; the others are declared in the groups below.
 WeightsName = Annotated[str | None, argument("A name from `weights list`.", autocompletion=names_of_weights)]
@@ -91,6 +91,7 @@ Output = Annotated[Path | None, option("--output", "-o", _OUTPUT)]
 Fps = Annotated[float | None, option("--fps", f"{_RATE}the model's; 8 for demo.", parser=parse_rate)]
 SourceFps = Annotated[float | None, option("--fps", f"{_RATE}the source's.", parser=parse_rate)]
 Image = Annotated[Path | None, _steering("--image", "Start from this picture.")]
+At = Annotated[list[str] | None, _steering("--at", _AT, metavar="TIME PROMPT|PICTURE")]
 Init = Annotated[str | None, _steering("--init", _INIT, autocompletion=_INITIALIZERS)]
 ImageInit = Annotated[str | None, _steering("--image-init", _IMAGE_INIT, autocompletion=_INITIALIZERS)]
 Device = Annotated[str, _running("--device", "auto, cpu, cuda, cuda:1, mps.")]
@@ -138,10 +139,11 @@ def making(
 
 
 def streaming(
-    at: Annotated[list[str] | None, _steering("--at", _AT, metavar="TIME PROMPT")] = None,
+    at: At = None,
     timeline: Annotated[
-        Path | None, _steering("--timeline", 'Prompts over time in a TOML or JSON file: {"0": "...", "10s": "..."}.')
+        Path | None, _steering("--timeline", 'The same in a TOML or JSON file: {"0": "...", "10s": "..."}.')
     ] = None,
+    until: Annotated[Path | None, _steering("--until", "The last frame shows this picture.")] = None,
     no_refine: Annotated[bool, _steering("--no-refine", "Stop after the streaming stage.")] = False,
     steps: Annotated[int | None, advanced("--steps", "Denoising steps of stages 1 and 2.")] = None,
     guidance: Annotated[float | None, advanced("--guidance", "--cfg", "Guidance of stages 1 and 2; 1 is off.")] = None,
@@ -224,6 +226,7 @@ _MEANT = {
     "--cfg-scale": "--guidance", "--guidance-scale": "--guidance", "--neg": "--negative",
     "--num-inference-steps": "--steps", "--sampling-steps": "--steps", "--denoise": "--strength",
     "--force": "--overwrite", "--seamless": "--loop", "--looping": "--loop",
+    "--end-image": "--until", "--last-frame": "--until",
     "--yes": "--overwrite", "--music": "--audio", "--sound": "--audio", "--soundtrack": "--audio",
     "--variations": "--count", "--batch-count": "--count", "--start-image": "--image", "--first-frame": "--image",
     "--gpu": "--device", "--vram": "--memory", "--upscale": "streamt2v refine", "--continue": "--resume",

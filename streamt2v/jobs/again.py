@@ -26,8 +26,9 @@ def resumed(path: Path) -> Job:
     output = run_directory.output_of(path)
     recipe, _, local = run_directory.recorded(run_directory.directory_for(output))
     try:
-        source, image = (_found_again(name, output, recipe, local) for name in ("source", "image"))
-        settings = merge(recipe["config"], {"image": "" if image is None else str(image)})
+        source = _found_again("source", output, recipe, local)
+        pictures = {name: _found_again(name, output, recipe, local) for name in recipe["config"] if _is_picture(name)}
+        settings = merge(recipe["config"], {name: str(path or "") for name, path in pictures.items()})
         preview, audio = _moved("preview", output, local), _moved("audio", output, local)
         device, keep_run = local.get("device", recipe["device"]), local["keep_run"]
         more = {"keep_run": keep_run, "preview": preview, "audio": audio}
@@ -35,6 +36,10 @@ def resumed(path: Path) -> Job:
     except (KeyError, TypeError, AttributeError) as error:
         hint = "continue it by the command that began it, with --resume"
         raise ResumeError(f"{run_directory.directory_for(output)} does not say how it was begun", hint) from error
+
+
+def _is_picture(key: str) -> bool:
+    return key == "image" or key.startswith("pictures.")
 
 
 def _moved(name: str, output: Path, local: Mapping[str, Any]) -> Path | None:
@@ -115,17 +120,23 @@ def rerun(path: Path, source: Path | None, given: Mapping[str, str | None]) -> A
         raise InputError(f"{path} carries no recipe", "only videos made by streamt2v can be made again")
     settings = dict(recipe["config"])
     trusted = {"", choose.OWN, *weights.pipelines()}
-    for key, value in given.items():
+    asked: dict[str, str | None] = {**dict.fromkeys(filter(_is_picture, settings)), **given}
+    for key, value in asked.items():
         if value is not None:
             settings[key] = value
         elif not set(str(settings.get(key, "")).split("+")) <= trusted:
             option = {"image": "--image", "initialize.text_to_image": "--image-init"}.get(key, "--init")
+            option = f"--at {key.removeprefix('pictures.')}" if key.startswith("pictures.") else option
             raise ConfigError(
                 f"{path} was made with {key} = {settings[key]!r}", f"name it with {option} if you trust it"
             )
     if recipe.get("source") and source is None:
         raise ConfigError(f"{path} was made by {command} from another video", "name that with --source")
-    for file, was in ((source, recipe.get("source")), (given.get("image"), recipe.get("image"))):
+    inputs = [
+        (source, recipe.get("source")),
+        *((path, recipe.get(key)) for key, path in given.items() if _is_picture(key)),
+    ]
+    for file, was in inputs:
         if file and isinstance(was, dict) and Path(file).is_file() and Path(file).stat().st_size != was.get("bytes"):
             raise InputError(f"{file} is not what {path} was made from: that had {was.get('bytes')} bytes")
     threads = recipe.get("threads")

@@ -12,7 +12,7 @@ from streamt2v.errors import ConfigError, FieldError
 from streamt2v.families.choose import OWN, named
 from streamt2v.jobs import again
 from streamt2v.jobs.recipe import Source
-from streamt2v.timeline import parse_at, parse_time, prompts_at, read_timeline
+from streamt2v.timeline import parse_at, parse_time, read_timeline, settings_at
 
 # Options, and fields of a row of a batch, that stand for a setting of another name, or for several.
 _SETTINGS: Mapping[str, tuple[str, ...]] = {
@@ -29,7 +29,7 @@ _SETTINGS: Mapping[str, tuple[str, ...]] = {
     "init": ("initialize.text_model", "initialize.picture_model"),
     "image_init": ("initialize.text_to_image",),
 }
-_PATHS = ("config_file", "timeline", "preview", "audio")
+_PATHS = ("config_file", "timeline", "preview", "audio", "until")
 _TEXTS = ("model", "preset", "quality", "strength", "size", "device")
 # What else a row may hold: arguments of `resolve` and of a job, with the type and the range of each.
 _ARGUMENTS: Mapping[str, tuple[Any, float | None, float | None]] = {
@@ -77,6 +77,8 @@ def parse_row(row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
                 arguments[name] = _argument(field, name, given)
             else:
                 keys = _SETTINGS.get(name, (name,))
+                if name == "loop" and isinstance(given, bool):  # as the option, which has no value
+                    given = "stream" if given else "no"
                 settings |= dict.fromkeys(keys, config.checked(field, config.describe()[keys[0]], given))
             if name == "size":
                 settings["output.height"], settings["output.width"] = parse_size(arguments.pop(name))
@@ -168,6 +170,7 @@ def resolve(
     loop: bool = False,
     at: list[str] | None = None,
     timeline: Path | None = None,
+    until: Path | None = None,
     row: Mapping[str, Any] | None = None,
     seed_of_row: int | None = None,
     device: str | None = None,
@@ -185,7 +188,8 @@ def resolve(
             length above the files.
         no_refine: leave the last stage out.
         loop: let the last frame lead back to the first.
-        at, timeline: prompts over time, as TIME=PROMPT and as a file.
+        at, timeline: prompts and pictures over time, as TIME=PROMPT or TIME=PICTURE and as a file.
+        until: picture that the last frame shows.
         row: {dotted key: value} of a row of a batch, above all others.
         seed_of_row: its seed when nothing names one.
         device: what the default model has to fit; None where that is not known here.
@@ -252,7 +256,11 @@ def resolve(
         given["output.width"] = width or max(2, 2 * round((height or 0) * wide / tall / 2))
     if rows := [*(read_timeline(timeline) if timeline else []), *map(parse_at, at or [])]:
         fps = config.merge(*layers, from_file, given).output.fps
-        if "prompt" in (found := prompts_at(rows, fps, source.frames if source else 0)) and "prompt" in given:
-            raise ConfigError("two prompts begin at frame 0", "leave one of them out")
+        found = settings_at(rows, fps, source.frames if source else 0)
+        if both := {"prompt", "image"} & set(found) & set(given):
+            raise ConfigError(f"two {both.pop()}s begin at frame 0", "leave one of them out")
         given.update(found)
+    if until is not None:
+        last = config.merge(*layers, from_file, given).num_frames - 1
+        given[f"pictures.{last}"] = str(until)
     return config.merge(*layers, from_file, given)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class Plan:
     stream_chunks: tuple[Chunk, ...]
     refine_chunks: tuple[Chunk, ...]
     prompts: tuple[Prompt, ...]
+    pictures: Mapping[int, str]
     base_height: int
     base_width: int
     box_height: int
@@ -71,6 +73,7 @@ class Plan:
         for prompt in self.prompts[1:]:
             asked = "" if prompt.asked == prompt.frame else f" (asked for at {prompt.asked})"
             lines.append(f"prompt   from frame {prompt.frame}{asked}: {prompt.text}")
+        lines.extend(f"picture  at frame {frame}: {path}" for frame, path in self.pictures.items())
         short = "; MORE THAN THERE IS" if self.needed_bytes > self.free_bytes else ""
         lines.append(f"memory   {self.policy.describe()}")
         peak, measured = self.needed_bytes, ""
@@ -118,6 +121,7 @@ def plan(known: Prepared) -> Plan:
         stream_chunks=stream,
         refine_chunks=refine,
         prompts=known.timeline,
+        pictures=config.pictures,
         base_height=config.stream.height,
         base_width=config.stream.width,
         box_height=config.output.height,

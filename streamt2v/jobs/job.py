@@ -57,7 +57,8 @@ class Job:
         """
         paths = {
             "source": self.source,
-            "image": self.config.image or None,
+            "image": None,
+            **self.config.all_pictures,
             "preview": self.preview,
             "audio": self.audio,
         }

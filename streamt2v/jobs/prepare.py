@@ -50,6 +50,8 @@ def check(known: Prepared) -> Prepared:
         _check_sizes(job.config, known.family)
     if job.config.loop != "no" and job.command != "refine":
         _check_loop(known)
+    if job.config.pictures:
+        _check_pictures(known)
     if job.command == "generate":
         known.notices.extend(_check_initializer(known))
     if job.command == "extend":
@@ -76,10 +78,11 @@ def check_wishes(config: RunConfig, prompt_needed: bool = True) -> None:
     size = sum(len(json.dumps(text)) + 24 for text in prompts)  # with its key
     if size > MAX_TEXT_BYTES + 24:
         raise ConfigError(f"{len(prompts)} prompts of {size} bytes are too long", f"at most {MAX_TEXT_BYTES} together")
-    if config.image:
+    if config.all_pictures:
         from streamt2v.media import pictures
 
-        pictures.read(Path(config.image))
+        for path in config.all_pictures.values():
+            pictures.read(Path(path))
 
 
 def _check_text(text: str) -> None:
@@ -158,6 +161,21 @@ def _check_loop(known: Prepared) -> None:
         raise ConfigError(f"--frames is {run.num_frames}, here a loop has at least {shortest} frames")
 
 
+def _check_pictures(known: Prepared) -> None:
+    """Refuse pictures that no chunk can be led to."""
+    job, run = known.job, known.job.config
+    earliest, first = known.kept or run.stream.chunk - 1, min(run.pictures)
+    if job.command == "refine":
+        raise ConfigError("a video that is refined has all its frames: pictures change nothing", "leave them out")
+    if run.loop == "ring" or (run.loop == "stream" and run.num_frames <= run.stream.chunk):
+        raise ConfigError(
+            "a loop in one window has no chunk that leads to a picture", "give more --frames, with --loop"
+        )
+    if first < earliest:
+        said = f"a picture is for frame {first}, the first that a chunk leads to is frame {earliest}"
+        raise ConfigError(said, "--image gives the picture that the video starts from")
+
+
 def _check_refined(known: Prepared) -> None:
     job, found = known.job, known.source
     assert found is not None
@@ -224,7 +242,7 @@ def check_target(path: Path, overwrite: bool, *inputs: Path | str | None) -> Non
 
 def check_place(job: Job) -> None:
     """Refuse an output that is there, that is read, or in whose folder something is read. Raises OutputError."""
-    inputs = (job.source, job.config.image, job.audio, *job.inputs)
+    inputs = (job.source, *job.config.all_pictures.values(), job.audio, *job.inputs)
     if job.output.suffix or not job.output.is_dir():
         check_target(job.output, job.overwrite or job.resume, *inputs)
         return
@@ -248,7 +266,9 @@ def _check_output(job: Job) -> None:
             raise ConfigError(f"the preview {job.preview} must end in .png")
         begun = job.resume and (run_directory.exists(job.run_path) or job.output.exists())  # it is that of the run
         check_target(
-            job.preview, job.overwrite or begun, job.source, job.config.image, job.audio, *job.inputs, job.output
+            job.preview,
+            job.overwrite or begun,
+            *(job.source, *job.config.all_pictures.values(), job.audio, *job.inputs, job.output),
         )
     if run_directory.exists(job.run_path) and not (job.resume or job.overwrite):
         run_directory.RunDirectory(job.run_path).close()  # refuses one that is being worked on

@@ -146,10 +146,11 @@ class Prepared:
         config, source, used = self.job.config, self.job.source, self.family.used(self.runs)
         return {
             "command": self.job.command,
-            # Of a picture the name says enough: a recipe travels with the video, the folder stays private.
-            "config": to_flat(config) | {"image": Path(config.image).name},
+            # Of pictures the names say enough: a recipe travels with the video, the folder stays private.
+            "config": to_flat(config) | {key: Path(path).name for key, path in config.all_pictures.items()},
             "source": source and self.source and {**_fingerprint(source), "frames": self.source.frames},
-            "image": _fingerprint(Path(config.image)) if config.image else None,
+            "image": None,
+            **{key: _fingerprint(Path(path)) for key, path in config.all_pictures.items()},
             "initializer": None if self.chosen is None else self.chosen.fingerprint(),
             "weights": {name: part.sha256 for file in used for name, part in file.parts.items()},
         }

@@ -71,8 +71,8 @@ def command(recipe: Mapping[str, Any]) -> str:
         words += [part for key in sizes for part in _set(key, flat[key])]
     words += [word for key, option in _OPTIONS.items() if key in given for word in (option, str(given[key]))]
     for key, value in given.items():
-        if key.startswith("prompts."):
-            words += ["--at", key.removeprefix("prompts."), str(value)]
+        if key.startswith(("prompts.", "pictures.")):
+            words += ["--at", key.partition(".")[2], str(value)]
         elif key not in (*_OPTIONS, *_SAID_ELSEWHERE):
             words += _set(key, value)
     words += ["--", words.pop(2)] if words[2].startswith("-") else []

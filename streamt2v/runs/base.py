@@ -94,9 +94,13 @@ class Base:
         return state.after(chunk, self.making.extend(state, self.known.prompt_of(chunk), chunk))
 
     def _ahead(self, chunk: Chunk) -> Iterator[tuple[int, Tensor]]:
-        """Yield what is known already of a chunk's frames: after the last frame of a loop come its first ones."""
+        """Yield what is known of a chunk's frames: pictures, and after the last frame of a loop its first ones."""
         run, end = self.known.job.config, self.known.num_frames
-        coming = range(end, min(chunk.start + run.stream.chunk, end + home_frames(run)))
+        reach = chunk.start + run.stream.chunk
+        for asked, path in run.pictures.items():
+            if chunk.new_start <= (number := asked - self.known.base_offset) < reach:
+                yield number, self._fitted(frames.to_float(pictures.read(Path(path))[None], self.device))[0]
+        coming = range(end, min(reach, end + home_frames(run)))
         if run.loop != "no" and coming:
             begin = self.source(0) if self.known.kept else frames.numbered(self.directory.base_frames(0), 0)
             shown = islice(frames.singly(group.frames for group in begin), len(coming))
