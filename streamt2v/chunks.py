@@ -69,12 +69,14 @@ def streaming_plan(
     """
     chunks, step = [_first(num_frames, size, overlap, "streaming")], size - overlap
     first = next(iter(sorted(ends)), None)
-    if first is not None and not whole_first and first < size + step:
+    if first is not None and not whole_first and step < first < size + step:
         chunks[0] = Chunk(0, 0, min(first - step, num_frames), 0)
     while chunks[-1].stop < num_frames:
         new_start = chunks[-1].stop
         stop = new_start + step
-        stop = next((end - step for end in sorted(ends) if stop < end < stop + step), stop)
+        shown = max((end for end in ends if new_start < end <= stop), default=new_start)
+        cut = next((end - step for end in sorted(ends) if stop < end < stop + step), stop)
+        stop = cut if cut > shown else stop  # what is held stays in the chunk that leads to it
         chunks.append(Chunk(len(chunks), new_start - overlap, min(stop, num_frames), new_start))
     return tuple(chunks)
 
