@@ -408,7 +408,7 @@ def plan(
     options.starting,
     options.computing,
     options.talking,
-    without=("seed", "negative", "at", "timeline"),  # the time hangs on no words and no draws
+    without=("seed", "negative", "at", "timeline", "until", "loop"),  # the time hangs on no words and no draws
 )
 def bench(
     frames: Annotated[int, option("--frames", "-n", "Length to state the time for.")] = 1200, **given: Any
