@@ -47,6 +47,8 @@ def _check_starts(binary: str, _stamp: object) -> None:
         except subprocess.TimeoutExpired as error:
             process.kill()
             raise OutputError(f"ffmpeg printed no version within {STALL_SECONDS:.0f} s", "install it again") from error
+        if process.returncode:  # such as 127: a library is missing
+            raise OutputError(f"{binary} ends with code {process.returncode}", "install it again")
 
 
 def _binary() -> str:

@@ -142,7 +142,7 @@ def _main(what: str, path: Path, clock: str = "", damage: str = "") -> None:
         else:
             note = (lambda text: _answer({"note": text})) if damage == "bridge" else None
             for frame, count in reading.read_pictures(path, _clock(json.loads(clock)) if clock else None, note):
-                _answer({"shape": frame.shape, "count": count}, frame.tobytes())
+                _answer({"shape": frame.shape, "count": count}, np.ascontiguousarray(frame).data.cast("B"))
     except VideoError as error:
         _answer({"error": (error.message, error.hint)})
     except BrokenPipeError:
@@ -151,9 +151,11 @@ def _main(what: str, path: Path, clock: str = "", damage: str = "") -> None:
         _answer({"error": (f"{path} cannot be read as a video: {type(error).__name__}: {error}", "")})
 
 
-def _answer(facts: dict[str, Any], data: bytes = b"") -> None:
-    sys.stdout.buffer.write(json.dumps({**facts, "bytes": len(data)}, default=str).encode() + b"\n" + data)
-    sys.stdout.buffer.flush()
+def _answer(facts: dict[str, Any], data: bytes | memoryview = b"") -> None:
+    out = sys.stdout.buffer
+    out.write(json.dumps({**facts, "bytes": len(data)}, default=str).encode() + b"\n")
+    out.write(data)  # not joined with the line: pictures are large
+    out.flush()
 
 
 def _limit_memory(size: int) -> None:

@@ -15,6 +15,7 @@ import pytest
 from streamt2v.jobs.recipe import inspect_source
 from streamt2v.media import ffmpeg as binary
 from streamt2v.media import isolated, reading, sound, writing
+from streamt2v.runs import pipeline
 from tests.cli.helpers import call
 from tests.media.makers import X264, beep_times, ffmpeg, flash_times, flashing, gaps, kinds, refine
 
@@ -173,15 +174,69 @@ def test_a_track_that_cannot_be_decoded_is_left_out(plain: Path, tmp_path: Path,
     assert "is left out" in sound.carry(source, Fraction(2)).notices[0]
 
 
-def test_no_ffmpeg_is_found_before_the_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where networks would be loaded."""
+    monkeypatch.setattr(pipeline, "_make", lambda *_: pytest.fail("the work has begun"))
+
+
+# Name, what stands in its file (None: there is none) and its mode, and what is said.
+BINARIES: dict[str, tuple[bytes | None, int, str]] = {
+    "none": (None, 0, "cannot be started"),
+    "not executable": (b"#!/bin/sh", 0o644, "cannot be started"),
+    "not a program": (b"\0" * 100, 0o755, "cannot be started"),
+    "for another interpreter": (b"#!/none/sh", 0o755, "cannot be started"),
+    "a library is missing": (b"#!/bin/sh\nexit 127", 0o755, "ends with code 127"),
+    "killed": (b"#!/bin/sh\nkill -9 $$", 0o755, "ends with code -9"),
+    "hangs": (b"#!/bin/sh\nexec sleep 60", 0o755, "no version within"),
+}
+
+
+@pytest.mark.parametrize("name", [*BINARIES, "a folder"])
+def test_an_ffmpeg_that_does_not_run_is_found_before_the_work(
+    name: str, plain: Path, tmp_path: Path, before_the_work: None, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (folder := tmp_path / "bin").mkdir()
+    content, mode, said = BINARIES.get(name, (None, 0, "cannot be started"))
+    if content is not None:
+        (folder / "ffmpeg").write_bytes(content)
+        (folder / "ffmpeg").chmod(mode)
+    place = folder if name == "a folder" else folder / "ffmpeg"
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(place))
+    monkeypatch.setattr(binary, "STALL_SECONDS", 0.5)
+    for command in (("generate", "a red ball", "--no-refine"), ("refine", plain)):
+        assert call(*command, "-o", tmp_path / "out.mp4", "-q") == 5
+        assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+TARGETS = {
+    "in a file": ("file/out.mp4", "is not a folder"),
+    "in a folder of a file": ("file/videos/out.mp4", ""),
+    "a folder": ("folder.mp4", "is a folder"),
+    "a name that is too long": (f"{'x' * 300}.mp4", "too long"),
+    "a link to a folder": ("link.mp4", "is a folder"),
+    "its run directory is a file": ("taken.mp4", "is not a folder"),
+    "of no known kind": ("out.mpeg", "must end in"),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_target_that_cannot_be_is_found_before_the_work(
+    name: str, plain: Path, tmp_path: Path, before_the_work: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: "/nonexistent")
-    assert call("generate", "a red ball", "--frames", 8, "--no-refine", "-o", tmp_path / "out.mp4", "-q") == 5
-    assert "ffmpeg binary cannot be started" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(tmp_path))  # a folder
-    assert call("generate", "a red ball", "--frames", 8, "--no-refine", "-o", tmp_path / "out.mp4", "-q") == 5
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "taken.mp4.streamt2v").write_text("mine")
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "folder.mp4")
+    before, (target, said) = sorted(tmp_path.iterdir()), TARGETS[name]
+    for command in (("generate", "a red ball", "--no-refine"), ("refine", plain)):
+        assert call(*command, "-o", tmp_path / target, "-q") in (2, 5)
+        err = capsys.readouterr().err
+        assert said in err and "Traceback" not in err
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "file").read_text() == (tmp_path / "taken.mp4.streamt2v").read_text() == "mine"
 
 
 def test_tracks_are_tried_once(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
