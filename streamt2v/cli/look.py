@@ -143,7 +143,7 @@ def evaluate(
             progress.doing("loading what measures")
             from streamt2v.metrics import evaluation, report
     except ImportError as error:
-        hint = 'install what it needs with `pip install "streamt2v[metrics]"`'
+        hint = 'install what it needs with `pip install ".[metrics]"`, or `uv tool install ".[metrics]"`, in a checkout'
         raise ConfigError(f"evaluate cannot start: {error}", hint) from error
     if given["seams"] is not None:
         given["seams"] = evaluation.parse_seams(given["seams"])
