@@ -69,13 +69,13 @@ def _in_short(facts: dict[str, Any]) -> list[tuple[str, str]]:
     asked = recipe["config"] if isinstance(recipe.get("config"), dict) else {}
     later = sum(str(key).startswith("prompts.") for key in asked)
     steps = f"{asked.get('stream.num_inference_steps')} in the stream"
-    if asked.get("refine.enabled"):
-        steps += f", {asked.get('refine.num_inference_steps')} in the refiner"
+    steps += f", {asked.get('refine.num_inference_steps')} in the refiner" * bool(asked.get("refine.enabled"))
     source = recipe.get("source") if isinstance(recipe.get("source"), dict) else {}
+    version = recipe.get("streamt2v") or recipe.get("version")  # the second while it grows
     rows += [
         ("prompt", str(asked.get("prompt")) + f" (and {later} later ones)" * bool(later)),
         ("avoids", str(asked.get("negative_prompt") or "")),
-        ("made by", f"{recipe.get('command')}, model {asked.get('model')}, streamt2v {recipe.get('streamt2v')}"),
+        ("made by", f"{recipe.get('command')}, model {asked.get('model')}, streamt2v {version}"),
         ("from", str((source or {}).get("name") or asked.get("image") or "")),
         ("seed", str(asked.get("seed"))),
         ("steps", steps),
