@@ -1,6 +1,7 @@
 # make video   set everything up in .venv and make a video          make test    set up, run all tests
 # make check   lint, types and import contract                      make wheel   build the package
 # make deep    the long tests: kills, full disks, signals ...       make offline all tests without any network (Linux)
+# make docs    docs/cli.md from the commands                        make pictures  the moving picture of README.md
 #
 # PYTHON=python3.12    the interpreter to use (3.11 or newer; the first found by default)
 # VENV=.venv           where everything is installed; nothing outside this folder and pip's cache is touched
@@ -14,10 +15,14 @@ ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c '$(ENOUGH)' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: video test deep offline check lint types wheel docs record clean
+.PHONY: video pictures test deep offline check lint types wheel docs record clean
 
 video: $(BIN)/.installed
 	$(BIN)/streamt2v generate "$(PROMPT)" --frames 48 -o red_ball.mp4 --overwrite
+
+# 1200 frames of the bundled weights, sped up; repeating the command goes on where it was stopped.
+pictures: $(BIN)/.installed
+	$(BIN)/python benchmarks/pictures.py "$(PROMPT)"
 
 test: $(BIN)/.installed-dev
 	$(BIN)/python -m pytest

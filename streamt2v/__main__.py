@@ -7,13 +7,11 @@ from typing import NoReturn
 
 def main() -> NoReturn:
     """Run the command line; quiet when it is stopped while it loads, and gone at once when it is done."""
-    loading = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if loading:
+    if (usual := signal.getsignal(signal.SIGINT)) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback: nothing has begun
     from streamt2v.cli import app
 
-    if loading:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, usual)
     try:
         app.main()
     finally:

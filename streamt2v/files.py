@@ -139,6 +139,18 @@ def make_directory(path: Path) -> None:
             sync_directory(path.parent)
 
 
+@contextlib.contextmanager
+def no_new_folders(root: Path) -> Iterator[None]:
+    """Remove at the end what is new and empty of `root`, the folders in it, and those it lies in."""
+    before = {*root.rglob("*"), *filter(Path.exists, (root, *root.parents))}
+    try:
+        yield
+    finally:
+        for folder in sorted({*root.rglob("*"), root, *root.parents} - before, reverse=True):  # the deepest first
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
 def temporary_name(path: Path) -> Path:
     """Return the hidden name beside `path` under which it grows; fixed, so that the next writer removes a leftover."""
     return path.with_name(f".{path.name}.part")

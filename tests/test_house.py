@@ -2,16 +2,19 @@
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import typer
 
 import streamt2v
 from docs import generate_cli
 from streamt2v import weights
+from streamt2v.cli.app import app
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = Path(streamt2v.__file__).parent
@@ -97,15 +100,39 @@ def test_every_dependency_has_a_reason() -> None:
     reasons = {name: note.strip() for name, note in rows}
     names = [re.split(r"[^a-z-]", wanted)[0] for wanted in PROJECT["project"]["dependencies"]]
     assert [name for name in names if not reasons[name].startswith("# ")] == []
-    readme = (REPOSITORY / "README.md").read_text("utf-8")
-    assert [name for name in names if name not in readme] == []
+    table = (REPOSITORY / "CONTRIBUTING.md").read_text("utf-8")
+    assert [name for name in names if name not in table] == []
 
 
 def test_the_commands_of_the_readme_exist() -> None:
     readme = (REPOSITORY / "README.md").read_text("utf-8")
     targets = set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text("utf-8"), re.MULTILINE))
-    assert set(re.findall(r"^make ([a-z]+)", readme, re.MULTILINE)) <= targets
-    assert {"video", "test"} <= set(re.findall(r"^make ([a-z]+)", readme, re.MULTILINE))
+    named = set(re.findall(r"[\n`]make ([a-z]+)", readme))
+    assert {"video", "test"} <= named <= targets
+
+
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_links_of_the_pages_exist(page: Path) -> None:
+    text, group = page.read_text("utf-8"), typer.main.get_command(app)
+    for line in re.findall(r"^(?:    )?streamt2v (.*)", text, re.MULTILINE):
+        command, words = group, shlex.split(line, comments=True)
+        while words and words[0] in getattr(command, "commands", {}):
+            command = command.commands[words.pop(0)]  # type: ignore[attr-defined]
+        known = {name for part in command.params for name in part.opts}
+        assert command is not group and known.issuperset(word for word in words if word.startswith("-")), line
+    for target in re.findall(r"\]\(([^)#:]+)[)#]", text):
+        assert (page.parent / target).exists(), target
+    assert not re.search(r"THIS_|YOUR_|example\.(com|org)|\bTBD\b", text)
+
+
+def test_the_readme_is_read_in_a_minute() -> None:
+    text = (REPOSITORY / "README.md").read_text("utf-8")
+    assert len(text.split()) <= 1320
+    for name in re.findall(r"(?:src=\"|\]\()([\w/]+\.(?:webp|gif|png))", text):
+        assert (REPOSITORY / name).stat().st_size <= 200_000
 
 
 def test_the_reference_of_the_command_line_is_fresh() -> None:

@@ -36,7 +36,7 @@ def on_ray(tasks: Sequence[Task], tell: Tell, address: str) -> Generator[tuple[T
             import ray
             from ray.util.queue import Queue
         except ImportError as error:
-            hint = 'install it with `pip install "streamt2v[ray]"`'
+            hint = 'install it with `pip install ".[ray]"`, or `uv tool install ".[ray]"`, in a checkout'
             raise ConfigError(f"--ray cannot start: {error}", hint) from error
         _connect(address, max(task.job.threads or devices.default_threads() for task in tasks))
         stopped: list[int] = []  # while Ray waits, only KeyboardInterrupt may be raised

@@ -38,14 +38,11 @@ app.add_typer(weights_app, name="weights")
 
 
 # In the order in which the help lists them.
-_FIRST: list[Command] = [generate, refine, extend, resume, verify, rerun]
-_LATER: list[Command] = [plan, bench, info, watch, evaluate, preview, report, doctor, train]
+_COMMANDS: list[Command] = [generate, refine, extend, resume, verify, rerun, batch]
+_COMMANDS += [plan, bench, info, watch, evaluate, preview, report, doctor, train]
 _WEIGHTS: list[Command] = [weights_list, weights_pull, weights_path, weights_verify, weights_convert]
-for command in _FIRST:
-    app.command(cls=options.LeveledCommand)(command)
-app.command(cls=RayCommand)(batch)
-for command in _LATER:
-    app.command(cls=options.LeveledCommand)(command)
+for command in _COMMANDS:
+    app.command(cls=RayCommand if command is batch else options.LeveledCommand)(command)
 for command in _WEIGHTS:
     weights_app.command(command.__name__.removeprefix("weights_"))(command)
 

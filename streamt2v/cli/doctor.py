@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from streamt2v import config, devices, files, memory, weights
 from streamt2v.errors import StreamT2VError
 from streamt2v.jobs import needs
 
-OLDEST_PYTHON = (3, 11)
 LOW_DISK_BYTES = 2 * 10**9
 
 
@@ -40,7 +38,6 @@ def checks(folder: Path | None = None, device: str = "auto") -> list[Check]:
     questions: list[tuple[str, Callable[[], Check]]] = [
         ("python", _python),
         ("torch", lambda: _torch(device)),
-        ("libraries", _libraries),
         ("memory", lambda: _memory(device)),
         ("ffmpeg", _ffmpeg),
         ("PyAV", _pyav),
@@ -61,9 +58,9 @@ def _answer(name: str, ask: Callable[[], Check]) -> Check:
 
 
 def _python() -> Check:
-    wanted = ".".join(map(str, OLDEST_PYTHON))
-    ok = sys.version_info >= OLDEST_PYTHON
-    return Check("python", ok, f"{platform.python_version()} on {platform.platform()}", f"use Python {wanted} or newer")
+    names = ("diffusers", "transformers", "numpy")
+    libraries = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    return Check("python", True, f"{platform.python_version()} on {platform.platform()}, with {libraries}")
 
 
 def _torch(name: str) -> Check:
@@ -71,13 +68,7 @@ def _torch(name: str) -> Check:
 
     device = devices.resolve(name)
     caution = devices.caution(device.kind)
-    found = f"{torch.__version__}: {devices.describe(device)}{caution and f'; {caution}'}"
-    return Check("torch", True, found)
-
-
-def _libraries() -> Check:
-    found = [f"{name} {importlib.metadata.version(name)}" for name in ("diffusers", "transformers", "numpy")]
-    return Check("libraries", True, ", ".join(found))
+    return Check("torch", True, f"{torch.__version__}: {devices.describe(device)}{caution and f'; {caution}'}")
 
 
 def _memory(name: str) -> Check:
@@ -129,9 +120,8 @@ def _writing(place: Path) -> Check:
 
 
 def _disk(place: Path) -> Check:
-    free = files.free_bytes(place)
-    found = f"{free / 1e9:.1f} GB free in {place}"
-    return Check("disk", free >= LOW_DISK_BYTES, found, "free some space, or choose another place with -o")
+    free, advice = files.free_bytes(place), "free some space, or choose another place with -o"
+    return Check("disk", free >= LOW_DISK_BYTES, f"{free / 1e9:.1f} GB free in {place}", advice)
 
 
 def _weights() -> list[Check]:
@@ -147,8 +137,7 @@ def _weights() -> list[Check]:
             continue
         problems = weights.missing(family)
         size = f"{len(family.files)} files, {family.num_bytes / 1e6:.1f} MB"
-        advice = "install streamt2v again, then run `streamt2v weights verify`"
-        if family.sources:
-            advice = f"run `streamt2v weights pull {family.name}`"
+        again = f"run `streamt2v weights pull {family.name}`"
+        advice = again if family.sources else "install streamt2v again, then run `streamt2v weights verify`"
         found.append(Check(f"weights {family.name}", not problems, "; ".join(problems[:3]) or size, advice))
     return found

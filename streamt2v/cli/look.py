@@ -69,13 +69,13 @@ def _in_short(facts: dict[str, Any]) -> list[tuple[str, str]]:
     asked = recipe["config"] if isinstance(recipe.get("config"), dict) else {}
     later = sum(str(key).startswith("prompts.") for key in asked)
     steps = f"{asked.get('stream.num_inference_steps')} in the stream"
-    if asked.get("refine.enabled"):
-        steps += f", {asked.get('refine.num_inference_steps')} in the refiner"
+    steps += f", {asked.get('refine.num_inference_steps')} in the refiner" * bool(asked.get("refine.enabled"))
     source = recipe.get("source") if isinstance(recipe.get("source"), dict) else {}
+    version = recipe.get("streamt2v") or recipe.get("version")  # the second while it grows
     rows += [
         ("prompt", str(asked.get("prompt")) + f" (and {later} later ones)" * bool(later)),
         ("avoids", str(asked.get("negative_prompt") or "")),
-        ("made by", f"{recipe.get('command')}, model {asked.get('model')}, streamt2v {recipe.get('streamt2v')}"),
+        ("made by", f"{recipe.get('command')}, model {asked.get('model')}, streamt2v {version}"),
         ("from", str((source or {}).get("name") or asked.get("image") or "")),
         ("seed", str(asked.get("seed"))),
         ("steps", steps),
@@ -143,7 +143,7 @@ def evaluate(
             progress.doing("loading what measures")
             from streamt2v.metrics import evaluation, report
     except ImportError as error:
-        hint = 'install what it needs with `pip install "streamt2v[metrics]"`'
+        hint = 'install what it needs with `pip install ".[metrics]"`, or `uv tool install ".[metrics]"`, in a checkout'
         raise ConfigError(f"evaluate cannot start: {error}", hint) from error
     if given["seams"] is not None:
         given["seams"] = evaluation.parse_seams(given["seams"])

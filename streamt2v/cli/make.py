@@ -6,13 +6,14 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from streamt2v import config, weights
+from streamt2v import config, files, weights
 from streamt2v.batch import events
 from streamt2v.cli import options
 from streamt2v.cli.options import argument, option
@@ -68,6 +69,7 @@ def refine(
     prompt: Annotated[str | None, option("--prompt", "What the video shows. Default: its own prompts.")] = None,
     fps: options.SourceFps = None,
     guidance: Annotated[float | None, options.advanced("--guidance", "--cfg", "Guidance; 1 is off.")] = None,
+    dry_run: options.DryRun = False,
     **given: Any,
 ) -> None:
     """Refine a video of any length: more detail, the same number of frames, the same sound.
@@ -78,7 +80,7 @@ def refine(
     """
     output = output or beside(source, "refine")
     more: dict[str, Any] = {"refine.guidance_scale": guidance}
-    _run("refine", source, output, given, prompt=prompt, fps=fps, **more)
+    _run("refine", source, output, given, 1, dry_run, prompt=prompt, fps=fps, **more)
 
 
 @options.knows(options.making, options.streaming, *_RUNNING, options.alone)
@@ -124,16 +126,16 @@ def _run(
     resolved = asked.resolve(**given, **more)
     output = output or default_output(resolved.prompt, resolved.seed)
     job = Job(command, resolved, output, source, **behaviour)
-    if dry_run:
+    if count > 1:
+        _vary(job, count, dry_run, progress, as_json)
+    elif dry_run:
         prepare.prepare(job, progress.say)
         _tell_plan(job, as_json, progress)
-    elif count > 1:
-        _vary(job, count, progress, as_json)
     else:
         _end(job, _make(job, progress, as_json), progress, as_json)
 
 
-def _vary(job: Job, count: int, progress: Progress, as_json: bool) -> None:
+def _vary(job: Job, count: int, dry_run: bool, progress: Progress, as_json: bool) -> None:
     """Make a job several times, with the seeds that follow and numbered names, as a batch does."""
     from streamt2v.batch import run, tasks
 
@@ -146,7 +148,7 @@ def _vary(job: Job, count: int, progress: Progress, as_json: bool) -> None:
             one = dataclasses.replace(job, config=settings, output=name)
             made.append(tasks.Task(name.stem, number + 1, one, tuple(prepare.prepare(one, progress.say).notices)))
         names = [task.id for task in made]
-        code = run.run(made, [], _follow(progress, as_json, names), keep_going=True, ray=None)
+        code = run.run(made, [], _follow(progress, as_json, names), keep_going=True, ray=None, dry_run=dry_run)
     raise typer.Exit(code)
 
 
@@ -186,8 +188,9 @@ def _make(job: Job, progress: Progress, as_json: bool = False) -> Result:
 def _end(job: Job, result: Result, progress: Progress, as_json: bool) -> None:
     """Say what was made and what can be done with it, then print the result."""
     seconds, speed = result.frames / result.fps, result.frames / max(result.seconds, 0.01)
+    size = f", {job.output.stat().st_size / 1e6:.2g} MB" if job.output.is_file() else ""
     took = f"made in {clock(result.seconds)} at {speed:.3g} frames/s with seed {result.seed}"
-    progress.say(f"{result.width}x{result.height}, {seconds:.4g} s ({result.frames} frames){_size(job.output)}; {took}")
+    progress.say(f"{result.width}x{result.height}, {seconds:.4g} s ({result.frames} frames){size}; {took}")
     name = shlex.quote(result.output if result.output[0] != "-" else f"./{result.output}")
     others = {"refine": "refine", "extend": f"extend --frames {2 * result.frames}", "rerun": "rerun"}
     if job.command == "refine":
@@ -196,10 +199,6 @@ def _end(job: Job, result: Result, progress: Progress, as_json: bool) -> None:
         others["rerun"] += f" --source {shlex.quote(str(job.source))}"
     progress.say(f"next: streamt2v preview {name}; or {', '.join(others.values())}")
     _tell(result, as_json)
-
-
-def _size(path: Path) -> str:
-    return f", {path.stat().st_size / 1e6:.2g} MB" if path.is_file() else ""
 
 
 def _tell(result: Result, as_json: bool) -> None:
@@ -309,6 +308,7 @@ def batch(
     ray: Annotated[
         str | None, option("--ray", "Run on Ray: auto, HOST:PORT, or no address to start it here.", metavar="[ADDRESS]")
     ] = None,
+    dry_run: options.DryRun = False,
     **given: Any,
 ) -> None:
     """Make many videos: each row is a prompt with any option of generate by name, such as frames or refine-steps.
@@ -326,19 +326,16 @@ def batch(
     progress, as_json = _talking(given)
     behaviour = _behaviour(given, Path(file))
     overwrite = behaviour.pop("overwrite")
-    given |= {
-        "frames": frames,
-        "duration": duration,
-        "fps": fps,
-        "device": None if ray else behaviour["device"],
-    }  # a cluster has its own devices
+    # A cluster has its own devices.
+    given |= {"frames": frames, "duration": duration, "fps": fps, "device": None if ray else behaviour["device"]}
     shared = tasks.Shared(out_dir, given, behaviour, overwrite)
-    with terminable(FETCHING), progress:
+    with terminable(FETCHING), progress, files.no_new_folders(out_dir) if dry_run else nullcontext():
         part = tasks.shard_of(shard)
         progress.doing(f"checking {file}")
         checked = tasks.check(rows.read(file), shared, part, progress.say)
         names = [job.id for group in checked for job in group]
-        code = run.run(*checked, _follow(progress, as_json, names), keep_going=keep_going, ray=ray)
+        tell = _follow(progress, as_json, names)
+        code = run.run(*checked, tell, keep_going=keep_going, ray=ray, dry_run=dry_run)
     raise typer.Exit(code)
 
 
@@ -361,10 +358,14 @@ def _follow(progress: Progress, as_json: bool, jobs: Sequence[str] = ()) -> even
                 )
         elif event["type"] in ("progress", "chunk"):
             progress.tell(events.status_of(event), numbered(job))
+        elif event["type"] == "plan":
+            if not as_json:
+                emit(plain("{output}: {summary}".format(**event)), out)
         elif event["type"] == "warning":
             progress.note(f"{job}: {event['message']}" if jobs else event["message"], warning=True)
         elif "jobs" in event:
-            progress.say("{made} made, {there} already there, {failed} failed, {left} left".format(**event))
+            left = f", about {forecast.spoken(event['seconds_left'])}" if "seconds_left" in event else ""
+            progress.say("{made} made, {there} already there, {failed} failed, {left} left".format(**event) + left)
         else:
             progress.end(numbered(job))
             if event["ok"] and not as_json:

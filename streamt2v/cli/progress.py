@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from streamt2v.cli.terminal import plain, say
@@ -100,9 +99,7 @@ class Progress:
                 raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.live is not None:
             self.live.stop()
 
@@ -137,5 +134,6 @@ class Progress:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> list[Text]:
         from rich.text import Text
 
-        rows = [Text(shown.line(name, options.max_width)) for name, shown in [*self.shown.items()]]
+        room = options.max_width - 2  # for ^C behind it, which must not begin another line
+        rows = [Text(shown.line(name, room)) for name, shown in [*self.shown.items()]]
         return rows[: max(1, (console.height or 25) - 2)]

@@ -56,44 +56,46 @@ class Plan:
 
     def as_text(self) -> str:
         """Return the plan as a few lines for people."""
+        base, stream, refine = f"{self.base_width}x{self.base_height}", self.stream_chunks, "no"
         lines = [
             f"model    {self.model}, {self.weights_bytes / 1e6:.0f} MB of weights",
             f"video    {self.num_frames} frames at {self.fps:g} fps, {self.num_frames / self.fps:.1f} s",
-            f"start    {'the family itself' if self.initializer == choose.OWN else self.initializer}",
-            f"stream   {len(self.stream_chunks)} chunks at {self.base_width}x{self.base_height}, "
-            f"the first of {self.stream_chunks[0].size} frames",
         ]
+        if stream:
+            lines.append(f"start    {'the family itself' if self.initializer == choose.OWN else self.initializer}")
+        first = f"stream   {len(stream)} chunks at {base}, the first of {stream[0].size} frames" if stream else ""
         if self.refine_chunks:
-            lines.append(
-                f"refine   {len(self.refine_chunks)} chunks of up to {self.refine_chunks[0].size} frames, "
-                f"into {self.box_width}x{self.box_height}"
-            )
-        else:
-            lines.append("refine   no")
+            refine = f"{len(self.refine_chunks)} chunks of up to {self.refine_chunks[0].size} frames, into {self._box}"
+        lines += [first or f"source   {base}", f"refine   {refine}"]
         for prompt in self.prompts[1:]:
             asked = "" if prompt.asked == prompt.frame else f" (asked for at {prompt.asked})"
             lines.append(f"prompt   from frame {prompt.frame}{asked}: {prompt.text}")
         lines.extend(f"picture  at frame {frame}: {path}" for frame, path in self.pictures.items())
         short = "; MORE THAN THERE IS" if self.needed_bytes > self.free_bytes else ""
-        lines.append(f"memory   {self.policy.describe()}")
-        peak, measured = self.needed_bytes, ""
-        if self.measured is not None:
-            peak, measured = int(self.measured["peak_memory_bytes"]), " measured"
-        lines.append(
-            f"         up to {peak / 1e9:.1f}{measured} of {self.free_bytes / 1e9:.1f} GB ({self.device}), "
-            f"for any length{short}"
-        )
+        peak = self.needed_bytes if self.measured is None else self.measured["peak_memory_bytes"]
+        said = f"up to {peak / 1e9:.1f}{' measured' * (self.measured is not None)} of {self.free_bytes / 1e9:.1f} GB"
+        lines += [f"memory   {self.policy.describe()}", f"         {said} ({self.device}), for any length{short}"]
         if caution := devices.caution(self.device):
             lines.append(f"         {caution}")
         if self.measured is None:
             lines.append("time     unknown until the first run on this machine; `streamt2v bench` measures it")
         else:
             start, chunk, refined, frame, _ = (self.measured[name] for name in MEASURED)
-            lines.append(
-                f"time     about {spoken(self.seconds or 0)}: {start:.3g} s to load and begin, {chunk:.3g} s a chunk,"
-            )
-            lines.append(f"         {refined:.3g} s a chunk of the refiner, {frame:.3g} s a frame for its pixels")
+            begun = f": {start:.3g} s to load and begin, {chunk:.3g} s a chunk" if stream else ""
+            refining = f"{refined:.3g} s a chunk of the refiner, " if self.refine_chunks else ""
+            lines.append(f"time     about {spoken(self.seconds or 0)}{begun},")
+            lines.append(f"         {refining}{frame:.3g} s a frame for its pixels")
         return "\n".join(lines)
+
+    @property
+    def _box(self) -> str:
+        return f"{self.box_width}x{self.box_height}"
+
+    def as_line(self) -> str:
+        """Return the plan in one line, for a list of them."""
+        size = f"refined to {self._box}" if self.refine_chunks else "not refined"
+        time = "time unknown" if self.seconds is None else f"about {spoken(self.seconds)}"
+        return f"{self.num_frames} frames at {self.fps:g} fps, {size}; {time}; up to {self.needed_bytes / 1e9:.1f} GB"
 
 
 def plan(known: Prepared) -> Plan:
@@ -108,9 +110,10 @@ def plan(known: Prepared) -> Plan:
     policy = memory.choose(free, known.stages, kind)
     threads = devices.default_threads() if job.threads is None else job.threads
     measured = expected(config, seen, threads, policy)
-    seconds, (stream, refine) = None, known.plans
+    (stream, refine), base, seconds = known.plans, known.base_size, None
     if measured is not None:
-        seconds = measured["fixed_seconds"] + (len(stream) - 1) * measured["stream_seconds_per_chunk"]
+        begun = measured["fixed_seconds"] - measured["stream_seconds_per_chunk"] if stream else 0.0
+        seconds = begun + len(stream) * measured["stream_seconds_per_chunk"]
         seconds += len(known.refine_plan) * measured["refine_seconds_per_chunk"]  # of a loop, all the way round
         seconds += config.num_frames * measured["seconds_per_frame"]
     return Plan(
@@ -122,10 +125,10 @@ def plan(known: Prepared) -> Plan:
         refine_chunks=refine,
         prompts=known.timeline,
         pictures=config.pictures,
-        base_height=config.stream.height,
-        base_width=config.stream.width,
-        box_height=config.output.height,
-        box_width=config.output.width,
+        base_height=base[0],
+        base_width=base[1],
+        box_height=config.output.height or base[0],
+        box_width=config.output.width or base[1],
         weights_bytes=2 * sum(file.num_values for file in known.family.files),
         device=kind,
         free_bytes=free,

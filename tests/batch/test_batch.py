@@ -641,7 +641,7 @@ def test_without_ray_it_says_how_to_get_it(
     path = jsonl(tmp_path / "jobs.jsonl", [{"prompt": "a"}])
     assert call("batch", path, "--out-dir", tmp_path, "--ray", "--json") == 2
     [event] = parsed(capsys.readouterr().out)
-    assert 'pip install "streamt2v[ray]"' in event["error"]["hint"]
+    assert 'pip install ".[ray]"' in event["error"]["hint"]
 
 
 def test_what_ray_keeps_for_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

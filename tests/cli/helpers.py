@@ -9,15 +9,20 @@ import sys
 import time
 from collections.abc import Callable
 from fractions import Fraction
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 
 from streamt2v.cli.app import main
 from streamt2v.media import reading, writing
 
+SCHEMA = jsonschema.Draft202012Validator(
+    json.loads(files("streamt2v").joinpath("event.schema.json").read_text("utf-8"))
+)
 PROMPT = "a red ball bouncing over the sea at sunset"
 # Two steps at a thumbnail's size: every part of the machinery runs, nothing worth looking at comes out.
 TINY = [

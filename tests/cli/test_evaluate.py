@@ -211,4 +211,4 @@ def test_without_the_extra(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, absent, None)
     assert call("evaluate", clip) == 2
-    assert 'pip install "streamt2v[metrics]"' in capsys.readouterr().err
+    assert 'pip install ".[metrics]"' in capsys.readouterr().err

@@ -15,21 +15,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import streamt2v
 from streamt2v.cli import progress
 from streamt2v.media import writing
 from streamt2v.runs.pace import Status
-from tests.cli.helpers import call, made
+from tests.cli.helpers import SCHEMA, call, made
 
 pytestmark = pytest.mark.usefixtures("toy_family")
-SCHEMA = jsonschema.Draft202012Validator(
-    json.loads((Path(streamt2v.__file__).parent / "event.schema.json").read_text("utf-8"))
-)
 TOY = ("--model", "toy", "--device", "cpu", "--threads", "1")
 
 

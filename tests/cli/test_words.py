@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from streamt2v import files
 from streamt2v.cli import options
 from streamt2v.cli.app import app
+from streamt2v.jobs import forecast
 from streamt2v.timeline import parse_time
-from tests.cli.helpers import call, made, result
+from tests.cli.helpers import SCHEMA, call, made, result
 
 pytestmark = pytest.mark.usefixtures("toy_family")
 TOY = ("--model", "toy", "--device", "cpu", "--threads", "1")
@@ -109,6 +110,65 @@ def test_a_dry_run_is_the_plan_and_makes_nothing(tmp_path: Path, capsys: pytest.
     assert "--duration" in capsys.readouterr().err
 
 
+def test_a_dry_run_of_refine_plans_the_refiner_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "in.mp4"
+    assert call("generate", "abc", "--frames", 20, "--no-refine", "-o", source, *TOY, "-q") == 0
+    refining, before = ("refine", source, *TOY, "--dry-run"), set(tmp_path.iterdir())
+    capsys.readouterr()
+    assert call(*refining, "--json") == 0
+    found = result(capsys)
+    assert (found["num_frames"], found["stream_chunks"], found["box_width"]) == (20, [], 64)
+    assert found["refine_chunks"][-1]["stop"] == 20
+    measured = dict.fromkeys(forecast.MEASURED, 1.0) | {"fixed_seconds": 1000.0, "stream_seconds_per_chunk": 1000.0}
+    monkeypatch.setattr(forecast, "expected", lambda *_: measured)
+    assert call(*refining) == 0
+    said = capsys.readouterr().out
+    assert "source   32x16" in said and "stream" not in said
+    assert f"time     about {20 + len(found['refine_chunks'])} s," in said
+    assert set(tmp_path.iterdir()) == before
+    assert call("refine", source, "-o", source, *TOY, "--dry-run") == 5
+
+
+def test_a_dry_run_of_a_batch_plans_what_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "new" / "videos"
+    rows.write_text('{"prompt": "a", "frames": 9}\n{"prompt": "b", "frames": "2s", "output": "sub/b.mp4"}\n')
+    batch, before = ("batch", rows, "--out-dir", out, *TOY), set(tmp_path.iterdir())
+    assert call(*batch, "--dry-run") == 0
+    said = capsys.readouterr()
+    assert said.err.endswith("0 made, 0 already there, 0 failed, 2 left\n")
+    assert [row.partition(": ")[0] for row in said.out.splitlines()] == [str(out / "a.mp4"), str(out / "sub" / "b.mp4")]
+    assert "16 frames at 8 fps, refined to 64x32; time unknown; up to " in said.out
+    assert set(tmp_path.iterdir()) == before
+    assert call(*batch, "--shard", "1/2", "--keep-run") == 0
+    monkeypatch.setattr(forecast, "expected", lambda *_: dict.fromkeys(forecast.MEASURED, 1.0))
+    capsys.readouterr()
+    assert call(*batch, "--dry-run", "--json") == 0
+    events = [json.loads(row) for row in capsys.readouterr().out.splitlines()]
+    for event in events:
+        SCHEMA.validate(event)
+    assert [(event["type"], event.get("job"), event.get("status")) for event in events] == [
+        ("plan", "sub/b", None), ("result", "a", "there"), ("result", None, None),
+    ]  # fmt: skip
+    assert events[0]["num_frames"] == 16
+    assert events[-1]["seconds_left"] == events[0]["seconds"] > 16
+    assert sorted(file.name for file in out.iterdir()) == ["a.mp4", "a.mp4.streamt2v"]
+    rows.write_text('{"prompt": "a", "frames": 0}\n')
+    assert call(*batch, "--dry-run") == 2
+
+
+def test_a_dry_run_of_variations_names_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, before = tmp_path / "out.mp4", set(tmp_path.iterdir())
+    assert call("generate", "abc", "--seed", 5, "--count", 2, "-o", path, *TOY, "--dry-run", "--json") == 0
+    events = [json.loads(row) for row in capsys.readouterr().out.splitlines()]
+    named = [("out-1.mp4", 5), ("out-2.mp4", 6)]
+    assert [(Path(event["output"]).name, event["seed"]) for event in events[:-1]] == named
+    assert set(tmp_path.iterdir()) == before
+
+
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
@@ -150,8 +210,6 @@ def test_what_is_meant_exists() -> None:
 def test_plan_warns_of_unknown_words_and_speaks_in_minutes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from streamt2v.jobs import forecast
-
     measured = dict.fromkeys(forecast.MEASURED, 1.0) | {"peak_memory_bytes": 5e8}
     monkeypatch.setattr(forecast, "expected", lambda *_: measured)
     assert call("plan", "a red zebra", "--model", "demo", "--frames", 600, "--device", "cpu") == 0
