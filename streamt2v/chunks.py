@@ -161,6 +161,29 @@ def count(num_frames: int, size: int, overlap: int) -> int:
     return 1 + max(0, -(-(num_frames - size) // (size - overlap)))
 
 
+def packed(num_frames: int, per_latent: int) -> int:
+    """Return how many latents hold so many frames: the first one holds one, each other `per_latent`."""
+    return 1 + max(0, -(-(num_frames - 1) // per_latent))
+
+
+def unpacked(num_latents: int, per_latent: int) -> int:
+    """Return how many frames so many latents hold: the number of the first frame after them."""
+    return max(0, 1 + (num_latents - 1) * per_latent)
+
+
+def packed_window(first: int, stop: int, per_latent: int) -> range:
+    """Return the frames from which a causal codec makes latents [first, stop) of a video, on their own.
+
+    The first of them is then made from one frame, the last one that it holds in the video.
+    """
+    return range(first * per_latent, (stop - 1) * per_latent + 1)
+
+
+def packed_start(chunk: Chunk, per_latent: int) -> int:
+    """Return the number of the first latent of a streaming chunk whose sizes are whole numbers of latents."""
+    return chunk.start // per_latent
+
+
 def covering(plan: Sequence[Chunk], frame: int) -> tuple[int, ...]:
     """Return the indices of the chunks that cover `frame`, in order. Starts and stops both grow along a plan."""
     first = bisect_right(plan, frame, key=lambda chunk: chunk.stop)

@@ -93,6 +93,9 @@ class StreamConfig(SamplingConfig):
     replacement_carry: float = _value(0.0, "with replacement: share of its change carried to the next frame", 0, 1)
     cam: bool = _value(True, "condition on the last frames (conditional attention module)")
     apm: bool = _value(True, "condition on the anchor frame (appearance preservation module)")
+    calibrate: bool = _value(
+        False, "correct the colours of new frames by what the chunk made of the conditioning frames, against drift"
+    )
     anchor: int = _value(0, "number of the anchor frame in the first chunk", 0, 1023)
 
     @property

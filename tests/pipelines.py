@@ -10,6 +10,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLLTXVideo,
     AutoencoderKLTemporalDecoder,
+    AutoencoderKLWan,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -28,7 +29,10 @@ from diffusers import (
     UNet2DModel,
     UNet3DConditionModel,
     UNetSpatioTemporalConditionModel,
+    UniPCMultistepScheduler,
     VQModel,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -254,9 +258,8 @@ def svd(folder: Path) -> Path:
     return folder
 
 
-def ltx(folder: Path, pipeline: Any = LTXPipeline) -> Path:
-    """LTX's layout: a diffusion transformer, a VAE that packs frames together, a T5 text encoder."""
-    torch.manual_seed(5)
+def _reads_letters() -> tuple[Any, Any]:
+    """A tokenizer of letters and a T5 encoder."""
     numbers = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", *LETTERS])}
     words = Tokenizer(models.WordLevel(numbers, "<unk>"))
     words.normalizer, words.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Split("", "isolated")
@@ -268,6 +271,51 @@ def ltx(folder: Path, pipeline: Any = LTXPipeline) -> Path:
             vocab_size=40, d_model=WIDTH, d_kv=4, d_ff=16, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
         )
     )  # fmt: skip
+    return tokenizer, t5
+
+
+def wan_vae(cell: int = 16) -> AutoencoderKLWan:
+    """The codec of Wan: with cells of 16 pixels that of 2.2 TI2V, of 8 pixels that of 2.1."""
+    more: dict[str, Any] = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2}
+    return AutoencoderKLWan(
+        base_dim=8, decoder_base_dim=8, z_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1, scale_factor_spatial=cell,
+        latents_mean=[0.1] * 8, latents_std=[0.7] * 8, **(more if cell == 16 else {}),
+    )  # fmt: skip
+
+
+def wan_transformer() -> WanTransformer3DModel:
+    """The transformer of Wan."""
+    return WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=8, out_channels=8, text_dim=WIDTH, freq_dim=8,
+        ffn_dim=16, num_layers=1, rope_max_seq_len=64,
+    )  # fmt: skip
+
+
+def multistep() -> UniPCMultistepScheduler:
+    """The scheduler of Wan 2.1."""
+    return UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+
+
+def wan(folder: Path, expand: bool = True) -> Path:
+    """Wan's layout: 2.2 TI2V 5B, which takes a time for each token; or 2.1 from text, with a multistep solver."""
+    torch.manual_seed(9)
+    tokenizer, t5 = _reads_letters()
+    WanPipeline(
+        tokenizer=tokenizer, text_encoder=t5, transformer=wan_transformer(), vae=wan_vae(16 if expand else 8),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0) if expand else multistep(), expand_timesteps=expand,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def wan_from_text(folder: Path) -> Path:
+    """Wan 2.1's layout."""
+    return wan(folder, expand=False)
+
+
+def ltx(folder: Path, pipeline: Any = LTXPipeline) -> Path:
+    """LTX's layout: a diffusion transformer, a VAE that packs frames together, a T5 text encoder."""
+    torch.manual_seed(5)
+    tokenizer, t5 = _reads_letters()
     transformer = LTXVideoTransformer3DModel(
         in_channels=8, out_channels=8, patch_size=1, patch_size_t=1, num_attention_heads=2, attention_head_dim=8,
         cross_attention_dim=16, num_layers=1, caption_channels=WIDTH,

@@ -10,7 +10,7 @@ from streamt2v.cli.options import argument, option
 from streamt2v.cli.terminal import FETCHING, emit, say, terminable
 from streamt2v.errors import ConfigError
 from streamt2v.families import choose
-from streamt2v.weights import home, hub
+from streamt2v.weights import folders, home, hub
 
 
 def weights_list(
@@ -69,13 +69,13 @@ def weights_pull(
                 raise ConfigError(
                     f"{name} comes from its repository alone", "leave --source, --from and --no-refine out"
                 )
-            choose.locate(name, say)
+            folders.locate(name, say)
         else:
             hub.pull(family, checkpoints.convert, say, source, folder, ("initialize", "stream") if no_refine else ())
             start = config.merge(config.preset(family.preset)).initialize.text_model
             if start != choose.OWN:
                 say(f"{start}, which makes the first frames:")
-                choose.locate(start, say)
+                folders.locate(start, say)
     emit(f"{name}: ready")
 
 

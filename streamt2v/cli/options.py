@@ -67,7 +67,10 @@ _INIT = (
 )
 _IMAGE_INIT = "The model that draws the picture --init starts from: sdxl, hub:OWNER/NAME, a folder, or PRIOR+DECODER."
 _FIT = "contain keeps the aspect ratio, cover crops, pad adds borders."
-_MODEL = "Model family. Default: the best one that is installed and suits the device."
+_MODEL = (
+    "Model family, such as demo, streamingt2v or wan; hub:OWNER/NAME or the folder of a pipeline that can stream. "
+    "Default: the best family that is installed and suits the device."
+)
 _QUALITY = "How much is computed: reference, balanced or fast. Default: set by the preset."
 _STRENGTH = (
     "How far the refiner may depart from its input: faithful, balanced or creative. Default: faithful for a video that "

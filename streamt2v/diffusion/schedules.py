@@ -91,6 +91,15 @@ class NoiseSchedule:
         final = torch.ones(1) if self.config.final_alpha_one else self.alpha_bars[:1]
         return timesteps, torch.cat([self.alpha_bars[timesteps], final])
 
+    def refining_grid(self, start: int, num_steps: int) -> tuple[Tensor, Tensor]:
+        """Return the timesteps [N] and noise levels rho [N+1] of a refiner, see `sdedit_grid`."""
+        return sdedit_grid(self, start, num_steps)
+
+    def input_scale(self, rho: Tensor) -> Tensor:
+        """Return by what x_0 + rho n is divided to be what the network sees."""
+        scale: Tensor = (rho**2 + 1) ** 0.5
+        return scale
+
     def log_rho(self) -> Tensor:
         """Return ln(sigma / alpha) of every timestep, float32 [T]; infinite where nothing but noise is left."""
         return self.sigmas.log() - self.alphas.log()
@@ -114,9 +123,10 @@ class NoiseSchedule:
             return (noisy - sigma * output) / alpha, output
         return output, (noisy - alpha * output) / sigma
 
-    def to_x0(self, output: Tensor, noisy: Tensor, timestep: Tensor | int) -> Tensor:
+    def to_x0(self, output: Tensor, noisy: Tensor, timestep: Tensor | float) -> Tensor:
         """Turn a network output at x_t into its estimate of the clean latent alone."""
-        return output if self.config.prediction == "sample" else self.to_x0_eps(output, noisy, timestep)[0]
+        at = timestep if isinstance(timestep, Tensor) else int(timestep)
+        return output if self.config.prediction == "sample" else self.to_x0_eps(output, noisy, at)[0]
 
     def _at(self, timestep: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Look up alpha and sigma, shaped to multiply with `like` [B, ...] in float32 or wider."""
@@ -128,6 +138,42 @@ class NoiseSchedule:
         index = timestep.to(like.device)
         shape = (-1, *[1] * (like.ndim - 1)) if index.ndim else ()
         return alphas[index].reshape(shape), sigmas[index].reshape(shape)
+
+
+class FlowSchedule(NoiseSchedule):
+    """The levels of flow matching: x = (1 - sigma) x_0 + sigma n, where the network predicts the velocity n - x_0.
+
+    Timesteps are 1000 sigma and may lie between whole numbers; in the tables number t stands for t + 1.
+
+    Args:
+        path: the model's own levels sigma [M+1] in very many steps, descending from about 1 to 0.
+    """
+
+    def __init__(self, path: Tensor) -> None:
+        self.config, self.path, self._copies = ScheduleConfig(), path.double().cpu(), {}
+        total = self.config.num_train_timesteps
+        self.sigmas = torch.arange(1, total + 1) / total
+        self.alphas = 1 - self.sigmas
+
+    def refining_grid(self, start: int, num_steps: int) -> tuple[Tensor, Tensor]:
+        """Return timesteps and rho = sigma / (1 - sigma), evenly spaced on the model's path from sigma start / 1000."""
+        begin, last = start / self.config.num_train_timesteps, len(self.path) - 1
+        after = min(max(int((self.path > begin).sum()), 1), last)  # the first level that is not above
+        upper, lower = self.path[after - 1], self.path[after]
+        place = after - 1 + float(((upper - begin) / (upper - lower)).clamp(0, 1))
+        places = torch.linspace(place, last, num_steps + 1, dtype=torch.float64)
+        below = places.long().clamp(max=last - 1)
+        sigmas = torch.lerp(self.path[below], self.path[below + 1], places - below)
+        sigmas[0], sigmas[-1] = begin, 0
+        return (sigmas[:-1] * self.config.num_train_timesteps).float(), (sigmas / (1 - sigmas)).float()
+
+    def input_scale(self, rho: Tensor) -> Tensor:
+        """Return 1 + rho = 1 / (1 - sigma)."""
+        return 1 + rho
+
+    def to_x0(self, output: Tensor, noisy: Tensor, timestep: Tensor | float) -> Tensor:
+        """Turn a velocity at x into the estimate of the clean latent, x - sigma v."""
+        return noisy - timestep / self.config.num_train_timesteps * output
 
 
 def sdedit_grid(schedule: NoiseSchedule, start_timestep_count: int, num_steps: int) -> tuple[Tensor, Tensor]:

@@ -85,3 +85,20 @@ def dpmpp_2m_step(
         return level_next / level * x - math.expm1(-h) * extrapolated
     e = -math.expm1(-2 * h)
     return level_next / level * math.exp(-h) * x + e * extrapolated + level_next * math.sqrt(e) * noise
+
+
+def flow_step(x: Tensor, clean: Tensor, previous: Tensor | None, sigmas: Tensor, step: int) -> Tensor:
+    """Take one step of DPM-Solver++(2M) where x = (1 - sigma) x_0 + sigma n, as in flow matching.
+
+    x / (1 - sigma) = x_0 + rho n with rho = sigma / (1 - sigma) are the coordinates of `dpmpp_2m_step`. Without a
+    previous estimate this is the Euler step x + (sigma' - sigma) v with v = (x - x_0) / sigma.
+
+    Args:
+        x: latents at sigmas[step].
+        clean: estimate of x_0.
+        previous: that of the step before, None at the first one.
+        sigmas: noise levels [N+1] below 1, descending, the last may be 0.
+        step: k.
+    """
+    share = 1 - sigmas
+    return dpmpp_2m_step(x / share[step], clean, previous, sigmas / share, step, None) * share[step + 1]

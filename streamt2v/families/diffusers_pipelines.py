@@ -18,11 +18,12 @@ from torch import Tensor
 from streamt2v import devices, weights
 from streamt2v.config import RunConfig
 from streamt2v.errors import ConfigError, WeightsError
-from streamt2v.families.choose import ADAPTER, Chosen, read_index
+from streamt2v.families.choose import Chosen
 from streamt2v.families.makers import First
 from streamt2v.families.networks import Networks, Watching
 from streamt2v.media.frames import apply_fit, fit_into, to_u8
 from streamt2v.memory import MemoryPolicy
+from streamt2v.weights.folders import ADAPTER, read_index
 
 
 def first(networks: Networks, chosen: Chosen) -> First:

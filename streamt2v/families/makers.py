@@ -69,7 +69,7 @@ class Makers:
     refine: Refine
 
 
-BUILDERS = {name: f"streamt2v.families.{name}" for name in ("streamingt2v", "streamingsvd")}
+BUILDERS = {name: f"streamt2v.families.{name}" for name in ("streamingt2v", "streamingsvd", "bases")}
 """By the `builder` of a family in weights.toml: the module whose `build` turns its networks into callables."""
 
 

@@ -14,13 +14,14 @@ from streamt2v.chunks import Chunk
 from streamt2v.config import RunConfig
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from streamt2v.errors import ConfigError, WeightsError
-from streamt2v.families.choose import Chosen, read_index
+from streamt2v.families.choose import Chosen
 from streamt2v.families.diffusers_pipelines import dtype_of, load_part
 from streamt2v.families.makers import First
 from streamt2v.families.networks import Networks
 from streamt2v.models.encoders import decode_latents, encode_text, latent_size
 from streamt2v.stages.denoise import Observe, Sampling, denoise
 from streamt2v.stages.stream import NoiseOfChunk, chunk_noise
+from streamt2v.weights.folders import read_index
 
 
 def first(networks: Networks, chosen: Chosen) -> First:

@@ -1,7 +1,7 @@
 """The networks of a run: each is loaded when it is first needed, and placed as the memory policy says."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +68,18 @@ class Watching(Protocol):
         ...
 
 
+class Store(Protocol):
+    """Where a family keeps what a resumed run should not compute again; see `jobs.run_directory.RunDirectory`."""
+
+    def save_state(self, name: str, arrays: Mapping[str, Any]) -> None:
+        """Keep named tensors."""
+        ...
+
+    def load_state(self, name: str) -> Any:
+        """Return what was kept, or None."""
+        ...
+
+
 class Networks:
     """What a family's builder is given: networks by role, the run's settings and draws, and where to compute.
 
@@ -78,6 +90,7 @@ class Networks:
         policy: what may stay on the device.
         here: networks by path, some of them perhaps loaded by an earlier run.
         watch: is told what is loaded, and the steps of the stages.
+        store: the run directory.
     """
 
     def __init__(
@@ -88,7 +101,9 @@ class Networks:
         policy: MemoryPolicy,
         here: dict[Path, Any],
         watch: Watching,
+        store: Store | None = None,
     ) -> None:
+        self.store = store
         self.run, self.prompts, self.watch, self.note = run, prompts, watch, watch.note
         self.device, self.policy, self.here = device, policy, here
         self.family, self.draws = weights.family(run.model), SeededDraws(run.seed)

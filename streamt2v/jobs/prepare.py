@@ -11,7 +11,7 @@ from streamt2v.errors import ConfigError, InputError, OutputError
 from streamt2v.jobs import needs, run_directory
 from streamt2v.jobs.job import Job
 from streamt2v.jobs.prepared import Prepared
-from streamt2v.weights import hub, vocabulary
+from streamt2v.weights import folders, hub, vocabulary
 
 RING_SECONDS = 30
 MAX_TEXT_BYTES = 24_000  # as JSON: the recipe, with two prompts, must fit the 64 KiB of a comment tag
@@ -45,9 +45,12 @@ def check(known: Prepared) -> Prepared:
     needed = int(1.2 * needs.disk_bytes(job.config)) - (run_directory.size(job.run_path) if job.resume else 0)
     files.require_space(job.output, needed, "this run")
     weights.require(known.family, known.runs)
+    _check_packing(known)
     if job.command != "refine":
         _check_unread(job.config, known.family)
         _check_sizes(job.config, known.family)
+    if known.family.pipeline and (job.config.pictures or job.config.loop != "no"):
+        raise ConfigError(f"model {known.family.name} makes no loops and is led to no pictures", "leave that out")
     if job.config.loop != "no" and job.command != "refine":
         _check_loop(known)
     if job.config.pictures:
@@ -123,6 +126,25 @@ def _check_sizes(config: RunConfig, family: weights.Family) -> None:
         raise ConfigError(f"stream.overlap is {stream.overlap}, the CAM of {config.model} looks at {looked_at} frames")
 
 
+def _check_packing(known: Prepared) -> None:
+    """Compare the settings with how a pipeline packs a video; it is fetched where it is not here yet."""
+    name, config = known.family.pipeline, known.job.config
+    if not name:
+        return
+    folders.adapter(folders.locate(name, known.note), name)
+    layout = folders.layout(name)
+    per, side = layout.frames_per_latent, layout.size_multiple
+    for stage, settings in (("stream", config.stream), ("refine", config.refine)):
+        for what, frames in (("chunk", settings.chunk), ("overlap", settings.overlap)):
+            if stage in known.runs and frames % per != 1 % per:
+                near = max(1, (frames - 1) // per * per + 1)
+                said = f"{stage}.{what} is {frames}, model {name} packs 1 frame and then {per} at a time"
+                raise ConfigError(said, f"use {near} or {near + per}")
+    stream = config.stream
+    if "stream" in known.runs and (stream.height % side or stream.width % side):
+        raise ConfigError(f"the base size {stream.width}x{stream.height} must be made of multiples of {side}")
+
+
 def _check_initializer(known: Prepared) -> list[str]:
     run, family, chosen = known.job.config, known.family, known.chosen
     own = run.initialize
@@ -130,7 +152,7 @@ def _check_initializer(known: Prepared) -> list[str]:
     notices = [f"nothing here starts from a picture that is drawn: {own.text_to_image} is not used"] if idle else []
     if chosen is not None:
         return notices
-    if run.image and not family.has("initialize.image"):
+    if run.image and not (family.has("initialize.image") or family.pipeline):
         raise ConfigError(f"model {family.name} cannot start from a picture by itself", "use --init svd")
     if not run.image and family.has("initialize.image") and not family.reads_text:
         raise ConfigError(

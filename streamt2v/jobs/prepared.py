@@ -15,7 +15,7 @@ from streamt2v.jobs import needs
 from streamt2v.jobs.job import Job
 from streamt2v.jobs.recipe import Source, inspect_source
 from streamt2v.timeline import Prompt, plans, prompt_at, turns
-from streamt2v.weights import hub
+from streamt2v.weights import folders, hub
 from streamt2v.weights.home import sha256_of
 
 if TYPE_CHECKING:
@@ -152,8 +152,13 @@ class Prepared:
             "image": None,
             **{key: _fingerprint(Path(path)) for key, path in config.all_pictures.items()},
             "initializer": None if self.chosen is None else self.chosen.fingerprint(),
-            "weights": {name: part.sha256 for file in used for name, part in file.parts.items()},
+            "weights": self._pipeline() or {name: part.sha256 for file in used for name, part in file.parts.items()},
         }
+
+    def _pipeline(self) -> dict[str, str]:
+        """Return the SHA-256 of the files of a family that is a pipeline, hashed into one."""
+        name = self.family.pipeline
+        return {name: folders.fingerprint(folders.locate(name, self.note))} if name else {}
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

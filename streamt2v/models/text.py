@@ -9,6 +9,11 @@ _WIDE_OR_JOINED = re.compile("[\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\u300
 _CONTROLS = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]")
 
 
+def tidied(prompt: str) -> str:
+    """Resolve entities, and join words by single spaces."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+
+
 def clean_prompt(prompt: str) -> str:
     """Clean a prompt as the refiner's tokenizer does: entities, plain quotes and letters, single spaces, lower case.
 
@@ -17,4 +22,4 @@ def clean_prompt(prompt: str) -> str:
     text = prompt if "<" in prompt else html.unescape(prompt)
     text = _WIDE_OR_JOINED.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text).translate(_CURLED_QUOTES)
     text = unicodedata.normalize("NFC", _CONTROLS.sub("", text))
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip().lower()
+    return tidied(text).lower()

@@ -115,7 +115,7 @@ def _make(
     sparing = memory.more_sparing(policy, device.kind)
     for lower in [*sparing[:RETRIES], None]:
         here = loaded.fitting(config.model, device, policy, config.compile)
-        networks = Networks(config, [turn.text for turn in known.timeline], device, policy, here, report)
+        networks = Networks(config, [turn.text for turn in known.timeline], device, policy, here, report, directory)
         try:
             return _attempt(known, report, directory, networks), networks
         except Exception as error:

@@ -27,7 +27,7 @@ Observe = Callable[[int, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class Sampling(SamplingConfig):
-    """How to sample: the settings of the first two stages; the initializer leaves the last four at their defaults.
+    """How to sample: the settings of the first two stages; the initializer leaves the last five at their defaults.
 
     `batched` runs both branches of guidance in one batch, else one after the other with half the memory.
     """
@@ -38,6 +38,7 @@ class Sampling(SamplingConfig):
     reuse_interval: int = 1
     replacement: bool = False
     replacement_carry: float = 0.0
+    calibrate: bool = False
 
     @classmethod
     def of(cls, config: InitializeConfig | StreamConfig, batched: bool = True) -> "Sampling":

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from streamt2v.config import RefineConfig
 from streamt2v.devices import send
 from streamt2v.diffusion import blend, solvers
 from streamt2v.diffusion.noise import Draws
-from streamt2v.diffusion.schedules import NoiseSchedule, sdedit_grid
+from streamt2v.diffusion.schedules import NoiseSchedule
 from streamt2v.errors import ConfigError, NumericsError
 from streamt2v.models.restorer import RestorerConfig
 from streamt2v.models.unet3d import Conditioning, TextContext
@@ -31,6 +31,14 @@ from streamt2v.stages.denoise import Predict, guided, reusing
 
 Encode = Callable[[int, int], Tensor]
 """(start, stop) -> clean latents [F, C, h, w] of these frames of the source; asked once for every frame, in order."""
+
+
+class Told(Protocol):
+    """What a network is told of a chunk besides its latents, for both branches of guidance."""
+
+    def rows(self, rows: slice) -> Any:
+        """Return it for some of the branches."""
+        ...
 
 
 def sees_source(config: Any) -> bool:
@@ -52,7 +60,7 @@ def refiner_conditioning(network: Any, text: TextContext | None, scale: float) -
 
 @dataclass(frozen=True)
 class Denoiser:
-    """The refiner network's `run` (or its compiled form), its schedule and the text of every chunk.
+    """The refiner network's `run` (or its compiled form), its schedule and what it is told of every chunk.
 
     `run` takes latents, timestep, text, None for CAM, features of the deep layers or None and, where the network
     `sees_source`, the source's clean latents; it returns its prediction and its features. `batched` as in
@@ -61,10 +69,12 @@ class Denoiser:
 
     run: Callable[..., tuple[Tensor, Tensor]]
     schedule: NoiseSchedule
-    text: Callable[[Chunk], Conditioning]
+    text: Callable[[Chunk], Told]
     batched: bool = True
     place: str | None = None
     sees_source: bool = False
+    first_cut: int = 0
+    """Frames at the beginning of a later chunk that never own themselves, at most its overlap."""
 
     def predictor(
         self, chunk: Chunk, source: Tensor | None, kept: dict[int, Tensor] | None = None, reuses: bool = False
@@ -129,8 +139,8 @@ _STACKS = ("latents", "previous", "pending", "clean", "whole")
 
 
 def noise_grid(schedule: NoiseSchedule, settings: RefineConfig) -> tuple[Tensor, Tensor]:
-    """Return timesteps and noise levels (see `sdedit_grid`). Raises ConfigError where the first leaves no picture."""
-    timesteps, rho = sdedit_grid(schedule, settings.noise_level, settings.num_inference_steps)
+    """Return timesteps and noise levels of its schedule. Raises ConfigError where the first leaves no picture."""
+    timesteps, rho = schedule.refining_grid(settings.noise_level, settings.num_inference_steps)
     if not torch.isfinite(rho[0]):
         raise ConfigError(f"refine.noise_level {settings.noise_level} leaves nothing of the video", "use a lower one")
     return timesteps, rho
@@ -234,7 +244,7 @@ class Refiner:
 
         def draw_cut(low: int, high: int, index: int) -> int:
             where = index if self.around is None else self.around.chunk(index)
-            return self.draws.integer("refine.cut", (where, step), low, high)
+            return self.draws.integer("refine.cut", (where, step), max(low, self.denoiser.first_cut), high)
 
         for frame in blend.owned(self.plan, chunk.index, draw_cut, self.settings.cut_range):
             self.state.pending[frame] = estimate[frame - chunk.start]
@@ -265,7 +275,7 @@ class Refiner:
 
     def _input(self, chunk: Chunk, step: int) -> Tensor:
         """Return what the network sees of a chunk: its latents [F, C, h, w] at their level, of unit variance."""
-        scale = (self.rho[step] ** 2 + 1) ** 0.5
+        scale = self.denoiser.schedule.input_scale(self.rho[step])
         # Scaled one by one: a second clip of full size would be a tenth of all memory.
         return torch.stack([self.state.latents[frame] / scale for frame in range(chunk.start, chunk.stop)])
 
@@ -279,7 +289,7 @@ class Refiner:
     def _clean_estimate(self, predict: Predict, latents: Tensor, step: int) -> Tensor:
         """Predict the clean latents of one chunk from its input: [F, C, h, w] -> [F, C, h, w]."""
         scaled = latents.transpose(0, 1).unsqueeze(0)  # [1, C, F, h, w]
-        timestep = int(self.timesteps[step])
+        timestep: Any = self.timesteps[step].item()
         schedule = self.denoiser.schedule
         total = schedule.config.num_train_timesteps
         output = guided(predict, scaled, timestep, self.settings, total, self.denoiser.batched)

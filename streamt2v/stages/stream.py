@@ -93,6 +93,31 @@ class StreamState:
         return taken, StreamState(chunk.index + 1, kept, self.anchor, self.ahead)
 
 
+MAX_GAIN, MAX_OFFSET = 0.1, 0.1
+
+
+def calibrated(new: Tensor, shown: Tensor, again: Tensor) -> Tensor:
+    """Correct the colours of new frames by what became of known ones in the same chunk.
+
+    Per channel a = std(shown) / std(again), b = mean(shown) - a mean(again), and new frames become a new + b. What a
+    chunk does to contrast and colour of the frames that it was given, it does to new ones, and the next chunk again.
+
+    Args:
+        new: frames [n, 3, H, W] in [-1, 1].
+        shown: frames [Fc, 3, H, W] that the chunk was given.
+        again: the same frames as the chunk has them.
+
+    Returns:
+        Frames in [-1, 1]. a differs from 1 by at most MAX_GAIN, and b from 0 by at most MAX_OFFSET, so that a chunk
+        that lost its known frames cannot throw the others off.
+    """
+    statistics = (torch.std_mean(part.float(), dim=(0, 2, 3), keepdim=True) for part in (shown, again))
+    (wide, bright), (wide_again, bright_again) = statistics
+    gain = (wide / wide_again.clamp(min=1e-3)).clamp(1 - MAX_GAIN, 1 + MAX_GAIN)
+    offset = (bright - gain * bright_again).clamp(-MAX_OFFSET, MAX_OFFSET)
+    return (gain * new + offset).clamp(-1, 1)
+
+
 def chunk_noise(draws: Draws, chunk_size: int, latent_shape: Sequence[int], device: str = "cpu") -> NoiseOfChunk:
     """Return the addressed noise of every chunk: frame f of the video draws the same whichever chunk denoises it.
 
@@ -215,6 +240,10 @@ class Streamer:
         observe: Observe | None = None,
         ahead: Mapping[int, Tensor] = NOTHING,
     ) -> Tensor:
-        """Return the frames [n, 3, H, W] in [-1, 1] that the whole chunk adds; no others are decoded."""
-        latents = self.chunk_latents(chunk, conditioning_frames, observe, ahead)[0, :, chunk.new_start - chunk.start :]
-        return decode_latents(self.models.vae, latents.transpose(0, 1))
+        """Return the frames [n, 3, H, W] in [-1, 1] that the whole chunk adds; to calibrate them all are decoded."""
+        overlap = chunk.new_start - chunk.start
+        latents = self.chunk_latents(chunk, conditioning_frames, observe, ahead)[0].transpose(0, 1)
+        if not self.sampling.calibrate:
+            return decode_latents(self.models.vae, latents[overlap:])
+        frames = decode_latents(self.models.vae, latents)
+        return calibrated(frames[overlap:], conditioning_frames, frames[:overlap])

@@ -4,7 +4,8 @@ The rest of the package uses the names below, and the modules `hub`, `home`, `co
 is imported until a file is loaded.
 """
 
-from streamt2v.weights.catalog import PACKAGE, Family, families, family, listed, pipelines
+from streamt2v.weights.catalog import PACKAGE, Family, families, listed, pipelines
+from streamt2v.weights.folders import family
 from streamt2v.weights.header import read_header
 from streamt2v.weights.inventory import (
     contents,

@@ -1,7 +1,7 @@
 """The catalog, `weights.toml`: model families with their files, roles and sources; third-party pipelines."""
 
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PureWindowsPath
@@ -69,7 +69,7 @@ class Family:
 
     `root` is the package, or the weights home for a family that is converted from published files (`sources`);
     `builder` names what turns the files into callables, see `families.makers`; `unread` are settings, or beginnings of
-    their names, that it has no use for.
+    their names, that it has no use for; `pipeline` is the name of the pipeline that it is, which has no files here.
     """
 
     name: str
@@ -83,6 +83,7 @@ class Family:
     sources: tuple[Source, ...] = ()
     builder: str = "streamingt2v"
     unread: tuple[str, ...] = ()
+    pipeline: str = ""
 
     @property
     def num_bytes(self) -> int:
@@ -203,11 +204,11 @@ def _families(root: Path, manifest: Path, pulled: Path, _stamps: object) -> dict
         raise WeightsError(f"{manifest} cannot be used: {error}", "install streamt2v again") from error
 
 
-def family(name: str, root: Path = PACKAGE) -> Family:
-    """Return a family by name. Raises ConfigError naming the known ones, nearest first."""
+def family(name: str, root: Path = PACKAGE, also: Sequence[str] = ()) -> Family:
+    """Return a family by name. Raises ConfigError naming the known ones, nearest first, and what else there may be."""
     known = families(root)
     if name not in known:
-        raise ConfigError(f"there is no model {name!r}", config.nearest(name, sorted(known)))
+        raise ConfigError(f"there is no model {name!r}", config.nearest(name, [*sorted(known), *also]))
     return known[name]
 
 
@@ -219,9 +220,12 @@ def listed(name: str) -> Family | None:
     return known.get(name)
 
 
-def pipelines(root: Path = PACKAGE) -> dict[str, dict[str, str]]:
-    """Return the third-party pipelines for first frames by name: repository, licence, what; revision if pinned."""
-    rows: dict[str, dict[str, str]] = tomllib.loads(_manifest(root).read_text("utf-8"))["pipelines"]
+def pipelines(root: Path = PACKAGE) -> dict[str, dict[str, Any]]:
+    """Return the third-party pipelines by name: repository, licence, what; revision if pinned.
+
+    Those with a `preset` are model families too; the others make first frames only.
+    """
+    rows: dict[str, dict[str, Any]] = tomllib.loads(_manifest(root).read_text("utf-8"))["pipelines"]
     return rows
 
 

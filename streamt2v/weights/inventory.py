@@ -162,8 +162,9 @@ def describe_families() -> list[dict[str, Any]]:
         parts = snapshot_of(listed["repository"])[1]
         here = [part.has_size(path) for path, part in parts.items()]
         state = "absent" if not any(here) else "ok" if all(here) else "incomplete"
-        size = _size(parts.values()) or int(listed.get("bytes", 0))
-        row = _row(name, state, size, listed["licence"], f"{listed['what']} (first frames)")
+        size = _size(parts.values()) or 2 * sum(listed.get("values", {}).values())
+        what = listed["what"] if "preset" in listed else f"{listed['what']} (first frames)"
+        row = _row(name, state, size, listed["licence"], what)
         rows.append(row | {"origin": listed["repository"]})
     return rows
 

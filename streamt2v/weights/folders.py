@@ -1,0 +1,193 @@
+"""Folders in the layout of diffusers: found by name, read without running anything, and taken as model families.
+
+A name is a row of `weights.toml`, `hub:OWNER/NAME` or a local folder. A folder is data: only safetensors are read, only
+classes of diffusers and transformers are built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from streamt2v import config, files
+from streamt2v.errors import ConfigError, WeightsError
+from streamt2v.weights import catalog, hub, inventory
+from streamt2v.weights.catalog import Family
+
+ADAPTER = "MotionAdapter"
+# Of a repository: no copies of the whole model in one file, no pickles, no example pictures.
+SMALL_FILES, ALL_WEIGHTS = ("*.json", "*/*.txt", "*/*.model"), "*/*.safetensors"
+FINGERPRINTED = (".json", ".txt", ".model", ".safetensors")
+BASES: Mapping[str, str] = {"WanTransformer3DModel": "wan"}
+"""By the class of a folder's transformer: the preset of the family that it makes, and the module that adapts it."""
+
+
+def locate(name: str, note: hub.Note = lambda text: None, small: bool = False) -> Path:
+    """Find or fetch the folder of a named, hub or local pipeline; `note` is told the size before it is fetched.
+
+    Args:
+        name: see above.
+        note: called with a sentence.
+        small: fetch only what describes the model, not its weights.
+
+    Raises:
+        ConfigError: the name means nothing.
+        WeightsError: its files cannot be had.
+    """
+    folder, rows = Path(name).expanduser(), catalog.pipelines()
+    row = rows.get(name, {})
+    repository = row.get("repository", name.removeprefix("hub:"))
+    if name.startswith("hub:"):
+        if len(repository.split("/")) != 2 or not all(repository.split("/")):
+            raise ConfigError(f"{name!r} names no repository", "it must look like hub:OWNER/NAME")
+    elif not row:
+        if folder.is_dir():
+            return folder
+        hint = config.nearest(name, ["own", *sorted(rows), "hub:OWNER/NAME", "the folder of a diffusers pipeline"])
+        raise ConfigError(f"there is no initializer and no folder {name!r}", hint)
+    patterns = SMALL_FILES if small else (*SMALL_FILES, row.get("weights", ALL_WEIGHTS))
+    return hub.snapshot(repository, row.get("revision"), patterns, note)
+
+
+def read_index(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Read and check the class and the parts that `model_index.json` names, or the config of a lone motion adapter.
+
+    Raises:
+        WeightsError: no pipeline, or one that would need code from elsewhere.
+    """
+    path = folder / "model_index.json"
+    if not path.is_file():
+        path = folder / "config.json"
+    try:
+        table = json.loads(path.read_text("utf-8"))
+        kind = table["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        hint = "it must hold model_index.json, as `save_pretrained` writes it"
+        raise WeightsError(f"{folder} is no diffusers pipeline: {error}", hint) from None
+    if not isinstance(kind, str) or not kind.isidentifier() or (path.name == "config.json" and kind != ADAPTER):
+        raise WeightsError(f"{folder} is of the class {kind!r}, which is no pipeline of diffusers")
+    parts = {} if kind == ADAPTER else {key: value for key, value in table.items() if not key.startswith("_")}
+    for name, value in parts.items():
+        if isinstance(value, list) and value != [None, None] and not _is_library_class(value):
+            raise WeightsError(f"{folder}: {name} wants code from {value}", "only diffusers and transformers are used")
+    return kind, parts
+
+
+def _is_library_class(value: list[Any]) -> bool:
+    """Whether [library, class] lies in transformers, diffusers or one of the folders of diffusers' pipelines."""
+    if len(value) != 2 or not all(isinstance(item, str) and item.isidentifier() for item in value):
+        return False
+    if value[0] in ("diffusers", "transformers"):
+        return True
+    spec = find_spec("diffusers")
+    roots = [Path(place) / "pipelines" for place in (spec.submodule_search_locations or [])] if spec else []
+    return any((root / inner / value[0]).is_dir() for root in roots for inner in (".", "deprecated"))
+
+
+def fingerprint(*parts: Path) -> str:
+    """Return what tells the contents of folders from others: names and SHA-256 of their files, hashed into one."""
+    listed = json.dumps([inventory.contents(folder, FINGERPRINTED) for folder in parts], sort_keys=True)
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def sizes(folder: Path, part: str) -> dict[str, Any]:
+    """Read the config of one part of a pipeline, such as its transformer. Raises WeightsError where there is none."""
+    try:
+        found: dict[str, Any] = json.loads((folder / part / "config.json").read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{folder} has no {part}: {error}", "the folder was copied in part") from None
+    return found
+
+
+def family(name: str) -> Family:
+    """Return a model family: of the catalog, or a pipeline whose transformer can stream.
+
+    Raises:
+        ConfigError: no such name, or a pipeline that is none of those that can stream.
+        WeightsError: a folder that is no pipeline, or whose description cannot be had.
+    """
+    known, rows = catalog.families(), catalog.pipelines()
+    row = rows.get(name, {})
+    if name not in known and "preset" in row:
+        return _pipeline(name, row)
+    if name in known or not (name.startswith("hub:") or Path(name).expanduser().is_dir()):
+        streaming = [key for key, row in rows.items() if "preset" in row]
+        return catalog.family(name, also=[*streaming, "hub:OWNER/NAME", "the folder of a diffusers pipeline"])
+    preset = adapter(locate(name, small=True), name)
+    row = next(row for row in rows.values() if row.get("preset") == preset)
+    return _pipeline(name, row | {"what": f"{name}, as {preset}", "licence": "see its model card"})
+
+
+def adapter(folder: Path, name: str = "") -> str:
+    """Return the preset, and name of the module, that suits a folder's transformer.
+
+    Raises:
+        ConfigError: none does.
+        WeightsError: it is no pipeline.
+    """
+    kind, parts = read_index(folder)
+    network = (parts.get("transformer") or ["", kind])[1] or kind
+    said = f"{name or folder} ({network}) cannot stream"
+    if network not in BASES:
+        raise ConfigError(said, f"transformers that can: {', '.join(BASES)}; --init may use it for the first frames")
+    if (parts.get("transformer_2") or [None])[0] is not None:
+        raise ConfigError(f"{said}: it has two transformers, for high and low noise", "use one with a single one")
+    given, made = sizes(folder, "transformer").get("in_channels", 16), _layout(folder, _stamps(folder)).channels
+    if given != made:
+        raise ConfigError(
+            f"{said}: it takes {given} channels, its latents have {made}", "use one that reads text alone"
+        )
+    return BASES[network]
+
+
+def _pipeline(name: str, row: Mapping[str, Any]) -> Family:
+    return Family(
+        name=name,
+        title=row["what"],
+        licence=row["licence"],
+        preset=row["preset"],
+        vocabulary="",
+        components={},
+        files=(),
+        root=catalog.PACKAGE,
+        builder=row.get("builder", "bases"),
+        unread=tuple(row["unread"]),
+        pipeline=name,
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a base packs a video: frames per latent, latent channels, pixels per latent cell, and what sides divide by.
+
+    A clip of 1 + n frames_per_latent frames is packed into 1 + n latents: the first one holds one frame.
+    """
+
+    frames_per_latent: int
+    channels: int
+    cell: int
+    size_multiple: int
+
+
+def layout(name: str) -> Layout:
+    """Return how the base of a name packs a video. Raises as `locate`."""
+    folder = locate(name, small=True)
+    return _layout(folder, _stamps(folder))
+
+
+def _stamps(folder: Path) -> object:
+    return tuple(files.stamp(folder / part / "config.json") for part in ("vae", "transformer"))
+
+
+@lru_cache(maxsize=8)
+def _layout(folder: Path, _seen: object) -> Layout:
+    vae, network = sizes(folder, "vae"), sizes(folder, "transformer")
+    cell = vae.get("scale_factor_spatial", 8)
+    patch = network.get("patch_size", (1, 2, 2))[1]
+    return Layout(vae.get("scale_factor_temporal", 4), vae.get("z_dim", 16), cell, cell * patch)

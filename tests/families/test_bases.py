@@ -1,0 +1,256 @@
+"""Bases end to end: tiny random networks in the layouts that are published; any length, resuming, every option."""
+
+import gc
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from streamt2v import weights
+from streamt2v.families import bases
+from streamt2v.media import reading
+from streamt2v.runs import base
+from tests import pipelines
+from tests.cli.helpers import PROMPT, call, digest, result, start, wait_for
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+SETTINGS = {
+    "output.crf": 1, "stream.chunk": 17, "stream.overlap": 5, "stream.height": 32, "stream.width": 64,
+    "refine.chunk": 17, "refine.overlap": 5, "seed": 7, "refine.num_inference_steps": 2,
+}  # fmt: skip
+ONE_STEP = ["--set", "initialize.num_inference_steps=1", "--set", "stream.num_inference_steps=1"]
+SMALL = [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")]
+SMALL += ["--device", "cpu", "--threads", "1", "-q", "--offline"]
+PLAIN, REFINED = ["--no-refine"], ["--size", "96x48"]
+FOLDERS = {"wan": pipelines.wan, "wan21": pipelines.wan_from_text}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: make(tmp_path_factory.mktemp("bases") / name) for name, make in FOLDERS.items()}
+
+
+@pytest.fixture(params=FOLDERS)
+def folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
+    return folders[request.param]
+
+
+def make(path: Path, folder: Path, frames: int, *more: object, prompt: str = PROMPT) -> tuple[int, str]:
+    assert call("generate", prompt, "--model", folder, "--frames", frames, "-o", path, *SMALL, *ONE_STEP, *more) == 0
+    return digest(path)
+
+
+@pytest.fixture(scope="module")
+def plain(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """A video of three chunks of each, made twice."""
+    place = tmp_path_factory.mktemp("plain")
+    made = {name: make(place / f"{name}.mp4", folder, 33, *PLAIN) for name, folder in folders.items()}
+    assert made == {name: make(place / f"{name}2.mp4", folder, 33, *PLAIN) for name, folder in folders.items()}
+    return made
+
+
+@pytest.mark.parametrize("frames", [1, 16, 17, 33, 100, 241])
+def test_any_length_is_exact(frames: int, folder: Path, tmp_path: Path) -> None:
+    assert make(tmp_path / "out.mp4", folder, frames, *PLAIN)[0] == frames
+
+
+@pytest.mark.parametrize("frames", [1, 18, 33, 100])
+def test_any_length_is_exact_when_refined(frames: int, folder: Path, tmp_path: Path) -> None:
+    assert make(tmp_path / "out.mp4", folder, frames, *REFINED)[0] == frames
+    seen = reading.probe(tmp_path / "out.mp4")
+    assert (seen.width, seen.height) == (96, 48)
+
+
+def refined(path: Path, source: Path, folder: Path, *more: object) -> tuple[int, str]:
+    assert call("refine", source, "--model", folder, "-o", path, *SMALL, *REFINED, *more) == 0
+    return digest(path)
+
+
+def test_it_refines_a_clip_of_a_user_of_any_size(folder: Path, tmp_path: Path) -> None:
+    from tests.cli.helpers import made
+
+    source = made(tmp_path / "in.mp4", 40)
+    first = refined(tmp_path / "a.mp4", source, folder, "--prompt", PROMPT)
+    assert first[0] == 40
+    assert refined(tmp_path / "b.mp4", source, folder, "--prompt", PROMPT) == first
+    assert refined(tmp_path / "c.mp4", source, folder, "--prompt", "another prompt") != first
+
+
+def test_it_extends_any_video(folder: Path, tmp_path: Path) -> None:
+    source, path = tmp_path / "in.mp4", tmp_path / "out.mp4"
+    make(source, folder, 30, *PLAIN)
+    assert call("extend", source, "--frames", 50, "-o", path, "--model", folder, *SMALL, *ONE_STEP, *PLAIN) == 0
+    known, longer = (np.concatenate(list(reading.read_frames(file))) for file in (source, path))
+    assert len(longer) == 50
+    assert float(np.abs(longer[:30].astype(int) - known).mean()) < 2  # encoded once more
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        *(("wan", key, value) for key, value in [
+            ("seed", 8), ("initialize.num_inference_steps", 2), ("initialize.guidance_scale", 2),
+            ("stream.num_inference_steps", 2), ("stream.guidance_scale", 2), ("stream.guidance_rescale", 0.5),
+            ("stream.guidance_scale", 1), ("stream.overlap", 9), ("stream.chunk", 21), ("stream.calibrate", "false"),
+            ("negative_prompt", "grey"), ("prompts.17", "a blue ball"), ("stream.height", 64),
+        ]),
+        ("wan21", "seed", 8),
+    ],
+)  # fmt: skip
+def test_every_option_changes_the_frames(
+    name: str, key: str, value: object, folders: dict[str, Path], plain: dict[str, tuple[int, str]], tmp_path: Path
+) -> None:
+    made = make(tmp_path / "out.mp4", folders[name], 33, *PLAIN, "--set", f"{key}={value}")
+    assert made[0] == 33
+    assert made != plain[name]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("refine.noise_level", 600), ("refine.num_inference_steps", 3), ("refine.guidance_scale", 2),
+        ("refine.stochastic", "true"), ("refine.overlap", 9), ("refine.chunk", 13),
+    ],
+)  # fmt: skip
+def test_every_option_of_the_refiner_changes_the_frames(
+    key: str, value: object, folders: dict[str, Path], refined_plain: tuple[int, str], tmp_path: Path
+) -> None:
+    made = make(tmp_path / "out.mp4", folders["wan"], 33, *REFINED, "--set", f"{key}={value}")
+    assert made[0] == 33
+    assert made != refined_plain
+
+
+@pytest.fixture(scope="module")
+def refined_plain(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str]:
+    return make(tmp_path_factory.mktemp("refined") / "a.mp4", folders["wan"], 33, *REFINED)
+
+
+def test_a_prompt_changes_what_follows_it(folder: Path, tmp_path: Path) -> None:
+    files = tmp_path / "a.mp4", tmp_path / "b.mp4"
+    make(files[0], folder, 41, *PLAIN)
+    make(files[1], folder, 41, *PLAIN, "--at", 29, "something else")
+    first, second = (np.concatenate(list(reading.read_frames(file))).astype(int) for file in files)
+    assert np.abs(first[:29] - second[:29]).max() <= 2  # compression may look ahead
+    assert np.abs(first[29:] - second[29:]).mean() > 0.2
+
+
+def test_a_picture_begins_the_video(folder: Path, tmp_path: Path) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "start.png")
+    given = make(tmp_path / "a.mp4", folder, 17, *PLAIN, "--image", tmp_path / "start.png")
+    assert given != make(tmp_path / "b.mp4", folder, 17, *PLAIN)
+
+
+@pytest.mark.parametrize("how", [PLAIN, REFINED], ids=["plain", "refined"])
+def test_a_killed_run_goes_on_and_gives_the_same_frames(
+    how: list[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does so without the text encoder, whose answers are kept."""
+    whole, path = make(tmp_path / "whole.mp4", folder, 100, *how), tmp_path / "out.mp4"
+    process = start("generate", PROMPT, "--model", folder, "--frames", 100, "-o", path, *SMALL, *ONE_STEP, *how)
+    wait_for(path.with_name("out.mp4.streamt2v"), "base*/*", 3)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+    def refuse(*_: object) -> Any:
+        raise AssertionError("the text encoder was loaded again")
+
+    monkeypatch.setattr(bases, "_encoder", refuse)
+    assert call("resume", path, "-q") == 0
+    assert digest(path) == whole
+
+
+@pytest.mark.parametrize("how", [PLAIN, REFINED], ids=["plain", "refined"])
+def test_what_is_held_does_not_grow_with_the_video(
+    how: list[str], folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, store = list[int](), base.Base._store
+
+    def watch(*given: Any) -> Any:
+        group = store(*given)
+        gc.collect()
+        tensors = (thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter))
+        held.append(sum({part.data_ptr(): part.untyped_storage().nbytes() for part in tensors}.values()))
+        return group
+
+    monkeypatch.setattr(base.Base, "_store", watch)
+    make(tmp_path / "out.mp4", folders["wan"], 17 + 15 * 12, *how)
+    assert len(held) == 16
+    assert max(held[8:]) <= max(held[2:8])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--set", "stream.overlap=8"], "use 5 or 9"),
+        (["--set", "stream.chunk=16"], "use 13 or 17"),
+        (["--set", "refine.chunk=24"], "packs 1 frame and then 4"),
+        (["--set", "stream.height=40"], "multiples of 32"),
+        (["--set", "stream.eta=0.5"], "has no use for it"),
+        (["--set", "stream.cam=true"], "has no use for it"),
+        (["--set", "refine.reuse_interval=2"], "has no use for it"),
+    ],
+)
+def test_mistakes_are_said_before_anything_loads(
+    options: list[str], said: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["generate", PROMPT, "--model", folders["wan"], "--frames", 43, "-o", tmp_path / "out.mp4"]
+    assert call(*given, *SMALL, *options) == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"),
+    [("svd", 2, "transformers that can: WanTransformer3DModel"), ("empty", 4, "is no diffusers pipeline")],
+)
+def test_a_folder_of_another_kind_is_refused(
+    name: str, code: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, place = tmp_path / "model", tmp_path / "out"
+    place.mkdir()
+    folder.mkdir()
+    if name == "svd":
+        pipelines.svd(folder)
+    assert call("generate", PROMPT, "--model", folder, "--frames", 43, "-o", place / "out.mp4", *SMALL) == code
+    assert said in capsys.readouterr().err
+    assert list(place.iterdir()) == []
+
+
+def test_a_transformer_that_only_continues_a_picture_is_refused(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(folders["wan21"], folder)
+    config = folder / "transformer" / "config.json"
+    config.write_text(config.read_text("utf-8").replace('"in_channels": 8', '"in_channels": 20'), "utf-8")
+    given = ["--frames", 3, "-o", tmp_path / "out.mp4", *SMALL]
+    assert call("generate", PROMPT, "--model", folder, *given) == 2
+    assert "takes 20 channels, its latents have 8" in capsys.readouterr().err
+
+
+def test_the_list_of_weights_names_them(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {row["name"]: row for row in weights.describe_families()}
+    assert rows["wan"]["licence"] == "Apache-2.0"
+    assert rows["wan"]["state"] == "absent"
+    assert call("generate", PROMPT, "--model", "wam", "-q") == 2
+    assert "did you mean 'wan'" in capsys.readouterr().err
+    assert call("generate", PROMPT, "--model", "hub:nobody", "-q") == 2
+    assert "hub:OWNER/NAME" in capsys.readouterr().err
+
+
+def test_the_result_names_the_model(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "out.mp4", folders["wan"], 2, *PLAIN, "--json")
+    facts = result(capsys)
+    assert (facts["frames"], facts["width"], facts["height"], facts["fps"]) == (2, 64, 32, 24)
+    assert facts["model"] == str(folders["wan"])
