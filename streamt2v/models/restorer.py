@@ -29,6 +29,12 @@ CELLS_AT_ONCE = 180 * 320
 """Cells of frames that pass a layer together where nothing is learned, if it is more than one frame: bounds memory."""
 DETAIL = 5.0
 """Detail is amplified by so much, to be about as large as tones are."""
+RESIDUAL = 0.03
+"""What the last layer says is multiplied by so much, to be about as large as the errors of sources are.
+
+An optimizer moves its hundreds of weights a cell by steps of one size: straight in pixels each step would change
+residuals by levels, at random, and drown what is learned.
+"""
 CORING = 1.5 / 127.5
 """How large a change must be to count at the source's own size: less than what eight bits show would spoil it."""
 _FREQUENCIES = 8
@@ -180,7 +186,7 @@ class Restorer(nn.Module):
                 deep = block(deep, embedding, frames, pieces)
         x = self.blocks[-1](deep, embedding, frames, pieces)
         least = CORING * (2 - 2**scales).clamp(min=0).repeat_interleave(frames, 0)[:, :, None, None]
-        clean = [given[p] + cored(self.conv_out(x[p]).to(given.dtype), least[p]) for p in pieces]
+        clean = [given[p] + cored(RESIDUAL * self.conv_out(x[p]).to(given.dtype), least[p]) for p in pieces]
         return torch.cat(clean).unflatten(0, (batch, frames)).transpose(1, 2), deep
 
     def _seen(self, noisy: Tensor, given: Tensor, frames: int, pieces: list[slice]) -> Iterator[Tensor]:

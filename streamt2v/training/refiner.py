@@ -270,9 +270,8 @@ def refiner_job(shop: Workshop) -> Job:
         list(network.parameters()),
         lambda folder: save(folder, network),
         report,
-        # Layers at the rims and what is a sum over many of them: their steps must be small.
-        adam=bundle.parameters_in(network, "conv_in", "conv_out", "embed"),
-        learning_rate=1e-3,
+        adam=bundle.parameters_in(network, "conv_out", "embed"),
+        learning_rate=3e-3,
         average=0.999,
         samples=batch,
         device=shop.device,
