@@ -109,8 +109,8 @@ def test_a_restoration_network_is_counted_by_what_it_keeps(monkeypatch: pytest.M
 
     monkeypatch.setattr(needs, "_header", header)
     *_, stage = needs.stages(config.merge(config.to_flat(PUBLISHED), {"output.fit": "cover"}))
-    assert (stage.width, stage.inner, stage.kept_width, stage.restoring) == (0, 0, 4, 12)
-    assert (stage.cells, stage.frame_values) == (24 * 360 * 640, 3 * 720 * 1280)
+    assert (stage.width, stage.inner, stage.kept_width, stage.restoring) == (0, 0, 64, 48)
+    assert (stage.cells, stage.frame_values) == (24 * 184 * 320, 3 * 736 * 1280)
 
 
 def test_the_counts_in_the_list_are_those_of_the_networks() -> None:

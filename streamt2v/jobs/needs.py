@@ -58,8 +58,8 @@ def _stage(config: RunConfig, name: str, parts: list[str], frames: int, size: tu
         vae_features=memory.TEMPORAL_VAE_FEATURES if temporal else memory.VAE_FEATURES,
         kept_width=0,
     )
-    if kind == "Restorer":  # keeps features of a quarter of the size of the latents
-        return replace(stage, kept_width=widths[1] // 16, restoring=unet["out_channels"])
+    if kind == "Restorer":
+        return replace(stage, kept_width=widths[0], restoring=unet["out_channels"])
     return replace(
         stage,
         width=widths[0],

@@ -10,7 +10,7 @@ import hashlib
 import io
 import math
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,15 +33,8 @@ LONGEST = 3000
 """Photographs are shrunk to this many pixels: most show no more detail than that."""
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0)
 SHARES = (0.22, 0.05, 0.45, 0.08, 0.1, 0.05, 0.05)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A clip as it should be and as it came, both [F, 3, H, W] in [-1, 1], and how many times it was enlarged."""
-
-    truth: Tensor
-    source: Tensor
-    scale: float
+WAYS = 4
+"""In which each film is worn."""
 
 
 def listed() -> list[dict[str, str]]:
@@ -368,40 +361,54 @@ def world_clip(size: tuple[int, int], camera: Camera) -> Tensor:
     return render(scenes, torch.arange(start, start + CLIP_FRAMES)[None], *size, view)[0].clamp(-1, 1)
 
 
-class PairSource:
-    """Endless pairs, photographs and drawn world mixed."""
+@dataclass(frozen=True)
+class Film:
+    """A clip as it should be, uint8 [F, H, W, 3], how it came in several ways, [ways, F, H, W, 3], and their scales."""
 
-    def __init__(self, photographs: Sequence[Image.Image], generator: torch.Generator, world: float = 0.2) -> None:
+    truth: Frames
+    poor: Frames
+    scales: tuple[float, ...]
+
+
+class FilmMaker:
+    """Films of photographs and of the drawn world, each worn in several ways: to film takes longer than to wear out."""
+
+    def __init__(self, photographs: Sequence[Image.Image], generator: torch.Generator, world: float = 0.15) -> None:
         self.photographs, self.world, self.camera = photographs, world, Camera(generator)
 
-    def pairs(self) -> Iterator[Pair]:
-        """Yield one pair after the other."""
-        while True:
-            yield self.make()
-
-    def make(self) -> Pair:
-        """Make one pair of about 384x256 pixels."""
+    def make(self) -> Film:
+        """Make a film of `SIZE`."""
         camera = self.camera
-        scale = SCALES[int(torch.multinomial(torch.tensor(SHARES), 1, generator=camera.generator))]
-        if scale not in (1, 2) and camera.happens(0.5):
-            scale = max(1.0, scale * camera.uniform(0.8, 1.2))
         drawn = camera.happens(self.world)
-        if drawn and camera.happens(0.5):
-            scale = 10.0
-        wear = Wear.draw(scale, camera)
-        if drawn:  # half of them as the base's pictures are: soft, and never coded
-            return self.drawn(replace(wear, crf=None, chroma=False) if camera.happens(0.5) else wear)
-        return self.filmed(wear)
+        truth = to_float(self.drawn() if drawn else self.filmed())
+        poor, scales = [], []
+        for _ in range(WAYS):
+            scale = SCALES[int(torch.multinomial(torch.tensor(SHARES), 1, generator=camera.generator))]
+            if scale not in (1, 2) and camera.happens(0.5):
+                scale = max(1.0, scale * camera.uniform(0.8, 1.2))
+            if drawn and camera.happens(0.5):
+                scale = 10.0
+            wear = Wear.draw(scale, camera)
+            if drawn and camera.happens(0.5):  # as the base's pictures are: soft, and never coded
+                wear = replace(wear, crf=None, chroma=False)
+            poor.append(to_u8(poorer(truth, wear, camera)))
+            scales.append(scale)
+        return Film(to_u8(truth), np.stack(poor), tuple(scales))
 
-    def drawn(self, wear: Wear) -> Pair:
-        """Make a pair of the drawn world."""
-        truth = world_clip(SIZE, self.camera)
-        return Pair(truth, poorer(truth, wear, self.camera), wear.scale)
+    def drawn(self) -> Frames:
+        """Draw a clip of the drawn world."""
+        return to_u8(world_clip(SIZE, self.camera))
 
-    def filmed(self, wear: Wear) -> Pair:
-        """Make a pair of photographs; the truth is what a video shows, as a network need not know what none can."""
-        shown = photograph_clip(self.photographs, SIZE, self.camera)
-        if self.camera.happens(0.25):
-            shown = put_in_front(shown, photograph_clip(self.photographs, SIZE, self.camera), self.camera)
-        truth = to_float(halved_chroma(shown))
-        return Pair(truth, poorer(truth, wear, self.camera), wear.scale)
+    def filmed(self) -> Frames:
+        """Film photographs as a video shows them: nobody need know what none can show.
+
+        Half of them is softer than a photograph made smaller, as lenses and sensors are, and a third was coded well:
+        videos that are watched are no sharper, and what is sharpened beyond them is wrong.
+        """
+        camera = self.camera
+        shown = photograph_clip(self.photographs, SIZE, camera)
+        if camera.happens(0.2):
+            shown = put_in_front(shown, photograph_clip(self.photographs, SIZE, camera), camera)
+        if camera.happens(0.5):
+            shown = to_u8(blur(to_float(shown), camera.uniform(0.3, 0.9)))
+        return coded(shown, int(camera.uniform(12, 24))) if camera.happens(0.3) else halved_chroma(shown)

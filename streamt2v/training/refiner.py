@@ -8,34 +8,42 @@ others are on the way of a run from much noise: the state holds some of the trut
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import safetensors
+import safetensors.numpy
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from streamt2v import files
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from streamt2v.media.frames import to_float
 from streamt2v.models.restorer import PixelCodec, PixelCodecConfig, Restorer, RestorerConfig
 from streamt2v.models.unet3d import Conditioning
 from streamt2v.training import bundle, photographs
 from streamt2v.training.engine import Job
-from streamt2v.training.photographs import Pair, PairSource, Wear
+from streamt2v.training.photographs import Film, FilmMaker, Wear, poorer
 from streamt2v.weights import save_module
 
 if TYPE_CHECKING:
     from streamt2v.training.parts import Workshop
 
 REFINER = RestorerConfig()
-FACTOR = 2
+FACTOR = 4
 REFINER_SCHEDULE = ScheduleConfig(kind="cosine_logsnr", prediction="sample")
 PATCH, PATCH_FRAMES = 64, 5
 EPSILON = (1 / 255) ** 2
 """Square of half a level: errors far below what eight bits can show do not count."""
+SLIGHT = (2 / 127.5) ** 2
+"""Square of two levels: a row whose source is no further from the truth counts half or less."""
 FLICKER = 0.3
 """Weight of errors that change from frame to frame, beside that of all errors."""
 FAITHFUL_SHARE, FAITHFUL_LEVELS, LEVELS = 0.8, 20, 700
@@ -69,60 +77,88 @@ class Patches:
         return Patches(self.truth.to(device), self.source.to(device), self.scales.to(device))
 
 
+class Films:
+    """Films on disk: some are made before the first draw, then one every few draws until there are enough.
+
+    Films are what takes long to make, patches of them are cheap: a step sees more of them than it could wait for. Each
+    has a seed of its own, so that those of an earlier run go on to serve.
+    """
+
+    def __init__(
+        self, folder: Path, make: Callable[[int], Film], first: int = 40, most: int = 320, draws_a_film: int = 12
+    ) -> None:
+        self.folder, self.make, self.first, self.most, self.draws_a_film = folder, make, first, most, draws_a_film
+        self.count = next(at for at in itertools.count() if not self._path(at).is_file())
+        self.draws = 0
+
+    def _path(self, at: int) -> Path:
+        return self.folder / f"{at:04d}.safetensors"
+
+    def some(self) -> int:
+        """Return of how many films to draw, for one draw more."""
+        due = self.first if self.draws == 0 else self.count + (self.draws % self.draws_a_film == 0)
+        while self.count < min(due, self.most):
+            film = self.make(self.count)
+            tables = {"truth": film.truth, "poor": film.poor, "scales": np.array(film.scales, np.float32)}
+            files.make_directory(self.folder)
+            files.write_bytes(self._path(self.count), safetensors.numpy.save(tables))
+            self.count += 1
+        self.draws += 1
+        return self.count
+
+    def opened(self, at: int) -> Any:
+        """Open a film; parts of its tables are read as they are asked for."""
+        return safetensors.safe_open(self._path(at), "pt")
+
+
 class PatchSource:
-    """Patches from the pairs made last; one new pair is made every few draws.
+    """Patches of films.
 
     Of several places the liveliest is taken half of the time: skies teach little.
     """
 
-    def __init__(
-        self, pairs: Iterator[Pair], generator: torch.Generator, kept: int = 48, draws_a_pair: int = 24
-    ) -> None:
-        self.pairs, self.generator, self.kept, self.draws_a_pair = pairs, generator, kept, draws_a_pair
-        self.pool: list[Pair] = []
-        self.draws = 0
+    def __init__(self, films: Films, generator: torch.Generator) -> None:
+        self.films, self.generator = films, generator
 
     def draw(self, count: int) -> Patches:
         """Draw patches."""
-        while len(self.pool) < min(self.kept, 16 + self.draws // self.draws_a_pair):
-            self.pool.append(self._made())
-        if self.draws % self.draws_a_pair == 0:
-            self.pool[(self.draws // self.draws_a_pair) % len(self.pool)] = self._made()
-        self.draws += 1
-        rows = [self._patch(self.pool[self._below(len(self.pool))]) for _ in range(count)]
-        truth, source = (torch.stack(clips).transpose(1, 2) for clips in ([r[0] for r in rows], [r[1] for r in rows]))
-        return Patches(truth.float(), source.float(), torch.tensor([row[2] for row in rows]))
-
-    def _made(self) -> Pair:
-        pair = next(self.pairs)
-        return Pair(pair.truth.half(), pair.source.half(), pair.scale)  # exact to a tenth of a level, half as large
+        films = self.films.some()
+        truth, source, scales = zip(*(self._patch(self._below(films)) for _ in range(count)), strict=True)
+        return Patches(to_clips(truth), to_clips(source), torch.tensor(scales))
 
     def _below(self, count: int) -> int:
         return int(torch.randint(count, (), generator=self.generator))
 
-    def _patch(self, pair: Pair) -> tuple[Tensor, Tensor, float]:
-        frames, _, height, width = pair.truth.shape
-        start = self._below(frames - PATCH_FRAMES + 1)
-        tries = 3 if self._below(2) else 1
-        best: tuple[float, int, int] | None = None
-        for _ in range(tries):
-            # Cells of the codec lie on a grid of the whole picture, source pixels on another: any offset occurs.
-            top, left = self._below(height - PATCH + 1), self._below(width - PATCH + 1)
-            part = pair.truth[start, :, top : top + PATCH, left : left + PATCH]
-            lively = float(part.diff(dim=1).abs().mean() + part.diff(dim=2).abs().mean())
-            best = max(best, (lively, top, left)) if best else (lively, top, left)
-        assert best is not None
-        _, top, left = best
-        window = (slice(start, start + PATCH_FRAMES), slice(None), slice(top, top + PATCH), slice(left, left + PATCH))
-        truth, source = pair.truth[window], pair.source[window]
-        for axis in (2, 3):
+    def _patch(self, at: int) -> tuple[Tensor, Tensor, float]:
+        with self.films.opened(at) as film:
+            whole, poor, scales = film.get_slice("truth"), film.get_slice("poor"), film.get_tensor("scales")
+            frames, height, width, _ = whole.get_shape()
+            way, start = self._below(len(scales)), self._below(frames - PATCH_FRAMES + 1)
+            best: tuple[float, int, int] | None = None
+            for _ in range(3 if self._below(2) else 1):
+                # Cells of the codec lie on a grid of the whole picture, source pixels on another: any offset occurs.
+                top, left = self._below(height - PATCH + 1), self._below(width - PATCH + 1)
+                part = whole[start, top : top + PATCH, left : left + PATCH].float()
+                lively = float(part.diff(dim=0).abs().mean() + part.diff(dim=1).abs().mean())
+                best = max(best, (lively, top, left)) if best else (lively, top, left)
+            assert best is not None
+            _, top, left = best
+            rows, columns = slice(top, top + PATCH), slice(left, left + PATCH)
+            truth = whole[start : start + PATCH_FRAMES, rows, columns]
+            source = poor[way, start : start + PATCH_FRAMES, rows, columns]
+        for axis in (1, 2):
             if self._below(2):
                 truth, source = truth.flip(axis), source.flip(axis)
         if self._below(2):
-            truth, source = truth.transpose(2, 3), source.transpose(2, 3)
+            truth, source = truth.transpose(1, 2), source.transpose(1, 2)
         if self._below(2):
             truth, source = truth.flip(0), source.flip(0)
-        return truth, source, pair.scale
+        return truth, source, float(scales[way])
+
+
+def to_clips(shown: Sequence[Tensor]) -> Tensor:
+    """Clips of bytes [F, H, W, 3] to one tensor [B, 3, F, H, W] in [-1, 1]."""
+    return torch.stack(list(shown)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
 def pack(clips: Tensor) -> Tensor:
@@ -134,7 +170,8 @@ def refiner_loss(network: Restorer, patches: Patches, schedule: NoiseSchedule, g
     """Return what is lost against the source, in logarithms of the squared error of each row: in decibels.
 
     So rows weigh alike whether their sources are a little or far from the truth; in levels those that nobody can
-    restore would drown the others.
+    restore would drown the others. But a row whose source is as good as the truth counts little: a tenth of a level
+    costs it more than the same change wins elsewhere, and until it is told apart nothing would change anywhere.
     """
     truth, source = pack(patches.truth), pack(patches.source)
     count = len(truth)
@@ -151,7 +188,8 @@ def refiner_loss(network: Restorer, patches: Patches, schedule: NoiseSchedule, g
     error, given = network(noisy, timesteps, conditioning, source) - truth, source - truth
     gains = log_error(given) - log_error(error)
     steady = log_error(given.diff(dim=2)) - log_error(error.diff(dim=2))
-    weight = torch.where(faithful, 1.0, NOISY_WEIGHT)
+    harm = given.float().square().flatten(1).mean(1)
+    weight = torch.where(faithful, 1.0, NOISY_WEIGHT) * harm / (harm + SLIGHT)
     return -(weight * (gains + FLICKER * steady)).sum() / weight.sum()
 
 
@@ -164,9 +202,10 @@ class Judge:
     """Pairs of photographs that training does not see, and of the drawn world, one kind of wear beside the other."""
 
     def __init__(self, pictures: Sequence[Image.Image], count: int = 2, seed: int = 2) -> None:
-        source = PairSource(pictures, torch.Generator().manual_seed(seed))
+        maker = FilmMaker(pictures, torch.Generator().manual_seed(seed))
+        filmed, drawn = ([to_float(make()[:6]) for _ in range(count)] for make in (maker.filmed, maker.drawn))
         self.pairs = {
-            kind: [source.drawn(wear) if "world" in kind else source.filmed(wear) for _ in range(count)]
+            kind: [(truth, poorer(truth, wear, maker.camera)) for truth in (drawn if "world" in kind else filmed)]
             for kind, wear in JUDGED.items()
         }
 
@@ -178,11 +217,10 @@ class Judge:
         for kind, pairs in self.pairs.items():
             gains = []
             for pair in pairs:
-                truth, source = (pack(x[:6].transpose(0, 1)[None].to(device)) for x in (pair.truth, pair.source))
-                truth, source = (x[..., : x.shape[-2] // 8 * 8, : x.shape[-1] // 8 * 8] for x in (truth, source))
+                truth, source = (pack(shown.transpose(0, 1)[None].to(device)) for shown in pair)
                 noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(0)).to(device)
                 time = torch.tensor([FAITHFUL_LEVELS // 2], device=device)
-                told = Conditioning((), torch.tensor([[math.log2(pair.scale)]], device=device))
+                told = Conditioning((), torch.tensor([[math.log2(JUDGED[kind].scale)]], device=device))
                 made = network(schedule.add_noise(source, noise, time), time, told, source)
                 gains.append(float(log_error(source - truth) - log_error(made - truth)))
             found[kind] = 10 / math.log(10) * sum(gains) / len(gains)
@@ -210,7 +248,11 @@ def refiner_job(shop: Workshop) -> Job:
     pictures = photographs.load(shop.out / "photographs")
     judge = Judge(pictures[::JUDGED_OF])
     trained = [picture for at, picture in enumerate(pictures) if at % JUDGED_OF]
-    source = PatchSource(PairSource(trained, shop.generator).pairs(), shop.generator)
+
+    def film(at: int) -> Film:
+        return FilmMaker(trained, torch.Generator().manual_seed(at)).make()
+
+    source = PatchSource(Films(shop.out / "films", film, max(1, int(40 * shop.first))), shop.generator)
     schedule = NoiseSchedule(REFINER_SCHEDULE)
     batch = 8
 
@@ -228,10 +270,8 @@ def refiner_job(shop: Workshop) -> Job:
         list(network.parameters()),
         lambda folder: save(folder, network),
         report,
-        # Layers at the rims and what is a sum over many of them: their steps must be small.
-        adam=bundle.parameters_in(network, "enter", "conv_in", "conv_out", "embed", "spread"),
-        # At twice that and half the batch the gains stood still from 200 to 600 steps.
-        learning_rate=5e-4,
+        adam=bundle.parameters_in(network, "conv_out", "embed"),
+        learning_rate=3e-3,
         average=0.999,
         samples=batch,
         device=shop.device,

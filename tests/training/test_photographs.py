@@ -14,7 +14,7 @@ from streamt2v.diffusion.schedules import NoiseSchedule
 from streamt2v.errors import WeightsError
 from streamt2v.media.frames import to_float, to_u8
 from streamt2v.training import photographs, refiner
-from streamt2v.training.photographs import Camera, Pair, PairSource, Wear
+from streamt2v.training.photographs import Camera, Film, FilmMaker, Wear
 
 
 def camera(seed: int) -> Camera:
@@ -55,13 +55,13 @@ def test_photographs_are_found_by_name_and_checksum(tmp_path: Path, monkeypatch:
 
 @settings(max_examples=5, deadline=None)
 @given(st.integers(0, 10**6))
-def test_pairs_have_the_size_of_their_truth_and_hang_on_the_seed_alone(seed: int) -> None:
-    one, two = (PairSource([picture()], torch.Generator().manual_seed(seed)).make() for _ in range(2))
-    assert torch.equal(one.source, two.source) and torch.equal(one.truth, two.truth) and one.scale == two.scale
-    assert one.truth.shape == one.source.shape == (photographs.CLIP_FRAMES, 3, *photographs.SIZE)
-    assert one.scale >= 1 and one.truth.abs().max() <= 1 and one.source.abs().max() <= 1
+def test_films_keep_the_size_of_their_truth_and_hang_on_the_seed_alone(seed: int) -> None:
+    one, two = (FilmMaker([picture()], torch.Generator().manual_seed(seed)).make() for _ in range(2))
+    assert np.array_equal(one.truth, two.truth) and np.array_equal(one.poor, two.poor) and one.scales == two.scales
+    assert one.truth.shape == one.poor[0].shape == (photographs.CLIP_FRAMES, *photographs.SIZE, 3)
+    assert len(one.poor) == len(one.scales) == photographs.WAYS and min(one.scales) >= 1
     # No frame or row is out of its place: shifted ones would be far off.
-    assert (one.truth - one.source).abs().mean() < 0.25
+    assert np.abs(one.poor.astype(int) - one.truth).mean((1, 2, 3, 4)).max() < 32
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.7, 2.0, 10.0])
@@ -123,16 +123,34 @@ def test_the_codec_keeps_frames_and_odd_sizes() -> None:
     assert good < bad < 30
 
 
-def test_patches_show_the_same_place_of_both() -> None:
+def noise_film(at: int) -> Film:
+    truth = np.random.default_rng(at).integers(0, 256, (8, 90, 100, 3), np.uint8)
+    return Film(truth, np.stack([truth // 2, truth // 4]), (2.0, 4.0))
+
+
+def test_patches_show_the_same_place_of_both(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(2)
-    truth = torch.rand(8, 3, 110, 130, generator=generator)
-    pairs = iter(lambda: Pair(truth, truth / 2, 4.0), None)
-    source = refiner.PatchSource(pairs, generator)
-    patches = source.draw(5)
-    size = (5, 3, refiner.PATCH_FRAMES, refiner.PATCH, refiner.PATCH)
-    assert patches.truth.shape == patches.source.shape == size
-    assert torch.allclose(patches.truth / 2, patches.source, atol=1e-3) and patches.scales.tolist() == [4.0] * 5
-    assert len({float(patch.sum()) for patch in patches.truth}) == 5
+    patches = refiner.PatchSource(refiner.Films(tmp_path, noise_film, 3), generator).draw(8)
+    size = (8, 3, refiner.PATCH_FRAMES, refiner.PATCH, refiner.PATCH)
+    assert patches.truth.shape == patches.source.shape == size and patches.truth.abs().max() <= 1
+    assert set(patches.scales.tolist()) == {2.0, 4.0}
+    for truth, source, scale in zip(patches.truth, patches.source, patches.scales, strict=True):
+        assert torch.allclose((truth + 1) / scale, source + 1, atol=2 / 127.5)
+    assert len({float(patch.sum()) for patch in patches.truth}) == 8
+
+
+def test_films_are_made_once_and_more_as_they_are_needed(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def make(at: int) -> Film:
+        made.append(at)
+        return noise_film(at)
+
+    films = refiner.Films(tmp_path / "films", make, first=2, most=4, draws_a_film=3)
+    assert [films.some() for _ in range(10)] == [2, 2, 2, 3, 3, 3, 4, 4, 4, 4] and made == [0, 1, 2, 3]
+    assert refiner.Films(tmp_path / "films", make, first=2, most=4).some() == 4 and len(made) == 4
+    with films.opened(3) as film:
+        assert np.array_equal(film.get_tensor("poor").numpy(), noise_film(3).poor)
 
 
 def test_frames_of_a_film_are_bytes() -> None:
@@ -171,6 +189,25 @@ def test_the_loss_counts_decibels_of_every_row_alike() -> None:
         assert loss(size, 0.5) == pytest.approx((1 + refiner.FLICKER) * np.log(0.25), rel=0.05)
     assert loss(0.1, -0.5) > 0
     assert abs(loss(1e-4, 0.5)) < 0.01  # what eight bits do not show
+
+
+def test_sources_as_good_as_the_truth_count_little() -> None:
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.rand(2, 3, 5, 16, 16, generator=generator)
+    error = torch.randn(truth.shape, generator=generator) * torch.tensor([0.1, 0.002]).view(2, 1, 1, 1, 1)
+    packed = refiner.pack(truth)
+    schedule = NoiseSchedule(refiner.REFINER_SCHEDULE)
+
+    def loss(moved: int) -> float:
+        """One row gets an error of a level more, everywhere."""
+        wrong = error.clone()
+        wrong[moved] += 1 / 127.5
+        network = Told(packed, 0.0)
+        network.forward = lambda noisy, time, told, source: packed + refiner.pack(wrong)  # type: ignore[method-assign]
+        patches = refiner.Patches(truth, truth + error, torch.full((2,), 2.0))
+        return float(refiner.refiner_loss(network, patches, schedule, torch.Generator().manual_seed(1)))  # type: ignore[arg-type]
+
+    assert 0 < loss(0) < loss(1) < 0.1
 
 
 def test_the_judge_tells_kinds_of_wear_apart() -> None:

@@ -59,7 +59,7 @@ def small_networks() -> dict[str, torch.nn.Module]:
     vision = clip_config(image_size=16, patch_size=8, projection_dim=4)
     return {
         "UNet3D": UNet3D(UNET),
-        "Restorer": Restorer(RestorerConfig(block_out_channels=(8, 16, 16), layers_per_block=(1, 2, 1), embedding=8)),
+        "Restorer": Restorer(RestorerConfig(block_out_channels=(8,), blocks=2, embedding=8)),
         "PixelCodec": PixelCodec(PixelCodecConfig()),
         "ConditionalAttention": ConditionalAttention(cam),
         "AppearanceTokens": AppearanceTokens(**TOY),
