@@ -129,9 +129,7 @@ def train(
     ] = None,
     device: options.Device = "auto",
     seed: Annotated[int, option("--seed", "Seed of the data and the initial weights.")] = 0,
-    steady: Annotated[
-        bool, option("--steady", "Keep the learning rate constant, for a run that will be continued.")
-    ] = False,
+    steady: Annotated[bool, option("--steady", "Keep the learning rate, for a run that will be continued.")] = False,
     afresh: Annotated[bool, option("--afresh", "Discard the state of an earlier run of this part.")] = False,
 ) -> None:
     """Train one part of the demo family on the drawn world. Repeating the command continues an interrupted run.

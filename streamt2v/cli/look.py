@@ -85,9 +85,7 @@ def _in_short(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def measuring(
-    prompt: Annotated[
-        str | None, option("--prompt", "What they show, for CLIP. Default: each video's own prompt.")
-    ] = None,
+    prompt: Annotated[str | None, option("--prompt", "What they show, for CLIP. Default: each video's prompt.")] = None,
     against: Annotated[Path | None, option("--against", "Compare every frame with this video: PSNR and SSIM.")] = None,
     seams: Annotated[
         str | None, option("--seams", "Frames where chunks begin: 16,24,32 or 16:1200:8. Default: read from the video.")
@@ -108,9 +106,7 @@ def measuring(
 @options.knows(measuring)
 def evaluate(
     videos: Annotated[list[Path], argument("The videos to measure, from any source.")],
-    report_file: Annotated[
-        Path | None, option("--report", "Write an HTML page with plots and a contact sheet.")
-    ] = None,
+    report_file: Annotated[Path | None, option("--report", "Write a page with plots and a contact sheet.")] = None,
     csv_file: Annotated[Path | None, option("--csv", "Write the scores, one row per video.")] = None,
     frames_csv: Annotated[Path | None, option("--frames-csv", "Write the measurements, one row per frame.")] = None,
     overwrite: Annotated[bool, option("--overwrite", "-f", "Replace files that exist.")] = False,

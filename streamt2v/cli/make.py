@@ -155,7 +155,7 @@ def _vary(job: Job, count: int, dry_run: bool, progress: Progress, as_json: bool
 def _talking(given: dict[str, Any]) -> tuple[Progress, bool]:
     """Take out of the options how a command reports: its progress, and whether the result is JSON."""
     quiet, verbose, as_json = (given.pop(name) for name in ("quiet", "verbose", "json_output"))
-    return Progress(quiet, verbose), as_json
+    return Progress(quiet, verbose, alone=not as_json), as_json
 
 
 def _behaviour(given: dict[str, Any], *inputs: Path) -> dict[str, Any]:
@@ -189,15 +189,12 @@ def _end(job: Job, result: Result, progress: Progress, as_json: bool) -> None:
     """Say what was made and what can be done with it, then print the result."""
     seconds, speed = result.frames / result.fps, result.frames / max(result.seconds, 0.01)
     size = f", {job.output.stat().st_size / 1e6:.2g} MB" if job.output.is_file() else ""
-    took = f"made in {clock(result.seconds)} at {speed:.3g} frames/s with seed {result.seed}"
-    progress.say(f"{result.width}x{result.height}, {seconds:.4g} s ({result.frames} frames){size}; {took}")
+    took = f"in {clock(result.seconds)} at {speed:.3g} frames/s, seed {result.seed}"
+    progress.say(f"{result.width}x{result.height}, {result.frames} frames ({seconds:.4g} s){size} {took}")
     name = shlex.quote(result.output if result.output[0] != "-" else f"./{result.output}")
-    others = {"refine": "refine", "extend": f"extend --frames {2 * result.frames}", "rerun": "rerun"}
-    if job.command == "refine":
-        others.pop("refine")
-    if job.source is not None:
-        others["rerun"] += f" --source {shlex.quote(str(job.source))}"
-    progress.say(f"next: streamt2v preview {name}; or {', '.join(others.values())}")
+    others = [*["refine"] * (job.command != "refine"), f"extend --frames {2 * result.frames}"]
+    others.append("rerun" if job.source is None else f"rerun --source {shlex.quote(str(job.source))}")
+    progress.say(f"next: streamt2v preview {name}; or {', '.join(others)}")
     _tell(result, as_json)
 
 
@@ -293,11 +290,9 @@ class RayCommand(options.LeveledCommand):
 @options.knows(options.making, options.streaming, options.starting, *_RUNNING)
 def batch(
     file: Annotated[
-        str, argument("Rows in .jsonl, .toml, .csv or .txt (one prompt per line); - is stdin.", metavar="JOBS")
+        str, argument("Rows in .jsonl, .toml, .csv or .txt (a prompt a line); - is stdin.", metavar="JOBS")
     ],
-    out_dir: Annotated[
-        Path, option("--out-dir", "Folder for the videos; no row writes elsewhere.", show_default=False)
-    ],
+    out_dir: Annotated[Path, option("--out-dir", "Folder of the videos; no row writes elsewhere.", show_default=False)],
     frames: options.Frames = None,
     duration: options.Duration = None,
     fps: options.Fps = None,
@@ -350,17 +345,18 @@ def _follow(progress: Progress, as_json: bool, jobs: Sequence[str] = ()) -> even
         job = event.get("job", "")
         if as_json:
             emit(json.dumps(event), out)
-        if event["type"] == "start":
+        if event["type"] in ("start", "plan"):
             progress.end("")  # the line of what came before the jobs
+        if event["type"] == "start":
             if job in jobs:
-                progress.say(
-                    "{job}: {output}: {frames} frames at {fps:g} fps, model {model}, seed {seed}".format(**event)
-                )
+                said = "{output}: {frames} frames at {fps:g} fps, model {model}, seed {seed}".format(**event)
+                progress.say(f"{numbered(job).partition(' ')[0]} {said}")
         elif event["type"] in ("progress", "chunk"):
             progress.tell(events.status_of(event), numbered(job))
         elif event["type"] == "plan":
             if not as_json:
-                emit(plain("{output}: {summary}".format(**event)), out)
+                with progress.aside():
+                    emit(plain("{output}: {summary}".format(**event)), out)
         elif event["type"] == "warning":
             progress.note(f"{job}: {event['message']}" if jobs else event["message"], warning=True)
         elif "jobs" in event:
@@ -369,7 +365,8 @@ def _follow(progress: Progress, as_json: bool, jobs: Sequence[str] = ()) -> even
         else:
             progress.end(numbered(job))
             if event["ok"] and not as_json:
-                emit(event["output"], out)
+                with progress.aside():
+                    emit(event["output"], out)
         if not event.get("ok", True):
             error, where = event["error"], [f"line {event['line']}"] if job else []
             if event.get("field", "") not in error["message"]:
@@ -411,9 +408,7 @@ def plan(
     options.talking,
     without=("seed", "negative", "at", "timeline", "until", "loop"),  # the time hangs on no words and no draws
 )
-def bench(
-    frames: Annotated[int, option("--frames", "-n", "Length to state the time for.")] = 1200, **given: Any
-) -> None:
+def bench(frames: Annotated[int, option("--frames", "-n", "Length to plan for.")] = 1200, **given: Any) -> None:
     """Measure this machine: make a short video, discard it, and show what a long one will take.
 
     From then on `plan` knows the time for the same model, sizes and steps.

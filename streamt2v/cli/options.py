@@ -62,9 +62,7 @@ _OUTPUT = (
     "The file to write: .mp4, .webm, .mov (ProRes), .gif or .webp; without an ending, a folder of PNGs. Default: "
     "date, prompt and seed."
 )
-_INIT = (
-    "The model that makes the first frames: own, modelscope, animatediff, svd, hub:OWNER/NAME or a pipeline's folder."
-)
+_INIT = "The model of the first frames: own, modelscope, animatediff, svd, hub:OWNER/NAME or a pipeline's folder."
 _IMAGE_INIT = "The model that draws the picture --init starts from: sdxl, hub:OWNER/NAME, a folder, or PRIOR+DECODER."
 _FIT = "contain keeps the aspect ratio, cover crops, pad adds borders."
 _MODEL = (
@@ -87,7 +85,7 @@ Frames = Annotated[
 Longer = Annotated[str | None, option("--frames", "-n", "Frames of the whole result, or a time: 10s, 2m, 1:20.")]
 Duration = Annotated[str | None, option("--duration", "The same as --frames with a time: 10s, 2m, 1:20.")]
 Count = Annotated[
-    int, option("--count", "Videos to make, with the seeds that follow and numbered names.", min=1, max=10_000)
+    int, option("--count", "Videos to make, with seeds that follow and numbered names.", min=1, max=10_000)
 ]
 DryRun = Annotated[bool, option("--dry-run", "Show the plan, as `streamt2v plan` does, and make nothing.")]
 Output = Annotated[Path | None, option("--output", "-o", _OUTPUT)]
@@ -100,18 +98,14 @@ ImageInit = Annotated[str | None, _steering("--image-init", _IMAGE_INIT, autocom
 Device = Annotated[str, _running("--device", "auto, cpu, cuda, cuda:1, mps.")]
 Threads = Annotated[int | None, _running("--threads", "CPU threads. Default: all cores.", min=1)]
 Memory = Annotated[float | None, _running("--memory", "GB it may use. Default: all that is free.", min=0.1, max=1e6)]
-Json = Annotated[
-    bool, _running("--json", "Print JSON on stdout: events, if the command makes videos, and the result last.")
-]
+Json = Annotated[bool, _running("--json", "Print JSON on stdout: events where videos are made, and the result last.")]
 Quiet = Annotated[bool, _running("--quiet", "-q", "Errors only.")]
 Verbose = Annotated[bool, _running("--verbose", "-v", "Report more about each step.")]
 
 
 def making(
     model: Annotated[str | None, option("--model", "-m", _MODEL, autocompletion=_completing(weights.families))] = None,
-    seed: Annotated[
-        int | None, option("--seed", "-s", "Seed of all randomness. Default: random, printed and stored.")
-    ] = None,
+    seed: Annotated[int | None, option("--seed", "-s", "The seed. Default: random, printed and stored.")] = None,
     size: Annotated[
         str | None, option("--size", "Box WxH that the video fits into. Default: the model's; 256x144 for demo.")
     ] = None,
@@ -163,9 +157,7 @@ def alone(
     resume_anyway: Annotated[
         bool, _running("--resume-anyway", "Continue it even with changed settings, which are recorded.")
     ] = False,
-    preview: Annotated[
-        Path | None, _running("--preview", "Write a PNG contact sheet and update it during the run.")
-    ] = None,
+    preview: Annotated[Path | None, _running("--preview", "Write a PNG contact sheet, updated during the run.")] = None,
 ) -> None:
     """Options of commands that make one video."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from streamt2v.cli.terminal import plain, say
@@ -30,7 +32,7 @@ def line(name: str, status: Status, since: float, elapsed: float, width: int) ->
     """Return one line of fewer than `width` columns on how far a job is.
 
     Args:
-        name: of the job, where there are several.
+        name: of the job, where there are several: its number, such as 2/3, and what it is called.
         status: what was told last.
         since: seconds since then.
         elapsed: seconds since the job began.
@@ -45,13 +47,18 @@ def line(name: str, status: Status, since: float, elapsed: float, width: int) ->
     if status.share or status.kind != "doing":
         tail.insert(0, f"{status.share:4.0%}")
     memory = f"{status.memory_mb:.0f} MB" if status.memory_mb < 10_000 else f"{status.memory_mb / 1000:.1f} GB"
+    head = head[: max(8, width - 3 - len("  ".join(tail)))]
     room = width - 1 - len(head) - len("  ".join(tail)) - 4
+    named, _, title = name.partition(" ")
+    named = named if room >= len(named) + 2 else ""
+    room -= len(named) + 2
     if status.memory_mb and room >= len(memory) + 2:
         tail.append(memory)
         room -= len(memory) + 2
-    if name and room > 6:
-        head = f"{name[: min(24, room - 3)]}: {head}"
-        room -= min(24, room - 3, len(name)) + 2
+    if named and title and room > 6:
+        title = title[: min(24, room - 3)].rstrip(" -")
+        named, room = f"{named} {title}", room - len(title) - 1
+    head = f"{named}: {head}" if named else head
     room = 0 if status.kind == "doing" and not status.share else room
     full = round(min(MOST_BAR, room) * status.share)
     bar = ["━" * full + "╌" * (min(MOST_BAR, room) - full)] if room >= FEWEST_BAR else []
@@ -76,9 +83,10 @@ class _Shown:
 class Progress:
     """Reports on stderr: live with rich on a terminal, elsewhere a plain line at most every ten seconds."""
 
-    def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
+    def __init__(self, quiet: bool = False, verbose: bool = False, alone: bool = True) -> None:
+        """`alone` is false where results go on and on to stdout, which must not be the same terminal then."""
         self.quiet, self.verbose = quiet, verbose
-        self.live_wanted = not quiet and sys.stderr.isatty()
+        self.live_wanted = not quiet and sys.stderr.isatty() and (alone or not sys.stdout.isatty())
         self.shown: dict[str, _Shown] = {}
         self.last_line = time.monotonic()
         self.live: Live | None = None
@@ -102,6 +110,15 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self.live is not None:
             self.live.stop()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Take the live line away while something else writes to the terminal."""
+        if self.live is not None:
+            self.live.stop()
+        yield
+        if self.live is not None:
+            self.live.start()
 
     def tell(self, status: Status, job: str = "") -> None:
         """Show how far a job is: at once on a terminal, elsewhere every ten seconds."""

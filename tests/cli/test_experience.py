@@ -49,8 +49,8 @@ def test_the_ending_says_what_was_made_and_what_comes_next(tmp_path: Path, capsy
     said = capsys.readouterr()
     assert said.out == f"{path}\n"
     made, following = said.err.splitlines()[-2:]
-    assert made.startswith("64x32, 2.5 s (20 frames), 0.0")
-    assert made.endswith("frames/s with seed 7")
+    assert made.startswith("64x32, 20 frames (2.5 s), 0.0")
+    assert made.endswith("frames/s, seed 7")
     assert following == f"next: streamt2v preview '{path}'; or refine, extend --frames 40, rerun"
     again = tmp_path / "again.mp4"
     assert call("refine", path, "-o", again, *TOY) == 0
@@ -97,6 +97,11 @@ def test_a_line_fits_the_terminal(status: Status, name: str, width: int) -> None
 def test_sixty_columns_hold_all_that_matters() -> None:
     status = Status("step", "stream", 96, 240, 13, 29, 12, 30, 0.37, 80.0, 540.0)
     assert progress.line("", status, 0.0, 9.0, 60) == "stream chunk 13/29, step 12/30   37%  1:20 left  540 MB"
+    assert (
+        progress.line("2/3 ball", status, 0.0, 9.0, 60) == "2/3: stream chunk 13/29, step 12/30  ━━╌╌╌   37%  1:20 left"
+    )
+    writing = progress.line("", Status("doing", "writing " + "a" * 80, share=1.0), 0.0, 9.0, 60)
+    assert writing.endswith("aaa  100%  0:09 so far")
     wide = progress.line("2/3 ball", status, 20.0, 9.0, 100)
     assert wide.startswith("2/3 ball: stream chunk 13/29, step 12/30  ━")
     assert wide.endswith(" 37%  1:00 left  540 MB")
@@ -144,6 +149,35 @@ def test_a_terminal_shows_one_line_from_checking_to_writing(
     shares = [int(number) for number in re.findall(r"(\d+)%", seen)]
     assert shares == sorted(shares)
     assert shares[-1] > 80
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_results_stand_on_lines_of_their_own(
+    more: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both streams are the same terminal: no path follows what is left of the live line."""
+    rows, out = tmp_path / "rows.txt", tmp_path / "videos"
+    rows.write_text("abc\nabcdef\n")
+    monkeypatch.setattr(Status, "__post_init__", lambda self: time.sleep(0.02), raising=False)  # so that it is drawn
+    terminal = Terminal(monkeypatch, 250)
+    monkeypatch.setattr(sys, "stdout", terminal.file)
+    assert call("batch", rows, "--out-dir", out, *TOY, "--frames", 20, *more) == 0
+    seen = terminal.text()
+    shown = [row.partition(": ")[0] for row in re.split(r"[\r\n]|\x1b\[[\d;?]*[A-Za-z]", seen) if row]
+    assert [row for row in shown if row in (f"{out}/abc.mp4", f"{out}/abcdef.mp4")] == [
+        f"{out}/abc.mp4",
+        f"{out}/abcdef.mp4",
+    ]
+    assert more or " so far" in seen or " left  " in seen
+
+
+def test_json_on_a_terminal_has_no_live_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal(monkeypatch, 250)
+    monkeypatch.setattr(sys, "stdout", terminal.file)
+    assert call("generate", "abc", "--frames", 20, "-o", tmp_path / "out.mp4", *TOY, "--json") == 0
+    rows = terminal.text().splitlines()
+    assert "\x1b" not in "".join(rows)
+    assert sum(row.startswith("{") for row in rows) == sum("{" in row for row in rows) > 5
 
 
 def test_a_pipe_gets_few_plain_lines(
