@@ -22,7 +22,7 @@ def prepare(job: Job, note: hub.Note = lambda text: None) -> Prepared:
     A third-party model of the first frames is fetched where it is not here yet; `note` is told the size before that.
 
     Raises:
-        ConfigError, InputError, OutputError, WeightsError: what would make the run fail later.
+        ConfigError, InputError, MemoryLimitError, OutputError, WeightsError: what would make the run fail later.
     """
     from streamt2v.media import ffmpeg
 
@@ -31,6 +31,7 @@ def prepare(job: Job, note: hub.Note = lambda text: None) -> Prepared:
     follows = job.command == "generate" or known.family.reads_text
     check_wishes(job.config, prompt_needed=follows and job.command != "refine")
     devices.check(job.device)
+    devices.check_limit()
     if job.command == "refine":
         _check_refined(known)
     _check_output(job)
