@@ -14,7 +14,7 @@ INTRODUCTION = """# Command line reference
 
 Made by `make docs` from the commands. Results go to stdout, everything else to stderr. Exit codes: 0 done, 2 usage,
 3 input, 4 weights, 5 output or disk, 6 memory, 7 bad numbers, 8 busy, 9 batch partly failed, 10 a rerun
-gave other frames, 130 and 143 interrupted, 1 a bug.
+gave other frames, 130, 143 and 129 interrupted, 1 a bug.
 
 `--help` shows what is used every day; `--help-all` shows every option, as this page does.
 """

@@ -21,7 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
-from streamt2v.errors import ConfigError, StreamT2VError, stopped_by
+from streamt2v.errors import (
+    ConfigError,
+    MemoryLimitError,
+    StreamT2VError,
+    address_limit,
+    less_memory,
+    spoken_bytes,
+    stopped_by,
+)
 from streamt2v.memory import OWN_BYTES
 
 if TYPE_CHECKING:
@@ -31,6 +39,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 BACKEND = "inductor"  # of torch.compile
 # The words of CUDA, HIP, MPS and Triton; of cuBLAS and cuDNN; of the CPU allocator.
 _OUT_OF_MEMORY = re.compile(r"out of memory|_STATUS_ALLOC_FAILED|allocate memory", re.IGNORECASE)
+TO_BEGIN = 700_000_000  # bytes that torch and the libraries beside it map when they are imported; below, they crash
 log = logging.getLogger(__name__)
 
 
@@ -65,8 +74,10 @@ def resolve(name: str = "auto") -> Device:
 
     Raises:
         ConfigError: the name is invalid, or this machine has no such device.
+        MemoryLimitError: see `check_limit`.
     """
     kind, index = parse(name)
+    check_limit()
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     import torch
 
@@ -103,6 +114,13 @@ def check(name: str) -> None:
     kind, _ = parse(name)
     if kind == "cuda" and "torch" not in sys.modules and "+cpu" in version("torch"):
         raise ConfigError(f"there is no {name!r}: the installed torch is a CPU build", "use --device cpu, or auto")
+
+
+def check_limit() -> None:
+    """Refuse a limit of this shell in which torch cannot even be loaded. Raises MemoryLimitError."""
+    limit = address_limit()
+    if limit is not None and limit < TO_BEGIN and "torch" not in sys.modules:
+        raise MemoryLimitError(f"{spoken_bytes(TO_BEGIN)} are needed to load the libraries", less_memory())
 
 
 def card(device: Device) -> str:
@@ -361,7 +379,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return not isinstance(error, StreamT2VError) and _OUT_OF_MEMORY.search(str(error)) is not None
+    if isinstance(error, StreamT2VError):
+        return False
+    # Under a limit of the shell, oneDNN does not say why it fails.
+    limited = "could not create a primitive" in str(error) and address_limit() is not None
+    return limited or _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def glance(name: str = "auto") -> Glance:
@@ -445,6 +467,8 @@ def free_memory(device: Device | None = None) -> int:
         free: int = torch.cuda.mem_get_info(device.name)[0]
         return free
     limits = [_available_on_host()]
+    if (address := address_limit()) is not None:
+        limits.append(address - _field("/proc/self/status", "VmSize:") * 1024)
     limit, used = _first_line("/sys/fs/cgroup/memory.max"), _first_line("/sys/fs/cgroup/memory.current")
     if limit.isdecimal() and used.isdecimal():
         # The cgroup counts cached file pages as used, although they can be reclaimed.

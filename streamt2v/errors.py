@@ -13,7 +13,7 @@ StreamT2VError            1    base; a bare one is a bug
 ├── BusyError             8    another process holds the output or the weights
 ├── BatchError            9    a batch ended with failed jobs
 ├── DifferenceError      10    a rerun gave other frames than the original
-└── Interrupted         130    SIGINT (143 for SIGTERM); the run can be resumed
+└── Interrupted         130    SIGINT (143 for SIGTERM, 129 for SIGHUP); the run can be resumed
 """
 
 import contextlib
@@ -41,12 +41,39 @@ def explained(error: BaseException) -> StreamT2VError:
     if isinstance(error, StreamT2VError):
         return error
     if isinstance(error, MemoryError):
-        return MemoryLimitError("out of memory", "try a lower --memory, or a smaller --size or --chunk")
+        return MemoryLimitError("out of memory", less_memory())
+    if isinstance(error, ImportError) and "failed to map segment" in str(error):
+        return MemoryLimitError("out of memory while libraries are loaded", less_memory())
     if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM):
         # From asking whether a path given by the user exists.
         return ConfigError(f"{str(error.filename)[:200]} cannot be accessed: {(error.strerror or '').lower()}")
     first_line = str(error).strip().partition("\n")[0]
     return StreamT2VError(f"{type(error).__name__}: {first_line}", "this is a bug")
+
+
+def address_limit() -> int | None:
+    """Return the bytes that this process may have mapped, as `ulimit -v` limits them; None where nothing does."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def less_memory() -> str:
+    """Say what to do where memory ran out."""
+    if (limit := address_limit()) is not None:
+        return f"this shell allows a program {spoken_bytes(limit)} (ulimit -v), libraries included: raise it"
+    return "try a lower --memory, or a smaller --size or --chunk"
+
+
+def spoken_bytes(size: int) -> str:
+    """Write a size as people say it: 20 kB, 350 MB, 1.4 GB; 0 is "nothing"."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size} bytes" if size else "nothing"
 
 
 class ConfigError(StreamT2VError):
@@ -148,6 +175,13 @@ class Terminated(BaseException):
     exit_code = 143
 
 
+class HungUp(Terminated):
+    """SIGHUP arrived: the terminal was closed, or the connection to it."""
+
+    exit_code = 129
+
+
+HANG_UP = getattr(signal, "SIGHUP", None)  # not on Windows
 SIGNALS = (KeyboardInterrupt, Terminated)
 
 
@@ -161,14 +195,18 @@ def stopped_by(error: BaseException | None) -> BaseException | None:
     return error
 
 
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
 @contextlib.contextmanager
 def signals_wait() -> Iterator[None]:
-    """Delay SIGINT and SIGTERM during a short call of a library that would turn them into an error of its own."""
+    """Delay signals during a short call of a library that would turn them into an error of its own."""
     arrived: list[tuple[Any, ...]] = []
-    both = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {one: signal.getsignal(one) for one in both}
+    delayed = [one for one in (signal.SIGINT, signal.SIGTERM, HANG_UP) if one is not None]
+    before = {one: signal.getsignal(one) for one in delayed} if _in_main_thread() else {}
     try:
-        for one in both:  # if the other one raises here, both are restored as well
+        for one in before:  # if another one raises here, all are restored as well
             signal.signal(one, lambda *said: arrived.append(said))
         yield
     finally:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from streamt2v.errors import ConfigError, OutputError
+from streamt2v.errors import ConfigError, OutputError, spoken_bytes
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -80,15 +80,15 @@ def require_space(
     """Raise OutputError if fewer than `needed` bytes are free where `path` is or will be."""
     free = free_bytes(path)
     if free < needed:
-        message = f"{purpose} needs about {needed / 1e6:,.0f} MB at {path}, {free / 1e6:,.0f} MB are free"
-        raise OutputError(message, hint)
+        there = f"{spoken_bytes(free)} is free" if free else "the disk is full"
+        raise OutputError(f"{purpose} needs about {spoken_bytes(needed)} at {path}, {there}", hint)
 
 
 def explain(path: Path, error: OSError, needed: int = 0) -> OutputError:
     """Turn a system error while writing `needed` bytes to `path` into an OutputError with the reason and a hint."""
     if error.errno in _FULL:
-        wanted = f"{needed / 1e6:.2f} MB are needed, " if needed else ""
-        message = f"no space left for {path}: {wanted}{free_bytes(path) / 1e6:.2f} MB are free"
+        wanted = f"{spoken_bytes(needed)} needed, " if needed else ""
+        message = f"no space left for {path}: {wanted}{spoken_bytes(free_bytes(path))} free"
         return OutputError(message, "free some space; a run continues with --resume")
     if error.errno in _DENIED:
         return OutputError(f"cannot write {path}: permission denied or read-only", "choose another place with -o")

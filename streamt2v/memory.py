@@ -14,7 +14,8 @@ from typing import Literal
 UNET_FEATURES, FEATURES_BESIDE_FEED_FORWARD, CAM_FEATURES, VAE_FEATURES = 14, 6.5, 4, 6
 TEMPORAL_VAE_FEATURES, RESTORING_LATENTS = 8, 6
 FEED_FORWARD_WIDTH = 16  # inside of a gated feed-forward: projection 8, gate 4, product 4 times as wide as its input
-MARGIN, OWN_BYTES = 1.15, 600_000_000  # fragments of the allocator; libraries and contexts
+MARGIN, OWN_BYTES = 1.15, 600_000_000  # fragments of the allocator; libraries and contexts of a GPU
+CPU_OWN_BYTES = 320_000_000  # libraries in the memory of a process, and what loading leaves behind: measured
 MANY_ROWS, FEW_ROWS = 1 << 17, 1 << 15
 OFFLOADED_SHARE = 1 / 16  # of the weights, on the device at once: the largest layer and what waits to be freed
 
@@ -105,7 +106,9 @@ def needed(stages: Sequence[Stage], policy: MemoryPolicy) -> int:
     else:
         beside = 0 if policy.encoders_on_host else 1
         values = max(stage.values * share + stage.encoder_values * beside + stage.features(policy) for stage in stages)
-    return int(values * (2 if policy.precision == "float16" else 4) * MARGIN) + OWN_BYTES
+    if policy.precision == "float16":
+        return int(values * 2 * MARGIN) + OWN_BYTES
+    return int(values * 4 * MARGIN) + CPU_OWN_BYTES  # only CPUs compute in 32 bit, see `ladder`
 
 
 def ladder(kind: str) -> list[MemoryPolicy]:

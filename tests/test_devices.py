@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -178,3 +180,23 @@ def test_memory_is_given_back_without_loading_a_compiler(monkeypatch: pytest.Mon
         assert not reset  # the next job of a batch finds what was compiled
         devices.release_memory(devices.Device("cuda:0"), graphs=True)
         assert reset
+
+
+def test_a_limit_of_the_shell_counts_as_memory_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "address_limit", lambda: 10**6)
+    assert devices.free_memory() == 0
+    failed = RuntimeError("could not create a primitive")  # all that oneDNN says
+    assert devices.is_out_of_memory(failed)
+    monkeypatch.setattr(devices, "address_limit", lambda: None)
+    assert not devices.is_out_of_memory(failed)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of the address space")
+def test_under_a_limit_of_the_shell_a_run_ends_with_clear_words(tmp_path: Path) -> None:
+    """Before torch is imported, which would crash."""
+    command = [sys.executable, "-m", "streamt2v", "generate", "a ball", "-o", str(tmp_path / "a.mp4")]
+    limited = ["bash", "-c", 'ulimit -v 500000; exec "$@"', "bash", *command]
+    ended = subprocess.run(limited, capture_output=True, text=True)
+    assert ended.returncode == 6, ended.stderr
+    assert "(ulimit -v)" in ended.stderr
+    assert "Traceback" not in ended.stderr

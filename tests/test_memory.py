@@ -24,7 +24,7 @@ from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
 from streamt2v.runs import pipeline
 from streamt2v.stages.denoise import ChunkNoise, Sampling, denoise
 from streamt2v.weights.convert import LAYOUTS
-from tests.cli.helpers import call, digest, generate
+from tests.cli.helpers import call, digest, generate, start
 from tests.conftest import REPOSITORY
 
 FULL = MemoryPolicy("float32", True, True, memory.MANY_ROWS, False)
@@ -425,3 +425,29 @@ def test_every_kind_of_exhausted_memory_leads_down_the_ladder(
 )
 def test_other_failures_are_not_taken_for_it(error: Exception) -> None:
     assert not devices.is_out_of_memory(error)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ["--frames", 24, "--no-refine", "--quality", "fast"],
+        ["--frames", 24, "--no-refine", "--quality", "reference"],
+        ["--frames", 33],
+        ["--frames", 24, "--quality", "fast", "--size", "512x288"],
+        ["--frames", 40, "--no-refine", "--at", 16, "a blue ball over the sea"],
+        ["--frames", 64, "--quality", "fast"],
+    ],
+)
+def test_plan_knows_the_memory_of_a_run_on_a_cpu(
+    asked: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Within 15 % of what the run took at its peak, in a process of its own."""
+    given = ["a red ball over the sea", *asked, "--device", "cpu", "--threads", 1, "--json"]
+    assert call("plan", *given) == 0
+    said = json.loads(capsys.readouterr().out)["needed_bytes"]
+    out, _ = start("generate", *given, "-o", tmp_path / "out.mp4").communicate()
+    took = json.loads(out.splitlines()[-1])["peak_memory_mb"] * 2**20
+    print(f"{asked}: {said / 1e6:.0f} MB said, {took / 1e6:.0f} measured")
+    assert said == pytest.approx(took, rel=0.15)

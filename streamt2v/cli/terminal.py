@@ -13,7 +13,7 @@ from types import FrameType
 from typing import NoReturn, TextIO
 
 from streamt2v.batch import events
-from streamt2v.errors import Interrupted, OutputError, StreamT2VError, Terminated, stopped_by
+from streamt2v.errors import HANG_UP, HungUp, Interrupted, OutputError, StreamT2VError, Terminated, stopped_by
 
 
 def plain(text: str) -> str:
@@ -53,19 +53,19 @@ def emit(text: str, out: TextIO | None = None) -> None:
 
 @contextmanager
 def terminable(said: str = "stopped") -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that a run can say how to continue as on Ctrl-C, and name both signals.
+    """Turn SIGTERM and SIGHUP into exceptions, so that a run can say how to continue as on Ctrl-C, and name them.
 
     This also works where a library swallows the exception and raises another one.
     """
     arrived: list[BaseException] = []
 
     def stop(number: int, _frame: FrameType | None) -> NoReturn:
-        arrived.append(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
+        arrived.append({signal.SIGTERM: Terminated, HANG_UP: HungUp}.get(number, KeyboardInterrupt)())
         raise arrived[-1]
 
-    # A SIGINT that is ignored from the start, as for a background job of a script, stays ignored.
-    both = [signal.SIGTERM, *([signal.SIGINT] if callable(signal.getsignal(signal.SIGINT)) else [])]
-    before = {number: signal.signal(number, stop) for number in both}
+    # What is ignored from the start stays so: SIGINT for a background job of a script, SIGHUP under nohup.
+    others = [one for one in (signal.SIGINT, HANG_UP) if one is not None and signal.getsignal(one) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, *others)}
     try:
         yield
     except StreamT2VError:

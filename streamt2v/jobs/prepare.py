@@ -29,7 +29,7 @@ def check(known: Prepared) -> Prepared:
     """Check everything about a job that is cheap to check; return what was given, with its notices.
 
     Raises:
-        ConfigError, InputError, OutputError, WeightsError: what would make the run fail later.
+        ConfigError, InputError, MemoryLimitError, OutputError, WeightsError: what would make the run fail later.
     """
     from streamt2v.media import ffmpeg
 
@@ -38,6 +38,7 @@ def check(known: Prepared) -> Prepared:
     follows = job.command == "generate" or known.family.reads_text
     check_wishes(job.config, prompt_needed=follows and job.command != "refine")
     devices.check(job.device)
+    devices.check_limit()
     if job.command == "refine":
         _check_refined(known)
     _check_output(job)

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from typing import Any
 
 from streamt2v import __version__, devices, memory
-from streamt2v.errors import Interrupted, MemoryLimitError, NumericsError, stopped_by
+from streamt2v.errors import Interrupted, MemoryLimitError, NumericsError, address_limit, less_memory, stopped_by
 from streamt2v.families import makers
 from streamt2v.families.networks import Loaded, Networks
 from streamt2v.jobs import again, forecast, prepare, run_directory
@@ -184,6 +184,8 @@ def _more_room(known: Prepared, device: devices.Device, untried: list[MemoryPoli
     cheapest = untried[-1] if untried else memory.ladder(device.kind)[-1]
     need, free = memory.needed(known.stages, cheapest) / 1e9, devices.free_memory(device) / 1e9
     said = f"the cheapest plan ({cheapest.describe()}) needs about {need:.1f} GB, {free:.1f} are free; "
+    if address_limit() is not None:
+        return f"{said}{less_memory()} and go on with --resume"
     if untried:
         return f"{said}--resume-anyway --memory {need:.1f} goes on with it"
     return f"{said}a smaller --size or --chunk needs less, or end other programs and go on with --resume"

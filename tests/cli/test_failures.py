@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import load_file
 
 from streamt2v import files
-from streamt2v.errors import Terminated
+from streamt2v.errors import HungUp, Terminated
 from streamt2v.jobs import run_directory
 from streamt2v.media import ffmpeg, lossless
 from streamt2v.weights import networks
@@ -318,7 +318,7 @@ def test_every_operation_fails_once(code: int, tmp_path: Path, short: tuple[int,
     assert operation > 60
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_library_that_loses_a_signal_hides_none(
     sent: signal.Signals, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,7 +338,7 @@ def test_a_library_that_loses_a_signal_hides_none(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (Terminated, 143), (HungUp, 129)])
 def test_a_library_that_fails_while_it_is_stopped_hides_no_signal(
     stop: type[BaseException], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

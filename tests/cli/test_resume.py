@@ -134,7 +134,7 @@ class Terminal:
 
 
 def _stop_at_random(work: Work, sent: signal.Signals, instants: int, folder: Path, resumed: int) -> None:
-    code = {signal.SIGINT: 130, signal.SIGTERM: 143}[sent]
+    code = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}[sent]
     expected, seconds = work.whole("generate")
     rng, stopped, slowest, log = random.Random(int(sent)), 0, 0.0, folder / "log"
     for trial in count():
@@ -164,14 +164,14 @@ def _stop_at_random(work: Work, sent: signal.Signals, instants: int, folder: Pat
     print(f"{stopped} stops by {sent.name}, the slowest took {slowest:.2f} s")
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped_at_any_instant(sent: signal.Signals, tmp_path: Path, work: Work) -> None:
     _stop_at_random(work, sent, 3, tmp_path, resumed=1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped_at_twenty_instants(sent: signal.Signals, tmp_path: Path, work: Work) -> None:
     _stop_at_random(work, sent, 20, tmp_path, resumed=20)
 

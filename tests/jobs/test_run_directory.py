@@ -396,8 +396,25 @@ def test_a_folder_of_somebody_else_is_not_discarded(tmp_path: Path) -> None:
 
 def test_space_is_asked_for_before_it_is_needed(tmp_path: Path) -> None:
     files.require_space(tmp_path / "not" / "yet" / "there", 1, "a run")
-    with pytest.raises(OutputError, match=r"a run needs about 1,000,000,000 MB .* are free"):
+    with pytest.raises(OutputError, match=r"a run needs about 1e\+06 GB .* is free"):
         files.require_space(tmp_path, 10**15, "a run")
+
+
+@pytest.mark.parametrize(
+    ("needed", "free", "said"),
+    [
+        (300, 0, "a run needs about 300 bytes at PATH, the disk is full"),
+        (40_000, 2_000, "a run needs about 40 kB at PATH, 2 kB is free"),
+        (2_500_000_000, 800_000_000, "a run needs about 2.5 GB at PATH, 800 MB is free"),
+    ],
+)
+def test_sizes_are_said_as_people_say_them(
+    needed: int, free: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "free_bytes", lambda path: free)
+    with pytest.raises(OutputError) as failed:
+        files.require_space(tmp_path, needed, "a run")
+    assert failed.value.message.replace(str(tmp_path), "PATH") == said
 
 
 def test_importing_runs_loads_nothing_heavy() -> None:
