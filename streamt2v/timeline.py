@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamt2v import config
-from streamt2v.chunks import Chunk, base_offset, refinement_plan, seams, shifted, snap, streaming_plan
+from streamt2v.chunks import Chunk, base_offset, interpolated, refinement_plan, seams, snap, streaming_plan
 from streamt2v.config import RunConfig
 from streamt2v.errors import ConfigError
 
@@ -25,13 +25,13 @@ def turns(run: RunConfig, command: str = "generate", kept: int = 0) -> tuple[Pro
     """Return the prompts of a run in order, with the frames at which the run switches to them.
 
     A change waits for the next streaming chunk. A video that is only refined has none, so every change takes effect
-    where it was requested, as do changes inside the `kept` frames of a video that is continued.
+    where it was requested, as do changes inside the `kept` made frames of a video that is continued.
 
     Raises:
         ConfigError: a change would never be seen.
     """
     asked = sorted(run.prompts)
-    later = [] if command == "refine" else [frame for frame in asked if frame >= kept]
+    later = [] if command == "refine" else [frame for frame in asked if frame >= kept * run.output.interpolate]
     followed = dict[int, int]()
     if later:
         stream, _ = plans(run, command, kept)
@@ -41,17 +41,18 @@ def turns(run: RunConfig, command: str = "generate", kept: int = 0) -> tuple[Pro
 
 
 def plans(run: RunConfig, command: str = "generate", kept: int = 0) -> tuple[tuple[Chunk, ...], tuple[Chunk, ...]]:
-    """Return the chunks of the streaming and of the refinement stage, in frames of the output.
+    """Return the chunks of the streaming and of the refinement stage, in frames of the output, interpolated ones too.
 
     The first chunk of a continued video starts with the last of its `kept` frames. A stage that the run leaves out has
     no chunks.
     """
     stream, refine = run.stream, run.refine
     begin = base_offset(kept, stream.chunk)
-    made = run.num_frames - begin
+    made = run.made - begin
     first = streaming_plan(made, stream.chunk, stream.overlap) if command != "refine" else ()
     second = refinement_plan(made, refine.chunk, refine.overlap) if refine.enabled else ()
-    return shifted(first, begin), shifted(second, begin)
+    factor = run.output.interpolate
+    return interpolated(first, factor, begin), interpolated(second, factor, begin)
 
 
 def prompt_at(timeline: Sequence[Prompt], frame: int) -> str:

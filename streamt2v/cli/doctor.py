@@ -13,6 +13,7 @@ from pathlib import Path
 
 from streamt2v import config, devices, files, memory, weights
 from streamt2v.errors import StreamT2VError
+from streamt2v.families import choose
 from streamt2v.jobs import needs
 
 OLDEST_PYTHON = (3, 11)
@@ -85,7 +86,8 @@ def _memory(name: str) -> Check:
     device = devices.resolve(name)
     family = weights.family(weights.default_family(device.kind))
     free = devices.free_memory(device)
-    known = needs.stages(config.merge(config.preset(family.preset), {"model": family.name}))
+    run = config.merge(config.preset(family.preset), {"model": family.name})
+    known = needs.stages(config.merge(*choose.usual(run), {"model": family.name}))
     policy = memory.choose(free, known, device.kind)
     need = memory.needed(known, policy)
     found = f"{family.name}: {policy.describe()}: up to {need / 1e9:.1f} of {free / 1e9:.1f} GB free"

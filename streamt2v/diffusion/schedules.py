@@ -130,24 +130,30 @@ class NoiseSchedule:
         return alphas[index].reshape(shape), sigmas[index].reshape(shape)
 
 
-def sdedit_grid(schedule: NoiseSchedule, start_timestep_count: int, num_steps: int) -> tuple[Tensor, Tensor]:
+def sdedit_grid(
+    schedule: NoiseSchedule, start_timestep_count: int, num_steps: int, to_end: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return the refiner's timesteps int64 [N] and noise levels rho float32 [N+1], the last of which is 0.
 
     t_j = (T' - 1) - j T' / (N + 1) for j = 0..N-1: evenly spaced downwards, the last but one level left out, so that
-    the final step jumps from t_{N-1} to the clean latent. rho at fractional t interpolates ln rho linearly.
+    the final step jumps from t_{N-1} to the clean latent. Or, `to_end`, evenly spaced from T' - 1 to the schedule's
+    first timestep. rho at fractional t interpolates ln rho linearly.
 
     Args:
         schedule: the refiner's schedule.
         start_timestep_count: T', the timesteps below the start (600: the video is noised to timestep 599).
         num_steps: N >= 1, exactly as many as asked for.
+        to_end: visit the first timestep too, as DDIM does with "leading" timesteps.
     """
     total = schedule.config.num_train_timesteps
     if not 1 <= start_timestep_count <= total:
         raise ConfigError(f"the start of refinement must lie in 1..{total} timesteps, not {start_timestep_count}")
     if num_steps < 1:
         raise ConfigError(f"the number of refinement steps must be at least 1, not {num_steps}")
-    levels = num_steps + 1
-    times = [max(start_timestep_count - 1 - index * start_timestep_count / levels, 0.0) for index in range(num_steps)]
+    gap = start_timestep_count / (num_steps + 1)
+    if to_end:
+        gap = max(0, start_timestep_count - 1 - schedule.config.steps_offset) / max(1, num_steps - 1)
+    times = [max(start_timestep_count - 1 - index * gap, 0.0) for index in range(num_steps)]
     log_rho = schedule.log_rho().double()
     below = [math.floor(time) for time in times]
     above = [math.ceil(time) for time in times]

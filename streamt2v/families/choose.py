@@ -1,4 +1,4 @@
-"""Third-party models for the first frames: what a user names becomes a folder, which says what kind of pipeline it is.
+"""Third-party models for the first frames and for refining: what a user names becomes a folder of a known kind.
 
 A name is a row of `weights.toml`, `hub:OWNER/NAME` or a local folder. A folder is data: only safetensors are read, only
 classes of diffusers and transformers are built, and every parameter must come from the files. Nothing heavy is imported
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 OWN = "own"
 MODELSCOPE, ADAPTER = "TextToVideoSDPipeline", "MotionAdapter"
+REFINERS = {"I2VGenXLPipeline": "i2vgen"}
+"""By pipeline class: the module of this package whose `refine` makes a refiner of its folder."""
+REFINER_PRESET = "i2vgen-xl"
+"""The preset of the third-party models that refine."""
 # Of a repository: no copies of the whole model in one file, no pickles, no example pictures.
 SMALL_FILES, ALL_WEIGHTS = ("*.json", "*/*.txt", "*/*.model"), "*/*.safetensors"
 FINGERPRINTED = (".json", ".txt", ".model", ".safetensors")
@@ -31,7 +35,7 @@ FINGERPRINTED = (".json", ".txt", ".model", ".safetensors")
 
 @dataclass(frozen=True)
 class Chosen:
-    """Whose pipeline makes the first frames.
+    """Whose pipeline makes the first frames, or refines.
 
     `kind` is the class that the folder names, `drawing` the text-to-image folders that belong to it: for an
     image-to-video pipeline without a picture those that draw one (a prior before its decoder), for a motion adapter the
@@ -53,6 +57,14 @@ class Chosen:
 def named(run: RunConfig) -> str:
     """Return the setting that decides who makes the first frames: `own` is the family itself."""
     return run.initialize.picture_model if run.image else run.initialize.text_model
+
+
+def usual(run: RunConfig, quality: str | None = None, strength: str | None = None) -> list[dict[str, Any]]:
+    """Return the presets of a run's family and of its refiner as layers of settings, the later one winning."""
+    layers = [config.preset(weights.family(run.model).preset, quality, strength)]
+    if run.refine.model != OWN:
+        layers.append(config.preset(REFINER_PRESET, quality, strength))
+    return layers
 
 
 def choose(run: RunConfig, note: hub.Note = lambda text: None) -> Chosen | None:
@@ -81,6 +93,27 @@ def choose(run: RunConfig, note: hub.Note = lambda text: None) -> Chosen | None:
     return Chosen(name, kind, folder, tuple(locate(part, note) for part in parts))
 
 
+def refiner(run: RunConfig, note: hub.Note = lambda text: None) -> Chosen | None:
+    """Find the folder of the model that refines; None where the family's own networks do, or nothing does.
+
+    Raises:
+        ConfigError: a name that means nothing, a model that cannot refine, or a setting that it has no use for.
+        WeightsError: a folder that is no pipeline, or files that cannot be had.
+    """
+    name = run.refine.model
+    if name == OWN or not run.refine.enabled:
+        return None
+    folder = locate(name, note)
+    kind, _ = read_index(folder)
+    if kind not in REFINERS:
+        raise ConfigError(f"{name} ({kind}) cannot refine videos", f"known: {', '.join(REFINERS)}")
+    if run.refine.reuse_interval != 1:
+        raise ConfigError(
+            f"refine.reuse_interval is {run.refine.reuse_interval}, {name} has no use for it", "leave it at 1"
+        )
+    return Chosen(name, kind, folder)
+
+
 def takes_picture(kind: str) -> bool:
     """Whether a pipeline class starts from a picture, by how diffusers names them: importing takes seconds."""
     return kind == "StableVideoDiffusionPipeline" or any(mark in kind for mark in ("ImageToVideo", "I2V", "Framepack"))
@@ -103,8 +136,16 @@ def locate(name: str, note: hub.Note = lambda text: None) -> Path:
         if folder.is_dir():
             return folder
         hint = config.nearest(name, [OWN, *sorted(rows), "hub:OWNER/NAME", "the folder of a diffusers pipeline"])
-        raise ConfigError(f"there is no initializer and no folder {name!r}", hint)
+        raise ConfigError(f"there is no model and no folder {name!r}", hint)
     return hub.snapshot(repository, row.get("revision"), (*SMALL_FILES, row.get("weights", ALL_WEIGHTS)), note)
+
+
+def here(name: str) -> Path | None:
+    """Return the folder of a named, hub or local pipeline where it is here already."""
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    repository = weights.pipelines().get(name, {}).get("repository", name.removeprefix("hub:"))
+    return weights.snapshot_of(repository)[0]
 
 
 def read_index(folder: Path) -> tuple[str, dict[str, Any]]:

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 from streamt2v import devices, files, weights
-from streamt2v.config import RunConfig, merge, preset, to_flat
+from streamt2v.config import RunConfig, merge, to_flat
 from streamt2v.errors import ConfigError, InputError, OutputError
+from streamt2v.families import choose
 from streamt2v.jobs import needs, run_directory
 from streamt2v.jobs.job import Job
 from streamt2v.jobs.prepared import Prepared
@@ -38,6 +39,8 @@ def prepare(job: Job, note: hub.Note = lambda text: None) -> Prepared:
     needed = int(1.2 * needs.disk_bytes(job.config)) - (run_directory.size(job.run_path) if job.resume else 0)
     files.require_space(job.output, needed, "this run")
     weights.require(known.family, known.runs)
+    if job.config.output.interpolate > 1:
+        weights.require(weights.helper("interpolate.flow"))
     if job.command != "refine":
         _check_unread(job.config, known.family)
         _check_sizes(job.config, known.family)
@@ -85,9 +88,10 @@ def _check_text(text: str) -> None:
 
 def _check_unread(config: RunConfig, family: weights.Family) -> None:
     """Refuse what was asked for and would change nothing."""
-    if config.prompts and not family.reads_text and not (config.refine.enabled and family.has("refine.text")):
+    refiner_reads = config.refine.model != choose.OWN or family.has("refine.text")
+    if config.prompts and not family.reads_text and not (config.refine.enabled and refiner_reads):
         raise ConfigError(f"model {family.name} reads no text: a later prompt would change nothing", "leave it out")
-    usual = to_flat(merge(preset(family.preset)))
+    usual = to_flat(merge(*choose.usual(config)))
     for key, value in to_flat(config).items():
         if key.startswith(family.unread) and value != usual[key]:
             hint = f"leave it at {usual[key]!r}"
@@ -107,7 +111,7 @@ def _check_sizes(config: RunConfig, family: weights.Family) -> None:
     if not family.has("stream.cam"):
         raise ConfigError(f"model {config.model} has no CAM", "use --set stream.cam=false")
     looked_at = weights.read_header(family.path("stream.cam"))[1].get("num_cond_frames", 8)
-    if stream.overlap != looked_at and config.num_frames > stream.chunk:
+    if stream.overlap != looked_at and config.made > stream.chunk:
         raise ConfigError(f"stream.overlap is {stream.overlap}, the CAM of {config.model} looks at {looked_at} frames")
 
 
@@ -136,11 +140,13 @@ def _check_initializer(known: Prepared) -> list[str]:
 def _check_refined(known: Prepared) -> None:
     job, found = known.job, known.source
     assert found is not None
-    if not job.config.refine.enabled:
+    config, factor = job.config, job.config.output.interpolate
+    if not config.refine.enabled and factor == 1:
         raise ConfigError("refine.enabled is false, so there is nothing to do")
-    if job.config.num_frames > found.frames:
+    if config.num_frames > found.frames * factor:
+        there = found.frames if factor == 1 else f"{found.frames}, which make {found.frames * factor}"
         raise ConfigError(
-            f"num_frames is {job.config.num_frames}, {job.source} has only {found.frames}", "leave it out to refine all"
+            f"num_frames is {config.num_frames}, {job.source} has only {there}", "leave it out to refine all"
         )
 
 
@@ -152,9 +158,9 @@ def _check_continued(known: Prepared) -> None:
             f"{job.source} has {found.frames} frames, model {config.model} continues from {config.stream.chunk}",
             "streamt2v generate --image starts from a single picture",
         )
-    if config.num_frames <= found.frames:
+    if config.made <= found.frames:
         raise ConfigError(
-            f"--frames is {config.num_frames}, {job.source} has {found.frames} already",
+            f"--frames is {config.num_frames}, {job.source} has {found.frames * config.output.interpolate} already",
             "it counts the frames of the whole video",
         )
 
@@ -176,8 +182,9 @@ def _source_notices(known: Prepared) -> list[str]:
     if job.command == "refine" and output.width and (found.width > output.width or found.height > output.height):
         box = f"{output.width}x{output.height}"
         notices.append(f"{job.source} is {found.width}x{found.height}, the result fits into {box}; --size changes it")
-    if found.has_audio and job.audio is None and abs(found.fps - output.fps) > 1e-6:
-        notices.append(f"the sound keeps its speed, the picture changes from {found.fps:g} to {output.fps:g} fps")
+    fps = output.fps / output.interpolate
+    if found.has_audio and job.audio is None and abs(found.fps - fps) > 1e-6:
+        notices.append(f"the sound keeps its speed, the picture changes from {found.fps:g} to {fps:g} fps")
     return notices
 
 

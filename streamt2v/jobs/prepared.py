@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 class Prepared:
     """A job, and what follows from it and from the files it names; each fact is found when it is first asked for.
 
-    Frames are numbered twice: those of the output from 0, and those of the base video, which begins with frame
-    `base_offset` of the output: a continued video keeps its frames, and the last of them are the first chunk.
+    Frames are numbered twice, before others are interpolated: those of the output from 0, and those of the base video,
+    which begins with frame `base_offset` of the output: a continued video keeps its frames, and the last of them are
+    the first chunk.
     """
 
     job: Job
@@ -43,10 +44,16 @@ class Prepared:
 
     @property
     def runs(self) -> tuple[str, ...]:
-        """The stages that run, as roles of networks name them."""
-        if self.job.command == "refine":
-            return ("refine",)
-        return ("initialize", "stream", *(["refine"] if self.job.config.refine.enabled else []))
+        """The stages that use files of the family, as roles of networks name them: a third-party refiner does not."""
+        refines = self.job.config.refine.enabled and self.refiner is None
+        made = () if self.job.command == "refine" else ("initialize", "stream")
+        return (*made, *(["refine"] if refines else []))
+
+    @property
+    def helpers(self) -> tuple[weights.WeightFile, ...]:
+        """The files that are used besides those of the family."""
+        between = self.job.config.output.interpolate > 1
+        return weights.helper("interpolate.flow").files if between else ()
 
     @cached_property
     def source(self) -> Source | None:
@@ -57,6 +64,11 @@ class Prepared:
     def chosen(self) -> choose.Chosen | None:
         """The third-party model of the first frames; None where the family makes them. Raises as `choose.choose`."""
         return choose.choose(self.job.config, self.note) if self.job.command == "generate" else None
+
+    @cached_property
+    def refiner(self) -> choose.Chosen | None:
+        """The third-party model that refines; None where the family does, or nothing. Raises as `choose.refiner`."""
+        return choose.refiner(self.job.config, self.note)
 
     @property
     def kept(self) -> int:
@@ -71,7 +83,13 @@ class Prepared:
     @property
     def num_frames(self) -> int:
         """Frames of the base video."""
-        return self.job.config.num_frames - self.base_offset
+        return self.made - self.base_offset
+
+    @property
+    def made(self) -> int:
+        """Frames of the output that are not interpolated: of a video that is only refined at most its own."""
+        refined = self.source if self.job.command == "refine" else None
+        return self.job.config.made if refined is None else min(self.job.config.made, refined.frames)
 
     @property
     def base_size(self) -> tuple[int, int]:
@@ -86,7 +104,8 @@ class Prepared:
 
     def prompt_of(self, chunk: Chunk) -> str:
         """Return what a chunk of either plan follows: the prompt of its first new frame."""
-        return prompt_at(self.timeline, self.base_offset + chunk.new_start)
+        frame = self.base_offset + chunk.new_start
+        return prompt_at(self.timeline, frame * self.job.config.output.interpolate)
 
     @cached_property
     def stream_plan(self) -> tuple[Chunk, ...]:
@@ -117,7 +136,7 @@ class Prepared:
 
     def recipe(self) -> dict[str, Any]:
         """Return what decides the frames: a run may only be resumed by a job with an equal recipe."""
-        config, source, used = self.job.config, self.job.source, self.family.used(self.runs)
+        config, source, used = self.job.config, self.job.source, [*self.family.used(self.runs), *self.helpers]
         return {
             "command": self.job.command,
             # Of a picture the name says enough: a recipe travels with the video, the folder stays private.
@@ -125,6 +144,7 @@ class Prepared:
             "source": source and self.source and {**_fingerprint(source), "frames": self.source.frames},
             "image": _fingerprint(Path(config.image)) if config.image else None,
             "initializer": None if self.chosen is None else self.chosen.fingerprint(),
+            **({} if self.refiner is None else {"refiner": self.refiner.fingerprint()}),
             "weights": {name: part.sha256 for file in used for name, part in file.parts.items()},
         }
 

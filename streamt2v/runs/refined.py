@@ -14,7 +14,7 @@ from streamt2v.jobs.prepared import Prepared
 from streamt2v.media import frames
 from streamt2v.media.frames import Frames, Group
 from streamt2v.runs.base import Base
-from streamt2v.runs.output import Finished, Output
+from streamt2v.runs.output import Finished
 from streamt2v.runs.watch import REFINE, Watch
 
 
@@ -78,13 +78,14 @@ def groups(
     refine: Refine,
     networks: Networks,
     report: Watch,
-    output: Output,
+    done: int,
+    state: dict[str, Tensor],
 ) -> Iterator[Finished]:
-    """Yield refined frames with the refiner's state after them, from where the output ends.
+    """Yield refined frames from number `done` on, with the refiner's state after them; `state` is that before them.
 
     Frames of a continued video that it refines once more, as neighbours of new ones, the output has already.
     """
-    offset, done = known.base_offset, output.num_frames
+    offset = known.base_offset
 
     def enlarged(start: int) -> Iterator[Tensor]:
         if not networks.policy.keep_networks:
@@ -95,7 +96,7 @@ def groups(
         for frame in frames.singly(group.frames for group in chain(first, source)):
             yield geometry.enlarged(frames.to_float(frame, networks.device.name))
 
-    asked = Enlarged(enlarged, geometry.content, geometry.scale, known.refine_plan, known.prompt_of, output.state)
+    asked = Enlarged(enlarged, geometry.content, geometry.scale, known.refine_plan, known.prompt_of, state)
     for made in refine(asked):
         shown = [_output(geometry, frame, networks) for frame in made.frames]
         group = Group(offset + made.start, np.concatenate(shown)).since(done)

@@ -28,7 +28,7 @@ class Report(Protocol):
         ...
 
 
-BEGIN, STREAM, REFINE = "begin", "stream", "refine"
+BEGIN, STREAM, REFINE, INTERPOLATE = "begin", "stream", "refine", "interpolate"
 
 
 class Watch:
@@ -39,10 +39,11 @@ class Watch:
         self.frames: dict[str, tuple[int, int]] = {}
         made, refined = known.job.command != "refine", len(known.refine_plan)
         later = len(known.stream_plan) - 1 if made else 0
-        chunks = {BEGIN: int(made), STREAM: later, REFINE: refined}
+        alone = known.made if not (made or refined) else 0  # beside other stages it counts with theirs
+        chunks = {BEGIN: int(made), STREAM: later, REFINE: refined, INTERPOLATE: alone}
         costs = dict[str, float]()
         if prior is not None:
-            pixels = prior["seconds_per_frame"] * known.num_frames
+            pixels = prior["seconds_per_frame"] * known.num_frames * known.job.config.output.interpolate
             costs = {BEGIN: prior["fixed_seconds"], STREAM: prior["stream_seconds_per_chunk"]}
             if refined:
                 costs[REFINE] = prior["refine_seconds_per_chunk"] + pixels / refined

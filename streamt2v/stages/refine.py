@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,14 @@ from streamt2v.stages.denoise import Predict, guided, reusing
 
 Encode = Callable[[int, int], Tensor]
 """(start, stop) -> clean latents [F, C, h, w] of these frames of the source; asked once for every frame, in order."""
+
+
+class Told(Protocol):
+    """What a network is told of a chunk besides its latents, for both branches of guidance."""
+
+    def rows(self, rows: slice) -> Any:
+        """Return it for some of the branches."""
+        ...
 
 
 def sees_source(config: Any) -> bool:
@@ -52,7 +60,7 @@ def refiner_conditioning(network: Any, text: TextContext | None, scale: float) -
 
 @dataclass(frozen=True)
 class Denoiser:
-    """The refiner network's `run` (or its compiled form), its schedule and the text of every chunk.
+    """The refiner network's `run` (or its compiled form), its schedule and what it is told of every chunk.
 
     `run` takes latents, timestep, text, None for CAM, features of the deep layers or None and, where the network
     `sees_source`, the source's clean latents; it returns its prediction and its features. `batched` as in
@@ -61,7 +69,7 @@ class Denoiser:
 
     run: Callable[..., tuple[Tensor, Tensor]]
     schedule: NoiseSchedule
-    text: Callable[[Chunk], Conditioning]
+    text: Callable[[Chunk], Told]
     batched: bool = True
     place: str | None = None
     sees_source: bool = False
@@ -130,7 +138,8 @@ _STACKS = ("latents", "previous", "pending", "clean", "whole")
 
 def noise_grid(schedule: NoiseSchedule, settings: RefineConfig) -> tuple[Tensor, Tensor]:
     """Return timesteps and noise levels (see `sdedit_grid`). Raises ConfigError where the first leaves no picture."""
-    timesteps, rho = sdedit_grid(schedule, settings.noise_level, settings.num_inference_steps)
+    to_end = settings.solver == "ddim"
+    timesteps, rho = sdedit_grid(schedule, settings.noise_level, settings.num_inference_steps, to_end)
     if not torch.isfinite(rho[0]):
         raise ConfigError(f"refine.noise_level {settings.noise_level} leaves nothing of the video", "use a lower one")
     return timesteps, rho
@@ -173,7 +182,8 @@ class Refiner:
                 group = range(state.finished, stop)
                 final = torch.stack([state.latents[frame] for frame in group])
                 for frame in group:
-                    del state.latents[frame], state.previous[frame]
+                    del state.latents[frame]
+                    state.previous.pop(frame, None)
                     state.clean.pop(frame, None)
                 state.finished = stop
                 # Once a group, not once a step: that would wait for the device. A state is stored after a group.
@@ -291,7 +301,9 @@ class Refiner:
         state.latents[frame] = solvers.dpmpp_2m_step(
             state.latents[frame], clean, state.previous.get(frame), self.rho, step, noise
         )
-        state.previous[frame] = clean
+        # Without an estimate before it, the step is DDIM's, with eta 1 where noise is fresh, else 0.
+        if self.settings.solver == "dpmpp":
+            state.previous[frame] = clean
 
     def _final_stop(self) -> int:
         """Return the end of the next group of frames when all of it is final, else the frames finished so far."""

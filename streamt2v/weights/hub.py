@@ -36,7 +36,7 @@ def pull(
     note: Note,
     choice: str = "",
     folder: Path | None = None,
-    stages: Collection[str] = (),
+    stages: Collection[str] | None = None,
 ) -> None:
     """Complete a family: fetch the missing published files, convert each, record the results.
 

@@ -13,7 +13,7 @@ from streamt2v.weights.home import Recorded
 MAX_CPU_VALUES = 500_000_000  # parameters of a family; the published one has 5 billion, the demo 20 million
 
 
-def missing(family: Family, stages: Collection[str] = ()) -> list[str]:
+def missing(family: Family, stages: Collection[str] | None = None) -> list[str]:
     """Return a sentence for each file of a family that is missing or not of the recorded size (a cheap check).
 
     Only files that some stages use are asked for, by default all.
@@ -52,12 +52,20 @@ def default_family(kind: str | None = None, root: Path = catalog.PACKAGE) -> str
     return usable[0] if usable else list(known)[-1]
 
 
-def require(family: Family, stages: Collection[str] = ()) -> None:
+def require(family: Family, stages: Collection[str] | None = None) -> None:
     """Raise WeightsError if not all files that some stages use are here, by default all; the first is named."""
-    if is_absent(family):
-        hint = f"fetch them with `streamt2v weights pull {family.name}`, or use --model demo"
+    problems = missing(family, stages)
+    if problems and is_absent(family):
+        hint = f"fetch them with `streamt2v weights pull {family.name}`"
+        hint += ", or use --model demo" if family.name in catalog.families() else ""
         raise WeightsError(f"the weights of {family.name!r} are not here", hint)
-    _refuse(family, missing(family, stages))
+    _refuse(family, problems)
+
+
+def helper(role: str) -> Family:
+    """Return the first helper with a role that is installed, else the first, whose check then says what to do."""
+    known = [family for family in catalog.helpers().values() if family.has(role)]
+    return next((family for family in known if not missing(family)), known[0])
 
 
 def require_unchanged(family: Family, file: WeightFile) -> None:
@@ -153,7 +161,7 @@ def verify_snapshot(name: str) -> int:
 def describe_families() -> list[dict[str, Any]]:
     """Return a row per family, then per third-party pipeline: name, state, bytes (0 if unknown), licence, what."""
     rows = []
-    for family in catalog.families().values():
+    for family in (catalog.families() | catalog.helpers()).values():
         state = "absent" if is_absent(family) else "incomplete" if missing(family) else "ok"
         origin = ", ".join(dict.fromkeys(source.repository for source in family.sources)) or "inside the package"
         size = family.num_bytes or 2 * sum(file.num_values for file in family.files)
@@ -163,7 +171,7 @@ def describe_families() -> list[dict[str, Any]]:
         here = [part.has_size(path) for path, part in parts.items()]
         state = "absent" if not any(here) else "ok" if all(here) else "incomplete"
         size = _size(parts.values()) or int(listed.get("bytes", 0))
-        row = _row(name, state, size, listed["licence"], f"{listed['what']} (first frames)")
+        row = _row(name, state, size, listed["licence"], f"{listed['what']} ({listed.get('use', 'first frames')})")
         rows.append(row | {"origin": listed["repository"]})
     return rows
 
