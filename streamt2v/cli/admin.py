@@ -78,7 +78,7 @@ def weights_pull(
                 raise ConfigError(f"{name} comes from its repository alone", hint)
             choose.locate(name, say)
         else:
-            usual = config.merge(config.preset(family.preset))
+            usual = config.merge(config.preset(family.preset) if family.preset else {})
             refines = None if no_refine else refiner or usual.refine.model
             stages = None if refines == choose.OWN else ("initialize", "stream")
             hub.pull(family, checkpoints.convert, say, source, folder, stages)

@@ -15,7 +15,7 @@ from streamt2v.jobs.recipe import recorded_run
 # Settings that have an option of their own; the others are given by --set.
 _OPTIONS = {
     "model": "--model", "num_frames": "--frames", "seed": "--seed", "output.fps": "--fps", "image": "--image",
-    "negative_prompt": "--negative", "refine.model": "--refiner",
+    "negative_prompt": "--negative", "refine.model": "--refiner", "output.interpolate": "--interpolate",
 }  # fmt: skip
 _ALWAYS = ("model", "num_frames", "seed")
 _SAID_ELSEWHERE = ("prompt", "output.width", "output.height", "refine.enabled")
@@ -57,6 +57,11 @@ def command(recipe: Mapping[str, Any]) -> str:
     if choose.named(run) != choose.OWN:  # for which the command line has other defaults than the preset
         given |= {key: value for key, value in flat.items() if key.startswith("initialize.")}
     words = ["streamt2v", verb]
+    if verb == "refine" and not run.refine.enabled:
+        words[1:] = ["interpolate", str((recipe.get("source") or {}).get("name", "VIDEO"))]
+        words += ["--factor", str(run.output.interpolate)]
+        size = [f"{run.output.width}x{run.output.height}"] if run.output.width and run.output.height else []
+        return shlex.join([*words, *(["--size", *size] if size else [])])
     if verb == "generate":
         words.append(run.prompt)
     else:

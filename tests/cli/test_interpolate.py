@@ -4,44 +4,45 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from streamt2v import chunks, weights
+from streamt2v import chunks
 from streamt2v.errors import NumericsError
-from streamt2v.jobs import asked, run_directory
+from streamt2v.jobs import asked, run_directory, shown
+from streamt2v.jobs.recipe import recipe_of
 from streamt2v.media import isolated, reading, writing
-from streamt2v.models.interpolator import Interpolator, InterpolatorConfig
 from streamt2v.runs import interpolated, output
-from streamt2v.weights import home
+from streamt2v.weights import convert as checkpoints
+from tests import checkpoints as published
 from tests.cli.helpers import PROMPT, TINY, call, digest, generate, result
 
-SMALL = InterpolatorConfig(widths=(16, 8), layers=1, head_width=4, head_channels=2, features=2)
 LOSSLESS = ["--set", "output.crf=1"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def pulled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A weights home with a small network; its blending of both frames makes what is between easy to tell."""
+    """A weights home with a small network, pulled; it finds no motion and takes half of both frames."""
+    folder = tmp_path_factory.mktemp("home")
+    state = published.random_state(published.published_shapes(published.tiny_layouts())[published.IFNET])
+    for key, value in state.items():
+        if ".lastconv." in key:
+            value.zero_()
+    (folder / "frame_interpolation").mkdir()
+    save_file(state, folder / "frame_interpolation" / "rife_v4.26.safetensors")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STREAMT2V_HOME", str(tmp_path_factory.mktemp("home")))
-        torch.manual_seed(0)
-        network = Interpolator(SMALL)
-        for block in network.blocks:
-            torch.nn.init.zeros_(block.lastconv[0].weight)
-            torch.nn.init.zeros_(block.lastconv[0].bias)
-        path = weights.helpers()["interpolate"].path("interpolate.flow")
-        path.parent.mkdir()
-        weights.save_module(path, network)
-        row = {"source": "test", "parts": {"interpolate/ifnet.safetensors": home.Recorded.of(path).to_json()}}
-        home.remember("files", {"interpolate/ifnet.safetensors": row})
-        yield path
+        patch.setenv("STREAMT2V_HOME", str(folder / "home"))
+        patch.setattr(checkpoints, "convert", partial(checkpoints.convert, layouts=published.tiny_layouts()))
+        assert call("weights", "pull", "interpolate", "--from", folder, "--offline") == 0
+        assert call("weights", "verify", "interpolate") == 0
+        yield folder
 
 
 def clip(path: Path, levels: list[int], fps: Fraction = Fraction(8)) -> Path:
@@ -88,6 +89,7 @@ def test_a_video_gets_frames_between_its_own(factor: list[object], rate: int, tm
     half = [(known[at // times] + known[at // times + 1]) / 2 if at % times else steps[at] for at in range(4 * times)]
     assert found[: 4 * times] == pytest.approx(half, abs=1.5)  # a mask of zeros takes half of both
     assert found[4 * times :] == pytest.approx([known[-1]] * times, abs=1.0)
+    assert shown.command(recipe_of(info.comment)) == f"streamt2v interpolate in.mp4 --factor {times}"
     assert call("verify", path) == 0
     assert call("rerun", path, "--source", source, "-o", tmp_path / "again.mp4", "-q") == 0
 

@@ -3,6 +3,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +23,10 @@ from streamt2v.families import choose, i2vgen
 from streamt2v.families.diffusers_pipelines import load_part, noise_schedule
 from streamt2v.families.makers import Enlarged
 from streamt2v.families.networks import Networks
+from streamt2v.jobs import needs
 from streamt2v.models.encoders import embed_image
 from streamt2v.stages.refine import RefineState
+from streamt2v.weights import published
 from tests import pipelines
 
 PROMPT, SIZE = "a ball", (16, 24)
@@ -154,6 +157,46 @@ def test_a_run_continued_from_any_state_gives_the_same_frames(folder: Path, chun
         for chunk in refinement_plan(14, chunk, overlap)
         if in_flight.steps_done[chunk.index] < 3 and chunk.start < in_flight.encoded
     }
+
+
+@pytest.mark.parametrize(
+    "sparing",
+    [{"feed_forward_rows": 40}, {"batched_guidance": False}, {"keep_networks": False, "encoders_on_host": True}],
+)
+def test_every_plan_for_memory_gives_the_same_frames(folder: Path, sparing: dict[str, Any]) -> None:
+    settings = {"refine.chunk": 6, "refine.overlap": 3}
+    frames, made = clip(8), networks(folder, **settings)
+    made.policy = replace(made.policy, **sparing)
+    chosen = choose.refiner(made.run)
+    assert chosen is not None
+    groups = i2vgen.refine(made, chosen)(enlarged(frames, made))
+    found = torch.cat([frame for group in groups for frame in group.frames])
+    assert torch.allclose(found, refined(folder, frames, **settings), atol=1e-3)
+    if not made.policy.keep_networks:
+        assert folder / "text_encoder" not in made.here
+
+
+def test_what_is_held_does_not_grow_with_the_video(folder: Path) -> None:
+    held = []
+    for count in (24, 48):
+        made = networks(folder, **{"refine.chunk": 4, "refine.overlap": 2, "refine.num_inference_steps": 2})
+        chosen = choose.refiner(made.run)
+        assert chosen is not None
+        sizes = []
+        for group in i2vgen.refine(made, chosen)(enlarged(clip(count), made)):
+            sizes.append(sum(tensor.nbytes for name, tensor in group.state().items() if name != "steps_done"))
+        held.append(max(sizes))
+    assert held[0] == held[1]
+
+
+def test_the_sizes_that_are_planned_for_are_the_published_ones() -> None:
+    with torch.device("meta"):
+        unet, vae = (
+            I2VGenXLUNet(),
+            AutoencoderKL(**published.CHECKPOINTS["v2-1_512-ema-pruned.ckpt"].parts["refine/vae"].config),
+        )
+    sizes = needs._foreign_sizes("i2vgen-xl")
+    assert sizes.values == sum(part.numel() for network in (unet, vae) for part in network.parameters())
 
 
 @pytest.mark.parametrize(
