@@ -147,7 +147,7 @@ def _weights() -> list[Check]:
             fetch = f"not here; `streamt2v weights pull {family.name}` fetches them"
             found.append(Check(f"weights {family.name}", True, fetch))
             continue
-        problems = weights.missing(family)
+        problems = weights.missing(family, family.usual_stages)
         size = f"{len(family.files)} files, {family.num_bytes / 1e6:.1f} MB"
         advice = "install streamt2v again, then run `streamt2v weights verify`"
         if family.sources:

@@ -102,6 +102,7 @@ def _animated(folder: Path, base: Path, device: str) -> Any:
         raise WeightsError(f"{folder} animates Stable Diffusion 1.x models, {base} is a {kind}")
     dtype = dtype_of(device, index)
     needed = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+    check_parts(base, index, *needed)
     parts = {name: load_part(base, name, index, dtype) for name in needed}
     ddim: Any = diffusers.DDIMScheduler
     parts["scheduler"] = ddim.from_config(
@@ -135,14 +136,14 @@ def dtype_of(device: str, index: Mapping[str, Any]) -> torch.dtype:
     return torch.bfloat16 if "transformer" in index else torch.float16
 
 
-def load_part(folder: Path, name: str, index: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """Load one part of a pipeline: a network, a tokenizer, a scheduler, a processor; or pass on a plain setting.
+def check_parts(folder: Path, index: Mapping[str, Any], *names: str) -> None:
+    """Raise WeightsError unless the index of a folder lists all these parts."""
+    if absent := [name for name in names if index.get(name, [None])[0] is None]:
+        raise WeightsError(f"{folder} lists no {absent[0]}")
 
-    Raises:
-        WeightsError: the index does not list it, or it does not load.
-    """
-    if name not in index:
-        raise WeightsError(f"{folder} lists no {name}")
+
+def load_part(folder: Path, name: str, index: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """Load one part of a pipeline: a network, a tokenizer, a scheduler, a processor; or pass on a plain setting."""
     value = index[name]
     if not isinstance(value, list):
         return value

@@ -14,7 +14,7 @@ from torch import Tensor
 from streamt2v.chunks import Chunk
 from streamt2v.families import sdedit
 from streamt2v.families.choose import Chosen, read_index
-from streamt2v.families.diffusers_pipelines import dtype_of, load_part, noise_schedule
+from streamt2v.families.diffusers_pipelines import check_parts, dtype_of, load_part, noise_schedule
 from streamt2v.families.makers import Enlarged, Refine, Refined
 from streamt2v.families.networks import Networks
 from streamt2v.models.encoders import embed_image, latent_factor
@@ -53,6 +53,7 @@ def refine(networks: Networks, chosen: Chosen) -> Refine:
     """Return the refiner made of an I2VGen-XL folder."""
     folder = chosen.folder
     _, index = read_index(folder)
+    check_parts(folder, index, "tokenizer", "text_encoder", "image_encoder", "unet", "vae", "scheduler")
     dtype = dtype_of(networks.device.name, index)
 
     def part(name: str, role: str) -> Any:

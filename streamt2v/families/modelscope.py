@@ -13,7 +13,7 @@ from streamt2v.chunks import Chunk
 from streamt2v.config import RunConfig
 from streamt2v.diffusion.schedules import NoiseSchedule
 from streamt2v.families.choose import Chosen, read_index
-from streamt2v.families.diffusers_pipelines import dtype_of, load_part, noise_schedule
+from streamt2v.families.diffusers_pipelines import check_parts, dtype_of, load_part, noise_schedule
 from streamt2v.families.makers import First
 from streamt2v.families.networks import Networks
 from streamt2v.models.encoders import decode_latents, encode_text, latent_size
@@ -48,6 +48,7 @@ def load_modelscope(folder: Path, device: str) -> ModelScope:
     _, index = read_index(folder)
     dtype = dtype_of(device, index)
     wanted = ("unet", "vae", "text_encoder", "tokenizer")
+    check_parts(folder, index, *wanted, "scheduler")
     unet, vae, text_encoder, tokenizer = (load_part(folder, name, index, dtype) for name in wanted)
     return ModelScope(unet.to(device), vae.to(device), text_encoder.to(device), tokenizer, noise_schedule(folder))
 

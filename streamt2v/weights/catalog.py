@@ -114,6 +114,12 @@ class Family:
         return tuple(file for file in self.files if stages is None or file.path in paths)
 
     @property
+    def usual_stages(self) -> tuple[str, ...] | None:
+        """The stages that its preset uses its files for; None means all. A third-party refiner needs none of them."""
+        own = not self.preset or config.preset(self.preset).get("refine.model", "own") == "own"
+        return None if own else ("initialize", "stream")
+
+    @property
     def reads_text(self) -> bool:
         """Whether the streaming stage follows a prompt: a network of ours without a text encoder does not."""
         return self.has("stream.text") or not self.has("stream.unet")

@@ -249,7 +249,16 @@ def test_the_refiner_is_only_fetched_for_those_who_refine(
     assert [path.name for path in (tmp_path / "home").glob("streamingt2v")] == []
     assert make(tmp_path / "a.mp4", picture, 2, *PLAIN)[0] == 2
     assert call(*arguments(tmp_path / "b.mp4", picture, 2)) == 4
-    assert "refine/unet.safetensors is not here" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "refine/unet.safetensors is not here" in said
+    assert f"weights pull {MODEL} --refiner own" in said
+    assert call("weights", "verify", MODEL) == 0
+    assert {row["name"]: row["state"] for row in weights.describe_families()}[MODEL] == "ok"
+    assert call("weights", "pull", MODEL, "--from", folder, "--offline") == 4
+    assert [path.name for path in (tmp_path / "home").glob("streamingt2v")] == []
+    assert call("weights", "pull", MODEL, "--refiner", "own", "--from", folder, "--offline") == 4
+    assert [path.name for path in (tmp_path / "home").glob("streamingt2v")] == ["streamingt2v"]
+    monkeypatch.setenv("STREAMT2V_HOME", str(tmp_path / "other"))
     assert call("refine", tmp_path / "a.mp4", "--model", MODEL, "-o", tmp_path / "c.mp4", "-q") == 4
 
 

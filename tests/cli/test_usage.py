@@ -338,6 +338,6 @@ def test_the_default_model_fits_the_device(
     device: str, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All weights are here; a GPU that is not here can be planned for."""
-    monkeypatch.setattr(inventory, "missing", lambda family: [])
+    monkeypatch.setattr(inventory, "missing", lambda family, *_: [])
     assert call("plan", PROMPT, "--device", device, "--memory", 40, "--json") == 0
     assert json.loads(capsys.readouterr().out)["model"] == model
