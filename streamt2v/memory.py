@@ -13,6 +13,7 @@ from typing import Literal
 
 UNET_FEATURES, FEATURES_BESIDE_FEED_FORWARD, CAM_FEATURES, VAE_FEATURES = 14, 6.5, 4, 6
 TEMPORAL_VAE_FEATURES, RESTORING_LATENTS = 8, 6
+INTERPOLATING_VALUES = 200  # 16 bit each, of every pixel of a frame between two
 FEED_FORWARD_WIDTH = 16  # inside of a gated feed-forward: projection 8, gate 4, product 4 times as wide as its input
 MARGIN, OWN_BYTES = 1.15, 600_000_000  # fragments of the allocator; libraries and contexts of a GPU
 CPU_OWN_BYTES = 320_000_000  # libraries in the memory of a process, and what loading leaves behind: measured
@@ -54,21 +55,21 @@ class Stage:
     """A stage in numbers: values of its networks, latent cells of a chunk, channels of its widest features."""
 
     values: int
-    encoder_values: int
+    encoder_values: int = 0
     """Values of the text and image encoders, which run once."""
-    cells: int
-    width: int
-    inner: int
+    cells: int = 0
+    width: int = 0
+    inner: int = 0
     """Channels inside the first temporal transformer, which sees all cells."""
-    guided: bool
-    cam: bool
-    frame_values: int
+    guided: bool = False
+    cam: bool = False
+    frame_values: int = 0
     """Pixels that the VAE handles at once times channels of its finest level."""
-    kept: int
+    kept: int = 0
     """Chunks whose features of the deep layers are kept at once, from step to step."""
-    waits: bool
+    waits: bool = False
     """Whether they wait while other chunks have their turn, so that the host can hold them."""
-    kept_width: int
+    kept_width: int = 0
     """Channels of these features."""
     vae_features: int = VAE_FEATURES
     """Features of that size that the VAE holds."""

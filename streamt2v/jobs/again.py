@@ -125,7 +125,8 @@ def rerun(path: Path, source: Path | None, given: Mapping[str, str | None]) -> A
         if value is not None:
             settings[key] = value
         elif not set(str(settings.get(key, "")).split("+")) <= trusted:
-            option = {"image": "--image", "initialize.text_to_image": "--image-init"}.get(key, "--init")
+            options = {"image": "--image", "initialize.text_to_image": "--image-init", "refine.model": "--refiner"}
+            option = options.get(key, "--init")
             option = f"--at {key.removeprefix('pictures.')}" if key.startswith("pictures.") else option
             raise ConfigError(
                 f"{path} was made with {key} = {settings[key]!r}", f"name it with {option} if you trust it"

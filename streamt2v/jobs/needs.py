@@ -1,11 +1,16 @@
 """What a run needs: memory on its device, by stage, and room on the disk."""
 
-from dataclasses import replace
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from streamt2v import memory, weights
 from streamt2v.chunks import count
 from streamt2v.config import RunConfig
+from streamt2v.families import choose
+from streamt2v.weights import folders
 
 
 def stages(config: RunConfig, source: tuple[int, int] | None = None) -> tuple[memory.Stage, ...]:
@@ -21,49 +26,104 @@ def stages(config: RunConfig, source: tuple[int, int] | None = None) -> tuple[me
         box = (output.height or base[0], output.width or base[1])
         scale = min(box[0] / base[0], box[1] / base[1])
         canvas = box if output.fit == "cover" else (round(base[0] * scale), round(base[1] * scale))
-        stage = _stage(config, "refine", ["unet", "vae"], min(refine.chunk, config.num_frames), canvas)
+        stage = _stage(config, "refine", ["unet", "vae"], min(refine.chunk, config.made), canvas)
         kept = memory.chunks_kept(refine.num_inference_steps, refine.reuse_interval, refine.chunk, refine.overlap)
-        chunks = count(config.num_frames, refine.chunk, refine.overlap)
+        chunks = count(config.made, refine.chunk, refine.overlap)
         found.append(replace(stage, guided=refine.guidance_scale != 1, waits=True, kept=min(kept, chunks)))
+    if output.interpolate > 1:
+        pixels = (output.height or base[0]) * (output.width or base[1])
+        values = sum(file.num_values for file in weights.helper("interpolate.flow").files)
+        found.append(memory.Stage(values, frame_values=pixels, vae_features=memory.INTERPOLATING_VALUES))
     return tuple(found)
 
 
-def _stage(config: RunConfig, name: str, parts: list[str], frames: int, size: tuple[int, int]) -> memory.Stage:
-    """Return a stage by the sizes of its networks: so many frames of a size (H, W) at once."""
+@dataclass(frozen=True)
+class _Sizes:
+    """Class and sizes of a stage's denoiser and VAE, as far as they are here; values of its networks."""
+
+    unet_class: str
+    unet: dict[str, Any]
+    vae_class: str
+    vae: dict[str, Any]
+    values: int
+    encoder_values: int
+
+    @property
+    def vae_widths(self) -> list[int]:
+        widths: list[int] = self.vae.get("block_out_channels", [128] * 4)
+        return widths
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels a side of one latent cell covers."""
+        factor: int = 2 ** (len(self.vae_widths) - 1)
+        return factor
+
+
+def _sizes(config: RunConfig, stage: str, parts: Sequence[str] = ("unet", "vae")) -> _Sizes:
+    """Return the sizes of a stage with these networks."""
+    if stage == "refine" and config.refine.model != choose.OWN:
+        return _foreign_sizes(config.refine.model)
     family = weights.family(config.model)
-    (kind, unet), (codec, vae) = _header(family, f"{name}.unet"), _header(family, f"{name}.vae")
-    widths, finest = unet.get("block_out_channels", [320]), vae.get("block_out_channels", [128] * 4)
+
+    def values(*roles: str) -> int:
+        return sum(family.file(f"{stage}.{role}").num_values for role in roles if family.has(f"{stage}.{role}"))
+
+    headers = (*_header(family, f"{stage}.unet"), *_header(family, f"{stage}.vae"))
+    return _Sizes(*headers, values(*parts), values("text", "image"))
+
+
+def _foreign_sizes(name: str) -> _Sizes:
+    """Return the sizes of a third-party refiner; of one that is not here those of the published I2VGen-XL.
+
+    Those of a base are not counted before it is here, as where it is the family.
+    """
+    folder = folders.here(name)
+    if folder is None:
+        is_base = "preset" in weights.pipelines().get(name, {})
+        return _Sizes("", {}, "", {}, *((0, 0) if is_base else (1_504_123_087, 985_060_864)))
+
+    def values(*parts: str) -> int:
+        paths = [path for part in parts for path in (folder / part).glob("*.safetensors")]
+        return sum(math.prod(row.shape) for path in paths for row in weights.read_index(path)[1].values())
+
+    def table(part: str) -> dict[str, Any]:
+        try:
+            found = json.loads((folder / part / "config.json").read_text("utf-8"))
+        except (OSError, ValueError):  # which is said when it is loaded
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    unet, vae = table("unet"), table("vae")
+    encoders = values("text_encoder", "image_encoder")
+    return _Sizes("", unet, str(vae.get("_class_name", "")), vae, values("unet", "transformer", "vae"), encoders)
+
+
+def _stage(config: RunConfig, name: str, parts: Sequence[str], frames: int, size: tuple[int, int]) -> memory.Stage:
+    """Return a stage by the sizes of its networks: so many frames of a size (H, W) at once."""
+    sizes = _sizes(config, name, parts)
+    unet, finest = sizes.unet, sizes.vae_widths
+    widths = unet.get("block_out_channels", [320])
     # To multiples of 8 latent cells, which is as far as a canvas may have to grow.
-    side = 8 * 2 ** (len(finest) - 1)
+    side = 8 * sizes.latent_factor
     rows, columns = (-(-extent // side) * 8 for extent in size)
 
     # Every other VAE sees one frame at a time.
-    temporal = codec == "AutoencoderKLTemporalDecoder"
+    temporal = sizes.vae_class == "AutoencoderKLTemporalDecoder"
     decoded = min(config.picture.decode_chunk_size, frames) if temporal else 1
-
-    def values(*roles: str) -> int:
-        return sum(family.file(f"{name}.{role}").num_values for role in roles if family.has(f"{name}.{role}"))
-
     stage = memory.Stage(
-        values=values(*parts),
-        encoder_values=values("text", "image"),
+        values=sizes.values,
+        encoder_values=sizes.encoder_values,
         cells=frames * rows * columns,
-        width=0,
-        inner=0,
-        guided=False,
-        cam=False,
         frame_values=decoded * rows * columns * side**2 // 64 * finest[0],
-        kept=0,
-        waits=False,
         vae_features=memory.TEMPORAL_VAE_FEATURES if temporal else memory.VAE_FEATURES,
-        kept_width=0,
     )
-    if kind == "Restorer":
+    if sizes.unet_class == "Restorer":
         return replace(stage, kept_width=widths[0], restoring=unet["out_channels"])
     return replace(
         stage,
         width=widths[0],
-        inner=max(widths[0], unet.get("transformer_in_heads", 8) * unet.get("attention_head_dim", 64)),
+        inner=max(widths[0], unet.get("transformer_in_heads", 8) * (unet.get("attention_head_dim") or 64)),
         # What comes from the first of the last level's layers, or from the level below where that has but two.
         kept_width=widths[0] if unet.get("layers_per_block", 2) > 1 else widths[:2][-1],
     )
@@ -82,18 +142,17 @@ def disk_bytes(config: RunConfig) -> int:
     while it is written.
     """
     stream, output = config.stream, config.output
-    frames = stream.height * stream.width * 3 // 2 + output.height * output.width // 4
-    return config.num_frames * frames + 3 * _state_bytes(config)
+    base, written = stream.height * stream.width * 3 // 2, output.height * output.width // 4
+    return config.made * base + config.num_frames * written + 3 * _state_bytes(config)
 
 
 def _state_bytes(config: RunConfig) -> int:
     """Bytes of the refiner's state: of every frame in flight the latents, the last and the next estimate."""
-    refine, output, family = config.refine, config.output, weights.family(config.model)
-    if not refine.enabled or not family.has("refine.vae"):
+    refine, output = config.refine, config.output
+    if not refine.enabled or not (refine.model != choose.OWN or weights.family(config.model).has("refine.vae")):
         return 0
-    _, vae = _header(family, "refine.vae")
-    factor = 2 ** (len(vae.get("block_out_channels", [128] * 4)) - 1)
-    cells: int = -(-output.height // factor) * -(-output.width // factor)
+    sizes = _sizes(config, "refine")
+    cells: int = -(-output.height // sizes.latent_factor) * -(-output.width // sizes.latent_factor)
     in_flight = refine.chunk + (refine.num_inference_steps - 1) * (refine.chunk - refine.overlap)
-    channels: int = vae.get("latent_channels", 4)
-    return min(config.num_frames, in_flight) * 3 * channels * cells * 4
+    channels: int = sizes.vae.get("latent_channels", 4)
+    return min(config.made, in_flight) * 3 * channels * cells * 4

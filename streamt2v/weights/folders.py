@@ -50,9 +50,17 @@ def locate(name: str, note: hub.Note = lambda text: None, small: bool = False) -
         if folder.is_dir():
             return folder
         hint = config.nearest(name, ["own", *sorted(rows), "hub:OWNER/NAME", "the folder of a diffusers pipeline"])
-        raise ConfigError(f"there is no initializer and no folder {name!r}", hint)
+        raise ConfigError(f"there is no model and no folder {name!r}", hint)
     patterns = SMALL_FILES if small else (*SMALL_FILES, row.get("weights", ALL_WEIGHTS))
     return hub.snapshot(repository, row.get("revision"), patterns, note)
+
+
+def here(name: str) -> Path | None:
+    """Return the folder of a named, hub or local pipeline where it is here already."""
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    repository = catalog.pipelines().get(name, {}).get("repository", name.removeprefix("hub:"))
+    return inventory.snapshot_of(repository)[0]
 
 
 def read_index(folder: Path) -> tuple[str, dict[str, Any]]:
