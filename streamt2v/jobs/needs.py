@@ -46,6 +46,7 @@ class _Sizes:
     vae: dict[str, Any]
     values: int
     encoder_values: int
+    unet_features: float = memory.UNET_FEATURES
 
     @property
     def vae_widths(self) -> list[int]:
@@ -76,7 +77,7 @@ def _foreign_sizes(name: str) -> _Sizes:
     """Return the sizes of a third-party refiner; of one that is not here those of the published I2VGen-XL."""
     folder = choose.here(name)
     if folder is None:
-        return _Sizes("", {}, "", {}, 1_504_123_087, 985_060_864)
+        return _Sizes("", {}, "", {}, 1_504_123_087, 985_060_864, memory.LIBRARY_UNET_FEATURES)
 
     def values(*parts: str) -> int:
         paths = [path for part in parts for path in (folder / part).glob("*.safetensors")]
@@ -90,8 +91,8 @@ def _foreign_sizes(name: str) -> _Sizes:
         return found if isinstance(found, dict) else {}
 
     unet, vae = table("unet"), table("vae")
-    encoders = values("text_encoder", "image_encoder")
-    return _Sizes("", unet, str(vae.get("_class_name", "")), vae, values("unet", "vae"), encoders)
+    made = values("unet", "vae"), values("text_encoder", "image_encoder")
+    return _Sizes("", unet, str(vae.get("_class_name", "")), vae, *made, memory.LIBRARY_UNET_FEATURES)
 
 
 def _stage(config: RunConfig, name: str, parts: Sequence[str], frames: int, size: tuple[int, int]) -> memory.Stage:
@@ -117,6 +118,7 @@ def _stage(config: RunConfig, name: str, parts: Sequence[str], frames: int, size
         return replace(stage, kept_width=widths[1] // 16, restoring=unet["out_channels"])
     return replace(
         stage,
+        unet_features=sizes.unet_features,
         width=widths[0],
         inner=max(widths[0], unet.get("transformer_in_heads", 8) * (unet.get("attention_head_dim") or 64)),
         # What comes from the first of the last level's layers, or from the level below where that has but two.
