@@ -1,7 +1,8 @@
 """How a run fits into memory: what is loaded, computed and kept at the same time. Arithmetic only.
 
 Peaks were counted on the networks of the published sizes (tensors without data, fused attention): a UNet holds at most
-14 features of its finest level at once, or 6.5 and the inside of a feed-forward, which is cut into slices of rows.
+14 features of its finest level at once (I2VGen-XL in diffusers 15.5), or 6.5 and the inside of a feed-forward, which is
+cut into slices of rows.
 The VAE works on one frame at a time and holds 6 features of its size; a temporal decoder on several, and holds 8. A
 restoration network works on a few frames at a time where it is widest; what its stage holds of a chunk was measured:
 RESTORING_LATENTS times the latents.
@@ -13,7 +14,8 @@ from typing import Literal
 
 UNET_FEATURES, FEATURES_BESIDE_FEED_FORWARD, CAM_FEATURES, VAE_FEATURES = 14, 6.5, 4, 6
 TEMPORAL_VAE_FEATURES, RESTORING_LATENTS = 8, 6
-INTERPOLATING_VALUES = 200  # 16 bit each, of every pixel of a frame between two
+LIBRARY_UNET_FEATURES = 15.5
+INTERPOLATING_VALUES = 280  # of 16 bit, for every pixel of a frame between two: 130 of 32 bit, and the frames
 FEED_FORWARD_WIDTH = 16  # inside of a gated feed-forward: projection 8, gate 4, product 4 times as wide as its input
 MARGIN, OWN_BYTES = 1.15, 600_000_000  # fragments of the allocator; libraries and contexts of a GPU
 CPU_OWN_BYTES = 320_000_000  # libraries in the memory of a process, and what loading leaves behind: measured
@@ -73,6 +75,8 @@ class Stage:
     """Channels of these features."""
     vae_features: int = VAE_FEATURES
     """Features of that size that the VAE holds."""
+    unet_features: float = UNET_FEATURES
+    """Features of its finest level that a UNet holds."""
     restoring: int = 0
     """Channels of the latents of a restoration network on pixels, which has no features of the kind above; else 0."""
 
@@ -80,7 +84,8 @@ class Stage:
         """Values of features at the peak."""
         cells = self.cells * (2 if self.guided and policy.batched_guidance else 1)
         feed_forward = FEED_FORWARD_WIDTH * self.inner * min(cells, policy.feed_forward_rows)
-        unet = max(UNET_FEATURES * self.width * cells, FEATURES_BESIDE_FEED_FORWARD * self.width * cells + feed_forward)
+        finest = self.width * cells
+        unet = max(self.unet_features * finest, FEATURES_BESIDE_FEED_FORWARD * finest + feed_forward)
         kept = 0 if self.waits and policy.encoders_on_host else self.kept
         kept *= self.kept_width * self.cells * (2 if self.guided else 1)
         unet += self.cam * CAM_FEATURES * self.width * cells + RESTORING_LATENTS * self.restoring * cells

@@ -47,6 +47,7 @@ class _Sizes:
     vae: dict[str, Any]
     values: int
     encoder_values: int
+    unet_features: float = memory.UNET_FEATURES
 
     @property
     def vae_widths(self) -> list[int]:
@@ -80,8 +81,8 @@ def _foreign_sizes(name: str) -> _Sizes:
     """
     folder = folders.here(name)
     if folder is None:
-        is_base = "preset" in weights.pipelines().get(name, {})
-        return _Sizes("", {}, "", {}, *((0, 0) if is_base else (1_504_123_087, 985_060_864)))
+        sizes = (0, 0) if "preset" in weights.pipelines().get(name, {}) else (1_504_123_087, 985_060_864)
+        return _Sizes("", {}, "", {}, *sizes, memory.LIBRARY_UNET_FEATURES)
 
     def values(*parts: str) -> int:
         paths = [path for part in parts for path in (folder / part).glob("*.safetensors")]
@@ -95,8 +96,8 @@ def _foreign_sizes(name: str) -> _Sizes:
         return found if isinstance(found, dict) else {}
 
     unet, vae = table("unet"), table("vae")
-    encoders = values("text_encoder", "image_encoder")
-    return _Sizes("", unet, str(vae.get("_class_name", "")), vae, values("unet", "transformer", "vae"), encoders)
+    made = values("unet", "transformer", "vae"), values("text_encoder", "image_encoder")
+    return _Sizes("", unet, str(vae.get("_class_name", "")), vae, *made, memory.LIBRARY_UNET_FEATURES)
 
 
 def _stage(config: RunConfig, name: str, parts: Sequence[str], frames: int, size: tuple[int, int]) -> memory.Stage:
@@ -122,6 +123,7 @@ def _stage(config: RunConfig, name: str, parts: Sequence[str], frames: int, size
         return replace(stage, kept_width=widths[0], restoring=unet["out_channels"])
     return replace(
         stage,
+        unet_features=sizes.unet_features,
         width=widths[0],
         inner=max(widths[0], unet.get("transformer_in_heads", 8) * (unet.get("attention_head_dim") or 64)),
         # What comes from the first of the last level's layers, or from the level below where that has but two.

@@ -59,7 +59,7 @@ def command(recipe: Mapping[str, Any]) -> str:
     words = ["streamt2v", verb]
     if verb == "refine" and not run.refine.enabled:
         words[1:] = ["interpolate", str((recipe.get("source") or {}).get("name", "VIDEO"))]
-        words += ["--factor", str(run.output.interpolate)]
+        words += ["--factor", str(run.output.interpolate), *(["--loop"] if run.loop != "no" else [])]
         size = [f"{run.output.width}x{run.output.height}"] if run.output.width and run.output.height else []
         return shlex.join([*words, *(["--size", *size] if size else [])])
     if verb == "generate":

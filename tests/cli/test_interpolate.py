@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save_file
 
 from streamt2v import chunks
@@ -148,13 +149,53 @@ def test_it_follows_the_refiner_and_extends(tmp_path: Path) -> None:
     assert (digest(again)[0], isolated.probe(again).fps) == (40, 32)
 
 
-@pytest.mark.parametrize("refines", [True, False])
+@given(st.integers(1, 5000), st.integers(1, 64))
+def test_of_a_loop_every_nth_frame_is_made(made: int, factor: int) -> None:
+    assert chunks.made(made * factor, factor, closed=True) == made
+
+
+def test_the_last_frame_of_a_loop_leads_to_its_first(tmp_path: Path) -> None:
+    source, path = clip(tmp_path / "in.mp4", [0, 20, 40, 20]), tmp_path / "in_smooth.mp4"
+    assert call("interpolate", source, "--loop", *LOSSLESS, "-q") == 0
+    known, found = levels(source), levels(path)
+    assert found[::2] == pytest.approx(known, abs=1.0)
+    assert found[1::2] == pytest.approx([(known[at] + known[(at + 1) % 4]) / 2 for at in range(4)], abs=1.5)
+    assert shown.command(recipe_of(isolated.probe(path).comment)).endswith("--factor 2 --loop")
+
+
+@pytest.mark.parametrize("how", [["--loop"], ["--set", "loop=ring"], ["--loop", "--refine-steps", 2]])
+def test_a_loop_that_is_made_has_frames_between_its_ends(how: list[object], tmp_path: Path) -> None:
+    path, made = tmp_path / "out.mp4", tmp_path / "made.mp4"
+    options = [*how, *([] if "--refine-steps" in how else ["--no-refine"]), *LOSSLESS]
+    assert generate(path, 60, "--interpolate", 2, *options) == generate(made, 30, *options) == 0
+    known, found = levels(made), levels(path)
+    assert len(found) == 60
+    assert found[::2] == pytest.approx(known, abs=1.5)
+    assert found[-1] == pytest.approx((known[-1] + known[0]) / 2, abs=1.5)
+
+
+def test_a_picture_lies_among_the_frames_that_are_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture, path, made = (tmp_path / name for name in ("end.png", "out.mp4", "made.mp4"))
+    Image.fromarray(np.full((72, 128, 3), 250, np.uint8)).save(picture)
+    assert generate(path, 61, "--interpolate", 2, "--no-refine", "--until", picture, *LOSSLESS) == 0
+    assert generate(made, 31, "--no-refine", "--until", picture, *LOSSLESS) == 0
+    assert levels(path)[::2] == pytest.approx(levels(made), abs=1.5)
+    assert generate(path, 60, "--interpolate", 2, "--no-refine", "--until", picture, "--overwrite") == 2
+    assert "frame 58 or 60" in capsys.readouterr().err
+
+
+def test_a_loop_of_another_length_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(tmp_path / "out.mp4", 61, "--interpolate", 2, "--loop") == 2
+    assert "use 60 or 62" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", [[], ["--loop"], ["--no-refine"]])
 def test_a_stopped_run_goes_on_with_the_same_frames(
-    refines: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ["--interpolate", 3, *([] if refines else ["--no-refine"])]
+    options = ["--interpolate", 3, *how]
     whole, path = tmp_path / "whole.mp4", tmp_path / "out.mp4"
-    assert generate(whole, 100, *options) == 0
+    assert generate(whole, 99, *options) == 0
     monkeypatch.setattr(output, "SAVING", 1)
     append, calls = output.Output.append, list[int]()
 
@@ -165,7 +206,7 @@ def test_a_stopped_run_goes_on_with_the_same_frames(
             raise NumericsError("stopped")
 
     monkeypatch.setattr(output.Output, "append", stopping)
-    assert generate(path, 100, *options) == 7
+    assert generate(path, 99, *options) == 7
     assert call("resume", path, "-q") == 7
     assert call("resume", path, "-q") == 0
     assert digest(path) == digest(whole)

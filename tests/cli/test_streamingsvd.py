@@ -92,7 +92,9 @@ def test_any_length_is_exact(frames: int, picture: Path, tmp_path: Path) -> None
     assert make(tmp_path / "out.mp4", picture, frames, *PLAIN)[0] == frames
 
 
-@pytest.mark.parametrize("frames", [1, 25, 43])
+@pytest.mark.parametrize(
+    "frames", [1, 25, 43, *(pytest.param(frames, marks=pytest.mark.slow) for frames in (24, 26, 100, 241))]
+)
 def test_any_length_is_exact_after_i2vgen_xl(frames: int, picture: Path, tmp_path: Path, folder_of: FolderOf) -> None:
     options = ["--refiner", folder_of("i2vgen"), *OTHER, "--size", "32x16", "--refine-steps", "1"]
     assert make(tmp_path / "out.mp4", picture, frames, *options)[0] == frames

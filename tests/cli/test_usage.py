@@ -65,7 +65,7 @@ MISTAKES = [
     (["weights", "pull", "demo"], 2, "nothing to pull"),
     (["weights", "pull", "streamingt2v", "--source", "copy"], 2, "known: vidxtend, original"),
     (["weights", "pull", "streamingt2v", "--from", "nowhere"], 3, "nowhere is not a folder"),
-    (["weights", "pull", "svd", "--from", "."], 2, "leave --source, --from and --no-refine out"),
+    (["weights", "pull", "svd", "--from", "."], 2, "leave --source, --from, --no-refine and --refiner out"),
     (["weights", "pull", "streamingt2v", "--offline"], 4, "no connection is made when offline"),
     (["weights", "verify", "svd"], 4, "streamt2v weights pull svd"),
     (["weights", "convert", "none.ckpt", "out"], 3, "none.ckpt"),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamt2v import config, devices, memory
-from streamt2v.chunks import Around, Chunk, refinement_plan
+from streamt2v.chunks import Chunk, loop_plan, refinement_plan
 from streamt2v.errors import ConfigError, WeightsError
 from streamt2v.families import choose, i2vgen
 from streamt2v.families.diffusers_pipelines import load_part, noise_schedule
@@ -50,16 +50,17 @@ def networks(folder: Path, **settings: Any) -> Networks:
     return Networks(run, [PROMPT], devices.resolve("cpu"), memory.ladder("cpu")[0], {}, Silent())
 
 
-def enlarged(
-    frames: Tensor, made: Networks, state: dict[str, Tensor] | None = None, around: Around | None = None
-) -> Enlarged:
+def enlarged(frames: Tensor, made: Networks, state: dict[str, Tensor] | None = None, loop: bool = False) -> Enlarged:
     settings = made.run.refine
 
     def source(start: int) -> Iterator[Tensor]:
         return iter(frames[start:].split(1))
 
-    plan = refinement_plan(len(frames), settings.chunk, settings.overlap)
-    return Enlarged(source, SIZE, 1.0, plan, around, lambda chunk: PROMPT, state or {})
+    plan: tuple[Chunk, ...] = refinement_plan(len(frames), settings.chunk, settings.overlap)
+    if loop:
+        plan, around = loop_plan(len(frames), settings.chunk, settings.overlap, len(frames) + 2 * settings.chunk)
+        frames = frames[[around.frame(number) for number in range(plan[-1].stop)]]
+    return Enlarged(source, SIZE, 1.0, plan, around if loop else None, lambda chunk: PROMPT, state or {})
 
 
 def refined(folder: Path, frames: Tensor, **settings: Any) -> Tensor:
@@ -228,6 +229,19 @@ def test_each_chunk_is_told_its_own_picture(folder: Path) -> None:
     assert float(told[0].embedding[0].abs().max()) == 0
     pictures.left(Chunk(0, 0, 6, 0))
     assert pictures.state()["picture_frames"].tolist() == [4, 8]
+
+
+@pytest.mark.parametrize("posterior", ["corrected", "published"])
+def test_a_loop_is_the_same_in_every_round(posterior: str, folder: Path) -> None:
+    settings = {"refine.chunk": 4, "refine.overlap": 2, "refine.num_inference_steps": 2, "refine.posterior": posterior}
+    made, frames = networks(folder, **settings), clip(7)
+    chosen, given = choose.refiner(made.run), enlarged(frames, made, loop=True)
+    assert chosen is not None
+    assert given.around is not None
+    found = torch.cat([frame for group in i2vgen.refiner(made, chosen)(given) for frame in group.frames])
+    lead = given.around.lead
+    assert torch.allclose(found[lead - 7 : lead], found[lead : lead + 7], atol=1e-4)
+    assert not torch.allclose(found[lead : lead + 7], refined(folder, frames, **settings), atol=1e-2)
 
 
 @pytest.mark.parametrize(
