@@ -33,7 +33,8 @@ def test_list_shows_state_size_licence_and_purpose(capsys: pytest.CaptureFixture
     assert "published" in what
     assert later.split()[:2] == ["streamingsvd", "absent"]
     assert demo.split()[:2] == ["demo", "ok"]
-    assert [line.split()[:2] for line in others[::2]] == [[name, "absent"] for name in weights.pipelines()]
+    listed = [*weights.helpers(), *weights.pipelines()]
+    assert [line.split()[:2] for line in others[::2]] == [[name, "absent"] for name in listed]
     assert call("weights", "list", "--json") == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in rows] == [*weights.families(), *weights.helpers(), *weights.pipelines()]
