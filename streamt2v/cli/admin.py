@@ -43,10 +43,7 @@ def weights_list(
 
 
 def weights_pull(
-    name: Annotated[
-        str,
-        argument("A name from `weights list`.", autocompletion=options.names_of_weights),
-    ],
+    name: Annotated[str, argument("A name from `weights list`.", autocompletion=options.names_of_weights)],
     source: Annotated[
         str, option("--source", "Which published copy to take if there are several; see `weights list NAME`.")
     ] = "",

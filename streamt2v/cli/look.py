@@ -19,8 +19,7 @@ from streamt2v.jobs.recipe import describe_video, look
 
 
 def verify(
-    videos: Annotated[list[Path], argument("Videos made by streamt2v.")],
-    json_output: options.Json = False,
+    videos: Annotated[list[Path], argument("Videos made by streamt2v.")], json_output: options.Json = False
 ) -> None:
     """Check that videos are intact: every bit as written, every frame decodable, as many as the recipe says.
 
@@ -168,13 +167,7 @@ def evaluate(
 
 
 def preview(
-    source: Annotated[
-        Path,
-        argument(
-            "Any video, or an unfinished run.",
-            metavar="VIDEO",
-        ),
-    ],
+    source: Annotated[Path, argument("Any video, or an unfinished run.", metavar="VIDEO")],
     output: Annotated[
         list[Path] | None,
         option("--output", "-o", "A .png is a contact sheet, .webp and .gif move. Default: a .png and a .webp."),

@@ -266,7 +266,7 @@ def rerun(
     command, settings, like = again.rerun(video, source, places)
     output = output or video.with_name(f"{video.stem}_rerun{video.suffix}")
     progress.say(f"{video} says: {command}, with")
-    usual = config.to_flat(config.merge(config.preset(weights.family(settings.model).preset)))
+    usual = config.usual(weights.family(settings.model).preset)
     for key, value in config.to_flat(settings).items():
         if value != usual.get(key):
             progress.say(f"  {key} = {value}")
@@ -291,8 +291,7 @@ class RayCommand(options.LeveledCommand):
 @options.knows(options.making, options.streaming, options.starting, *_RUNNING)
 def batch(
     file: Annotated[
-        str,
-        argument("Rows in .jsonl, .toml, .csv or .txt (one prompt per line); - is stdin.", metavar="JOBS"),
+        str, argument("Rows in .jsonl, .toml, .csv or .txt (one prompt per line); - is stdin.", metavar="JOBS")
     ],
     out_dir: Annotated[
         Path, option("--out-dir", "Folder for the videos; no row writes elsewhere.", show_default=False)
@@ -409,8 +408,7 @@ def plan(
     without=("seed", "negative", "at", "timeline"),  # the time hangs on no words and no draws
 )
 def bench(
-    frames: Annotated[int, option("--frames", "-n", "Length to state the time for.")] = 1200,
-    **given: Any,
+    frames: Annotated[int, option("--frames", "-n", "Length to state the time for.")] = 1200, **given: Any
 ) -> None:
     """Measure this machine: make a short video, discard it, and show what a long one will take.
 

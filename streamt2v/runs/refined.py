@@ -72,13 +72,7 @@ def unrefined(geometry: Geometry, base: Base, done: int) -> Iterator[Finished]:
 
 
 def groups(
-    known: Prepared,
-    geometry: Geometry,
-    base: Base,
-    refine: Refine,
-    networks: Networks,
-    report: Watch,
-    output: Output,
+    known: Prepared, geometry: Geometry, base: Base, refine: Refine, networks: Networks, report: Watch, output: Output
 ) -> Iterator[Finished]:
     """Yield refined frames with the refiner's state after them, from where the output ends.
 

@@ -249,11 +249,7 @@ def streamed(
 
 
 def streaming_loss(
-    unet: UNet3D,
-    cam: ConditionalAttention,
-    apm: AppearanceModule | None,
-    batch: Batch,
-    lesson: Lesson,
+    unet: UNet3D, cam: ConditionalAttention, apm: AppearanceModule | None, batch: Batch, lesson: Lesson
 ) -> Tensor:
     """Loss of CAM (apm None, the paper's first phase) or of CAM and APM together (its second phase).
 
