@@ -265,7 +265,7 @@ def rerun(
     command, settings, like = again.rerun(video, source, places)
     output = output or video.with_name(f"{video.stem}_rerun{video.suffix}")
     progress.say(f"{video} says: {command}, with")
-    usual = config.to_flat(config.merge(config.preset(weights.family(settings.model).preset)))
+    usual = config.usual(weights.family(settings.model).preset)
     for key, value in config.to_flat(settings).items():
         if value != usual.get(key):
             progress.say(f"  {key} = {value}")

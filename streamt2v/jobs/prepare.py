@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from streamt2v import devices, files, weights
-from streamt2v.config import RunConfig, merge, preset, to_flat
+from streamt2v.config import RunConfig, to_flat, usual
 from streamt2v.errors import ConfigError, InputError, OutputError
 from streamt2v.jobs import needs, run_directory
 from streamt2v.jobs.job import Job
@@ -103,10 +103,10 @@ def _check_unread(config: RunConfig, family: weights.Family) -> None:
     """Refuse what was asked for and would change nothing."""
     if config.prompts and not family.reads_text and not (config.refine.enabled and family.has("refine.text")):
         raise ConfigError(f"model {family.name} reads no text: a later prompt would change nothing", "leave it out")
-    usual = to_flat(merge(preset(family.preset)))
+    settings = usual(family.preset)
     for key, value in to_flat(config).items():
-        if key.startswith(family.unread) and value != usual[key]:
-            hint = f"leave it at {usual[key]!r}"
+        if key.startswith(family.unread) and value != settings[key]:
+            hint = f"leave it at {settings[key]!r}"
             raise ConfigError(f"{key} is {value!r}, model {family.name} has no use for it", hint)
 
 

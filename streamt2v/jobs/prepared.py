@@ -16,7 +16,6 @@ from streamt2v.jobs.job import Job
 from streamt2v.jobs.recipe import Source, inspect_source
 from streamt2v.timeline import Prompt, plans, prompt_at, turns
 from streamt2v.weights import folders, hub
-from streamt2v.weights.home import sha256_of
 
 if TYPE_CHECKING:
     from streamt2v.media.sound import Carried
@@ -171,4 +170,4 @@ def contents_hash(path: Path, _stamp: tuple[int, int, int] | None) -> str:
     """Return the SHA-256 of a file, or of the pictures in a folder; an unchanged one is read once."""
     from streamt2v.media import exports
 
-    return exports.sha256_of(path) if path.is_dir() else sha256_of(path)
+    return exports.sha256_of(path)
