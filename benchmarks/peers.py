@@ -33,12 +33,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # the checkout need not be installed
-from benchmarks.speed import PAGE, RESULTS, Instruments, table
 from streamt2v import devices
 from streamt2v.models.layers import sinusoids
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
 from streamt2v.weights import quiet
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+from benchmarks.speed import PAGE, RESULTS, Instruments, table  # noqa: E402 - the checkout need not be installed
 
 Work = Callable[[], Tensor]
 LEVELS = (True, True, True, False)
