@@ -74,9 +74,12 @@ class Attention(nn.Module):
         context = self.keys_values(x) if context is None else context
         rows = context.keys.shape[0]
         query = self._split_heads(self.to_q(x).reshape(rows, -1, self.heads * self.head_dim))  # [B, heads, N/B*S, d]
-        pieces = zip(*(t.split(MAX_SEQUENCES) for t in (query, context.keys, context.values)), strict=True)
-        mixed = [F.scaled_dot_product_attention(q, k, v) for q, k, v in pieces]
-        out = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+        given = (query, context.keys, context.values)
+        if rows <= MAX_SEQUENCES:
+            out = F.scaled_dot_product_attention(*given)
+        else:
+            pieces = zip(*(t.split(MAX_SEQUENCES) for t in given), strict=True)
+            out = torch.cat([F.scaled_dot_product_attention(*piece) for piece in pieces])
         return self.to_out[0](out.transpose(1, 2).reshape(*x.shape[:-1], -1))
 
     def _split_heads(self, x: Tensor) -> Tensor:
@@ -118,21 +121,27 @@ class GatedLinear(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Gated feed-forward layer, four times as wide inside; takes at most `rows_at_once` rows at once."""
+    """Gated feed-forward layer, four times as wide inside; takes at most `rows_at_once` rows at once.
+
+    A narrow one on a CPU takes so few that what is inside stays in the cache: a tenth less time, the same bits.
+    """
 
     rows_at_once = 1 << 17
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        self.cached = max(256, (1 << 14) // dim) if dim <= 128 else self.rows_at_once
         # Index 1 was dropout in the published networks; the identity keeps their key names.
         self.net = nn.Sequential(GatedLinear(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
-        if torch.is_grad_enabled() or len(rows) <= self.rows_at_once:
+        rows, at_once = x.flatten(0, -2), self.rows_at_once
+        if x.is_cpu:
+            at_once = min(at_once, self.cached)
+        if torch.is_grad_enabled() or len(rows) <= at_once:
             return self.net(x)
         # The gated product is the memory peak of the whole network, and rows are independent.
-        return torch.cat([self.net(piece) for piece in rows.split(self.rows_at_once)]).view_as(x)
+        return torch.cat([self.net(piece) for piece in rows.split(at_once)]).view_as(x)
 
 
 def slice_feed_forwards(network: nn.Module, rows: int) -> None:
