@@ -15,13 +15,16 @@ from torch import Tensor
 from streamt2v.diffusion import solvers
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import FlowSchedule
-from streamt2v.families import bases, wan
+from streamt2v.families import bases, helios, ltx, wan
 from streamt2v.media.frames import to_float
 from streamt2v.stages.denoise import Sampling
 from streamt2v.stages.flow import FlowStreamer, Words, sample
 from tests import pipelines
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
+]
 SIZE = (32, 64)
 STEPS = 3
 
@@ -90,6 +93,84 @@ def test_a_chunk_of_wan_from_text_is_that_of_the_library(expand: bool) -> None:
     ).frames  # fmt: skip
     ours = sample(base, noise, said, sampling())
     assert float((ours - theirs).abs().max()) == 0.0
+
+
+def ltx_parts() -> dict[str, Any]:
+    torch.manual_seed(4)
+    return {name: part.eval() if name != "scheduler" else part for name, part in pipelines.ltx_parts().items()}
+
+
+def clip(frames: int) -> list[Image.Image]:
+    values = np.random.default_rng(1).integers(0, 256, (frames, *SIZE, 3), dtype=np.uint8)
+    return [Image.fromarray(frame) for frame in values]
+
+
+def pixels(images: list[Image.Image]) -> Tensor:
+    return to_float(np.stack([np.asarray(image) for image in images]))
+
+
+@pytest.mark.parametrize("steps", [3, 8])
+@pytest.mark.parametrize(("known", "anchored"), [(0, False), (1, False), (5, False), (5, True), (9, True)])
+def test_a_chunk_of_ltx_is_that_of_the_library(
+    known: int, anchored: bool, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From text, from a picture, from known frames; with a frame before the chunk."""
+    from diffusers.pipelines.ltx import pipeline_ltx_condition as module
+
+    base, said, frames = ltx.Ltx(ltx_parts(), {}, 25), words(), clip(known)
+    mean = module.retrieve_latents
+    # It draws from the posterior, we take its middle.
+    monkeypatch.setattr(module, "retrieve_latents", lambda output, generator: mean(output, sample_mode="argmax"))
+    library = module.LTXConditionPipeline(tokenizer=None, text_encoder=None, **ltx_parts())
+    library.set_progress_bar_config(disable=True)
+    conditions = [module.LTXVideoCondition(video=frames, frame_index=0)] if known else []
+    if anchored:
+        conditions.append(module.LTXVideoCondition(image=picture(), frame_index=-4))
+    shape = (1, 8, 4, SIZE[0] // 4, SIZE[1] // 4)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(6))
+    theirs = library(
+        conditions=conditions or None, height=SIZE[0], width=SIZE[1], num_frames=13, frame_rate=25,
+        num_inference_steps=steps, generator=torch.Generator().manual_seed(6), guidance_scale=3.0,
+        image_cond_noise_scale=0.0, prompt_embeds=said.tokens[1:], prompt_attention_mask=said.mask[1:],
+        negative_prompt_embeds=said.tokens[:1], negative_prompt_attention_mask=said.mask[:1], output_type="latent",
+        timesteps=list(ltx.DISTILLED) if steps == 8 else None,
+    ).frames  # fmt: skip
+    with torch.inference_mode():
+        held = base.encode(pixels(frames)) if known else None
+        anchor = base.encode(pixels([picture()])) if anchored else None
+        ours = sample(base, noise, said, sampling(steps, batched=True), held, anchor)
+        assert float((ours - theirs).abs().max()) == 0.0
+        if anchored:
+            without = sample(base, noise, said, sampling(steps, batched=True), held)
+            assert not torch.equal(ours, without)
+
+
+@pytest.mark.parametrize("pyramid", [False, True])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_long_call_of_helios_is_one_call_a_chunk(pyramid: bool, chunks: int) -> None:
+    torch.manual_seed(5)
+    pipeline = helios.make(pipelines.helios_parts(pyramid), {"is_distilled": True} if pyramid else {}, 24)
+    said, size = words(), (64, 128)
+    more: dict[str, Any] = {"num_inference_steps": 3}
+    if pyramid:
+        more = {"pyramid_num_inference_steps_list": [1, 1, 1], "is_amplify_first_chunk": True}
+    theirs = [
+        pipeline(
+            prompt_embeds=said.tokens[1:], negative_prompt_embeds=said.tokens[:1], height=size[0], width=size[1],
+            num_frames=33 * chunks, guidance_scale=2.0, generator=torch.Generator().manual_seed(8), output_type=kind,
+            **more,
+        ).frames[0]
+        for kind in ("latent", "pt")
+    ]  # fmt: skip
+    generator, known = torch.Generator().manual_seed(8), dict[str, Tensor]()
+    for chunk in range(chunks):
+        frames, latents = helios.one_chunk(pipeline, said, size, 3, 2.0, known, generator)
+        known = helios.remembered(known, latents)
+        assert known["history"].shape[2] == min(9 * (chunk + 1), helios.HISTORY)
+        assert torch.equal(latents[0], theirs[0][:, 9 * chunk : 9 * chunk + 9])
+        last = theirs[1][33 * chunk : 33 * chunk + 33] * 2 - 1  # of three chunks it leaves two frames out
+        assert torch.equal(frames[: len(last)], last)
+    assert torch.equal(known["first"][0], theirs[0][:, :1])
 
 
 @pytest.mark.parametrize("expand", [True, False])
