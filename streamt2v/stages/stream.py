@@ -63,8 +63,8 @@ class StreamModels:
 class StreamState:
     """What the next chunk needs: its index, the last frames [Fc, 3, H, W] and the anchor frame [3, H, W] in [-1, 1].
 
-    `ahead` are frames [3, H, W] in [-1, 1] after the last ones that are known already, by their numbers in the video. `memory` is what
-    a family keeps besides.
+    `ahead` are frames [3, H, W] in [-1, 1] after the last ones that are known already, by their numbers in the video;
+    `memory` is what a family keeps besides.
     """
 
     next_chunk: int
