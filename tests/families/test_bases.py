@@ -16,6 +16,7 @@ from streamt2v.media import reading
 from streamt2v.runs import base
 from tests import pipelines
 from tests.cli.helpers import PROMPT, call, digest, made, result, start, wait_for
+from tests.hub_server import Hub, point_library_at, serving
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
@@ -265,6 +266,31 @@ def test_a_model_without_a_refiner_says_so(
     given = ["generate", PROMPT, "--frames", 3, "-o", tmp_path / "out.mp4", *small(folders["helios"])]
     assert call(*given, "--set", "refine.enabled=true") == 2
     assert "has no use for it" in capsys.readouterr().err
+
+
+def test_it_comes_from_the_hub(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the name of a repository, or its short name; a recipe from elsewhere may name neither."""
+    folder, path = folders["wan"], tmp_path / "a.mp4"
+    parts = {part.relative_to(folder).as_posix(): part for part in folder.rglob("*") if part.is_file()}
+    files = {name: part.read_bytes() for name, part in parts.items()}
+    listed = weights.pipelines()["wan"]["repository"]
+    whole = make(tmp_path / "local.mp4", folder, 18, *PLAIN)
+    monkeypatch.setenv("STREAMT2V_HOME", str(tmp_path / "home"))
+    with serving(Hub({"someone/wan": files, listed: files})) as running:
+        point_library_at(running.url, tmp_path / "cache", monkeypatch)
+        online = [word for word in small(folder) if word != "--offline"]
+        for name, output in (("hub:someone/wan", path), ("wan", tmp_path / "b.mp4")):
+            given = [*online, *PLAIN, "--model", name, "--frames", 18, "-o", output]
+            assert call("generate", PROMPT, *given) == 0
+            assert digest(output) == whole
+        assert call("weights", "verify", "wan") == 0
+    # From now on without a connection.
+    assert call("rerun", path, "-o", tmp_path / "c.mp4", "--offline", "-q") == 2
+    assert "name it with --model if you trust it" in capsys.readouterr().err
+    assert call("rerun", path, "-o", tmp_path / "c.mp4", "--offline", "-q", "--model", "hub:someone/wan") == 0
+    assert call("rerun", tmp_path / "b.mp4", "--offline", "-q") == 0
 
 
 def test_the_list_of_weights_names_them(capsys: pytest.CaptureFixture[str]) -> None:
