@@ -247,6 +247,7 @@ def rerun(
     at: options.At = None,
     init: options.Init = None,
     image_init: options.ImageInit = None,
+    model: options.Model = None,
     **given: Any,
 ) -> None:
     """Make a video again from the recipe inside it and compare the frames; exit code 10 if they differ.
@@ -261,6 +262,7 @@ def rerun(
     behaviour = _behaviour(given, video)
     places = dict.fromkeys(("initialize.text_model", "initialize.picture_model"), init)
     places |= {"initialize.text_to_image": image_init, "image": None if image is None else str(image)}
+    places |= {"model": model}
     places |= {f"pictures.{parse_time(time, 1)}": path for time, path in map(parse_at, at or [])}
     command, settings, like = again.rerun(video, source, places)
     output = output or video.with_name(f"{video.stem}_rerun{video.suffix}")

@@ -95,6 +95,7 @@ Image = Annotated[Path | None, _steering("--image", "Start from this picture.")]
 At = Annotated[list[str] | None, _steering("--at", _AT, metavar="TIME PROMPT|PICTURE")]
 Init = Annotated[str | None, _steering("--init", _INIT, autocompletion=_INITIALIZERS)]
 ImageInit = Annotated[str | None, _steering("--image-init", _IMAGE_INIT, autocompletion=_INITIALIZERS)]
+Model = Annotated[str | None, option("--model", "-m", _MODEL, autocompletion=names_of_weights)]
 Device = Annotated[str, _running("--device", "auto, cpu, cuda, cuda:1, mps.")]
 Threads = Annotated[int | None, _running("--threads", "CPU threads. Default: all cores.", min=1)]
 Memory = Annotated[float | None, _running("--memory", "GB it may use. Default: all that is free.", min=0.1, max=1e6)]
@@ -104,7 +105,7 @@ Verbose = Annotated[bool, _running("--verbose", "-v", "Report more about each st
 
 
 def making(
-    model: Annotated[str | None, option("--model", "-m", _MODEL, autocompletion=_completing(weights.families))] = None,
+    model: Model = None,
     seed: Annotated[int | None, option("--seed", "-s", "The seed. Default: random, printed and stored.")] = None,
     size: Annotated[
         str | None, option("--size", "Box WxH that the video fits into. Default: the model's; 256x144 for demo.")

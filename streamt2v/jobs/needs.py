@@ -4,13 +4,16 @@ from dataclasses import replace
 from typing import Any
 
 from streamt2v import memory, weights
-from streamt2v.chunks import count
+from streamt2v.chunks import count, packed
 from streamt2v.config import RunConfig
+from streamt2v.weights import folders
 
 
 def stages(config: RunConfig, source: tuple[int, int] | None = None) -> tuple[memory.Stage, ...]:
     """Return the stages of a run in numbers; `source` is the size (H, W) of a video that is only refined."""
     stream, refine, output = config.stream, config.refine, config.output
+    if weights.family(config.model).pipeline:
+        return _pipeline_stages(config, source)
     base, found = source or stream.size, list[memory.Stage]()
     if source is None:
         parts = ["unet", "vae", *(["cam"] if stream.cam else []), *(["apm"] if stream.apm else [])]
@@ -26,6 +29,35 @@ def stages(config: RunConfig, source: tuple[int, int] | None = None) -> tuple[me
         chunks = count(config.num_frames, refine.chunk, refine.overlap)
         found.append(replace(stage, guided=refine.guidance_scale != 1, waits=True, kept=min(kept, chunks)))
     return tuple(found)
+
+
+def _pipeline_stages(config: RunConfig, source: tuple[int, int] | None) -> tuple[memory.Stage, ...]:
+    """Return the text encoder, which goes before the others come, and what streams and refines, the same networks."""
+    family, stream, refine, output = weights.family(config.model), config.stream, config.refine, config.output
+    values, packs = folders.values(family.pipeline), folders.layout(family.pipeline)
+    counted, base, side = folders.features(family.preset), source or stream.size, packs.cell * packs.token
+    asked = [(stream.chunk, stream.guidance_scale, base)] if source is None else []
+    if refine.enabled:
+        scale = min((output.height or base[0]) / base[0], (output.width or base[1]) / base[1])
+        box = (round(base[0] * scale), round(base[1] * scale))
+        asked.append((min(refine.chunk, config.num_frames), refine.guidance_scale, box))
+    cells, pixels = [0], [0]
+    for frames, _, size in asked:
+        height, width = (-(-extent // packs.size_multiple) * packs.size_multiple for extent in size)
+        cells.append(packed(frames, packs.frames_per_latent) * (height // side) * (width // side))
+        pixels.append(int(height * width * (counted["per_pixel"] + counted["per_frame"] * frames)))
+    empty = memory.Stage(values.get("text_encoder", 0), 0, 0, 0, 0, False, False, 0, 0, False, 0)
+    both = replace(
+        empty,
+        values=values.get("transformer", 0) + values.get("vae", 0),
+        cells=max(cells),
+        guided=any(guidance != 1 for _, guidance, _ in asked),
+        frame_values=max(pixels),
+        vae_features=1,
+        token_values=int(packs.width * (counted["per_token"] + counted["timed"] * packs.timed)),
+        wide_codec=True,
+    )
+    return empty, both
 
 
 def _stage(config: RunConfig, name: str, parts: list[str], frames: int, size: tuple[int, int]) -> memory.Stage:
@@ -89,11 +121,15 @@ def disk_bytes(config: RunConfig) -> int:
 def _state_bytes(config: RunConfig) -> int:
     """Bytes of the refiner's state: of every frame in flight the latents, the last and the next estimate."""
     refine, output, family = config.refine, config.output, weights.family(config.model)
-    if not refine.enabled or not family.has("refine.vae"):
+    if not refine.enabled or not (family.has("refine.vae") or family.pipeline):
         return 0
-    _, vae = _header(family, "refine.vae")
-    factor = 2 ** (len(vae.get("block_out_channels", [128] * 4)) - 1)
+    frames = 1
+    if family.pipeline:
+        packs = folders.layout(family.pipeline)
+        factor, channels, frames = packs.cell, packs.channels, packs.frames_per_latent
+    else:
+        _, vae = _header(family, "refine.vae")
+        factor, channels = 2 ** (len(vae.get("block_out_channels", [128] * 4)) - 1), vae.get("latent_channels", 4)
     cells: int = -(-output.height // factor) * -(-output.width // factor)
     in_flight = refine.chunk + (refine.num_inference_steps - 1) * (refine.chunk - refine.overlap)
-    channels: int = vae.get("latent_channels", 4)
-    return min(config.num_frames, in_flight) * 3 * channels * cells * 4
+    return min(config.num_frames, in_flight) // frames * 3 * channels * cells * 4

@@ -51,6 +51,12 @@ class Prepared:
         return weights.family(self.job.config.model)
 
     @property
+    def num_values(self) -> int:
+        """Parameters of the family's networks."""
+        name = self.family.pipeline
+        return sum(folders.values(name).values() if name else (file.num_values for file in self.family.files))
+
+    @property
     def runs(self) -> tuple[str, ...]:
         """The stages that run, as roles of networks name them."""
         if self.job.command == "refine":
