@@ -99,7 +99,11 @@ class Films:
         due = self.first if self.draws == 0 else self.count + (self.draws % self.draws_a_film == 0)
         while self.count < min(due, self.most):
             film = self.make(self.count)
-            tables = {"truth": film.truth, "poor": film.poor, "scales": np.array(film.scales, np.float32)}
+            tables: dict[str, np.ndarray[Any, Any]] = {
+                "truth": film.truth,
+                "poor": film.poor,
+                "scales": np.array(film.scales, np.float32),
+            }
             files.make_directory(self.folder)
             files.write_bytes(self._path(self.count), safetensors.numpy.save(tables))
             self.count += 1

@@ -80,7 +80,9 @@ def test_what_is_not_refined_has_no_time_for_it(tmp_path: Path, monkeypatch: pyt
     assert {("UNet3D", "cpu"), ("AutoencoderKL", "cpu")} <= set(arranged)  # every network of a run
 
 
-@pytest.mark.parametrize("unused", ["--seed=7", "--negative=grey", "--at=16=a blue ball", "--timeline=turns.toml", "--loop"])
+@pytest.mark.parametrize(
+    "unused", ["--seed=7", "--negative=grey", "--at=16=a blue ball", "--timeline=turns.toml", "--loop"]
+)
 def test_it_takes_only_what_costs_time(unused: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("bench", *TIMED, unused) == 2
     assert unused.partition("=")[0] in capsys.readouterr().err
