@@ -85,7 +85,7 @@ class Films:
     """
 
     def __init__(
-        self, folder: Path, make: Callable[[int], Film], first: int = 40, most: int = 320, draws_a_film: int = 12
+        self, folder: Path, make: Callable[[int], Film], first: int = 40, most: int = 360, draws_a_film: int = 12
     ) -> None:
         self.folder, self.make, self.first, self.most, self.draws_a_film = folder, make, first, most, draws_a_film
         self.count = next(at for at in itertools.count() if not self._path(at).is_file())
