@@ -217,6 +217,7 @@ class Judge:
     def gains(self, network: Restorer, schedule: NoiseSchedule) -> dict[str, float]:
         """Return the decibels won over the source for every kind, at the usual noise."""
         device = network.conv_out.weight.device
+        network.eval()
         found = {}
         for kind, pairs in self.pairs.items():
             gains = []
@@ -228,6 +229,7 @@ class Judge:
                 made = network(schedule.add_noise(source, noise, time), time, told, source)
                 gains.append(float(log_error(source - truth) - log_error(made - truth)))
             found[kind] = 10 / math.log(10) * sum(gains) / len(gains)
+        network.train()
         return found
 
 

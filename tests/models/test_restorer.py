@@ -131,3 +131,5 @@ def test_only_what_is_not_enlarged_is_cored() -> None:
         parameter.mul_(1e-3)
     faint = [(made(noisy, 10, told(made, scale), source) - source).abs().mean() for scale in (1.0, 2.0)]
     assert all(changes) and faint[0] == 0 < faint[1]
+    made.train()  # a network that learns is not: what is small at first would get no gradient
+    assert (made(noisy, 10, told(made, 1.0), source) != source).any()
