@@ -36,7 +36,10 @@ An optimizer moves its hundreds of weights a cell by steps of one size: straight
 residuals by levels, at random, and drown what is learned.
 """
 CORING = 1.5 / 127.5
-"""How large a change must be to count at the source's own size: less than what eight bits show would spoil it."""
+"""How large a change must be to count at the source's own size, where small ones may spoil what is as it should be.
+
+Not while it learns: a network that changes little at first would get no gradient there.
+"""
 _FREQUENCIES = 8
 
 
@@ -185,7 +188,8 @@ class Restorer(nn.Module):
             for block in self.blocks[:-1]:
                 deep = block(deep, embedding, frames, pieces)
         x = self.blocks[-1](deep, embedding, frames, pieces)
-        least = CORING * (2 - 2**scales).clamp(min=0).repeat_interleave(frames, 0)[:, :, None, None]
+        threshold = 0.0 if self.training else CORING
+        least = threshold * (2 - 2**scales).clamp(min=0).repeat_interleave(frames, 0)[:, :, None, None]
         clean = [given[p] + cored(RESIDUAL * self.conv_out(x[p]).to(given.dtype), least[p]) for p in pieces]
         return torch.cat(clean).unflatten(0, (batch, frames)).transpose(1, 2), deep
 

@@ -369,7 +369,7 @@ class Film:
 class FilmMaker:
     """Films of photographs and of the drawn world, each worn in several ways: to film takes longer than to wear out."""
 
-    def __init__(self, photographs: Sequence[Image.Image], generator: torch.Generator, world: float = 0.15) -> None:
+    def __init__(self, photographs: Sequence[Image.Image], generator: torch.Generator, world: float = 0.3) -> None:
         self.photographs, self.world, self.camera = photographs, world, Camera(generator)
 
     def make(self) -> Film:
