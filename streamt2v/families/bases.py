@@ -180,7 +180,7 @@ def base(networks: Networks, name: str) -> Any:
             parts["vae"].float()  # as published, where there is room for it
         if networks.policy.feed_forward_rows < MANY_ROWS:
             parts["vae"].enable_tiling()
-        return adapter.make(parts, index, networks.run.output.fps)
+        return adapter.make(parts, index, networks.run.output.fps, networks.device.name)
 
     return networks.once(f"base {name}", load)
 

@@ -28,13 +28,17 @@ HISTORY = 19  # latents: 16, 2 and 1, seen ever more finely
 NOISE = (0.111, 0.135)  # published range of how much of a picture is noise
 
 
-def make(parts: dict[str, Any], settings: dict[str, Any], fps: float) -> Any:
-    """Build the pipeline around its networks; prompts come as features."""
+def make(parts: dict[str, Any], settings: dict[str, Any], fps: float, device: str = "cpu") -> Any:
+    """Build the pipeline around its networks, which compute on a device wherever their weights are.
+
+    Prompts come as features.
+    """
     import diffusers
 
     kind: Any = diffusers.HeliosPyramidPipeline if "is_distilled" in settings else diffusers.HeliosPipeline
+    kind = type(kind.__name__, (kind,), {"_execution_device": torch.device(device)})
     told = {name: settings[name] for name in ("is_cfg_zero_star", "is_distilled") if name in settings}
-    gamma, device = parts["scheduler"].config.gamma, parts["transformer"].device
+    gamma = parts["scheduler"].config.gamma
     covariance = torch.eye(4, device=device) * (1 + gamma) - gamma
     if told and torch.linalg.cholesky_ex(covariance).info:
         # The published 1/3 is singular to the last digit: not every machine can draw the noise of its 2x2 blocks.

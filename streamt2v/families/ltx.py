@@ -26,7 +26,7 @@ class Ltx:
     lookahead = 2
     """Its decoder looks ahead as far as it looks back; two latents decide nearly all of that."""
 
-    def __init__(self, parts: dict[str, Any], settings: dict[str, Any], fps: float) -> None:
+    def __init__(self, parts: dict[str, Any], settings: dict[str, Any], fps: float, *_: object) -> None:
         self.transformer, self.vae, self.scheduler = parts["transformer"], parts["vae"], parts["scheduler"]
         self.fps, self.frames_per_latent = fps, int(self.vae.temporal_compression_ratio)
         self.cell = int(self.vae.spatial_compression_ratio)

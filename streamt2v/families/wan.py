@@ -23,7 +23,7 @@ class Wan:
 
     lookahead = 0
 
-    def __init__(self, parts: dict[str, Any], settings: dict[str, Any], fps: float = 24.0) -> None:
+    def __init__(self, parts: dict[str, Any], settings: dict[str, Any], *_: object) -> None:
         self.transformer, self.vae, self.scheduler = parts["transformer"], parts["vae"], parts["scheduler"]
         config = self.vae.config
         self.frames_per_latent: int = config.scale_factor_temporal

@@ -104,7 +104,7 @@ def test_it_extends_any_video(folder: Path, tmp_path: Path) -> None:
     assert call("extend", source, "--frames", 50, "-o", path, *small(folder), *PLAIN) == 0
     known, longer = (np.concatenate(list(reading.read_frames(file))) for file in (source, path))
     assert len(longer) == 50
-    assert float(np.abs(longer[:36].astype(int) - known).mean()) < 2  # encoded once more
+    assert float(np.abs(longer[:36].astype(int) - known).mean()) < 8  # noise of random networks, encoded once more
 
 
 @pytest.mark.parametrize(
