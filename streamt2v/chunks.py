@@ -196,9 +196,18 @@ def base_offset(kept: int, size: int) -> int:
     return max(0, kept - size)
 
 
-def shifted(plan: Sequence[Chunk], by: int) -> tuple[Chunk, ...]:
-    """Return a plan with `by` added to all frame numbers."""
-    return tuple(Chunk(chunk.index, chunk.start + by, chunk.stop + by, chunk.new_start + by) for chunk in plan)
+def made(num_frames: int, factor: int, closed: bool = False) -> int:
+    """Return how many frames have to be made for so many, of which every `factor`-th is made.
+
+    The last one is the video's last or comes after it; of a `closed` loop the first one follows the last.
+    """
+    return -(-num_frames // factor) if closed else -(-(num_frames - 1) // factor) + 1
+
+
+def interpolated(plan: Sequence[Chunk], factor: int, by: int = 0) -> tuple[Chunk, ...]:
+    """Return a plan in frames of the output, which begins `by` made frames before it: frame n is its `factor` n-th."""
+    shown = [(chunk.index, chunk.start + by, chunk.stop - 1 + by, chunk.new_start + by) for chunk in plan]
+    return tuple(Chunk(index, factor * start, factor * last + 1, factor * new) for index, start, last, new in shown)
 
 
 def seams(plan: Sequence[Chunk]) -> tuple[int, ...]:

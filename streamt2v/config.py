@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args, get_type_hints
 
-from streamt2v.chunks import check_chunking
+from streamt2v.chunks import check_chunking, made
 from streamt2v.errors import ConfigError
 
 Fit = Literal["contain", "cover", "pad"]
@@ -129,13 +129,17 @@ class RefineConfig(SamplingConfig):
     """Stage 3: SDEdit in overlapping chunks with randomized blending."""
 
     enabled: bool = _value(True, "run the refinement stage")
+    model: str = _value("own", "what refines: own, a name of weights.toml, hub:OWNER/NAME, a folder")
+    solver: Literal["dpmpp", "ddim"] = _value(
+        "dpmpp", "dpmpp: DPM-Solver++(2M), as published with MS-Vid2Vid; ddim: one estimate a step, as with I2VGen-XL"
+    )
     chunk: int = _value(24, "frames refined at once", 1, 1024)
     overlap: int = _value(8, "frames shared by neighbouring chunks", 0, 1023)
     num_inference_steps: int = _value(30, "denoising steps", 1, 1000)
     noise_level: int = _value(600, "timestep t' up to which the clip is noised, of 1000", 1, 1000)
     guidance_rescale: float = _rescale(0.2)
     reuse_interval: int = _reuse_interval()
-    stochastic: bool = _value(True, "DPM-Solver++ as SDE (fresh noise at every step) or as ODE")
+    stochastic: bool = _value(True, "fresh noise at every step (SDE), or none (ODE)")
     cut_range: Variant = _value("corrected", "published: cut in 0..overlap-1; corrected: 0..overlap, as in the paper")
     posterior: Variant = _value("corrected", "published: encode to a sample of the posterior; corrected: to its mean")
     start_scale: Variant = _value(
@@ -151,6 +155,7 @@ class OutputConfig:
     height: int = _value(720, "box height, pixels; 0: the base video's own", 0, 16384)
     fit: Fit = _value("contain", "contain keeps the aspect ratio, cover crops, pad adds borders")
     fps: float = _value(8.0, "frames per second", 0.01, 1000)
+    interpolate: int = _value(1, "frames written for every one that is made: those between are interpolated", 1, 64)
     crf: int = _value(18, "H.264 quality: lower is better and larger", 0, 51)
 
     @property
@@ -193,6 +198,16 @@ class RunConfig:
         """{key of the setting: path} of all pictures that are asked for."""
         later = {f"pictures.{frame}": path for frame, path in self.pictures.items()}
         return {"image": self.image, **later} if self.image else later
+
+    @property
+    def made(self) -> int:
+        """Frames that the stages make; the others of `num_frames` are interpolated."""
+        return made(self.num_frames, self.output.interpolate, closed=self.loop != "no")
+
+    @property
+    def made_pictures(self) -> dict[int, str]:
+        """{number among the frames that are made: path} of the pictures of later frames."""
+        return {frame // self.output.interpolate: path for frame, path in self.pictures.items()}
 
     def __post_init__(self) -> None:
         for key, spec, value in _leaves(self):

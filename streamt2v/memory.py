@@ -1,7 +1,8 @@
 """How a run fits into memory: what is loaded, computed and kept at the same time. Arithmetic only.
 
 Peaks were counted on the networks of the published sizes (tensors without data, fused attention): a UNet holds at most
-14 features of its finest level at once, or 6.5 and the inside of a feed-forward, which is cut into slices of rows.
+14 features of its finest level at once (I2VGen-XL in diffusers 15.5), or 6.5 and the inside of a feed-forward, which is
+cut into slices of rows.
 The VAE works on one frame at a time and holds 6 features of its size; a temporal decoder on several, and holds 8. A
 restoration network works on a few frames at a time where it is widest; what its stage holds of a chunk was measured:
 RESTORING_LATENTS times the latents.
@@ -13,6 +14,8 @@ from typing import Literal
 
 UNET_FEATURES, FEATURES_BESIDE_FEED_FORWARD, CAM_FEATURES, VAE_FEATURES = 14, 6.5, 4, 6
 TEMPORAL_VAE_FEATURES, RESTORING_LATENTS = 8, 6
+LIBRARY_UNET_FEATURES = 15.5
+INTERPOLATING_VALUES = 280  # of 16 bit, for every pixel of a frame between two: 130 of 32 bit, and the frames
 FEED_FORWARD_WIDTH = 16  # inside of a gated feed-forward: projection 8, gate 4, product 4 times as wide as its input
 MARGIN, OWN_BYTES = 1.15, 600_000_000  # fragments of the allocator; libraries and contexts of a GPU
 CPU_OWN_BYTES = 320_000_000  # libraries in the memory of a process, and what loading leaves behind: measured
@@ -55,24 +58,26 @@ class Stage:
     """A stage in numbers: values of its networks, latent cells of a chunk, channels of its widest features."""
 
     values: int
-    encoder_values: int
+    encoder_values: int = 0
     """Values of the text and image encoders, which run once."""
-    cells: int
-    width: int
-    inner: int
+    cells: int = 0
+    width: int = 0
+    inner: int = 0
     """Channels inside the first temporal transformer, which sees all cells."""
-    guided: bool
-    cam: bool
-    frame_values: int
+    guided: bool = False
+    cam: bool = False
+    frame_values: int = 0
     """Pixels that the VAE handles at once times channels of its finest level."""
-    kept: int
+    kept: int = 0
     """Chunks whose features of the deep layers are kept at once, from step to step."""
-    waits: bool
+    waits: bool = False
     """Whether they wait while other chunks have their turn, so that the host can hold them."""
-    kept_width: int
+    kept_width: int = 0
     """Channels of these features."""
     vae_features: int = VAE_FEATURES
     """Features of that size that the VAE holds."""
+    unet_features: float = UNET_FEATURES
+    """Features of its finest level that a UNet holds."""
     restoring: int = 0
     """Channels of the latents of a restoration network on pixels, which has no features of the kind above; else 0."""
     token_values: int = 0
@@ -84,7 +89,8 @@ class Stage:
         """Values of features at the peak."""
         cells = self.cells * (2 if self.guided and policy.batched_guidance else 1)
         feed_forward = FEED_FORWARD_WIDTH * self.inner * min(cells, policy.feed_forward_rows)
-        unet = max(UNET_FEATURES * self.width * cells, FEATURES_BESIDE_FEED_FORWARD * self.width * cells + feed_forward)
+        finest = self.width * cells
+        unet = max(self.unet_features * finest, FEATURES_BESIDE_FEED_FORWARD * finest + feed_forward)
         kept = 0 if self.waits and policy.encoders_on_host else self.kept
         kept *= self.kept_width * self.cells * (2 if self.guided else 1)
         unet += self.cam * CAM_FEATURES * self.width * cells + RESTORING_LATENTS * self.restoring * cells

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamt2v import config
-from streamt2v.chunks import Chunk, base_offset, refinement_plan, seams, shifted, snap, streaming_plan
+from streamt2v.chunks import Chunk, base_offset, interpolated, refinement_plan, seams, snap, streaming_plan
 from streamt2v.config import RunConfig
 from streamt2v.errors import ConfigError
 
@@ -25,13 +25,13 @@ def turns(run: RunConfig, command: str = "generate", kept: int = 0) -> tuple[Pro
     """Return the prompts of a run in order, with the frames at which the run switches to them.
 
     A change waits for the next streaming chunk. A video that is only refined has none, so every change takes effect
-    where it was requested, as do changes inside the `kept` frames of a video that is continued.
+    where it was requested, as do changes inside the `kept` made frames of a video that is continued.
 
     Raises:
         ConfigError: a change would never be seen.
     """
     asked = sorted(run.prompts)
-    later = [] if command == "refine" else [frame for frame in asked if frame >= kept]
+    later = [] if command == "refine" else [frame for frame in asked if frame >= kept * run.output.interpolate]
     followed = dict[int, int]()
     if later and run.loop != "ring":  # whose windows each follow what they show
         stream, _ = plans(run, command, kept)
@@ -41,32 +41,38 @@ def turns(run: RunConfig, command: str = "generate", kept: int = 0) -> tuple[Pro
 
 
 def plans(run: RunConfig, command: str = "generate", kept: int = 0) -> tuple[tuple[Chunk, ...], tuple[Chunk, ...]]:
-    """Return the chunks of the streaming and of the refinement stage, in frames of the output.
+    """Return the chunks of the streaming and of the refinement stage, in frames of the output, interpolated ones too.
 
     The first chunk of a continued video starts with the last of its `kept` frames. A stage that the run leaves out has
     no chunks.
     """
-    refine, begin = run.refine, base_offset(kept, run.stream.chunk)
-    first = base_plan(run, kept) if command != "refine" else ()
-    second = refinement_plan(run.num_frames - begin, refine.chunk, refine.overlap) if refine.enabled else ()
-    return shifted(first, begin), shifted(second, begin)
+    begin = base_offset(kept, run.stream.chunk)
+    stream, refine = made_plans(run, run.made - begin, command, kept)
+    return interpolated(stream, run.output.interpolate, begin), interpolated(refine, run.output.interpolate, begin)
 
 
-def base_plan(run: RunConfig, kept: int = 0) -> tuple[Chunk, ...]:
+def made_plans(
+    run: RunConfig, num_frames: int, command: str = "generate", kept: int = 0
+) -> tuple[tuple[Chunk, ...], tuple[Chunk, ...]]:
+    """Return the same chunks in frames of the base video, which has `num_frames`."""
+    first = base_plan(run, num_frames, kept) if command != "refine" else ()
+    second = refinement_plan(num_frames, run.refine.chunk, run.refine.overlap) if run.refine.enabled else ()
+    return first, second
+
+
+def base_plan(run: RunConfig, num_frames: int, kept: int = 0) -> tuple[Chunk, ...]:
     """Return the chunks of the streaming stage, in frames of the base video; it continues `kept` frames, if any.
 
     A picture ends a chunk, so that as many new frames as possible lead to it. What comes home has a last chunk that
     ends with the first frames. A ring has one chunk: nothing of it is finished before all is.
     """
     stream = run.stream
-    made = run.num_frames - base_offset(kept, stream.chunk)
     if run.loop == "ring":
-        return (Chunk(0, 0, made, 0),)
-    begin = run.num_frames - made
-    ends = [frame + 1 - begin for frame in run.pictures]
-    if run.loop == "stream" and made > stream.chunk:
-        ends.append(made + home_frames(run))
-    return streaming_plan(made, stream.chunk, stream.overlap, ends, whole_first=kept > 0)
+        return (Chunk(0, 0, num_frames, 0),)
+    ends = [frame + 1 - base_offset(kept, stream.chunk) for frame in run.made_pictures]
+    if run.loop == "stream" and num_frames > stream.chunk:
+        ends.append(num_frames + home_frames(run))
+    return streaming_plan(num_frames, stream.chunk, stream.overlap, ends, whole_first=kept > 0)
 
 
 def home_frames(run: RunConfig) -> int:

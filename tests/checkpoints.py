@@ -20,7 +20,7 @@ State = dict[str, Tensor]
 STREAM, VIDXTEND = "streaming_t2v.ckpt", "vidxtend.safetensors"
 REFINER, VAE, CLIP = "non_ema_0035000.pth", "v2-1_512-ema-pruned.ckpt", "open_clip_pytorch_model.bin"
 STREAMING_SVD, SVD_KEYS = "streaming_svd.safetensors", Path(__file__).parent / "data" / "streamingsvd"
-IMAGE_TOWER = "the image tower of CLIP"
+IMAGE_TOWER, IFNET = "the image tower of CLIP", "rife_v4.26.safetensors"
 
 UNET = {
     "block_out_channels": [16, 32], "attention_levels": [True, False], "layers_per_block": 1, "cross_attention_dim": 16,
@@ -60,6 +60,7 @@ SMALL = {
     "stream/unet": UNET | {"cam": True, "image_tokens": 4}, "stream/cam": CAM, "stream/apm": APM,
     "stream/vae": AUTOENCODER, "stream/text": TEXT, "stream/vision": VISION,
     "refine/unet": UNET | {"downsample_padding": [2, 1]}, "refine/vae": AUTOENCODER, "refine/text": TEXT, **SVD,
+    "ifnet": {"widths": [16, 8], "layers": 1, "head_width": 4, "head_channels": 2, "features": 2},
 }  # fmt: skip
 
 
@@ -135,6 +136,7 @@ def published_shapes(layouts: Mapping[str, published.Layout]) -> dict[str, Shape
         CLIP: tower | visual,
         STREAMING_SVD: _streaming_svd() if "block_out_channels" in unet else manifests()[STREAMING_SVD],
         IMAGE_TOWER: shapes(IMAGE_TOWER, "stream/vision") | {"logit_scale": ()},
+        IFNET: shapes(IFNET, "ifnet"),
     }
 
 

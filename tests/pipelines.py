@@ -19,6 +19,7 @@ from diffusers import (
     HeliosPyramidPipeline,
     HeliosScheduler,
     HeliosTransformer3DModel,
+    I2VGenXLUNet,
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
     LTXImageToVideoPipeline,
@@ -103,13 +104,7 @@ def modelscope(folder: Path) -> Path:
         "text_encoder": _clip_text(),
         "scheduler": DDIMScheduler(**STABLE, clip_sample=False, set_alpha_to_one=False),
     }
-    parts["tokenizer"] = clip_tokenizer(folder / "tokenizer")
-    for name, part in parts.items():
-        part.save_pretrained(folder / name)
-    index = {name: [type(part).__module__.partition(".")[0], type(part).__name__] for name, part in parts.items()}
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "TextToVideoSDPipeline"} | index))
-    (folder / "tokenizer" / "tokenizer.json").unlink()  # which the published folder does not have
-    return folder
+    return _parts(folder, "TextToVideoSDPipeline", parts)
 
 
 def stable_diffusion(folder: Path) -> Path:
@@ -260,6 +255,32 @@ def svd(folder: Path) -> Path:
     StableVideoDiffusionPipeline(
         vae=vae, image_encoder=_eyes(), unet=unet, scheduler=euler, feature_extractor=CLIPImageProcessor()
     ).save_pretrained(folder)
+    return folder
+
+
+def i2vgen(folder: Path) -> Path:
+    """I2VGen-XL's layout; its pipeline class is deprecated, so the parts are saved one by one."""
+    torch.manual_seed(9)
+    unet = I2VGenXLUNet(
+        sample_size=8, block_out_channels=(32, 64), norm_num_groups=4, layers_per_block=1, cross_attention_dim=WIDTH,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        attention_head_dim=8,
+    )  # fmt: skip
+    cosine = {"beta_schedule": "squaredcos_cap_v2", "rescale_betas_zero_snr": True, "timestep_spacing": "leading"}
+    return _parts(folder, "I2VGenXLPipeline", {
+        "unet": unet, "vae": _vae(), "text_encoder": _clip_text(), "image_encoder": _eyes(),
+        "feature_extractor": CLIPImageProcessor(),
+        "scheduler": DDIMScheduler(**cosine, steps_offset=1, prediction_type="v_prediction", clip_sample=False),
+    })  # fmt: skip
+
+
+def _parts(folder: Path, pipeline: str, parts: dict[str, Any]) -> Path:
+    parts["tokenizer"] = clip_tokenizer(folder / "tokenizer")
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    index = {name: [type(part).__module__.partition(".")[0], type(part).__name__] for name, part in parts.items()}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline} | index))
+    (folder / "tokenizer" / "tokenizer.json").unlink()  # which the published folders do not have
     return folder
 
 

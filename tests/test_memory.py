@@ -118,8 +118,8 @@ def test_a_restoration_network_is_counted_by_what_it_keeps(monkeypatch: pytest.M
 
 
 def test_the_counts_in_the_list_are_those_of_the_networks() -> None:
-    families = (weights.family(name) for name in ("streamingt2v", "streamingsvd"))
-    files = (file for family in families for file in family.files)
+    families = (weights.listed(name) for name in ("streamingt2v", "streamingsvd", "interpolate"))
+    files = (file for family in families if family for file in family.files)
     listed = {Path(file.path).with_suffix("").as_posix().partition("/")[2]: file.values for file in files}
     for layout in LAYOUTS.values():
         for name, part in layout.parts.items():

@@ -47,6 +47,9 @@ def weights_pull(
     ] = "",
     folder: Annotated[Path | None, option("--from", "Folder of published files that are already here.")] = None,
     no_refine: Annotated[bool, option("--no-refine", "Leave out what only the refiner needs.")] = False,
+    refiner: Annotated[
+        str | None, option("--refiner", "The model that will refine, as in generate: own is the family's.")
+    ] = None,
 ) -> None:
     """Fetch a model family and convert it to 16-bit safetensors, or fetch a model for the first frames as it is.
 
@@ -65,17 +68,19 @@ def weights_pull(
 
     with terminable(FETCHING):
         if (family := weights.listed(name)) is None:
-            if source or folder or no_refine:
-                raise ConfigError(
-                    f"{name} comes from its repository alone", "leave --source, --from and --no-refine out"
-                )
+            if source or folder or no_refine or refiner:
+                hint = "leave --source, --from, --no-refine and --refiner out"
+                raise ConfigError(f"{name} comes from its repository alone", hint)
             folders.locate(name, say)
         else:
-            hub.pull(family, checkpoints.convert, say, source, folder, ("initialize", "stream") if no_refine else ())
-            start = config.merge(config.preset(family.preset)).initialize.text_model
-            if start != choose.OWN:
-                say(f"{start}, which makes the first frames:")
-                folders.locate(start, say)
+            usual = config.merge(config.preset(family.preset) if family.preset else {})
+            refines = None if no_refine else refiner or usual.refine.model
+            stages = None if refines == choose.OWN else ("initialize", "stream")
+            hub.pull(family, checkpoints.convert, say, source, folder, stages)
+            for model, does in ((usual.initialize.text_model, "makes the first frames"), (refines, "refines")):
+                if model not in (None, choose.OWN):
+                    say(f"{model}, which {does}:")
+                    folders.locate(model, say)
     emit(f"{name}: ready")
 
 
@@ -109,7 +114,8 @@ def weights_convert(
 ) -> None:
     """Convert a published checkpoint to files that streamt2v loads: 16 bit, no pickle, no optimizer state.
 
-    Known: streaming_t2v.ckpt, VidXTend (file or folder), StreamingSVD, the three files of MS-Vid2Vid-XL, OpenCLIP.
+    Known: streaming_t2v.ckpt, VidXTend (file or folder), StreamingSVD, the three files of MS-Vid2Vid-XL, OpenCLIP,
+    RIFE 4.26.
 
     [b]streamt2v weights convert streaming_t2v.ckpt weights/[/b]
     """

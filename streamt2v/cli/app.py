@@ -13,7 +13,7 @@ from streamt2v import __version__
 from streamt2v.cli import options
 from streamt2v.cli.admin import train, weights_convert, weights_list, weights_path, weights_pull, weights_verify
 from streamt2v.cli.look import doctor, evaluate, info, preview, report, verify
-from streamt2v.cli.make import RayCommand, batch, bench, extend, generate, plan, refine, rerun, resume
+from streamt2v.cli.make import RayCommand, batch, bench, extend, generate, interpolate, plan, refine, rerun, resume
 from streamt2v.cli.options import option
 from streamt2v.cli.terminal import complain, emit_failure, say, terminable
 from streamt2v.cli.watch import watch
@@ -38,7 +38,7 @@ app.add_typer(weights_app, name="weights")
 
 
 # In the order in which the help lists them.
-_COMMANDS: list[Command] = [generate, refine, extend, resume, verify, rerun, batch]
+_COMMANDS: list[Command] = [generate, refine, interpolate, extend, resume, verify, rerun, batch]
 _COMMANDS += [plan, bench, info, watch, evaluate, preview, report, doctor, train]
 _WEIGHTS: list[Command] = [weights_list, weights_pull, weights_path, weights_verify, weights_convert]
 for command in _COMMANDS:

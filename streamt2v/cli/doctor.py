@@ -12,6 +12,7 @@ from pathlib import Path
 
 from streamt2v import config, devices, files, memory, weights
 from streamt2v.errors import StreamT2VError
+from streamt2v.families import choose
 from streamt2v.jobs import needs
 
 LOW_DISK_BYTES = 2 * 10**9
@@ -76,7 +77,8 @@ def _memory(name: str) -> Check:
     device = devices.resolve(name)
     family = weights.family(weights.default_family(device.kind))
     free = devices.free_memory(device)
-    known = needs.stages(config.merge(config.preset(family.preset), {"model": family.name}))
+    run = config.merge(config.preset(family.preset), {"model": family.name})
+    known = needs.stages(config.merge(*choose.usual(run), {"model": family.name}))
     policy = memory.choose(free, known, device.kind)
     need = memory.needed(known, policy)
     found = f"{family.name}: {policy.describe()}: up to {need / 1e9:.1f} of {free / 1e9:.1f} GB free"
@@ -135,7 +137,7 @@ def _weights() -> list[Check]:
             fetch = f"not here; `streamt2v weights pull {family.name}` fetches them"
             found.append(Check(f"weights {family.name}", True, fetch))
             continue
-        problems = weights.missing(family)
+        problems = weights.missing(family, family.usual_stages)
         size = f"{len(family.files)} files, {family.num_bytes / 1e6:.1f} MB"
         again = f"run `streamt2v weights pull {family.name}`"
         advice = again if family.sources else "install streamt2v again, then run `streamt2v weights verify`"

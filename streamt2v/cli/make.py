@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from streamt2v import config, files, weights
+from streamt2v import config, files
 from streamt2v.batch import events
 from streamt2v.cli import options
 from streamt2v.cli.options import argument, option
 from streamt2v.cli.progress import Progress, clock
 from streamt2v.cli.terminal import FETCHING, complain, emit, plain, terminable
 from streamt2v.errors import ConfigError, DifferenceError, Interrupted
+from streamt2v.families import choose
 from streamt2v.jobs import again, asked, forecast, prepare, run_directory
 from streamt2v.jobs.job import BEHAVIOUR, Job, Result, beside, default_output
 from streamt2v.jobs.prepared import Prepared
@@ -104,6 +105,34 @@ def extend(
     if frames is None and duration is None:
         raise ConfigError("the new length is missing", "give it with --frames 240 or --duration 30s, source included")
     _run("extend", source, output, given, 1, dry_run, prompt=prompt, frames=frames, duration=duration, fps=fps)
+
+
+@options.knows(options.placing, *_RUNNING, options.alone)
+def interpolate(
+    source: Annotated[Path, argument("The video to put frames into.")],
+    output: options.Output = None,
+    factor: Annotated[int | None, option("--factor", "Frames for every one that is there.", min=2, max=64)] = None,
+    fps: Annotated[
+        float | None, option("--fps", "The new rate, a multiple of the source's.", parser=options.parse_rate)
+    ] = None,
+    dry_run: options.DryRun = False,
+    **given: Any,
+) -> None:
+    """Put frames between those of a video: a higher rate, the same length, cuts and sound. Twice as many by default.
+
+    Needs `streamt2v weights pull interpolate` once.
+
+    [b]streamt2v interpolate ball.mp4 --fps 24 -o smooth.mp4[/b]
+    """
+    rate = config.exact_rate(inspect_source(source).fps)
+    if fps is not None:
+        ratio = config.exact_rate(fps) / rate
+        if ratio.denominator != 1 or not 1 < ratio <= 64 or factor not in (None, ratio):
+            near = ", ".join(f"{float(rate * number):g}" for number in (2, 3, 4))
+            raise ConfigError(f"--fps is {fps:g}, {source} has {float(rate):g}", f"possible are {near} ...")
+        factor = int(ratio)
+    output = output or source.with_name(f"{source.stem}_smooth.mp4")
+    _run("refine", source, output, given, 1, dry_run, no_refine=True, interpolate=factor or 2)
 
 
 def _run(
@@ -248,6 +277,7 @@ def rerun(
     init: options.Init = None,
     image_init: options.ImageInit = None,
     model: options.Model = None,
+    refiner: options.Refiner = None,
     **given: Any,
 ) -> None:
     """Make a video again from the recipe inside it and compare the frames; exit code 10 if they differ.
@@ -260,14 +290,18 @@ def rerun(
     """
     progress, as_json = _talking(given)
     behaviour = _behaviour(given, video)
-    places = dict.fromkeys(("initialize.text_model", "initialize.picture_model"), init)
-    places |= {"initialize.text_to_image": image_init, "image": None if image is None else str(image)}
-    places |= {"model": model}
+    places: dict[str, str | None] = dict.fromkeys(("initialize.text_model", "initialize.picture_model"), init)
+    places["model"] = model
     places |= {f"pictures.{parse_time(time, 1)}": path for time, path in map(parse_at, at or [])}
+    places |= {
+        "initialize.text_to_image": image_init,
+        "refine.model": refiner,
+        "image": None if image is None else str(image),
+    }
     command, settings, like = again.rerun(video, source, places)
     output = output or video.with_name(f"{video.stem}_rerun{video.suffix}")
     progress.say(f"{video} says: {command}, with")
-    usual = config.usual(weights.family(settings.model).preset)
+    usual = config.to_flat(config.merge(*choose.usual(settings)))
     for key, value in config.to_flat(settings).items():
         if value != usual.get(key):
             progress.say(f"  {key} = {value}")

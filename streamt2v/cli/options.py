@@ -55,8 +55,8 @@ def parse_rate(text: str | float) -> float:
         raise typer.BadParameter(f"{text!r} is not a frame rate such as 24, 29.97 or 30000/1001") from None
 
 
-names_of_weights = _completing(lambda: [*weights.families(), *weights.pipelines()])
-_INITIALIZERS = _completing(lambda: [OWN, *weights.pipelines()])
+names_of_weights = _completing(lambda: [*weights.families(), *weights.helpers(), *weights.pipelines()])
+_MODELS = _completing(lambda: [OWN, *weights.pipelines()])
 _RATE = "Frames per second, such as 24 or 30000/1001. Default: "
 _OUTPUT = (
     "The file to write: .mp4, .webm, .mov (ProRes), .gif or .webp; without an ending, a folder of PNGs. Default: "
@@ -64,6 +64,8 @@ _OUTPUT = (
 )
 _INIT = "The model of the first frames: own, modelscope, animatediff, svd, hub:OWNER/NAME or a pipeline's folder."
 _IMAGE_INIT = "The model that draws the picture --init starts from: sdxl, hub:OWNER/NAME, a folder, or PRIOR+DECODER."
+_REFINER = "The model that refines: own, i2vgen-xl, wan, hub:OWNER/NAME or a folder. Default: set by the model."
+_INTERPOLATE = "Make only every Nth frame and interpolate the others. Default: 1, all are made."
 _FIT = "contain keeps the aspect ratio, cover crops, pad adds borders."
 _MODEL = (
     "Model family, such as demo, streamingt2v or wan; hub:OWNER/NAME or the folder of a pipeline that can stream. "
@@ -93,8 +95,10 @@ Fps = Annotated[float | None, option("--fps", f"{_RATE}the model's; 8 for demo."
 SourceFps = Annotated[float | None, option("--fps", f"{_RATE}the source's.", parser=parse_rate)]
 Image = Annotated[Path | None, _steering("--image", "Start from this picture.")]
 At = Annotated[list[str] | None, _steering("--at", _AT, metavar="TIME PROMPT|PICTURE")]
-Init = Annotated[str | None, _steering("--init", _INIT, autocompletion=_INITIALIZERS)]
-ImageInit = Annotated[str | None, _steering("--image-init", _IMAGE_INIT, autocompletion=_INITIALIZERS)]
+Init = Annotated[str | None, _steering("--init", _INIT, autocompletion=_MODELS)]
+ImageInit = Annotated[str | None, _steering("--image-init", _IMAGE_INIT, autocompletion=_MODELS)]
+Interpolate = Annotated[int | None, _steering("--interpolate", _INTERPOLATE, min=1, max=64)]
+Refiner = Annotated[str | None, _steering("--refiner", _REFINER, autocompletion=_MODELS)]
 Model = Annotated[str | None, option("--model", "-m", _MODEL, autocompletion=names_of_weights)]
 Device = Annotated[str, _running("--device", "auto, cpu, cuda, cuda:1, mps.")]
 Threads = Annotated[int | None, _running("--threads", "CPU threads. Default: all cores.", min=1)]
@@ -104,9 +108,29 @@ Quiet = Annotated[bool, _running("--quiet", "-q", "Errors only.")]
 Verbose = Annotated[bool, _running("--verbose", "-v", "Report more about each step.")]
 
 
-def making(
-    model: Model = None,
-    seed: Annotated[int | None, option("--seed", "-s", "The seed. Default: random, printed and stored.")] = None,
+def _panel_of(parameter: Parameter) -> int:
+    """Return the place of an option's panel: the same for every command; those without one are first."""
+    declared = next((part for part in getattr(parameter.annotation, "__metadata__", ())), None)
+    return (None, STEERING, ADVANCED, RUNNING).index(getattr(declared, "rich_help_panel", None))
+
+
+def knows(*groups: Callable[..., None], without: Sequence[str] = ()) -> Callable[[Command], Command]:
+    """Add the options of groups to a command, which receives them in its `**` parameter.
+
+    Those named in `without` would change nothing there.
+    """
+
+    def extend(command: Command) -> Command:
+        own = [p for p in signature(command).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+        shared = [parameter for group in groups for parameter in signature(group).parameters.values()]
+        known = [*own, *(parameter for parameter in shared if parameter.name not in without)]
+        vars(command)["__signature__"] = Signature(sorted(known, key=_panel_of))
+        return command
+
+    return extend
+
+
+def placing(
     size: Annotated[
         str | None, option("--size", "Box WxH that the video fits into. Default: the model's; 256x144 for demo.")
     ] = None,
@@ -118,17 +142,27 @@ def making(
     ] = None,
     fit: Annotated[str | None, option("--fit", _FIT, autocompletion=_among(Fit))] = None,
     loop: Annotated[bool, _steering("--loop", "Make a loop: the last frame leads back to the first.")] = False,
+    config_file: Annotated[Path | None, advanced("--config", "A TOML file of settings.")] = None,
+    settings: Annotated[list[str] | None, advanced("--set", "Any setting, as section.key=value; repeatable.")] = None,
+) -> None:
+    """Options of every command that writes frames."""
+
+
+@knows(placing)
+def making(
+    model: Model = None,
+    seed: Annotated[int | None, option("--seed", "-s", "The seed. Default: random, printed and stored.")] = None,
     negative: Annotated[str | None, _steering("--negative", "--negative-prompt", "What to avoid.")] = None,
     quality: Annotated[str | None, _steering("--quality", _QUALITY, autocompletion=_among(Quality))] = None,
+    interpolate: Interpolate = None,
     strength: Annotated[str | None, _steering("--strength", _STRENGTH, autocompletion=_among(Strength))] = None,
+    refiner: Refiner = None,
     refine_steps: Annotated[int | None, advanced("--refine-steps", "Steps of the refiner.")] = None,
     chunk: Annotated[int | None, advanced("--chunk", "Frames the refiner processes at once.")] = None,
     overlap: Annotated[int | None, advanced("--overlap", "Frames shared by neighbouring refiner chunks.")] = None,
     preset: Annotated[
         str | None, advanced("--preset", "A shipped preset by name.", autocompletion=_completing(config.presets))
     ] = None,
-    config_file: Annotated[Path | None, advanced("--config", "A TOML file of settings.")] = None,
-    settings: Annotated[list[str] | None, advanced("--set", "Any setting, as section.key=value; repeatable.")] = None,
     compile: Annotated[
         bool | None, _running("--compile", "Compile the networks first: takes minutes once, then each step is faster.")
     ] = None,
@@ -179,12 +213,6 @@ def talking(json_output: Json = False, quiet: Quiet = False, verbose: Verbose = 
     """What a command prints."""
 
 
-def _panel_of(parameter: Parameter) -> int:
-    """Return the place of an option's panel: the same for every command; those without one are first."""
-    declared = next((part for part in getattr(parameter.annotation, "__metadata__", ())), None)
-    return (None, STEERING, ADVANCED, RUNNING).index(getattr(declared, "rich_help_panel", None))
-
-
 class LeveledCommand(typer.core.TyperCommand):
     """A command whose --help leaves out the panels that --help-all shows."""
 
@@ -199,22 +227,6 @@ class LeveledCommand(typer.core.TyperCommand):
             print(f"{len(rare)} more options: {ctx.command_path} --help-all")
 
 
-def knows(*groups: Callable[..., None], without: Sequence[str] = ()) -> Callable[[Command], Command]:
-    """Add the options of groups to a command, which receives them in its `**` parameter.
-
-    Those named in `without` would change nothing there.
-    """
-
-    def extend(command: Command) -> Command:
-        own = [p for p in signature(command).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
-        shared = [parameter for group in groups for parameter in signature(group).parameters.values()]
-        known = [*own, *(parameter for parameter in shared if parameter.name not in without)]
-        vars(command)["__signature__"] = Signature(sorted(known, key=_panel_of))
-        return command
-
-    return extend
-
-
 # What people type, and what it is called here.
 _MEANT = {
     "--length": "--duration", "--seconds": "--duration", "--num-frames": "--frames", "--video-length": "--frames",
@@ -223,6 +235,7 @@ _MEANT = {
     "--num-inference-steps": "--steps", "--sampling-steps": "--steps", "--denoise": "--strength",
     "--force": "--overwrite", "--seamless": "--loop", "--looping": "--loop",
     "--end-image": "--until", "--last-frame": "--until",
+    "--enhancer": "--refiner", "--smooth": "--interpolate", "--rife": "--interpolate",
     "--yes": "--overwrite", "--music": "--audio", "--sound": "--audio", "--soundtrack": "--audio",
     "--variations": "--count", "--batch-count": "--count", "--start-image": "--image", "--first-frame": "--image",
     "--gpu": "--device", "--vram": "--memory", "--upscale": "streamt2v refine", "--continue": "--resume",

@@ -91,9 +91,9 @@ class NoiseSchedule:
         final = torch.ones(1) if self.config.final_alpha_one else self.alpha_bars[:1]
         return timesteps, torch.cat([self.alpha_bars[timesteps], final])
 
-    def refining_grid(self, start: int, num_steps: int) -> tuple[Tensor, Tensor]:
+    def refining_grid(self, start: int, num_steps: int, to_end: bool = False) -> tuple[Tensor, Tensor]:
         """Return the timesteps [N] and noise levels rho [N+1] of a refiner, see `sdedit_grid`."""
-        return sdedit_grid(self, start, num_steps)
+        return sdedit_grid(self, start, num_steps, to_end)
 
     def input_scale(self, rho: Tensor) -> Tensor:
         """Return by what x_0 + rho n is divided to be what the network sees."""
@@ -155,8 +155,11 @@ class FlowSchedule(NoiseSchedule):
         self.sigmas = torch.arange(1, total + 1) / total
         self.alphas = 1 - self.sigmas
 
-    def refining_grid(self, start: int, num_steps: int) -> tuple[Tensor, Tensor]:
-        """Return timesteps and rho = sigma / (1 - sigma), evenly spaced on the model's path from sigma start / 1000."""
+    def refining_grid(self, start: int, num_steps: int, to_end: bool = False) -> tuple[Tensor, Tensor]:
+        """Return timesteps and rho = sigma / (1 - sigma), evenly spaced on the model's path from sigma start / 1000.
+
+        The path has one end, whatever the solver.
+        """
         begin, last = start / self.config.num_train_timesteps, len(self.path) - 1
         after = min(max(int((self.path > begin).sum()), 1), last)  # the first level that is not above
         upper, lower = self.path[after - 1], self.path[after]
@@ -176,24 +179,30 @@ class FlowSchedule(NoiseSchedule):
         return noisy - timestep / self.config.num_train_timesteps * output
 
 
-def sdedit_grid(schedule: NoiseSchedule, start_timestep_count: int, num_steps: int) -> tuple[Tensor, Tensor]:
+def sdedit_grid(
+    schedule: NoiseSchedule, start_timestep_count: int, num_steps: int, to_end: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return the refiner's timesteps int64 [N] and noise levels rho float32 [N+1], the last of which is 0.
 
     t_j = (T' - 1) - j T' / (N + 1) for j = 0..N-1: evenly spaced downwards, the last but one level left out, so that
-    the final step jumps from t_{N-1} to the clean latent. rho at fractional t interpolates ln rho linearly.
+    the final step jumps from t_{N-1} to the clean latent. Or, `to_end`, evenly spaced from T' - 1 to the schedule's
+    first timestep. rho at fractional t interpolates ln rho linearly.
 
     Args:
         schedule: the refiner's schedule.
         start_timestep_count: T', the timesteps below the start (600: the video is noised to timestep 599).
         num_steps: N >= 1, exactly as many as asked for.
+        to_end: visit the first timestep too, as DDIM does with "leading" timesteps.
     """
     total = schedule.config.num_train_timesteps
     if not 1 <= start_timestep_count <= total:
         raise ConfigError(f"the start of refinement must lie in 1..{total} timesteps, not {start_timestep_count}")
     if num_steps < 1:
         raise ConfigError(f"the number of refinement steps must be at least 1, not {num_steps}")
-    levels = num_steps + 1
-    times = [max(start_timestep_count - 1 - index * start_timestep_count / levels, 0.0) for index in range(num_steps)]
+    gap = start_timestep_count / (num_steps + 1)
+    if to_end:
+        gap = max(0, start_timestep_count - 1 - schedule.config.steps_offset) / max(1, num_steps - 1)
+    times = [max(start_timestep_count - 1 - index * gap, 0.0) for index in range(num_steps)]
     log_rho = schedule.log_rho().double()
     below = [math.floor(time) for time in times]
     above = [math.ceil(time) for time in times]

@@ -22,8 +22,9 @@ from streamt2v import devices
 from streamt2v.chunks import Chunk, covering, packed, packed_window, refinement_plan, unpacked
 from streamt2v.diffusion.schedules import FlowSchedule
 from streamt2v.errors import VideoError
+from streamt2v.families.choose import Chosen
 from streamt2v.families.diffusers_pipelines import dtype_of, load_part
-from streamt2v.families.makers import Enlarged, Makers, Refined
+from streamt2v.families.makers import Enlarged, Makers, Refine, Refined
 from streamt2v.families.networks import Networks
 from streamt2v.media import frames
 from streamt2v.memory import MANY_ROWS
@@ -75,6 +76,11 @@ def build(networks: Networks) -> Makers:
         return calibrated(new, known, again) if run.stream.calibrate else new
 
     return Makers(first, extend, lambda enlarged: refine(networks, name, enlarged))
+
+
+def refiner(networks: Networks, chosen: Chosen) -> Refine:
+    """Return the refiner of any family that is made of a base."""
+    return lambda enlarged: refine(networks, chosen.name, enlarged)
 
 
 class _Source:
@@ -190,7 +196,7 @@ def _part(networks: Networks, folder: Path, index: dict[str, Any], part: str) ->
     path = folder / part
     if path not in networks.here:
         networks.watch.doing(f"loading {part} of {folder.name}")
-        network = load_part(folder, part, index[part], dtype_of(networks.device.name, index))
+        network = load_part(folder, part, index, dtype_of(networks.device.name, index))
         if isinstance(network, torch.nn.Module):
             if networks.policy.offload:
                 devices.offload(network, networks.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from streamt2v import devices, weights
 from streamt2v.config import RunConfig
+from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from streamt2v.errors import ConfigError, WeightsError
 from streamt2v.families.choose import Chosen
 from streamt2v.families.makers import First
@@ -78,7 +80,7 @@ def load(folder: Path, device: str, base: Path | None = None, policy: MemoryPoli
     if pipeline is None:
         raise WeightsError(f"the installed diffusers {diffusers.__version__} has no {kind}", "update diffusers")
     dtype = dtype_of(device, index)
-    parts: dict[str, Any] = {name: load_part(folder, name, value, dtype) for name, value in index.items()}
+    parts: dict[str, Any] = {name: load_part(folder, name, index, dtype) for name in index}
     return _placed(_built(pipeline, parts, folder), device, policy)
 
 
@@ -101,9 +103,8 @@ def _animated(folder: Path, base: Path, device: str) -> Any:
         raise WeightsError(f"{folder} animates Stable Diffusion 1.x models, {base} is a {kind}")
     dtype = dtype_of(device, index)
     needed = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
-    if absent := [name for name in needed if name not in index]:
-        raise WeightsError(f"{base} lists no {absent[0]}")
-    parts = {name: load_part(base, name, index[name], dtype) for name in needed}
+    check_parts(base, index, *needed)
+    parts = {name: load_part(base, name, index, dtype) for name in needed}
     ddim: Any = diffusers.DDIMScheduler
     parts["scheduler"] = ddim.from_config(
         parts["scheduler"].config,
@@ -136,8 +137,15 @@ def dtype_of(device: str, index: Mapping[str, Any]) -> torch.dtype:
     return torch.bfloat16 if "transformer" in index else torch.float16
 
 
-def load_part(folder: Path, name: str, value: Any, dtype: torch.dtype) -> Any:
+def check_parts(folder: Path, index: Mapping[str, Any], *names: str) -> None:
+    """Raise WeightsError unless the index of a folder lists all these parts."""
+    if absent := [name for name in names if index.get(name, [None])[0] is None]:
+        raise WeightsError(f"{folder} lists no {absent[0]}")
+
+
+def load_part(folder: Path, name: str, index: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """Load one part of a pipeline: a network, a tokenizer, a scheduler, a processor; or pass on a plain setting."""
+    value = index[name]
     if not isinstance(value, list):
         return value
     library, class_name = value
@@ -171,6 +179,30 @@ def load_part(folder: Path, name: str, value: Any, dtype: torch.dtype) -> Any:
         return part_class.from_pretrained(place, local_files_only=True)
     except Exception as error:  # the tokenizers library raises a bare Exception
         raise WeightsError(f"{place} does not load as {class_name}: {error}") from error
+
+
+def noise_schedule(folder: Path) -> NoiseSchedule:
+    """Read the noise schedule of a pipeline's folder. Raises WeightsError where it is of another kind than ours."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    kinds = {"squaredcos_cap_v2": "squared_cosine"}
+    try:
+        table = json.loads(path.read_text("utf-8"))
+        kind = table.get("beta_schedule", "linear")
+        schedule = ScheduleConfig(
+            kind=kinds.get(kind, kind),
+            beta_start=table.get("beta_start", 0.0001),
+            beta_end=table.get("beta_end", 0.02),
+            num_train_timesteps=table.get("num_train_timesteps", 1000),
+            prediction={"v_prediction": "v"}.get(table.get("prediction_type"), table.get("prediction_type", "epsilon")),
+            # The last step always arrives at timestep 0 or at a clean latent; "linspace" visits what "leading" does.
+            spacing="trailing" if table.get("timestep_spacing") == "trailing" else "leading",
+            steps_offset=table.get("steps_offset", 0),
+            zero_terminal_snr=table.get("rescale_betas_zero_snr", False),
+            final_alpha_one=table.get("set_alpha_to_one", True),
+        )
+        return NoiseSchedule(schedule)
+    except (OSError, ValueError, TypeError, AttributeError, ConfigError) as error:
+        raise WeightsError(f"{path} is no noise schedule that streamt2v knows: {error}") from None
 
 
 def _has_vocabulary(place: Path) -> bool:

@@ -11,7 +11,7 @@ from importlib import import_module
 from torch import Tensor
 
 from streamt2v.chunks import Around, Chunk
-from streamt2v.families.choose import MODELSCOPE, Chosen
+from streamt2v.families.choose import I2VGEN, MODELSCOPE, Chosen
 from streamt2v.families.networks import Networks
 from streamt2v.stages.stream import StreamState
 
@@ -77,10 +77,13 @@ BUILDERS = {name: f"streamt2v.families.{name}" for name in ("streamingt2v", "str
 """By the `builder` of a family in weights.toml: the module whose `build` turns its networks into callables."""
 
 
-def build(networks: Networks, chosen: Chosen | None) -> Makers:
-    """Return what makes the frames of a run; `chosen` is the third-party model of the first ones, if one makes them."""
+def build(networks: Networks, initializer: Chosen | None, refiner: Chosen | None = None) -> Makers:
+    """Return what makes the frames of a run; third-party models make the first ones or refine where they are given."""
     makers: Makers = import_module(BUILDERS[networks.family.builder]).build(networks)
-    if chosen is None:
-        return makers
-    place = "modelscope" if chosen.kind == MODELSCOPE else "diffusers_pipelines"
-    return replace(makers, first=import_module(f"streamt2v.families.{place}").first(networks, chosen))
+    if initializer is not None:
+        place = "modelscope" if initializer.kind == MODELSCOPE else "diffusers_pipelines"
+        makers = replace(makers, first=import_module(f"streamt2v.families.{place}").first(networks, initializer))
+    if refiner is not None:
+        place = "i2vgen" if refiner.kind == I2VGEN else "bases"
+        makers = replace(makers, refine=import_module(f"streamt2v.families.{place}").refiner(networks, refiner))
+    return makers

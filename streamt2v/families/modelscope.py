@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,9 @@ from torch import Tensor
 
 from streamt2v.chunks import Chunk
 from streamt2v.config import RunConfig
-from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
-from streamt2v.errors import ConfigError, WeightsError
+from streamt2v.diffusion.schedules import NoiseSchedule
 from streamt2v.families.choose import Chosen
-from streamt2v.families.diffusers_pipelines import dtype_of, load_part
+from streamt2v.families.diffusers_pipelines import check_parts, dtype_of, load_part, noise_schedule
 from streamt2v.families.makers import First
 from streamt2v.families.networks import Networks
 from streamt2v.models.encoders import decode_latents, encode_text, latent_size
@@ -46,33 +44,14 @@ def load_modelscope(folder: Path, device: str) -> ModelScope:
     """Load the parts of a ModelScope text-to-video folder for our own sampling loop.
 
     Raises:
-        WeightsError: see `load`; or a noise schedule of another kind.
+        WeightsError: see `load`, or a noise schedule of another kind.
     """
     _, index = read_index(folder)
     dtype = dtype_of(device, index)
     wanted = ("unet", "vae", "text_encoder", "tokenizer")
-    if absent := [name for name in (*wanted, "scheduler") if index.get(name, [None])[0] is None]:
-        raise WeightsError(f"{folder} lists no {absent[0]}")
-    unet, vae, text_encoder, tokenizer = (load_part(folder, name, index[name], dtype) for name in wanted)
-    path = folder / "scheduler" / "scheduler_config.json"
-    try:
-        table = json.loads(path.read_text("utf-8"))
-        schedule = ScheduleConfig(
-            kind=table.get("beta_schedule", "linear"),
-            beta_start=table.get("beta_start", 0.0001),
-            beta_end=table.get("beta_end", 0.02),
-            num_train_timesteps=table.get("num_train_timesteps", 1000),
-            prediction={"v_prediction": "v"}.get(table.get("prediction_type"), table.get("prediction_type", "epsilon")),
-            # The last step always arrives at timestep 0 or at a clean latent; "linspace" visits what "leading" does.
-            spacing="trailing" if table.get("timestep_spacing") == "trailing" else "leading",
-            steps_offset=table.get("steps_offset", 0),
-            zero_terminal_snr=table.get("rescale_betas_zero_snr", False),
-            final_alpha_one=table.get("set_alpha_to_one", True),
-        )
-        schedules = NoiseSchedule(schedule)
-    except (OSError, ValueError, TypeError, AttributeError, ConfigError) as error:
-        raise WeightsError(f"{path} is no noise schedule that streamt2v knows: {error}") from None
-    return ModelScope(unet.to(device), vae.to(device), text_encoder.to(device), tokenizer, schedules)
+    check_parts(folder, index, *wanted, "scheduler")
+    unet, vae, text_encoder, tokenizer = (load_part(folder, name, index, dtype) for name in wanted)
+    return ModelScope(unet.to(device), vae.to(device), text_encoder.to(device), tokenizer, noise_schedule(folder))
 
 
 MODELSCOPE_STEPS, MODELSCOPE_GUIDANCE = 50, 9.0  # as published with StreamingT2V

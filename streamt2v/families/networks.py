@@ -20,7 +20,7 @@ from streamt2v.models.text import clean_prompt
 from streamt2v.models.unet3d import TextContext
 from streamt2v.weights.home import path as home
 
-ENCODERS = ("stream.text", "stream.image", "refine.text")
+ENCODERS = ("stream.text", "stream.image", "refine.text", "refine.image")
 Made = TypeVar("Made")
 
 
@@ -115,29 +115,47 @@ class Networks:
 
     def load(self, role: str) -> Any:
         """Return the network or tokenizer of a role, such as "stream.unet". Raises WeightsError."""
+
+        def load() -> Any:
+            precision = getattr(torch, self.policy.precision)
+            return weights.load(self.family, role, self._home(role), precision)
+
         path = self.family.path(role)
+        return self.here[path] if path in self.here else self.keep(path, f"{role}, {self._size(role)}", role, load)
+
+    def keep(self, path: Path, what: str, role: str, load: Callable[[], Any]) -> Any:
+        """Return what lies at a path; what is loaded from there first is placed as the policy says for its role."""
         if path not in self.here:
             with self.loading():
-                self.watch.doing(f"loading {role}, {self._size(role)}")
-                self.here[path] = self._load(role)
+                self.watch.doing(f"loading {what}")
+                self.here[path] = self._placed(load(), role)
         return self.here[path]
+
+    def drop(self, network: Any) -> None:
+        """Forget a network that was kept, so that its memory is free."""
+        for path in [path for path, kept in self.here.items() if kept is network]:
+            del self.here[path]
 
     def _size(self, role: str) -> str:
         size = sum(part.bytes for part in self.family.file(role).parts.values())
         return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
-    def _load(self, role: str) -> Any:
+    def _home(self, role: str) -> str:
+        """Return where the weights of a role stay."""
         policy = self.policy
         on_host = policy.offload or (policy.encoders_on_host and role in ENCODERS)
-        place, precision = "cpu" if on_host else self.device.name, getattr(torch, policy.precision)
-        network = weights.load(self.family, role, place, precision)
+        return "cpu" if on_host else self.device.name
+
+    def _placed(self, network: Any, role: str) -> Any:
         if isinstance(network, torch.nn.Module):
-            slice_feed_forwards(network, policy.feed_forward_rows)
+            home = self._home(role)
+            network.to(home)
+            slice_feed_forwards(network, self.policy.feed_forward_rows)
             devices.arrange(network, self.device)
             if role.endswith(".vae"):
                 for half in (network.get_submodule("encoder"), network.get_submodule("decoder")):
                     half.forward = self.compiled(half.forward)
-            if on_host:
+            if home != self.device.name:
                 devices.offload(network, self.device)
         return network
 
@@ -168,7 +186,7 @@ class Networks:
                     self.note(cut, warning=True)
             encoded[prompt] = encode_text(tokenizer, encoder, texts)
         if not self.policy.keep_networks:
-            del self.here[self.family.path(f"{stage}.text")]
+            self.drop(encoder)
         return encoded
 
     def stepped(self, chunk: int, steps: int) -> Callable[..., None]:

@@ -26,8 +26,8 @@ def build(networks: Networks) -> Makers:
     def first(prompt: str, picture: Tensor | None) -> Tensor:
         if run.loop == "ring":
             return _ring(networks)
-        whole = run.loop == "stream" and run.num_frames <= run.stream.chunk
-        num_frames = run.num_frames if whole else run.stream.chunk
+        whole = run.loop == "stream" and run.made <= run.stream.chunk
+        num_frames = run.made if whole else run.stream.chunk
         models, text, noise = _models(networks), _texts(networks, prompt), _noise(networks, num_frames)
         sampling = Sampling.of(run.initialize, policy.batched_guidance)
         stepped = networks.stepped(0, sampling.num_inference_steps)
@@ -89,13 +89,13 @@ def _ring(networks: Networks) -> Tensor:
     conditioning = cache(lambda prompt: models.unet.prepare(_texts(networks, prompt)))
 
     def predict_at(frame: int) -> Predict:
-        text = conditioning(prompt_at(timeline, frame))
+        text = conditioning(prompt_at(timeline, frame * run.output.interpolate))
         return lambda latents, timestep, rows: models.unet(latents, timestep, text.rows(rows))
 
     def cut(window: int, step: int) -> int:
         return networks.draws.integer("loop.cut", (window, step), 0, run.stream.overlap)
 
-    noise = _noise(networks, run.num_frames)(Chunk(0, 0, run.num_frames, 0))
+    noise = _noise(networks, run.made)(Chunk(0, 0, run.made, 0))
     stepped = networks.stepped(0, sampling.num_inference_steps)
     sizes = (run.stream.chunk, run.stream.overlap)
     latents = loops.denoise_ring(predict_at, models.schedule, noise, sampling, *sizes, cut, stepped)

@@ -126,7 +126,7 @@ def rerun(path: Path, source: Path | None, given: Mapping[str, str | None]) -> A
             settings[key] = value
         elif not set(str(settings.get(key, "")).split("+")) <= trusted:
             names = {"image": "--image", "initialize.text_to_image": "--image-init", "model": "--model"}
-            option = names.get(key, "--init")
+            option = (names | {"refine.model": "--refiner"}).get(key, "--init")
             option = f"--at {key.removeprefix('pictures.')}" if key.startswith("pictures.") else option
             raise ConfigError(
                 f"{path} was made with {key} = {settings[key]!r}", f"name it with {option} if you trust it"

@@ -9,7 +9,7 @@ from typing import Any
 from streamt2v import config, devices, weights
 from streamt2v.config import RunConfig
 from streamt2v.errors import ConfigError, FieldError
-from streamt2v.families.choose import OWN, named
+from streamt2v.families.choose import OWN, named, usual
 from streamt2v.jobs import again
 from streamt2v.jobs.recipe import Source
 from streamt2v.timeline import parse_at, parse_time, read_timeline, settings_at
@@ -23,11 +23,13 @@ _SETTINGS: Mapping[str, tuple[str, ...]] = {
     "chunk": ("refine.chunk",),
     "overlap": ("refine.overlap",),
     "fps": ("output.fps",),
+    "interpolate": ("output.interpolate",),
     "fit": ("output.fit",),
     "frames": ("num_frames",),
     "seed": ("seed",),
     "init": ("initialize.text_model", "initialize.picture_model"),
     "image_init": ("initialize.text_to_image",),
+    "refiner": ("refine.model",),
 }
 _PATHS = ("config_file", "timeline", "preview", "audio", "until")
 _TEXTS = ("model", "preset", "quality", "strength", "size", "device")
@@ -222,8 +224,10 @@ def resolve(
         given["output.height"], given["output.width"] = height or 0, width or 0  # until the shape is known
     if "image" in given:
         given["image"] = str(given["image"])
+    interpolate = {**from_file, **given}.get("output.interpolate", 1)
+    factor: int = config.checked("output.interpolate", config.describe()["output.interpolate"], interpolate)
     if source is not None:
-        given.setdefault("num_frames", source.frames)
+        given.setdefault("num_frames", source.frames * factor)
     asked = {**from_file, **given}
     chosen = model or asked.get("model") or weights.default_family(None if device is None else kind_of(device))
     given["model"] = chosen
@@ -234,7 +238,9 @@ def resolve(
         # Unrefined frames keep their own size unless one is asked for.
         given["output.width"] = given["output.height"] = 0
     tables = (quality, strength)
-    layers = [config.preset(weights.family(str(chosen)).preset, *((None, None) if preset else tables))]
+    layers = [config.preset(weights.family(str(chosen)).preset)]
+    layers += [config.preset(preset)] if preset else []
+    layers = usual(config.merge(*layers, from_file, given), *((None, None) if preset else tables))
     if preset:
         layers.append(config.preset(preset, *tables))
     if named(config.merge(*layers, from_file, given)) != OWN:
@@ -244,8 +250,11 @@ def resolve(
     if source is not None:
         layers.append({"output.fps": source.fps})
         if "prompt" not in asked:
-            known = {frame: text for frame, text in source.prompts.items() if frame < given["num_frames"]}
+            shown = {frame * factor: text for frame, text in source.prompts.items()}
+            known = {frame: text for frame, text in shown.items() if frame < given["num_frames"]}
             layers.append({f"prompts.{frame}" if frame else "prompt": text for frame, text in known.items()})
+    if factor > 1:
+        layers.append({"output.fps": float(config.exact_rate(config.merge(*layers).output.fps) * factor)})
     if wanted is not None and given["num_frames"] == 10_000_000:
         option = "--frames" if duration is None else "--duration"
         given["num_frames"] = parse_length(option, wanted, config.merge(*layers, from_file, given).output.fps)
@@ -256,7 +265,7 @@ def resolve(
         given["output.width"] = width or max(2, 2 * round((height or 0) * wide / tall / 2))
     if rows := [*(read_timeline(timeline) if timeline else []), *map(parse_at, at or [])]:
         fps = config.merge(*layers, from_file, given).output.fps
-        found = settings_at(rows, fps, source.frames if source else 0)
+        found = settings_at(rows, fps, source.frames * factor if source else 0)
         if both := {"prompt", "image"} & set(found) & set(given):
             raise ConfigError(f"two {both.pop()}s begin at frame 0", "leave one of them out")
         given.update(found)

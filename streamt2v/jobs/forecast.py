@@ -36,6 +36,7 @@ class Plan:
 
     model: str
     num_frames: int
+    made: int
     fps: float
     initializer: str
     stream_chunks: tuple[Chunk, ...]
@@ -59,7 +60,8 @@ class Plan:
         base, stream, refine = f"{self.base_width}x{self.base_height}", self.stream_chunks, "no"
         lines = [
             f"model    {self.model}, {self.weights_bytes / 1e6:.0f} MB of weights",
-            f"video    {self.num_frames} frames at {self.fps:g} fps, {self.num_frames / self.fps:.1f} s",
+            f"video    {self.num_frames} frames at {self.fps:g} fps, {self.num_frames / self.fps:.1f} s"
+            + ("" if self.made == self.num_frames else f"; {self.made} are made, the others interpolated"),
         ]
         if stream:
             lines.append(f"start    {'the family itself' if self.initializer == choose.OWN else self.initializer}")
@@ -119,6 +121,7 @@ def plan(known: Prepared) -> Plan:
     return Plan(
         model=config.model,
         num_frames=config.num_frames,
+        made=known.made,
         fps=config.output.fps,
         initializer=choose.named(config),
         stream_chunks=stream,
@@ -164,11 +167,13 @@ def _timings_path() -> Path:
 # Settings that the times depend on; those of the refiner only where it runs.
 _TIMED = (
     *("model", "compile", "initialize.text_to_image", "initialize.num_inference_steps", "refine.enabled"),
+    "output.interpolate",
     *(f"stream.{name}" for name in ("chunk", "overlap", "height", "width", "num_inference_steps", "guidance_stop")),
     *(f"stream.{name}" for name in ("cam", "apm", "reuse_interval", "replacement")),
 )
 _REFINED = (
-    *(f"refine.{name}" for name in ("chunk", "overlap", "num_inference_steps", "guidance_stop", "reuse_interval")),
+    *(f"refine.{name}" for name in ("model", "chunk", "overlap", "num_inference_steps", "guidance_stop")),
+    "refine.reuse_interval",
     *("output.height", "output.width", "output.fit"),
 )
 
@@ -195,7 +200,8 @@ def _timings() -> dict[str, dict[str, float]]:
 def short_length(config: RunConfig) -> int:
     """Frames of a video that is just long enough to measure: two chunks of the refiner, and two after the first."""
     stream, refine = config.stream, config.refine
-    return max(length(3, stream.chunk, stream.overlap), length(2, refine.chunk, refine.overlap))
+    made = max(length(3, stream.chunk, stream.overlap), length(2, refine.chunk, refine.overlap))
+    return config.output.interpolate * (made - 1) + 1
 
 
 def remember(

@@ -13,11 +13,12 @@ from streamt2v import devices, files
 from streamt2v.config import RunConfig
 from streamt2v.jobs import run_directory
 
+_REFINED = ("enabled", "model", "solver", "chunk", "overlap", "num_inference_steps", "reuse_interval")
 # What fixes the number and the sizes of frames and states: no run goes on after a change there.
 _FIXED = (
-    *("command", "source", "config.model", "config.num_frames", "config.output"),
+    *("command", "source", "refiner", "config.model", "config.num_frames", "config.output"),
     *(f"config.stream.{name}" for name in ("chunk", "overlap", "height", "width")),
-    *(f"config.refine.{name}" for name in ("enabled", "chunk", "overlap", "num_inference_steps", "reuse_interval")),
+    *(f"config.refine.{name}" for name in _REFINED),
 )
 
 

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 from streamt2v import devices, files, weights
-from streamt2v.config import RunConfig, to_flat, usual
+from streamt2v.config import RunConfig, merge, to_flat
 from streamt2v.errors import ConfigError, InputError, OutputError
+from streamt2v.families import choose
 from streamt2v.jobs import needs, run_directory
 from streamt2v.jobs.job import Job
 from streamt2v.jobs.prepared import Prepared
@@ -47,11 +48,16 @@ def check(known: Prepared) -> Prepared:
     files.require_space(job.output, needed, "this run")
     weights.require(known.family, known.runs)
     _check_packing(known)
+    if job.config.output.interpolate > 1:
+        weights.require(weights.helper("interpolate.flow"))
+        _check_interpolated(job.config)
     if job.command != "refine":
         _check_unread(job.config, known.family)
         _check_sizes(job.config, known.family)
-    if known.family.pipeline and (job.config.pictures or job.config.loop != "no"):
+    if known.family.pipeline and known.runs and (job.config.pictures or job.config.loop != "no"):
         raise ConfigError(f"model {known.family.name} makes no loops and is led to no pictures", "leave that out")
+    if known.refining_base and job.config.loop != "no":
+        raise ConfigError(f"{job.config.refine.model} refines no loops", "name another --refiner, or leave --loop out")
     if job.config.loop != "no" and job.command != "refine":
         _check_loop(known)
     if job.config.pictures:
@@ -101,12 +107,15 @@ def _check_text(text: str) -> None:
 
 def _check_unread(config: RunConfig, family: weights.Family) -> None:
     """Refuse what was asked for and would change nothing."""
-    if config.prompts and not family.reads_text and not (config.refine.enabled and family.has("refine.text")):
+    refiner_reads = config.refine.model != choose.OWN or family.has("refine.text")
+    if config.prompts and not family.reads_text and not (config.refine.enabled and refiner_reads):
         raise ConfigError(f"model {family.name} reads no text: a later prompt would change nothing", "leave it out")
-    settings = usual(family.preset)
+    usual, foreign = to_flat(merge(*choose.usual(config))), config.refine.model != choose.OWN
     for key, value in to_flat(config).items():
-        if key.startswith(family.unread) and value != settings[key]:
-            hint = f"leave it at {settings[key]!r}"
+        if foreign and key.startswith("refine."):  # what another refiner has no use for it says itself
+            continue
+        if key.startswith(family.unread) and value != usual[key]:
+            hint = f"leave it at {usual[key]!r}"
             raise ConfigError(f"{key} is {value!r}, model {family.name} has no use for it", hint)
 
 
@@ -123,28 +132,29 @@ def _check_sizes(config: RunConfig, family: weights.Family) -> None:
     if not family.has("stream.cam"):
         raise ConfigError(f"model {config.model} has no CAM", "use --set stream.cam=false")
     looked_at = weights.read_header(family.path("stream.cam"))[1].get("num_cond_frames", 8)
-    if stream.overlap != looked_at and config.num_frames > stream.chunk:
+    if stream.overlap != looked_at and config.made > stream.chunk:
         raise ConfigError(f"stream.overlap is {stream.overlap}, the CAM of {config.model} looks at {looked_at} frames")
 
 
 def _check_packing(known: Prepared) -> None:
     """Compare the settings with how a pipeline packs a video; it is fetched where it is not here yet."""
-    name, config = known.family.pipeline, known.job.config
-    if not name:
-        return
-    folders.adapter(folders.locate(name, known.note), name)
-    layout = folders.layout(name)
-    per, side = layout.frames_per_latent, layout.size_multiple
-    for stage, settings in (("stream", config.stream), ("refine", config.refine)):
+    config, family = known.job.config, known.family
+    bases = {stage: family.pipeline for stage in ("stream", "refine") if family.pipeline and stage in known.runs}
+    if known.refining_base:
+        bases["refine"] = known.refining_base
+    for stage, name in bases.items():
+        folders.adapter(folders.locate(name, known.note), name)
+        per, settings = folders.layout(name).frames_per_latent, config.stream if stage == "stream" else config.refine
         for what, frames in (("chunk", settings.chunk), ("overlap", settings.overlap)):
-            fixed = f"{stage}.{what}".startswith(known.family.unread)
-            if stage in known.runs and not fixed and frames % per != 1 % per:
+            fixed = stage == "stream" and f"{stage}.{what}".startswith(family.unread)
+            if not fixed and frames % per != 1 % per:
                 near = max(1, (frames - 1) // per * per + 1)
                 said = f"{stage}.{what} is {frames}, model {name} packs 1 frame and then {per} at a time"
                 raise ConfigError(said, f"use {near} or {near + per}")
-    stream = config.stream
-    if "stream" in known.runs and (stream.height % side or stream.width % side):
-        raise ConfigError(f"the base size {stream.width}x{stream.height} must be made of multiples of {side}")
+    if "stream" in bases:
+        stream, side = config.stream, folders.layout(bases["stream"]).size_multiple
+        if stream.height % side or stream.width % side:
+            raise ConfigError(f"the base size {stream.width}x{stream.height} must be made of multiples of {side}")
 
 
 def _check_initializer(known: Prepared) -> list[str]:
@@ -169,17 +179,32 @@ def _check_initializer(known: Prepared) -> list[str]:
     return notices
 
 
+def _check_interpolated(run: RunConfig) -> None:
+    """Refuse lengths and pictures that do not fit to frames of which every Nth is made."""
+    factor, asked = run.output.interpolate, run.num_frames
+    if run.loop != "no" and asked % factor:
+        near = asked // factor * factor
+        said = f"--frames is {asked}, a loop of which every {factor} frames one is made has a multiple of {factor}"
+        raise ConfigError(said, f"use {near or factor} or {near + factor}")
+    for frame in run.pictures:
+        if between := frame % factor:
+            made = f"frame {frame - between} or {frame - between + factor}"
+            said = f"a picture is for frame {frame}, with --interpolate {factor} that one is not made"
+            raise ConfigError(said, f"name {made}; for the last frame --frames decides")
+
+
 def _check_loop(known: Prepared) -> None:
     """Refuse loops that nothing here can make."""
     job, run, own = known.job, known.job.config, known.family.reads_text and known.chosen is None
-    limit, shortest = int(RING_SECONDS * run.output.fps), run.stream.chunk + 1
-    if run.num_frames < 2:
-        raise ConfigError("a loop of 1 frame is a picture", "give --frames 2 or more")
+    factor = run.output.interpolate
+    limit, shortest = int(RING_SECONDS * run.output.fps), factor * (run.stream.chunk + 1)
+    if run.made < 2:
+        raise ConfigError("a loop of 1 frame is a picture", f"give --frames {2 * factor} or more")
     if run.loop == "ring":
         if job.command != "generate" or run.image or not own:
             raise ConfigError("loop=ring begins with text alone, and with the model's own networks", "use --loop")
-        if not run.stream.chunk <= run.num_frames <= limit:
-            said = f"from {run.stream.chunk} to {limit} frames ({RING_SECONDS} s)"
+        if not factor * run.stream.chunk <= run.num_frames <= limit:
+            said = f"from {factor * run.stream.chunk} to {limit} frames ({RING_SECONDS} s)"
             raise ConfigError(f"--frames is {run.num_frames}, loop=ring holds all frames at once: {said}", "use --loop")
     elif job.command == "generate" and run.num_frames < shortest and not own:
         raise ConfigError(f"--frames is {run.num_frames}, here a loop has at least {shortest} frames")
@@ -188,10 +213,11 @@ def _check_loop(known: Prepared) -> None:
 def _check_pictures(known: Prepared) -> None:
     """Refuse pictures that no chunk can be led to."""
     job, run = known.job, known.job.config
-    earliest, first = known.kept or run.stream.chunk - 1, min(run.pictures)
+    factor = run.output.interpolate
+    earliest, first = factor * (known.kept or run.stream.chunk - 1), min(run.pictures)
     if job.command == "refine":
         raise ConfigError("a video that is refined has all its frames: pictures change nothing", "leave them out")
-    if run.loop == "ring" or (run.loop == "stream" and run.num_frames <= run.stream.chunk):
+    if run.loop == "ring" or (run.loop == "stream" and run.made <= run.stream.chunk):
         raise ConfigError(
             "a loop in one window has no chunk that leads to a picture", "give more --frames, with --loop"
         )
@@ -203,11 +229,13 @@ def _check_pictures(known: Prepared) -> None:
 def _check_refined(known: Prepared) -> None:
     job, found = known.job, known.source
     assert found is not None
-    if not job.config.refine.enabled:
+    config, factor = job.config, job.config.output.interpolate
+    if not config.refine.enabled and factor == 1:
         raise ConfigError("refine.enabled is false, so there is nothing to do")
-    if job.config.num_frames > found.frames:
+    if config.num_frames > found.frames * factor:
+        there = found.frames if factor == 1 else f"{found.frames}, which make {found.frames * factor}"
         raise ConfigError(
-            f"num_frames is {job.config.num_frames}, {job.source} has only {found.frames}", "leave it out to refine all"
+            f"num_frames is {config.num_frames}, {job.source} has only {there}", "leave it out to refine all"
         )
 
 
@@ -219,9 +247,9 @@ def _check_continued(known: Prepared) -> None:
             f"{job.source} has {found.frames} frames, model {config.model} continues from {config.stream.chunk}",
             "streamt2v generate --image starts from a single picture",
         )
-    if config.num_frames <= found.frames:
+    if config.made <= found.frames:
         raise ConfigError(
-            f"--frames is {config.num_frames}, {job.source} has {found.frames} already",
+            f"--frames is {config.num_frames}, {job.source} has {found.frames * config.output.interpolate} already",
             "it counts the frames of the whole video",
         )
 
@@ -243,8 +271,9 @@ def _source_notices(known: Prepared) -> list[str]:
     if job.command == "refine" and output.width and (found.width > output.width or found.height > output.height):
         box = f"{output.width}x{output.height}"
         notices.append(f"{job.source} is {found.width}x{found.height}, the result fits into {box}; --size changes it")
-    if found.has_audio and job.audio is None and abs(found.fps - output.fps) > 1e-6:
-        notices.append(f"the sound keeps its speed, the picture changes from {found.fps:g} to {output.fps:g} fps")
+    fps = output.fps / output.interpolate
+    if found.has_audio and job.audio is None and abs(found.fps - fps) > 1e-6:
+        notices.append(f"the sound keeps its speed, the picture changes from {found.fps:g} to {fps:g} fps")
     return notices
 
 

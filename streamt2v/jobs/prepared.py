@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamt2v import files, memory, weights
-from streamt2v.chunks import Around, Chunk, base_offset, loop_plan, shifted
+from streamt2v.chunks import Around, Chunk, base_offset, interpolated, loop_plan
 from streamt2v.config import to_flat
 from streamt2v.families import choose
 from streamt2v.jobs import needs
 from streamt2v.jobs.job import Job
 from streamt2v.jobs.recipe import Source, inspect_source
-from streamt2v.timeline import Prompt, plans, prompt_at, turns
+from streamt2v.timeline import Prompt, made_plans, prompt_at, turns
 from streamt2v.weights import folders, hub
 
 if TYPE_CHECKING:
@@ -29,8 +29,9 @@ LOOP_STEPS = 4
 class Prepared:
     """A job, and what follows from it and from the files it names; each fact is found when it is first asked for.
 
-    Frames are numbered twice: those of the output from 0, and those of the base video, which begins with frame
-    `base_offset` of the output: a continued video keeps its frames, and the last of them are the first chunk.
+    Frames are numbered twice, before others are interpolated: those of the output from 0, and those of the base video,
+    which begins with frame `base_offset` of the output: a continued video keeps its frames, and the last of them are
+    the first chunk.
     """
 
     job: Job
@@ -58,10 +59,16 @@ class Prepared:
 
     @property
     def runs(self) -> tuple[str, ...]:
-        """The stages that run, as roles of networks name them."""
-        if self.job.command == "refine":
-            return ("refine",)
-        return ("initialize", "stream", *(["refine"] if self.job.config.refine.enabled else []))
+        """The stages that use files of the family, as roles of networks name them: a third-party refiner does not."""
+        refines = self.job.config.refine.enabled and self.refiner is None
+        made = () if self.job.command == "refine" else ("initialize", "stream")
+        return (*made, *(["refine"] if refines else []))
+
+    @property
+    def helpers(self) -> tuple[weights.WeightFile, ...]:
+        """The files that are used besides those of the family."""
+        between = self.job.config.output.interpolate > 1
+        return weights.helper("interpolate.flow").files if between else ()
 
     @cached_property
     def source(self) -> Source | None:
@@ -72,6 +79,16 @@ class Prepared:
     def chosen(self) -> choose.Chosen | None:
         """The third-party model of the first frames; None where the family makes them. Raises as `choose.choose`."""
         return choose.choose(self.job.config, self.note) if self.job.command == "generate" else None
+
+    @cached_property
+    def refiner(self) -> choose.Chosen | None:
+        """The third-party model that refines; None where the family does, or nothing. Raises as `choose.refiner`."""
+        return choose.refiner(self.job.config, self.note)
+
+    @property
+    def refining_base(self) -> str:
+        """The name of the third-party refiner where it is a pipeline that streams too, else ""."""
+        return self.refiner.name if self.refiner is not None and self.refiner.kind != choose.I2VGEN else ""
 
     @property
     def kept(self) -> int:
@@ -86,7 +103,13 @@ class Prepared:
     @property
     def num_frames(self) -> int:
         """Frames of the base video."""
-        return self.job.config.num_frames - self.base_offset
+        return self.made - self.base_offset
+
+    @property
+    def made(self) -> int:
+        """Frames of the output that are not interpolated: of a video that is only refined at most its own."""
+        refined = self.source if self.job.command == "refine" else None
+        return self.job.config.made if refined is None else min(self.job.config.made, refined.frames)
 
     @property
     def base_size(self) -> tuple[int, int]:
@@ -101,22 +124,28 @@ class Prepared:
 
     def prompt_of(self, chunk: Chunk) -> str:
         """Return what a chunk of either plan follows: the prompt of its first new frame."""
-        return prompt_at(self.timeline, self.base_offset + chunk.new_start)
+        frame = self.base_offset + chunk.new_start
+        return prompt_at(self.timeline, frame * self.job.config.output.interpolate)
 
     @cached_property
+    def _made_plans(self) -> tuple[tuple[Chunk, ...], tuple[Chunk, ...]]:
+        return made_plans(self.job.config, self.num_frames, self.job.command, self.kept)
+
+    @property
     def plans(self) -> tuple[tuple[Chunk, ...], tuple[Chunk, ...]]:
         """The chunks of the streaming stage and of the refiner, in frames of the output, as `timeline.plans`."""
-        return plans(self.job.config, self.job.command, self.kept)
+        (stream, refine), factor = self._made_plans, self.job.config.output.interpolate
+        return interpolated(stream, factor, self.base_offset), interpolated(refine, factor, self.base_offset)
 
-    @cached_property
+    @property
     def stream_plan(self) -> tuple[Chunk, ...]:
         """The chunks of the streaming stage, in frames of the base video; none of a video that is refined."""
-        return shifted(self.plans[0], -self.base_offset)
+        return self._made_plans[0]
 
-    @cached_property
+    @property
     def refine_plan(self) -> tuple[Chunk, ...]:
         """The chunks of the refiner, in frames of the base video or `around` it; none where it is off."""
-        return shifted(self.plans[1], -self.base_offset) if self._rounds is None else self._rounds[0]
+        return self._made_plans[1] if self._rounds is None else self._rounds[0]
 
     @property
     def around(self) -> Around | None:
@@ -148,7 +177,7 @@ class Prepared:
 
     def recipe(self) -> dict[str, Any]:
         """Return what decides the frames: a run may only be resumed by a job with an equal recipe."""
-        config, source, used = self.job.config, self.job.source, self.family.used(self.runs)
+        config, source, used = self.job.config, self.job.source, [*self.family.used(self.runs), *self.helpers]
         return {
             "command": self.job.command,
             # Of pictures the names say enough: a recipe travels with the video, the folder stays private.
@@ -157,12 +186,13 @@ class Prepared:
             "image": None,
             **{key: _fingerprint(Path(path)) for key, path in config.all_pictures.items()},
             "initializer": None if self.chosen is None else self.chosen.fingerprint(),
-            "weights": self._pipeline() or {name: part.sha256 for file in used for name, part in file.parts.items()},
+            **({} if self.refiner is None else {"refiner": self.refiner.fingerprint()}),
+            "weights": self._pipeline() | {name: part.sha256 for file in used for name, part in file.parts.items()},
         }
 
     def _pipeline(self) -> dict[str, str]:
         """Return the SHA-256 of the files of a family that is a pipeline, hashed into one."""
-        name = self.family.pipeline
+        name = self.family.pipeline if self.runs else ""
         return {name: folders.fingerprint(folders.locate(name, self.note))} if name else {}
 
 

@@ -6,16 +6,16 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from streamt2v import config, weights
+from streamt2v import config
 from streamt2v.config import RunConfig
 from streamt2v.errors import StreamT2VError
-from streamt2v.families.choose import OWN, named
+from streamt2v.families import choose
 from streamt2v.jobs.recipe import recorded_run
 
 # Settings that have an option of their own; the others are given by --set.
 _OPTIONS = {
     "model": "--model", "num_frames": "--frames", "seed": "--seed", "output.fps": "--fps", "image": "--image",
-    "negative_prompt": "--negative",
+    "negative_prompt": "--negative", "refine.model": "--refiner", "output.interpolate": "--interpolate",
 }  # fmt: skip
 _ALWAYS = ("model", "num_frames", "seed")
 _SAID_ELSEWHERE = ("prompt", "output.width", "output.height", "refine.enabled")
@@ -25,10 +25,10 @@ MAIN = "main"
 def _differing(run: RunConfig) -> dict[str, Any]:
     """Return {dotted key: value} of the settings that the family's preset has otherwise."""
     try:
-        preset = config.preset(weights.family(run.model).preset)
+        presets = choose.usual(run)
     except StreamT2VError:  # a family that is no longer here
-        preset = {}
-    usual = config.to_flat(config.merge(preset))
+        presets = []
+    usual = config.to_flat(config.merge(*presets))
     return {key: value for key, value in config.to_flat(run).items() if value != usual.get(key)}
 
 
@@ -54,9 +54,14 @@ def command(recipe: Mapping[str, Any]) -> str:
     run, verb, _ = known
     flat, given = config.to_flat(run), _differing(run)
     given |= {key: flat[key] for key in _ALWAYS}
-    if named(run) != OWN:  # for which the command line has other defaults than the preset
+    if choose.named(run) != choose.OWN:  # for which the command line has other defaults than the preset
         given |= {key: value for key, value in flat.items() if key.startswith("initialize.")}
     words = ["streamt2v", verb]
+    if verb == "refine" and not run.refine.enabled:
+        words[1:] = ["interpolate", str((recipe.get("source") or {}).get("name", "VIDEO"))]
+        words += ["--factor", str(run.output.interpolate), *(["--loop"] if run.loop != "no" else [])]
+        size = [f"{run.output.width}x{run.output.height}"] if run.output.width and run.output.height else []
+        return shlex.join([*words, *(["--size", *size] if size else [])])
     if verb == "generate":
         words.append(run.prompt)
     else:

@@ -8,7 +8,9 @@ Parameter names are those of diffusers' `UNet3DConditionModel`.
 # mypy: disable-error-code="no-any-return, no-untyped-call"
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -135,20 +137,24 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(GatedLinear(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, at_once = x.flatten(0, -2), self.rows_at_once
-        if x.is_cpu:
-            at_once = min(at_once, self.cached)
-        if torch.is_grad_enabled() or len(rows) <= at_once:
-            return self.net(x)
-        # The gated product is the memory peak of the whole network, and rows are independent.
-        return torch.cat([self.net(piece) for piece in rows.split(at_once)]).view_as(x)
+        return _in_slices(self.net, min(self.rows_at_once, self.cached) if x.is_cpu else self.rows_at_once, x)
+
+
+def _in_slices(layer: Callable[[Tensor], Tensor], rows: int, x: Tensor) -> Tensor:
+    """Run a layer on so many rows of x [..., C] at once; its inside is the memory peak of a whole network."""
+    flat = x.flatten(0, -2)
+    if torch.is_grad_enabled() or len(flat) <= rows:
+        return layer(x)
+    return torch.cat([layer(piece) for piece in flat.split(rows)]).view_as(x)
 
 
 def slice_feed_forwards(network: nn.Module, rows: int) -> None:
-    """Let every feed-forward layer of a network take at most `rows` rows at once."""
+    """Let every feed-forward layer of a network, ours or of diffusers, take at most `rows` rows at once."""
     for layer in network.modules():
         if isinstance(layer, FeedForward):
             layer.rows_at_once = rows
+        elif type(layer).__name__ == "FeedForward":
+            layer.forward = partial(_in_slices, layer.forward, rows)
 
 
 class TransformerBlock(nn.Module):

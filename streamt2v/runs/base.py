@@ -100,7 +100,7 @@ class Base:
         """Yield what is known of a chunk's frames: pictures, and after the last frame of a loop its first ones."""
         run, end = self.known.job.config, self.known.num_frames
         reach = chunk.start + run.stream.chunk
-        for asked, path in run.pictures.items():
+        for asked, path in run.made_pictures.items():
             if chunk.new_start <= (number := asked - self.known.base_offset) < reach:
                 yield number, self._fitted(frames.to_float(pictures.read(Path(path))[None], self.device))[0]
         coming = range(end, min(reach, end + home_frames(run)))

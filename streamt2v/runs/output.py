@@ -25,10 +25,14 @@ SAVING = 0.02  # of a run's time is spent on states: those of a refiner can be h
 
 @dataclass(frozen=True)
 class Finished:
-    """Output frames, and what makes the state of the stage that made them, if it has one."""
+    """Output frames, and what makes the state of the stage that made them, if it has one.
+
+    Where `more` of a group follows, nothing can go on from here.
+    """
 
     group: Group
     state: Callable[[], dict[str, Tensor]] | None = None
+    more: bool = False
 
 
 class Output:
@@ -78,7 +82,7 @@ class Output:
         with self.networks.pixels():
             mark = self.writer.append(group.frames)
         began = time.monotonic()
-        if finished.state is None or began >= self._due:
+        if not finished.more and (finished.state is None or began >= self._due):
             tensors = {} if finished.state is None else finished.state()
             self.directory.save_state("output", tensors, {"mark": asdict(mark)})
             now = time.monotonic()

@@ -13,6 +13,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+from torch import Tensor
+
 from streamt2v import __version__, devices, memory
 from streamt2v.errors import Interrupted, MemoryLimitError, NumericsError, address_limit, less_memory, stopped_by
 from streamt2v.families import makers
@@ -22,7 +24,7 @@ from streamt2v.jobs.job import Job, Result
 from streamt2v.jobs.prepared import Prepared
 from streamt2v.jobs.run_directory import RunDirectory
 from streamt2v.memory import MemoryPolicy
-from streamt2v.runs import refined
+from streamt2v.runs import interpolated, refined
 from streamt2v.runs.base import Base
 from streamt2v.runs.output import Finished, Output
 from streamt2v.runs.watch import Report, Watch
@@ -135,7 +137,7 @@ def _make(
 
 def _attempt(known: Prepared, report: Watch, directory: RunDirectory, networks: Networks) -> Output:
     """Produce every frame with one set of networks, from wherever the run directory stands."""
-    making = makers.build(networks, known.chosen)
+    making = makers.build(networks, known.chosen, known.refiner)
     base = Base(known, making, directory, networks, report)
     geometry = refined.Geometry.of(known)
     output = Output(known, (geometry.fit.height, geometry.fit.width), directory, report, networks)
@@ -154,12 +156,32 @@ def _groups(
     report: Watch,
     output: Output,
 ) -> Iterator[Finished]:
-    """Yield what the output still lacks: a continued video's own frames, then what the stages make."""
-    yield from refined.kept(geometry, base, output.num_frames)
+    """Yield what the output still lacks: what was made, with frames between where they are asked for."""
+    factor, state = known.job.config.output.interpolate, output.state
+    kept = {name: state.pop(name) for name in interpolated.KEPT if name in state}
+    whole = output.num_frames == known.job.config.num_frames
+    done = known.made if whole else -(-output.num_frames // factor)
+    made = _made(known, geometry, base, making, networks, report, done, state)
+    return made if factor == 1 else interpolated.groups(known, made, networks, report, kept)
+
+
+def _made(
+    known: Prepared,
+    geometry: refined.Geometry,
+    base: Base,
+    making: makers.Makers,
+    networks: Networks,
+    report: Watch,
+    done: int,
+    state: dict[str, Tensor],
+) -> Iterator[Finished]:
+    """Yield the frames that are made from number `done` on: a continued video's own, then those of the stages."""
+    yield from refined.kept(geometry, base, done)
+    done = max(done, known.kept)
     if known.job.config.refine.enabled:
-        yield from refined.groups(known, geometry, base, making.refine, networks, report, output)
+        yield from refined.groups(known, geometry, base, making.refine, networks, report, done, state)
     else:
-        yield from refined.unrefined(geometry, base, output.num_frames)
+        yield from refined.unrefined(geometry, base, done)
 
 
 def _policy(

@@ -14,7 +14,7 @@ from streamt2v.jobs.prepared import Prepared
 from streamt2v.media import frames
 from streamt2v.media.frames import Frames, Group
 from streamt2v.runs.base import Base
-from streamt2v.runs.output import Finished, Output
+from streamt2v.runs.output import Finished
 from streamt2v.runs.watch import REFINE, Watch
 
 
@@ -72,13 +72,20 @@ def unrefined(geometry: Geometry, base: Base, done: int) -> Iterator[Finished]:
 
 
 def groups(
-    known: Prepared, geometry: Geometry, base: Base, refine: Refine, networks: Networks, report: Watch, output: Output
+    known: Prepared,
+    geometry: Geometry,
+    base: Base,
+    refine: Refine,
+    networks: Networks,
+    report: Watch,
+    done: int,
+    state: dict[str, Tensor],
 ) -> Iterator[Finished]:
-    """Yield refined frames with the refiner's state after them, from where the output ends.
+    """Yield refined frames from number `done` on, with the refiner's state after them; `state` is that before them.
 
     Frames of a continued video that it refines once more, as neighbours of new ones, the output has already.
     """
-    offset, done, around = known.base_offset, output.num_frames, known.around
+    offset, around = known.base_offset, known.around
     lead = 0 if around is None else around.lead
 
     def enlarged(start: int) -> Iterator[Tensor]:
@@ -93,11 +100,11 @@ def groups(
     def prompt_of(chunk: Chunk) -> str:
         return known.prompt_of(chunk if around is None else replace(chunk, new_start=around.frame(chunk.new_start)))
 
-    asked = Enlarged(enlarged, geometry.content, geometry.scale, known.refine_plan, around, prompt_of, output.state)
+    asked = Enlarged(enlarged, geometry.content, geometry.scale, known.refine_plan, around, prompt_of, state)
     for made in refine(asked):
         shown = [_output(geometry, frame, networks) for frame in made.frames]
         group = Group(offset + made.start - lead, np.concatenate(shown)).since(done)
-        group = Group(group.start, group.frames[: max(0, known.job.config.num_frames - group.start)])
+        group = Group(group.start, group.frames[: max(0, known.made - group.start)])
         if len(group.frames):
             yield Finished(group, made.state)
         finished = group.stop - offset

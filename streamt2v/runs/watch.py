@@ -25,7 +25,7 @@ class Report(Protocol):
         """Something worth a line when the user asked for details, or a warning for everybody."""
 
 
-BEGIN, STREAM, REFINE = "begin", "stream", "refine"
+BEGIN, STREAM, REFINE, INTERPOLATE = "begin", "stream", "refine", "interpolate"
 
 
 class Watch:
@@ -36,10 +36,11 @@ class Watch:
         self.frames: dict[str, tuple[int, int]] = {}
         made, refined = known.job.command != "refine", len(known.refine_plan)
         later = len(known.stream_plan) - 1 if made else 0
-        chunks = {BEGIN: int(made), STREAM: later, REFINE: refined}
+        alone = known.made if not (made or refined) else 0  # beside other stages it counts with theirs
+        chunks = {BEGIN: int(made), STREAM: later, REFINE: refined, INTERPOLATE: alone}
         costs = dict[str, float]()
         if prior is not None:
-            pixels = prior["seconds_per_frame"] * known.num_frames
+            pixels = prior["seconds_per_frame"] * known.num_frames * known.job.config.output.interpolate
             costs = {BEGIN: prior["fixed_seconds"], STREAM: prior["stream_seconds_per_chunk"]}
             if refined:
                 costs[REFINE] = prior["refine_seconds_per_chunk"] + pixels / refined
@@ -62,8 +63,9 @@ class Watch:
 
     def pixels(self) -> None:
         """Let the time since the last event count for the last stage, whose frames were encoded, decoded or written."""
-        begins = self.pace.works[BEGIN].left > 0
-        self.pace.passed(BEGIN if begins else REFINE if self.known.refine_plan else STREAM, time.monotonic())
+        begins, alone = self.pace.works[BEGIN].left > 0, self.pace.works[INTERPOLATE].chunks > 0
+        last = INTERPOLATE if alone else REFINE if self.known.refine_plan else STREAM
+        self.pace.passed(BEGIN if begins else last, time.monotonic())
 
     def stored(self, frames: int) -> None:
         """Note that so many base frames are there already."""
@@ -77,6 +79,9 @@ class Watch:
         self.frames[stage] = done, total_frames
         if stage == REFINE and done:
             self.pace.skip(REFINE, sum(chunk.stop > done for chunk in self.known.refine_plan))
+            self.pace.mark(time.monotonic())
+        elif stage == INTERPOLATE and done:
+            self.pace.skip(INTERPOLATE, total_frames - done)
             self.pace.mark(time.monotonic())
         self._tell(Status("start", stage, done, total_frames))
 

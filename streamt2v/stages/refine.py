@@ -140,7 +140,8 @@ _STACKS = ("latents", "previous", "pending", "clean", "whole")
 
 def noise_grid(schedule: NoiseSchedule, settings: RefineConfig) -> tuple[Tensor, Tensor]:
     """Return timesteps and noise levels of its schedule. Raises ConfigError where the first leaves no picture."""
-    timesteps, rho = schedule.refining_grid(settings.noise_level, settings.num_inference_steps)
+    to_end = settings.solver == "ddim"
+    timesteps, rho = schedule.refining_grid(settings.noise_level, settings.num_inference_steps, to_end)
     if not torch.isfinite(rho[0]):
         raise ConfigError(f"refine.noise_level {settings.noise_level} leaves nothing of the video", "use a lower one")
     return timesteps, rho
@@ -185,7 +186,8 @@ class Refiner:
                 group = range(state.finished, stop)
                 final = torch.stack([state.latents[frame] for frame in group])
                 for frame in group:
-                    del state.latents[frame], state.previous[frame]
+                    del state.latents[frame]
+                    state.previous.pop(frame, None)
                     state.clean.pop(frame, None)
                 state.finished = stop
                 # Once a group, not once a step: that would wait for the device. A state is stored after a group.
@@ -306,7 +308,9 @@ class Refiner:
         state.latents[frame] = solvers.dpmpp_2m_step(
             state.latents[frame], clean, state.previous.get(frame), self.rho, step, noise
         )
-        state.previous[frame] = clean
+        # Without an estimate before it, the step is DDIM's, with eta 1 where noise is fresh, else 0.
+        if self.settings.solver == "dpmpp":
+            state.previous[frame] = clean
 
     def _final_stop(self) -> int:
         """Return the end of the next group of frames when all of it is final, else the frames finished so far."""

@@ -120,7 +120,7 @@ def see(output: Path) -> Seen:
         return Seen(state, name, (), None, 0.0, seen.frames, seen.size, seen.codec, last)
     settings, command, kept = known
     stream, refine = plans(settings, command, kept)
-    total, base = settings.num_frames, chunks[-1].stop if chunks else 0
+    total, base = settings.num_frames, settings.output.interpolate * chunks[-1].stop if chunks else 0
     made_base = Stage("streaming", base, total - stream[0].start) if stream else None
     final = Stage("refinement" if refine else "output", seen.frames, total)
     stages = tuple(stage for stage in (made_base, final) if stage is not None)

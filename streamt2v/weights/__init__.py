@@ -4,9 +4,9 @@ The rest of the package uses the names below, and the modules `hub`, `home`, `co
 is imported until a file is loaded.
 """
 
-from streamt2v.weights.catalog import PACKAGE, Family, families, listed, pipelines
+from streamt2v.weights.catalog import PACKAGE, Family, WeightFile, families, helpers, listed, pipelines
 from streamt2v.weights.folders import family
-from streamt2v.weights.header import read_header
+from streamt2v.weights.header import read_header, read_index
 from streamt2v.weights.inventory import (
     contents,
     default_family,
@@ -14,9 +14,11 @@ from streamt2v.weights.inventory import (
     describe_files,
     describe_snapshot,
     folder_of,
+    helper,
     is_absent,
     missing,
     require,
+    snapshot_of,
     verify,
     verify_snapshot,
 )
@@ -24,8 +26,8 @@ from streamt2v.weights.networks import build, furnish, load, load_module, quiet,
 from streamt2v.weights.tokenizer import load_tokenizer
 
 __all__ = [
-    "PACKAGE", "Family", "build", "contents", "default_family", "describe_families", "describe_files",
-    "describe_snapshot", "families", "family", "folder_of", "furnish", "is_absent", "listed", "load", "load_module",
-    "load_tokenizer", "missing", "pipelines", "quiet", "read_header", "require", "save_module", "shapes", "verify",
-    "verify_snapshot",
+    "PACKAGE", "Family", "WeightFile", "build", "contents", "default_family", "describe_families", "describe_files",
+    "describe_snapshot", "families", "family", "folder_of", "furnish", "helper", "helpers", "is_absent", "listed",
+    "load", "load_module", "load_tokenizer", "missing", "pipelines", "quiet", "read_header", "read_index", "require",
+    "save_module", "shapes", "snapshot_of", "verify", "verify_snapshot",
 ]  # fmt: skip

@@ -106,18 +106,24 @@ class Family:
         """Whether the family has a file for `role`; some parts, such as APM, are optional."""
         return role in self.components
 
-    def used(self, stages: Collection[str] = ()) -> tuple[WeightFile, ...]:
+    def used(self, stages: Collection[str] | None = None) -> tuple[WeightFile, ...]:
         """The files that some stages use ("initialize", "stream", "refine"), by default all."""
         roles = self.components.items()
-        paths = {path for role, path in roles if role.partition(".")[0] in stages} | {self.vocabulary}
-        return tuple(file for file in self.files if not stages or file.path in paths)
+        paths = {path for role, path in roles if role.partition(".")[0] in (stages or ())} | {self.vocabulary}
+        return tuple(file for file in self.files if stages is None or file.path in paths)
+
+    @property
+    def usual_stages(self) -> tuple[str, ...] | None:
+        """The stages that its preset uses its files for; None means all. A third-party refiner needs none of them."""
+        own = not self.preset or config.preset(self.preset).get("refine.model", "own") == "own"
+        return None if own else ("initialize", "stream")
 
     @property
     def reads_text(self) -> bool:
         """Whether the streaming stage follows a prompt: a network of ours without a text encoder does not."""
         return self.has("stream.text") or not self.has("stream.unet")
 
-    def sources_of(self, choice: str = "", stages: Collection[str] = ()) -> tuple[Source, ...]:
+    def sources_of(self, choice: str = "", stages: Collection[str] | None = None) -> tuple[Source, ...]:
         """Return what a pull needs: the sources without a choice, and those of one choice, by default the first.
 
         Of these only what some stages use, by default all.
@@ -173,12 +179,21 @@ def families(root: Path = PACKAGE) -> dict[str, Family]:
     Raises:
         WeightsError: the list is missing, unreadable or of another schema.
     """
+    return _tables(root)["families"]
+
+
+def helpers(root: Path = PACKAGE) -> dict[str, Family]:
+    """Return the networks that work beside any family by name, best first. Raises as `families`."""
+    return _tables(root)["helpers"]
+
+
+def _tables(root: Path) -> dict[str, dict[str, Family]]:
     manifest, stamps = _manifest(root), (files.stamp(_manifest(root)), files.stamp(home.record_path()))
-    return dict(_families(root, manifest, home.path(), stamps))
+    return {kind: dict(table) for kind, table in _read(root, manifest, home.path(), stamps).items()}
 
 
 @lru_cache(maxsize=8)
-def _families(root: Path, manifest: Path, pulled: Path, _stamps: object) -> dict[str, Family]:
+def _read(root: Path, manifest: Path, pulled: Path, _stamps: object) -> dict[str, dict[str, Family]]:
     if not manifest.is_file():
         raise WeightsError(f"the list of weights is missing: {manifest}", "install streamt2v again")
     try:
@@ -186,19 +201,20 @@ def _families(root: Path, manifest: Path, pulled: Path, _stamps: object) -> dict
         if raw["schema"] != 1:
             raise WeightsError(f"{manifest} has schema {raw['schema']}, this version reads 1", "update streamt2v")
         rows = {row["path"]: row for row in raw["files"]}
-        found = {}
-        for name, table in raw["families"].items():
+        found: dict[str, dict[str, Family]] = {"families": {}, "helpers": {}}
+        tables = [(kind, *row) for kind in found for row in raw.get(kind, {}).items()]
+        for kind, name, table in tables:
             roles = config.flatten(table["components"])
             used = dict.fromkeys([*roles.values(), *filter(None, [table["vocabulary"]])])
             head = {key: table[key] for key in ("title", "licence", "preset", "vocabulary", "builder") if key in table}
             head["unread"] = tuple(table.get("unread", ()))
             sources = tuple(Source(**{**row, "makes": tuple(row["makes"])}) for row in table.get("sources", ()))
-            place = pulled if sources else root
+            folder = pulled if sources else root
             known = home.recorded("files") if sources else {}
-            listed = tuple(_file(rows[path], place, known.get(path)) for path in used)
+            listed = tuple(_file(rows[path], folder, known.get(path)) for path in used)
             if stray := {path for source in sources for path in source.makes}.difference(used):
                 raise ValueError(f"{name} does not use {min(stray)!r}")
-            found[name] = Family(name=name, components=roles, files=listed, root=place, sources=sources, **head)
+            found[kind][name] = Family(name=name, components=roles, files=listed, root=folder, sources=sources, **head)
         return found
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{manifest} cannot be used: {error}", "install streamt2v again") from error
@@ -213,8 +229,12 @@ def family(name: str, root: Path = PACKAGE, also: Sequence[str] = ()) -> Family:
 
 
 def listed(name: str) -> Family | None:
-    """Return the family of a name from `weights list`; None for a third-party pipeline. Raises as `family` does."""
-    known, others = families(), pipelines()
+    """Return the family or helper of a name from `weights list`; None for a third-party pipeline.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    known, others = families() | helpers(), pipelines()
     if name not in known and name not in others:
         raise ConfigError(f"there is no model {name!r}", config.nearest(name, [*known, *others]))
     return known.get(name)

@@ -19,7 +19,7 @@ from streamt2v.weights import header, networks, pickles, published_svd
 from streamt2v.weights.fetch import Note
 from streamt2v.weights.keymaps import check_prefixes
 from streamt2v.weights.pickles import Stored
-from streamt2v.weights.published import CHECKPOINTS, Layout, Part
+from streamt2v.weights.published import CHECKPOINTS, IFNET, Layout, Part
 from streamt2v.weights.tokenizer import clip_tokenizer
 
 if TYPE_CHECKING:
@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 Tensors = Mapping[str, Stored]
 MAX_SHARD_BYTES = 2 * 2**30
 SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
-LAYOUTS: Mapping[str, Layout] = {**CHECKPOINTS, "streaming_svd.safetensors": published_svd.LAYOUT}
+LAYOUTS: Mapping[str, Layout] = {
+    **CHECKPOINTS,
+    "streaming_svd.safetensors": published_svd.LAYOUT,
+    "rife_v4.26.safetensors": IFNET,
+}
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 

@@ -55,7 +55,7 @@ def locate(name: str, note: hub.Note = lambda text: None, small: bool = False) -
         if folder.is_dir():
             return folder
         hint = config.nearest(name, ["own", *sorted(rows), "hub:OWNER/NAME", "the folder of a diffusers pipeline"])
-        raise ConfigError(f"there is no initializer and no folder {name!r}", hint)
+        raise ConfigError(f"there is no model and no folder {name!r}", hint)
     patterns = SMALL_FILES if small else (*SMALL_FILES, row.get("weights", ALL_WEIGHTS))
     return hub.snapshot(repository, row.get("revision"), patterns, note)
 

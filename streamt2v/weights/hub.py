@@ -36,7 +36,7 @@ def pull(
     note: Note,
     choice: str = "",
     folder: Path | None = None,
-    stages: Collection[str] = (),
+    stages: Collection[str] | None = None,
 ) -> None:
     """Complete a family: fetch the missing published files, convert each, record the results.
 
@@ -68,7 +68,8 @@ def pull(
     for source in needed:
         place = fetch.place(source)
         with home.working_on(place):
-            if _is_made(catalog.family(family.name), source, choice, note):  # by another process in the meantime
+            now = catalog.listed(family.name) or family
+            if _is_made(now, source, choice, note):  # by another process in the meantime
                 continue
             path = found[source] or fetch.find(source, folder, note) or fetch.fetch(source, offers[source], note)
             note(f"converting {path}")
@@ -76,7 +77,7 @@ def pull(
             if path == place:
                 with files.output_errors(path):
                     path.unlink()
-    inventory.require(catalog.family(family.name), stages)
+    inventory.require(catalog.listed(family.name) or family, stages)
 
 
 def _folder(family: Family, source: Source) -> Path:

@@ -13,7 +13,7 @@ from streamt2v.weights.home import Recorded
 MAX_CPU_VALUES = 500_000_000  # parameters of a family; the published one has 5 billion, the demo 20 million
 
 
-def missing(family: Family, stages: Collection[str] = ()) -> list[str]:
+def missing(family: Family, stages: Collection[str] | None = None) -> list[str]:
     """Return a sentence for each file of a family that is missing or not of the recorded size (a cheap check).
 
     Only files that some stages use are asked for, by default all.
@@ -48,16 +48,26 @@ def default_family(kind: str | None = None, root: Path = catalog.PACKAGE) -> str
     `weights.toml` lists the best first. If none is usable it is the last one, whose check then says what is wrong.
     """
     known = catalog.families(root)
-    usable = [name for name, family in known.items() if not missing(family) and (kind is None or fits(family, kind))]
+    here = {name: family for name, family in known.items() if not missing(family, family.usual_stages)}
+    usable = [name for name, family in here.items() if kind is None or fits(family, kind)]
     return usable[0] if usable else list(known)[-1]
 
 
-def require(family: Family, stages: Collection[str] = ()) -> None:
+def require(family: Family, stages: Collection[str] | None = None) -> None:
     """Raise WeightsError if not all files that some stages use are here, by default all; the first is named."""
-    if is_absent(family):
-        hint = f"fetch them with `streamt2v weights pull {family.name}`, or use --model demo"
+    problems = missing(family, stages)
+    if problems and is_absent(family):
+        hint = f"fetch them with `streamt2v weights pull {family.name}`"
+        hint += ", or use --model demo" if family.name in catalog.families() else ""
         raise WeightsError(f"the weights of {family.name!r} are not here", hint)
-    _refuse(family, missing(family, stages))
+    unusual = family.usual_stages is not None and "refine" in (stages or ())
+    _refuse(family, problems, " --refiner own" if unusual else "")
+
+
+def helper(role: str) -> Family:
+    """Return the first helper with a role that is installed, else the first, whose check then says what to do."""
+    known = [family for family in catalog.helpers().values() if family.has(role)]
+    return next((family for family in known if not missing(family)), known[0])
 
 
 def require_unchanged(family: Family, file: WeightFile) -> None:
@@ -68,14 +78,20 @@ def require_unchanged(family: Family, file: WeightFile) -> None:
 
 
 def verify(family: Family) -> None:
-    """Check size and SHA-256 of every file of a family. Raises WeightsError naming the first that differs."""
-    require(family)
-    found = {file.path: {name: Recorded.of(family.root / name) for name in file.parts} for file in family.files}
-    parts = [(name, part, found[file.path][name]) for file in family.files for name, part in file.parts.items()]
+    """Check size and SHA-256 of every file of a family that is here. Raises WeightsError naming the first that differs.
+
+    What its preset does not use need not be here.
+    """
+    require(family, family.usual_stages)
+    files = [file for file in family.files if all((family.root / name).is_file() for name in file.parts)]
+    found = {file.path: {name: Recorded.of(family.root / name) for name in file.parts} for file in files}
+    parts = [(name, part, found[file.path][name]) for file in files for name, part in file.parts.items()]
     _refuse(family, [f"{name} is damaged" for name, part, now in parts if now.sha256 != part.sha256])
     if family.sources:
         with contextlib.suppress(OutputError):  # without a writable home, hash again next time
-            home.remember("files", {file.path: made_from(file.source, found[file.path]) for file in family.files})
+            home.remember(
+                "files", {file.path: made_from(file.source, found[file.path]) for file in files if file.parts}
+            )
 
 
 def made_from(source: str, parts: Mapping[str, Recorded]) -> dict[str, Any]:
@@ -83,12 +99,12 @@ def made_from(source: str, parts: Mapping[str, Recorded]) -> dict[str, Any]:
     return {"source": source, "parts": {name: part.to_json() for name, part in parts.items()}}
 
 
-def _refuse(family: Family, problems: list[str]) -> None:
+def _refuse(family: Family, problems: list[str], option: str = "") -> None:
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         hint = "install streamt2v again; after training, record the new files"
         if family.sources:
-            hint = f"delete what is damaged, then run `streamt2v weights pull {family.name}`"
+            hint = f"delete what is damaged, then run `streamt2v weights pull {family.name}{option}`"
         raise WeightsError(f"the weights of {family.name!r} are not as recorded: {problems[0]}{more}", hint)
 
 
@@ -153,8 +169,8 @@ def verify_snapshot(name: str) -> int:
 def describe_families() -> list[dict[str, Any]]:
     """Return a row per family, then per third-party pipeline: name, state, bytes (0 if unknown), licence, what."""
     rows = []
-    for family in catalog.families().values():
-        state = "absent" if is_absent(family) else "incomplete" if missing(family) else "ok"
+    for family in (catalog.families() | catalog.helpers()).values():
+        state = "absent" if is_absent(family) else "incomplete" if missing(family, family.usual_stages) else "ok"
         origin = ", ".join(dict.fromkeys(source.repository for source in family.sources)) or "inside the package"
         size = family.num_bytes or 2 * sum(file.num_values for file in family.files)
         rows.append(_row(family.name, state, size, family.licence, family.title) | {"origin": origin})
@@ -163,7 +179,7 @@ def describe_families() -> list[dict[str, Any]]:
         here = [part.has_size(path) for path, part in parts.items()]
         state = "absent" if not any(here) else "ok" if all(here) else "incomplete"
         size = _size(parts.values()) or 2 * sum(listed.get("values", {}).values())
-        what = listed["what"] if "preset" in listed else f"{listed['what']} (first frames)"
+        what = listed["what"] if "preset" in listed else f"{listed['what']} ({listed.get('use', 'first frames')})"
         row = _row(name, state, size, listed["licence"], what)
         rows.append(row | {"origin": listed["repository"]})
     return rows

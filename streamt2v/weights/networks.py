@@ -28,6 +28,7 @@ NETWORKS: Mapping[str, tuple[str, str]] = {
     "UNet3D": ("streamt2v.models.unet3d", "UNet3DConfig"),
     "Restorer": ("streamt2v.models.restorer", "RestorerConfig"),
     "PixelCodec": ("streamt2v.models.restorer", "PixelCodecConfig"),
+    "Interpolator": ("streamt2v.models.interpolator", "InterpolatorConfig"),
     "ConditionalAttention": ("streamt2v.models.cam", "CamConfig"),
     "AppearanceTokens": ("streamt2v.models.apm", ""),
     "AutoencoderKL": ("streamt2v.models.vae", "AutoencoderConfig"),

@@ -300,3 +300,12 @@ CHECKPOINTS: Mapping[str, Layout] = {
 }
 # fmt: on
 """The published files by name; the two towers of OpenCLIP share one file without prefixes."""
+
+_IFNET_LAYER = r"(?:conv0\.[01]\.0|convblock\.\d+\.conv|lastconv\.0)\.(?:weight|bias)|convblock\.\d+\.beta"
+_IFNET = (
+    rename(r"(?:module\.)?(encode\.cnn[0-3]\.(?:weight|bias))", r"\1"),
+    rename(rf"(?:module\.)?blocks?\.?(\d+)\.({_IFNET_LAYER})", r"blocks.\1.\2"),
+    ignore(r"(?:module\.)?(?:teacher|caltime)\..+", "only training uses it"),
+)
+IFNET = Layout({"ifnet": Part("Interpolator", {}, KeyMap("", _IFNET, "the interpolator"))})
+"""The file of RIFE 4.26, under the names of its authors or of its safetensors copy."""

@@ -33,7 +33,7 @@ def test_what_is_broken_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_missing_weights_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "missing", lambda family: ["a.safetensors is missing"])
+    monkeypatch.setattr(weights, "missing", lambda family, *_: ["a.safetensors is missing"])
     check = next(check for check in doctor._weights() if check.name == "weights demo")
     assert not check.ok
     assert check.found == "a.safetensors is missing"

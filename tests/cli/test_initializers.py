@@ -91,7 +91,7 @@ def test_other_files_in_the_folder_cannot_continue_a_run(
         (["--init", "hub:nobody"], 2, "hub:OWNER/NAME"),
         (["--init", "EMPTY"], 4, "no diffusers pipeline"),
         (["--init", "modelscope", "--image", "PICTURE"], 2, "from text alone"),
-        (["--init", "svd"], 2, "no initializer and no folder 'paintr'"),
+        (["--init", "svd"], 2, "no model and no folder 'paintr'"),
         (["--set", "initialize.guidance_scale=0"], 2, "only a third-party model"),
     ],
 )

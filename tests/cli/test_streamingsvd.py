@@ -17,13 +17,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from streamt2v import config, memory, weights
-from streamt2v.jobs import needs
+from streamt2v.jobs import asked, needs
 from streamt2v.media import reading
 from streamt2v.runs import base
 from streamt2v.weights import convert as checkpoints
 from streamt2v.weights import header, hub
 from tests import checkpoints as published
-from tests.cli.helpers import PROMPT, call, digest, result, wait_for
+from tests.cli.helpers import PROMPT, FolderOf, call, digest, result, wait_for
 
 MODEL = "streamingsvd"
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -31,9 +31,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 SMALL = ["--model", MODEL, "--device", "cpu", "--threads", "1", "--quiet", "--offline"]
 SETTINGS = {
     "seed": 7, "output.crf": 1, "stream.height": 32, "stream.width": 64, "stream.num_inference_steps": 1,
-    "initialize.num_inference_steps": 1,
+    "initialize.num_inference_steps": 1, "refine.model": "own",
 }  # fmt: skip
 SMALL += [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")]
+# A video's third model: small chunks, two steps.
+OTHER = ["--size", "64x32", "--refine-steps", "2", "--chunk", "8", "--overlap", "3"]
 REFINED = ["--size", "96x48", "--refine-steps", "1"]
 PLAIN = ["--no-refine"]
 
@@ -90,6 +92,14 @@ def test_any_length_is_exact(frames: int, picture: Path, tmp_path: Path) -> None
     assert make(tmp_path / "out.mp4", picture, frames, *PLAIN)[0] == frames
 
 
+@pytest.mark.parametrize(
+    "frames", [1, 25, 43, *(pytest.param(frames, marks=pytest.mark.slow) for frames in (24, 26, 100, 241))]
+)
+def test_any_length_is_exact_after_i2vgen_xl(frames: int, picture: Path, tmp_path: Path, folder_of: FolderOf) -> None:
+    options = ["--refiner", folder_of("i2vgen"), *OTHER, "--size", "32x16", "--refine-steps", "1"]
+    assert make(tmp_path / "out.mp4", picture, frames, *options)[0] == frames
+
+
 @pytest.mark.parametrize("name", ["svd, sdxl", "svd, picture", "modelscope"])
 def test_first_frames_may_come_from_another_model(
     name: str, start: Callable[[str], list[object]], tmp_path: Path
@@ -108,6 +118,33 @@ def test_a_refined_video(picture: Path, tmp_path: Path, capsys: pytest.CaptureFi
     other = ["generate", "x", *arguments(tmp_path / "b.mp4", picture, 26, *REFINED)[2:]]
     assert call(*other) == 0
     assert digest(tmp_path / "b.mp4") != made
+
+
+def test_it_is_refined_by_i2vgen_xl_unless_asked_otherwise(
+    picture: Path, tmp_path: Path, folder_of: FolderOf, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual = asked.resolve(model=MODEL)
+    assert (usual.refine.model, usual.refine.chunk, usual.refine.overlap) == ("i2vgen-xl", 38, 12)
+    assert (usual.refine.num_inference_steps, usual.refine.noise_level, usual.refine.solver) == (29, 926, "ddim")
+    assert asked.resolve(model=MODEL, refiner="own").refine == config.RefineConfig()
+    given = ["--frames", 20, "-o", tmp_path / "a.mp4", *SMALL, *OTHER]
+    assert call("generate", PROMPT, "--image", picture, "--init", "own", *given, "--refiner", "i2vgen-xl") == 4
+    assert "i2vgen-xl" in capsys.readouterr().err
+    made = make(tmp_path / "b.mp4", picture, 20, *OTHER, "--refiner", folder_of("i2vgen"))
+    assert made[0] == 20
+    assert call("rerun", tmp_path / "b.mp4", "--image", picture, "-q") == 2
+    assert "--refiner" in capsys.readouterr().err
+    assert call("rerun", tmp_path / "b.mp4", "--image", picture, "--refiner", folder_of("i2vgen"), "-q") == 0
+
+
+def test_any_video_is_refined_by_it_without_files_of_a_family(
+    picture: Path, tmp_path: Path, folder_of: FolderOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "a.mp4", picture, 12, *PLAIN)
+    monkeypatch.setenv("STREAMT2V_HOME", str(tmp_path / "empty"))
+    given = ["--model", MODEL, "--refiner", folder_of("i2vgen"), *OTHER, "-o", tmp_path / "b.mp4", "-q"]
+    assert call("refine", tmp_path / "a.mp4", *given) == 0
+    assert digest(tmp_path / "b.mp4")[0] == 12
 
 
 @pytest.fixture(scope="module")
@@ -137,14 +174,27 @@ def test_every_setting_changes_the_frames(
     assert made != plain
 
 
-def test_a_killed_run_goes_on_and_gives_the_same_frames(folder: Path, picture: Path, tmp_path: Path) -> None:
-    whole, path = make(tmp_path / "whole.mp4", picture, 62, *PLAIN), tmp_path / "out.mp4"
+@pytest.mark.parametrize(
+    ("frames", "refines", "stored"), [(62, False, ("base*/*", 2)), (40, True, ("state/output-*", 2))]
+)
+def test_a_killed_run_goes_on_and_gives_the_same_frames(
+    frames: int,
+    refines: bool,
+    stored: tuple[str, int],
+    folder: Path,
+    picture: Path,
+    tmp_path: Path,
+    folder_of: FolderOf,
+) -> None:
+    more = ["--refiner", folder_of("i2vgen"), *OTHER] if refines else PLAIN
+    whole, path = make(tmp_path / "whole.mp4", picture, frames, *more), tmp_path / "out.mp4"
     # Its own process does not know of the tiny list of weights: all that is asked of it is that it can be killed.
     code = "import sys; from pathlib import Path; from streamt2v.weights import catalog; from streamt2v.cli import app;"
+    code += "from streamt2v.runs import output; output.SAVING = 1;"
     code += "catalog._manifest = lambda root: Path(sys.argv[1]); app.main(sys.argv[2:])"
-    given = [str(part) for part in arguments(path, picture, 62, *PLAIN)]
+    given = [str(part) for part in arguments(path, picture, frames, *more)]
     process = subprocess.Popen([sys.executable, "-c", code, str(folder / "weights.toml"), *given])
-    wait_for(path.with_name("out.mp4.streamt2v"), "base*/*", 2)
+    wait_for(path.with_name("out.mp4.streamt2v"), *stored)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert call("resume", path, "-q") == 0
@@ -201,7 +251,16 @@ def test_the_refiner_is_only_fetched_for_those_who_refine(
     assert [path.name for path in (tmp_path / "home").glob("streamingt2v")] == []
     assert make(tmp_path / "a.mp4", picture, 2, *PLAIN)[0] == 2
     assert call(*arguments(tmp_path / "b.mp4", picture, 2)) == 4
-    assert "refine/unet.safetensors is not here" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "refine/unet.safetensors is not here" in said
+    assert f"weights pull {MODEL} --refiner own" in said
+    assert call("weights", "verify", MODEL) == 0
+    assert {row["name"]: row["state"] for row in weights.describe_families()}[MODEL] == "ok"
+    assert call("weights", "pull", MODEL, "--from", folder, "--offline") == 4
+    assert [path.name for path in (tmp_path / "home").glob("streamingt2v")] == []
+    assert call("weights", "pull", MODEL, "--refiner", "own", "--from", folder, "--offline") == 4
+    assert [path.name for path in (tmp_path / "home").glob("streamingt2v")] == ["streamingt2v"]
+    monkeypatch.setenv("STREAMT2V_HOME", str(tmp_path / "other"))
     assert call("refine", tmp_path / "a.mp4", "--model", MODEL, "-o", tmp_path / "c.mp4", "-q") == 4
 
 

@@ -46,7 +46,7 @@ MISTAKES = [
     (["generate", "a red ball", "-o", "x.mp4", "--preview", "x.gif"], 2, "must end in .png"),
     (["generate", "a red ball", "--quality", "superb"], 2, "superb"),
     (["generate", "a red ball", "--fit", "stretch"], 2, "contain, cover, pad"),
-    (["generate", "a red ball", "--init", "nobody"], 2, "no initializer"),
+    (["generate", "a red ball", "--init", "nobody"], 2, "no model and no folder"),
     (["generate", "a red ball", "--resume"], 2, "name it with -o"),
     (["generate", "a red ball", "b.mp4"], 2, "b.mp4"),
     (["refine", "none.mp4"], 3, "none.mp4"),
@@ -65,7 +65,7 @@ MISTAKES = [
     (["weights", "pull", "demo"], 2, "nothing to pull"),
     (["weights", "pull", "streamingt2v", "--source", "copy"], 2, "known: vidxtend, original"),
     (["weights", "pull", "streamingt2v", "--from", "nowhere"], 3, "nowhere is not a folder"),
-    (["weights", "pull", "svd", "--from", "."], 2, "leave --source, --from and --no-refine out"),
+    (["weights", "pull", "svd", "--from", "."], 2, "leave --source, --from, --no-refine and --refiner out"),
     (["weights", "pull", "streamingt2v", "--offline"], 4, "no connection is made when offline"),
     (["weights", "verify", "svd"], 4, "streamt2v weights pull svd"),
     (["weights", "convert", "none.ckpt", "out"], 3, "none.ckpt"),
@@ -338,6 +338,6 @@ def test_the_default_model_fits_the_device(
     device: str, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All weights are here; a GPU that is not here can be planned for."""
-    monkeypatch.setattr(inventory, "missing", lambda family: [])
+    monkeypatch.setattr(inventory, "missing", lambda family, *_: [])
     assert call("plan", PROMPT, "--device", device, "--memory", 40, "--json") == 0
     assert json.loads(capsys.readouterr().out)["model"] == model

@@ -36,7 +36,7 @@ def test_list_shows_state_size_licence_and_purpose(capsys: pytest.CaptureFixture
     assert [line.split()[:2] for line in others[::2]] == [[name, "absent"] for name in weights.pipelines()]
     assert call("weights", "list", "--json") == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [row["name"] for row in rows] == [*weights.families(), *weights.pipelines()]
+    assert [row["name"] for row in rows] == [*weights.families(), *weights.helpers(), *weights.pipelines()]
     assert rows[0]["bytes"] == pytest.approx(10e9, rel=0.1)  # once converted
     assert rows[2]["bytes"] > 30e6
 

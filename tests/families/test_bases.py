@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from streamt2v import weights
-from streamt2v.families import bases
+from streamt2v import config, weights
+from streamt2v.families import bases, choose
 from streamt2v.media import reading
 from streamt2v.runs import base
 from tests import pipelines
@@ -96,6 +96,38 @@ def test_it_refines_a_clip_of_a_user_of_any_size(refining: Path, tmp_path: Path)
     assert first[0] == 40
     assert refined(tmp_path / "b.mp4", source, refining, "--prompt", PROMPT) == first
     assert refined(tmp_path / "c.mp4", source, refining, "--prompt", "another prompt") != first
+
+
+def test_it_refines_what_another_family_made(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Its own preset says how; the family's own refiner makes other frames, and so does I2VGen-XL for it."""
+    given = ["--no-refine", "--frames", 20, "--seed", 7, "--steps", 1, "--threads", 1, "-q"]
+    assert call("generate", PROMPT, "--model", "demo", "-o", tmp_path / "base.mp4", *given) == 0
+    sizes = ["--chunk", 17, "--overlap", 5, "--refine-steps", 2, "--seed", 7, "--threads", 1, "--size", "96x54"]
+    found = {}
+    for name, refiner in {"wan": folders["wan"], "own": "own", "i2v": pipelines.i2vgen(tmp_path / "i2v")}.items():
+        path = tmp_path / f"{name}.mp4"
+        how = ["--model", "demo", "--refiner", refiner, *sizes, "-o", path, "-q", "--offline"]
+        assert call("refine", tmp_path / "base.mp4", *how) == 0
+        found[name] = digest(path)
+    assert {frames for frames, _ in found.values()} == {20}
+    assert len(set(found.values())) == 3
+    usual = config.merge(*choose.usual(config.merge({"refine.model": str(folders["wan"])})))
+    assert usual.refine.noise_level == config.merge(config.preset("wan")).refine.noise_level
+    assert usual.stream == config.merge(config.preset("demo")).stream
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--chunk", 16], "use 13 or 17"), (["--loop", "--chunk", 17, "--overlap", 5], "refines no loops"),
+     (["--set", "refine.posterior=published", "--chunk", 17, "--overlap", 5], "has no use for it")],
+)  # fmt: skip
+def test_as_a_refiner_it_says_mistakes_before_anything_loads(
+    options: list[object], said: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["generate", PROMPT, "--model", "demo", "--frames", 40, "-o", tmp_path / "out.mp4"]
+    assert call(*given, "--refiner", folders["wan"], "--overlap", 5, *options) == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_it_extends_any_video(folder: Path, tmp_path: Path) -> None:

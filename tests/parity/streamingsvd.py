@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from streamt2v import chunks
+from streamt2v.config import RefineConfig
 from streamt2v.diffusion import blend, guidance, solvers
+from streamt2v.diffusion.noise import Address
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig, align_your_steps, precondition
 from streamt2v.models.cam import CamConfig, ConditionalAttention
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
@@ -31,6 +33,7 @@ from streamt2v.stages.picture_stream import (
     decode_groups,
     sample,
 )
+from streamt2v.stages.refine import Denoiser, Refiner
 from streamt2v.stages.stream import StreamState, continued
 from streamt2v.weights import published_svd
 from streamt2v.weights.keymaps import KeyMap
@@ -400,6 +403,60 @@ def blending(report: Report, file: str, case: Mapping[str, Any], path: Path) -> 
     found["latents_out"] = x
     for quantity in sorted(found.keys() & tensors.keys()):
         report.largest(file, quantity, found[quantity], tensors[quantity], BLENDING)
+    found = {
+        "latents_out by the refiner": refined(schedule, case, plan, cuts, tensors["latents_in"], timesteps[begin:])
+    }
+    report.largest(file, *found.popitem(), tensors["latents_out"], BLENDING)
+
+
+class RecordedCuts:
+    """Cuts as they were drawn; no noise."""
+
+    def __init__(self, cuts: Sequence[Sequence[int]]) -> None:
+        self.cuts = cuts
+
+    def integer(self, purpose: str, address: Address, low: int, high: int) -> int:
+        """Return the cut of (chunk, step)."""
+        return self.cuts[address[1]][address[0] - 1]
+
+    def normal(self, purpose: str, address: Address, shape: Sequence[int]) -> Tensor:
+        """Return zeros."""
+        return torch.zeros(tuple(shape))
+
+    uniform = normal
+
+
+class Numbered:
+    """What tells the stand-in which chunk it sees."""
+
+    def __init__(self, chunk: chunks.Chunk) -> None:
+        self.index = chunk.index
+
+    def rows(self, rows: slice) -> "Numbered":
+        """Return it for either branch."""
+        return self
+
+
+def refined(
+    schedule: NoiseSchedule, case: Mapping[str, Any], plan: Sequence[chunks.Chunk], cuts: Sequence[Sequence[int]],
+    noisy: Tensor, timesteps: Tensor,
+) -> Tensor:  # fmt: skip
+    """Run the refiner of the package, in its own order and coordinates, from noisy latents to clean ones."""
+    settings = RefineConfig(
+        solver="ddim", stochastic=False, chunk=case["chunk"], overlap=case["overlap"], cut_range="published",
+        num_inference_steps=len(timesteps), noise_level=int(timesteps[0]) + 1, guidance_scale=case["guidance_scale"],
+        guidance_rescale=0.0,
+    )  # fmt: skip
+
+    def run(latents: Tensor, time: Tensor, told: Numbered, *_: None) -> tuple[Tensor, Tensor]:
+        branches = [stand_in(clip[None], told.index, scale) for clip, scale in zip(latents, (0, 1), strict=True)]
+        return torch.cat(branches), latents
+
+    def encode(start: int, stop: int) -> Tensor:  # noised without noise, they are at the start
+        return noisy[0, :, start:stop].transpose(0, 1) / schedule.alphas[int(timesteps[0])]
+
+    stage = Refiner(Denoiser(run, schedule, Numbered), plan, settings, RecordedCuts(cuts), encode)
+    return torch.cat(list(stage.run())).transpose(0, 1)[None]
 
 
 def composed(plan: Sequence[chunks.Chunk], outputs: Sequence[Tensor], cuts: Sequence[int]) -> Tensor:

@@ -20,7 +20,7 @@ from streamt2v.weights import convert, header, networks
 from streamt2v.weights.pickles import Stored
 from streamt2v.weights.tokenizer import load_tokenizer
 from tests import checkpoints as tiny
-from tests.checkpoints import CLIP, IMAGE_TOWER, REFINER, STREAM, STREAMING_SVD, VAE, VIDXTEND
+from tests.checkpoints import CLIP, IFNET, IMAGE_TOWER, REFINER, STREAM, STREAMING_SVD, VAE, VIDXTEND
 
 LAYOUTS = tiny.tiny_layouts()
 SHAPES = tiny.published_shapes(LAYOUTS)
@@ -152,6 +152,7 @@ def test_other_models_and_whole_numbers_are_refused() -> None:
         (CLIP, "open_clip_pytorch_model.bin", "refine/tokenizer.json"),
         (IMAGE_TOWER, "model.safetensors", None),
         (STREAMING_SVD, "streaming.safetensors", None),
+        (IFNET, "rife_v4.26.safetensors", None),
     ],
 )
 def test_every_published_file_converts_and_loads(file: str, name: str, tokenizer: str | None, tmp_path: Path) -> None:

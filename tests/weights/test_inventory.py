@@ -37,11 +37,11 @@ def test_the_shipped_demo_is_whole_and_small() -> None:
 )
 def test_the_default_family_fits_the_device(kind: str | None, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Billions of parameters are not for a CPU, even where their files are here; of a cluster nothing is known."""
-    monkeypatch.setattr(inventory, "missing", lambda family: [])
+    monkeypatch.setattr(inventory, "missing", lambda family, *_: [])
     assert inventory.default_family(kind) == name
     assert inventory.fits(catalog.family("demo"), "cpu")
 
 
 def test_what_is_here_counts_more_than_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inventory, "missing", lambda family: [] if family.name == "demo" else ["all"])
+    monkeypatch.setattr(inventory, "missing", lambda family, *_: [] if family.name == "demo" else ["all"])
     assert inventory.default_family("cuda") == "demo"
