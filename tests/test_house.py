@@ -116,7 +116,7 @@ PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_links_of_the_pages_exist(page: Path) -> None:
-    text, group = page.read_text("utf-8"), typer.main.get_command(app)
+    text, group = page.read_text("utf-8").replace("\\\n", " "), typer.main.get_command(app)
     for line in re.findall(r"^(?:    )?streamt2v (.*)", text, re.MULTILINE):
         command, words = group, shlex.split(line, comments=True)
         while words and words[0] in getattr(command, "commands", {}):
