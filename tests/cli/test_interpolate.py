@@ -164,7 +164,10 @@ def test_the_last_frame_of_a_loop_leads_to_its_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", [["--loop"], ["--set", "loop=ring"], ["--loop", "--refine-steps", 2]])
-def test_a_loop_that_is_made_has_frames_between_its_ends(how: list[object], tmp_path: Path) -> None:
+def test_a_loop_that_is_made_has_frames_between_its_ends(
+    how: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interpolated, "is_cut", lambda *_: False)  # one step makes frames as different as scenes
     path, made = tmp_path / "out.mp4", tmp_path / "made.mp4"
     options = [*how, *([] if "--refine-steps" in how else ["--no-refine"]), *LOSSLESS]
     assert generate(path, 60, "--interpolate", 2, *options) == generate(made, 30, *options) == 0
