@@ -17,10 +17,11 @@ AGAINST_PUBLISHED = [
     "| stage 2, a chunk of one step, each as it ships | 0.49 |",
     "| the same, with equal settings of the allocator | 0.58 |",
     "| refiner, a step | 0.74 |", "",
-    "Measured once, in November 2026, with the same weights in both; outputs are equal to 1e-5 relative, and the memory "
-    "is the same (ratio 1.0). The published code is not part of this repository, so nothing here repeats it. What could "
-    "be unfair: it is written for GPUs, not for a CPU; and ours keeps freed memory (`devices.keep_freed_memory`), which "
-    "is the difference between the second and the third row. Nothing here says how the two compare on a GPU.", "",
+    "Measured once, in November 2026, with the same weights in both; outputs are equal to 1e-5 relative, and the "
+    "memory is the same (ratio 1.0). The published code is not part of this repository, so nothing here repeats it. "
+    "What could be unfair: it is written for GPUs, not for a CPU; and ours keeps freed memory "
+    "(`devices.keep_freed_memory`), which is the difference between the second and the third row. Nothing here says "
+    "how the two compare on a GPU.", "",
 ]  # fmt: skip
 """Figures of a review, which no script here repeats."""
 
