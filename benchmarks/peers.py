@@ -1,6 +1,6 @@
 """How fast are the library's video UNets, and how fast are ours, on the same weights and sizes?
 
-    python benchmarks/peers.py                     # about 100 s of one core; writes a result and docs/speed.md
+    python benchmarks/peers.py                     # about a minute of one core; writes a result and docs/speed.md
     python benchmarks/peers.py --frames 16 --size 40x64 --widths 128,256,512,512
 
 diffusers' `UNet3DConditionModel`, `UNetSpatioTemporalConditionModel` (SVD) and `I2VGenXLUNet` against `UNet3D`, in
@@ -179,17 +179,16 @@ def measured(tools: Instruments, build: Callable[[], Any], dtype: torch.dtype) -
         found = works[0]().float()
     flops = [counter.get_total_flops()]
     with FlopCounterMode(display=False) as counter:
-        gap = works[1]().float() - found if equal else None
-        works[1]()
-    flops.append(counter.get_total_flops() // (2 if equal else 1))
+        own = works[1]().float()
+    flops.append(counter.get_total_flops())
     memory = [added(tools, work) for work in works]
     seconds = tools.seconds(*works)
     row: dict[str, Any] = {
         side: {"seconds": s, "tflop": f / 1e12, "peak_bytes": m}
         for side, s, f, m in zip(("theirs", "ours"), seconds, flops, memory, strict=True)
     }
-    if gap is not None:
-        row["difference"] = float(gap.abs().max() / found.abs().max())
+    if equal:
+        row["difference"] = float((own - found).abs().max() / found.abs().max())
     return row
 
 
@@ -199,7 +198,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--widths", default="64,128,256,256")
     parser.add_argument("--frames", type=int, default=8)
-    parser.add_argument("--size", default="32x32", help="height x width of the latents")
+    parser.add_argument("--size", default="16x24", help="height x width of the latents")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
@@ -217,7 +216,8 @@ def main(arguments: list[str] | None = None) -> None:
             kind = str(dtype).removeprefix("torch.")
             rows[f"{name}, {kind}"] = row
             ratio = row["ours"]["seconds"] / row["theirs"]["seconds"]
-            print(f"{name}, {kind}: {row['theirs']['seconds']:.3g} s, ours {row['ours']['seconds']:.3g} s, {ratio:.2f}")
+            taken = f"{row['theirs']['seconds']:.3g} s, ours {row['ours']['seconds']:.3g} s, {ratio:.2f}"
+            print(f"{name}, {kind}: {taken}", flush=True)
     described = devices.card(device) or devices.describe(device).partition(",")[0]
     result = {
         "date": str(date.today()), "device": described, "threads": threads, "widths": widths, "frames": given.frames,

@@ -1,8 +1,9 @@
-"""docs/speed.md from the results of `speed.py` and `gpu.py`."""
+"""docs/speed.md from the results of `speed.py`, `peers.py` and `gpu.py`."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 LENGTH = 1200  # frames that the totals are extrapolated to
@@ -16,13 +17,13 @@ AGAINST_PUBLISHED = [
     "| stage 2, a chunk of one step, each as it ships | 0.49 |",
     "| the same, with equal settings of the allocator | 0.58 |",
     "| refiner, a step | 0.74 |", "",
-    "Both ran on one machine on the same weights and inputs, in turn; outputs are equal to 1e-5 relative, and the "
-    "memory is the same (ratio 1.0). What could be unfair: the published code is written for GPUs and was never meant "
-    "for a CPU, where its attention library is missing; it computes text and anchor anew in every step; and ours keeps "
-    "freed memory (`devices.keep_freed_memory`), which explains the difference between the second and the third row. "
-    "Nothing here says how the two compare on a GPU.", "",
+    "Measured once, in November 2026, with the same weights in both; outputs are equal to 1e-5 relative, and the "
+    "memory is the same (ratio 1.0). The published code is not part of this repository, so nothing here repeats it. "
+    "What could be unfair: it is written for GPUs, not for a CPU; and ours keeps freed memory "
+    "(`devices.keep_freed_memory`), which is the difference between the second and the third row. Nothing here says "
+    "how the two compare on a GPU.", "",
 ]  # fmt: skip
-"""Measured in November 2026; the published code is not part of this repository, so no script repeats it."""
+"""Figures of a review, which no script here repeats."""
 
 
 def table(results: Path) -> str:
@@ -38,6 +39,8 @@ def table(results: Path) -> str:
     for path in sorted(results.glob("*-peers-*.json")):
         lines += peer_section(json.loads(path.read_text("utf-8")))
     lines += AGAINST_PUBLISHED
+    for path in sorted(results.glob("*-old-against-new-*.json")):
+        lines += change_section(json.loads(path.read_text("utf-8")), path.name)
     for path in sorted(results.glob("*-gpu*.jsonl")):
         lines += gpu_section([json.loads(line) for line in path.read_text("utf-8").splitlines()])
     if not list(results.glob("*-gpu*.jsonl")):
@@ -70,6 +73,21 @@ def peer_section(result: Mapping[str, Any]) -> list[str]:
         cells += [f"{side['peak_bytes'] / 1e9:.2f}" for side in (theirs, ours)]
         cells.append(f"{row['difference']:.0e}" if "difference" in row else "other network")
         lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def change_section(result: Mapping[str, Any], name: str) -> list[str]:
+    """The lines of what a change brought: medians of both sides, measured in turn."""
+    lines = [
+        f"## Old against new, {name[:10]}",
+        "",
+        f"{result['machine']}. {result['how'].capitalize()}: `{name}`.",
+        "",
+    ]
+    lines += ["| what | unit | old | new | new / old |", "|---|---|---|---|---|"]
+    for what, row in result["rows"].items():
+        old, new = median(row["old"]), median(row["new"])
+        lines.append(f"| {what} | {row['unit']} | {old:.3g} | {new:.3g} | {new / old:.2f} |")
     return [*lines, ""]
 
 
