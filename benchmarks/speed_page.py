@@ -1,12 +1,29 @@
-"""docs/speed.md from the results of `speed.py` and `gpu.py`."""
+"""docs/speed.md from the results of `speed.py`, `peers.py` and `gpu.py`."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 LENGTH = 1200  # frames that the totals are extrapolated to
 TARGETS = {"reference": 1620, "balanced": 720, "fast": 240}  # seconds for them on one H100, at 1280x720
+
+
+AGAINST_PUBLISHED = [
+    "## Against the published code of StreamingT2V", "",
+    "| part, on a CPU in float32 | our seconds / its seconds |", "|---|---|",
+    "| stage 2, a chunk of three steps | 0.62 |",
+    "| stage 2, a chunk of one step, each as it ships | 0.49 |",
+    "| the same, with equal settings of the allocator | 0.58 |",
+    "| refiner, a step | 0.74 |", "",
+    "Measured once, in November 2026, with the same weights in both; outputs are equal to 1e-5 relative, and the "
+    "memory is the same (ratio 1.0). The published code is not part of this repository, so nothing here repeats it. "
+    "What could be unfair: it is written for GPUs, not for a CPU; and ours keeps freed memory "
+    "(`devices.keep_freed_memory`), which is the difference between the second and the third row. Nothing here says "
+    "how the two compare on a GPU.", "",
+]  # fmt: skip
+"""Figures of a review, which no script here repeats."""
 
 
 def table(results: Path) -> str:
@@ -19,6 +36,11 @@ def table(results: Path) -> str:
     ]
     for path in sorted(results.glob("*-speed-*.json")):
         lines += section(json.loads(path.read_text("utf-8")))
+    for path in sorted(results.glob("*-peers-*.json")):
+        lines += peer_section(json.loads(path.read_text("utf-8")))
+    lines += AGAINST_PUBLISHED
+    for path in sorted(results.glob("*-old-against-new-*.json")):
+        lines += change_section(json.loads(path.read_text("utf-8")), path.name)
     for path in sorted(results.glob("*-gpu*.jsonl")):
         lines += gpu_section([json.loads(line) for line in path.read_text("utf-8").splitlines()])
     if not list(results.glob("*-gpu*.jsonl")):
@@ -29,6 +51,44 @@ def table(results: Path) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def peer_section(result: Mapping[str, Any]) -> list[str]:
+    """The lines of a comparison with the library's networks, from what `peers.py` left."""
+    sizes = f"{result['frames']} frames of {result['height']}x{result['width']} latents, two rows"
+    widths = "/".join(map(str, result["widths"]))
+    packages = ", ".join(f"{name} {found}" for name, found in result["versions"].items())
+    lines = [
+        f"## Against the library's UNets, {result['device']}, {result['date']}", "",
+        f"`python benchmarks/peers.py`, which explains how it measures: {sizes}, widths {widths}; {packages}; "
+        f"{result['threads']} thread{'s' * (result['threads'] > 1)}. Memory is what a forward adds to the networks.",
+        "",
+        "| network of diffusers | s | ours, s | ours / theirs | TFLOP | ours | GB | ours | largest difference |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, row in result["rows"].items():
+        theirs, ours = row["theirs"], row["ours"]
+        cells = [name, *(f"{side['seconds']:.3g}" for side in (theirs, ours))]
+        cells += [f"{ours['seconds'] / theirs['seconds']:.2f}", *(f"{side['tflop']:.3g}" for side in (theirs, ours))]
+        cells += [f"{side['peak_bytes'] / 1e9:.2f}" for side in (theirs, ours)]
+        cells.append(f"{row['difference']:.0e}" if "difference" in row else "other network")
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def change_section(result: Mapping[str, Any], name: str) -> list[str]:
+    """The lines of what a change brought: medians of both sides, measured in turn."""
+    lines = [
+        f"## Old against new, {name[:10]}",
+        "",
+        f"{result['machine']}. {result['how'].capitalize()}: `{name}`.",
+        "",
+    ]
+    lines += ["| what | unit | old | new | new / old |", "|---|---|---|---|---|"]
+    for what, row in result["rows"].items():
+        old, new = median(row["old"]), median(row["new"])
+        lines.append(f"| {what} | {row['unit']} | {old:.3g} | {new:.3g} | {new / old:.2f} |")
+    return [*lines, ""]
 
 
 def gpu_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -227,15 +227,14 @@ class RunConfig:
 def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, Any], Any]]:
     """Yield (dotted key, {type, help, low, high}, value) of every leaf."""
     kind: Any = type(config)
-    hints = _hints(kind)
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
+    for name, spec in _specs(kind):
+        value = getattr(config, name)
         if dataclasses.is_dataclass(value):
-            yield from _leaves(value, f"{prefix}{item.name}.")
+            yield from _leaves(value, f"{prefix}{name}.")
         elif isinstance(value, Mapping):
-            yield from ((f"{item.name}.{key}", {**_PROMPT, **item.metadata}, text) for key, text in value.items())
+            yield from ((f"{name}.{key}", {**spec, **_PROMPT}, text) for key, text in value.items())
         else:
-            yield prefix + item.name, {"type": hints[item.name], **item.metadata}, value
+            yield prefix + name, spec, value
 
 
 _PROMPT = {"type": str, "low": None, "high": None}
@@ -263,8 +262,10 @@ def _describe(key: str) -> dict[str, Any]:
 
 
 @cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
+def _specs(kind: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Return (name, {type, help, low, high}) of each field; a batch of a thousand rows asks a million times."""
+    hints = get_type_hints(kind)
+    return [(item.name, {"type": hints[item.name], **item.metadata}) for item in dataclasses.fields(kind)]
 
 
 @cache
@@ -424,6 +425,12 @@ def preset(name: str, quality: str | None = None, strength: str | None = None) -
             raise ConfigError(f"unknown {what} {choice!r} of preset {name}", nearest(choice, sorted(choices)))
         found |= flatten(choices.get(choice or "", {}))
     return found
+
+
+@cache
+def usual(name: str) -> dict[str, Any]:
+    """Return {dotted key: value} of every setting where only a shipped preset is given."""
+    return to_flat(merge(preset(name)))
 
 
 def to_flat(config: RunConfig) -> dict[str, Any]:

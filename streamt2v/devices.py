@@ -277,13 +277,13 @@ def compiled(function: Function, device: Device, *, graphs: bool = False) -> Fun
     mode = "reduce-overhead" if graphs and device.kind == "cuda" else None
     made: Callable[..., Any] | None = torch.compile(function, fullgraph=True, dynamic=False, backend=BACKEND, mode=mode)
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal made
         if made is not None:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # torch warns about the libraries it compiles
-                    result = made(*args)
+                    result = made(*args, **kwargs)
                 # The next call of a recorded graph overwrites its results.
                 if mode:
                     result = tuple(map(torch.clone, result)) if isinstance(result, tuple) else result.clone()
@@ -293,7 +293,7 @@ def compiled(function: Function, device: Device, *, graphs: bool = False) -> Fun
                     raise
                 log.warning("not compiled, which is slower: %s", " ".join(str(error).splitlines()[:2]))
                 made = None
-        return function(*args)
+        return function(*args, **kwargs)
 
     return cast(Function, call)
 

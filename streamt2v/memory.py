@@ -19,6 +19,7 @@ INTERPOLATING_VALUES = 280  # of 16 bit, for every pixel of a frame between two:
 FEED_FORWARD_WIDTH = 16  # inside of a gated feed-forward: projection 8, gate 4, product 4 times as wide as its input
 MARGIN, OWN_BYTES = 1.15, 600_000_000  # fragments of the allocator; libraries and contexts of a GPU
 CPU_OWN_BYTES = 320_000_000  # libraries in the memory of a process, and what loading leaves behind: measured
+TILE_SHARE = 1 / 4  # of a picture: tiles of 256 pixels, whose results are kept
 MANY_ROWS, FEW_ROWS = 1 << 17, 1 << 15
 OFFLOADED_SHARE = 1 / 16  # of the weights, on the device at once: the largest layer and what waits to be freed
 
@@ -79,6 +80,10 @@ class Stage:
     """Features of its finest level that a UNet holds."""
     restoring: int = 0
     """Channels of the latents of a restoration network on pixels, which has no features of the kind above; else 0."""
+    token_values: int = 0
+    """Values for each cell, here a token, at the peak of a transformer, which has no such features either."""
+    wide_codec: bool = False
+    """Whether the VAE works in 32 bit where all networks stay, and else tile by tile where rows are few."""
 
     def features(self, policy: MemoryPolicy) -> float:
         """Values of features at the peak."""
@@ -89,7 +94,12 @@ class Stage:
         kept = 0 if self.waits and policy.encoders_on_host else self.kept
         kept *= self.kept_width * self.cells * (2 if self.guided else 1)
         unet += self.cam * CAM_FEATURES * self.width * cells + RESTORING_LATENTS * self.restoring * cells
-        return max(unet + kept, self.vae_features * self.frame_values)
+        decoder: float = self.vae_features * self.frame_values
+        if self.wide_codec and policy.feed_forward_rows < MANY_ROWS:
+            decoder = decoder * TILE_SHARE
+        elif self.wide_codec and policy.keep_networks and policy.precision == "float16":
+            decoder *= 2
+        return max(unet + kept + self.token_values * cells, decoder)
 
 
 def chunks_kept(steps: int, interval: int, chunk: int, overlap: int) -> int:

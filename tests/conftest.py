@@ -1,17 +1,19 @@
 """What all tests share: one thread, tests that need what is not here are skipped, and where recorded tensors lie."""
 
+import copy
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch starts: small networks only lose by more
 
 import pytest
 
-from streamt2v import config, weights
+from streamt2v import config, files, weights
 from streamt2v.errors import StreamT2VError
-from streamt2v.weights import catalog, hub
+from streamt2v.weights import catalog, hub, networks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -35,6 +37,28 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test sees, or writes to, the weights that its user has pulled."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STREAMT2V_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def built_once() -> Iterator[None]:
+    """Each network of the demo is built from its file once: that is half of a small run. Every run gets a copy."""
+    load, build, kept = networks.load_module, networks.build, dict[object, object]()
+
+    def copied(path: Path, device: Any, dtype: Any) -> object:
+        import torch
+
+        # A pretended GPU keeps account of every tensor that is made; and some tests let building fail.
+        real = torch.cuda.is_available() or networks.build is not build
+        if real or str(device) != "cpu" or not path.is_relative_to(weights.PACKAGE):
+            return load(path, device, dtype)
+        key = path, files.stamp(path), dtype
+        if key not in kept:
+            kept[key] = load(path, device, dtype)
+        return copy.deepcopy(kept[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(networks, "load_module", copied)
         yield
 
 

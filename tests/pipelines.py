@@ -14,6 +14,11 @@ from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeliosDMDScheduler,
+    HeliosPipeline,
+    HeliosPyramidPipeline,
+    HeliosScheduler,
+    HeliosTransformer3DModel,
     I2VGenXLUNet,
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
@@ -333,10 +338,33 @@ def wan_from_text(folder: Path) -> Path:
     return wan(folder, expand=False)
 
 
-def ltx(folder: Path, pipeline: Any = LTXPipeline) -> Path:
-    """LTX's layout: a diffusion transformer, a VAE that packs frames together, a T5 text encoder."""
-    torch.manual_seed(5)
+def helios_parts(pyramid: bool) -> dict[str, Any]:
+    """The networks of Helios, without text."""
+    transformer = HeliosTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=8, out_channels=8, text_dim=WIDTH, freq_dim=8,
+        ffn_dim=16, num_layers=1, rope_dim=(4, 6, 6),
+    )  # fmt: skip
+    scheduler = HeliosDMDScheduler() if pyramid else HeliosScheduler(stages=1, stage_range=[0, 1])
+    return {"transformer": transformer.eval(), "vae": wan_vae(8).eval(), "scheduler": scheduler}
+
+
+def helios(folder: Path, pyramid: bool = False) -> Path:
+    """Helios' layout: the base, or the distilled pyramid."""
+    torch.manual_seed(10)
     tokenizer, t5 = _reads_letters()
+    kind: Any = HeliosPyramidPipeline if pyramid else HeliosPipeline
+    more = {"is_distilled": True} if pyramid else {}
+    kind(tokenizer=tokenizer, text_encoder=t5, **helios_parts(pyramid), **more).save_pretrained(folder)
+    return folder
+
+
+def helios_distilled(folder: Path) -> Path:
+    """The layout of the distilled one."""
+    return helios(folder, pyramid=True)
+
+
+def ltx_parts() -> dict[str, Any]:
+    """The networks of LTX, without text."""
     transformer = LTXVideoTransformer3DModel(
         in_channels=8, out_channels=8, patch_size=1, patch_size_t=1, num_attention_heads=2, attention_head_dim=8,
         cross_attention_dim=16, num_layers=1, caption_channels=WIDTH,
@@ -348,10 +376,14 @@ def ltx(folder: Path, pipeline: Any = LTXPipeline) -> Path:
         decoder_spatio_temporal_scaling=packed, decoder_inject_noise=(False,) * 5, upsample_residual=(False,) * 4,
         upsample_factor=(1,) * 4, timestep_conditioning=False, patch_size=1, patch_size_t=1,
     )  # fmt: skip
-    pipeline(
-        tokenizer=tokenizer, text_encoder=t5, transformer=transformer, vae=vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-    ).save_pretrained(folder)  # fmt: skip
+    return {"transformer": transformer, "vae": vae, "scheduler": FlowMatchEulerDiscreteScheduler()}
+
+
+def ltx(folder: Path, pipeline: Any = LTXPipeline) -> Path:
+    """LTX's layout: a diffusion transformer, a VAE that packs frames together, a T5 text encoder."""
+    torch.manual_seed(5)
+    tokenizer, t5 = _reads_letters()
+    pipeline(tokenizer=tokenizer, text_encoder=t5, **ltx_parts()).save_pretrained(folder)
     return folder
 
 

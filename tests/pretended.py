@@ -17,8 +17,9 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -28,7 +29,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 CPU = torch.device("cpu")
 ANYWHERE = torch.device("meta")  # zeros that autograd makes for a missing gradient, where that would have been
@@ -37,7 +37,26 @@ PACKAGE = "/streamt2v/"
 # Beside pixel-wise operations, those that take a number of the CPU for a tensor of the GPU.
 TAKE_A_NUMBER = {"fill_", "masked_fill", "masked_fill_", "_foreach_mul", "_foreach_mul_", "_foreach_add_"}
 COUNT_RESULTS = {"nonzero", "argwhere", "masked_select", "_unique2", "unique_consecutive", "unique_dim"}
+PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.device}
 LOOKS = {"_local_scalar_dense", "item", "equal", "allclose", "is_nonzero"}
+
+
+def tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among arguments or results, lists of them included; torch's own search takes most of a run."""
+    found = list[Tensor]()
+    for value in values:
+        if type(value) in (list, tuple):
+            found += tensors(value)
+        elif type(value) not in PLAIN and isinstance(value, Tensor):
+            found.append(value)
+    return found
+
+
+@cache
+def _facts(func: Any) -> tuple[str, bool, bool]:
+    """The name of an operation, whether it only looks at its tensor in another way, whether a number may join it."""
+    name = func._schema.name.removeprefix("aten::")
+    return name, func.is_view, torch.Tag.pointwise in func.tags or name in TAKE_A_NUMBER
 
 
 def place(tensor: Tensor) -> torch.device:
@@ -100,10 +119,10 @@ class _Rules(TorchDispatchMode):
         self.waits, self.landing = waits, True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = kwargs or {}, func._schema.name.removeprefix("aten::")
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and not leaf.is_meta]
-        where = self.common(func, name, given)
-        if self.landing and not func.is_view:
+        kwargs, (name, is_view, joins) = kwargs or {}, _facts(func)
+        given = [tensor for tensor in tensors((*args, *kwargs.values())) if not tensor.is_meta]
+        where = self.common(name, joins, given)
+        if self.landing and not is_view:
             for tensor in given:
                 if getattr(tensor.untyped_storage(), "landing", -1) == self.waits.total():
                     raise RuntimeError(f"{name} looks at a copy that is still on its way down ({asker()})")
@@ -111,18 +130,18 @@ class _Rules(TorchDispatchMode):
             self.waits.add("a number looked at")
         elif where != CPU and name in COUNT_RESULTS:
             self.waits.add("the number of results")
-        old = {tensor.untyped_storage()._cdata for tensor in given}
         result = func(*args, **kwargs)
         if not given and _in_backward():
             where = ANYWHERE
         if where != CPU:
-            for leaf in tree_leaves(result):
-                if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in old:
-                    put(leaf, where)
+            old = {tensor.untyped_storage()._cdata for tensor in given}
+            for tensor in tensors((result,)):
+                if tensor.untyped_storage()._cdata not in old:
+                    put(tensor, where)
         return result
 
-    def common(self, func: Any, name: str, given: list[Tensor]) -> torch.device:
-        """The device of an operation. Raises RuntimeError where there are two."""
+    def common(self, name: str, joins: bool, given: list[Tensor]) -> torch.device:
+        """The device of an operation; a number may join some from the CPU. Raises RuntimeError where there are two."""
         places = {place(tensor) for tensor in given} - {ANYWHERE}
         if name.startswith("index") and places - {CPU}:
             return self.indexed(name, given)
@@ -131,7 +150,6 @@ class _Rules(TorchDispatchMode):
         if name == "copy_":
             self.copied(given[1], place(given[0]))
             return place(given[0])
-        joins = torch.Tag.pointwise in func.tags or name in TAKE_A_NUMBER
         places = {place(tensor) for tensor in given if tensor.ndim or place(tensor) != CPU or not joins}
         return self.one(name, places - {ANYWHERE})
 
@@ -173,9 +191,9 @@ class _Names(TorchFunctionMode):
         self.rules = rules
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
-        if name == "__get__":
+        if (name := getattr(func, "__name__", "")) == "__get__":
             return self.attribute(func, args)
+        kwargs = dict(kwargs or {})
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
             return self.moved(args[0], *(args[1:] if func is Tensor.to else (name,)), **kwargs)
         if name in ("numpy", "__array__") and place(args[0]) != CPU:
@@ -211,9 +229,8 @@ class _Names(TorchFunctionMode):
         if where != CPU and (func in (torch.tensor, torch.as_tensor, torch.asarray) or func.__name__ == "new_tensor"):
             self.rules.waits.add("a number copied up")
         made = func(*args, **{**kwargs, "device": CPU})
-        for leaf in tree_leaves(made):
-            if isinstance(leaf, Tensor):
-                put(leaf, where)
+        for tensor in tensors((made,)):
+            put(tensor, where)
         return made
 
     def moved(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:

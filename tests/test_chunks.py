@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streamt2v import chunks
 from streamt2v.chunks import count, covering, loop_plan, middles, refinement_plan, seams, snap, streaming_plan
 from streamt2v.errors import ConfigError
 
@@ -126,3 +127,32 @@ def test_impossible_sizes_are_refused(size: int, overlap: int) -> None:
 def test_no_frames_is_refused(plan: object) -> None:
     with pytest.raises(ConfigError, match="at least 1 frame"):
         plan(0, 16, 8)  # type: ignore[operator]
+
+
+@given(st.integers(1, 2000), st.integers(1, 12))
+def test_latents_hold_all_frames_and_no_latent_too_many(num_frames: int, per: int) -> None:
+    count = chunks.packed(num_frames, per)
+    assert chunks.unpacked(count, per) >= num_frames > chunks.unpacked(count - 1, per)
+    assert chunks.packed(chunks.unpacked(count, per), per) == count
+
+
+@given(st.integers(1, 1500), st.integers(1, 8), st.integers(2, 20), st.data())
+def test_chunks_of_latents_are_chunks_of_frames(num_frames: int, per: int, size: int, data: st.DataObject) -> None:
+    """Whole numbers of latents: as many chunks, and each chunk's new latents hold the first new frame of its own."""
+    overlap = data.draw(st.integers(1, size - 1))
+    frames = chunks.refinement_plan(num_frames, chunks.unpacked(size, per), chunks.unpacked(overlap, per))
+    latents = chunks.refinement_plan(chunks.packed(num_frames, per), size, overlap)
+    assert len(frames) == len(latents)
+    for shown, packed in zip(frames, latents, strict=True):
+        assert chunks.unpacked(packed.new_start, per) == shown.new_start
+    stream = chunks.streaming_plan(num_frames, chunks.unpacked(size, per), chunks.unpacked(overlap, per))
+    for chunk in stream[1:]:
+        assert chunks.unpacked(chunks.packed_start(chunk, per) + overlap, per) == chunk.new_start
+
+
+@given(st.integers(0, 40), st.integers(1, 40), st.integers(1, 8))
+def test_a_window_of_a_codec_ends_with_its_latents(first: int, count: int, per: int) -> None:
+    window = chunks.packed_window(first, first + count, per)
+    assert len(window) == chunks.unpacked(count, per)
+    assert window.stop == chunks.unpacked(first + count, per)
+    assert first or window.start == 0

@@ -46,7 +46,7 @@ def test_imports_point_down_only() -> None:
 
 def test_the_package_stays_small() -> None:
     lines = [line for path in SOURCES for line in path.read_text("utf-8").splitlines() if line.strip()]
-    assert len(lines) <= 19_700
+    assert len(lines) <= 20_500
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
@@ -116,7 +116,7 @@ PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_links_of_the_pages_exist(page: Path) -> None:
-    text, group = page.read_text("utf-8"), typer.main.get_command(app)
+    text, group = page.read_text("utf-8").replace("\\\n", " "), typer.main.get_command(app)
     for line in re.findall(r"^(?:    )?streamt2v (.*)", text, re.MULTILINE):
         command, words = group, shlex.split(line, comments=True)
         while words and words[0] in getattr(command, "commands", {}):

@@ -1,6 +1,7 @@
 """Memory: what fits is chosen, the less the slower; and whichever way, the results are the same."""
 
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from streamt2v import config, devices, memory, weights
 from streamt2v.cli import doctor
@@ -23,6 +26,7 @@ from streamt2v.models.restorer import PixelCodecConfig, RestorerConfig
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
 from streamt2v.runs import pipeline
 from streamt2v.stages.denoise import ChunkNoise, Sampling, denoise
+from streamt2v.weights import folders
 from streamt2v.weights.convert import LAYOUTS
 from tests.cli.helpers import call, digest, generate, start
 from tests.conftest import REPOSITORY
@@ -122,6 +126,106 @@ def test_the_counts_in_the_list_are_those_of_the_networks() -> None:
             shapes = weights.shapes(weights.build(Path(name), part.network, part.config))
             assert listed[name] == sum(torch.Size(shape).numel() for shape in shapes.values())
     assert all(file.num_values for file in weights.family("demo").files)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside that live at once, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(made):
+            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self.sizes:
+                self.sizes[key] = tensor.untyped_storage().nbytes()
+                self.now += self.sizes[key]
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(tensor.untyped_storage(), self.gone, key)
+        return made
+
+    def gone(self, key: int) -> None:
+        self.now -= self.sizes.pop(key, 0)
+
+
+# The published sizes; two layers, as the others come after them.
+WAN = {"num_attention_heads": 24, "attention_head_dim": 128, "in_channels": 48, "out_channels": 48, "ffn_dim": 14336}
+WAN_21 = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960}
+WAN_VAE = {
+    "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12,
+    "patch_size": 2, "scale_factor_spatial": 16, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48,
+}  # fmt: skip
+LTX = {"num_attention_heads": 32, "attention_head_dim": 128, "cross_attention_dim": 4096}
+
+
+def empty(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, device="meta", dtype=torch.bfloat16)
+
+
+def wan_step(network: Any, rows: int, cells: int, timed: bool) -> None:
+    frames, height, width = 31, 44, 80
+    latents = empty(rows, network.config.in_channels, frames, height, width)
+    network(latents, empty(rows, cells) if timed else empty(rows), empty(rows, 512, 4096), return_dict=False)
+
+
+def ltx_step(network: Any, rows: int, cells: int, timed: bool) -> None:
+    latents, words, mask = empty(rows, cells, 128), empty(rows, 256, 4096), empty(rows, 256)
+    network(latents, words, empty(rows, cells), mask, video_coords=empty(rows, 3, cells), return_dict=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "call", "preset", "timed", "cells"),
+    [
+        ("WanTransformer3DModel", WAN, wan_step, "wan", True, 31 * 22 * 40),
+        ("WanTransformer3DModel", WAN_21, wan_step, "wan", False, 31 * 22 * 40),
+        ("LTXVideoTransformer3DModel", LTX, ltx_step, "ltx", True, 21 * 16 * 22),
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_plan_of_a_base_is_near_what_is_counted(
+    kind: str, sizes: dict[str, Any], call: Any, preset: str, timed: bool, cells: int, rows: int
+) -> None:
+    import diffusers
+
+    with torch.device("meta"):
+        network = getattr(diffusers, kind)(**sizes, num_layers=2).to(torch.bfloat16).eval()
+    with torch.inference_mode(), Live() as live:
+        call(network, rows, cells, timed)
+    features = folders.features(preset)
+    width = sizes["num_attention_heads"] * sizes["attention_head_dim"]
+    planned = 2 * rows * cells * width * (features["per_token"] + features["timed"] * timed)
+    assert live.peak / 1.15 <= planned <= 1.15 * live.peak
+
+
+@pytest.mark.parametrize("frames", [17, 121])
+def test_the_plan_of_a_codec_is_near_what_is_counted(frames: int) -> None:
+    import diffusers
+
+    with torch.device("meta"):
+        codec = diffusers.AutoencoderKLWan(**WAN_VAE).to(torch.bfloat16).eval()
+    with torch.inference_mode(), Live() as live:
+        codec.decode(empty(1, 48, 1 + frames // 4, 22, 40))
+    features = folders.features("wan")
+    planned = 2 * 352 * 640 * (features["per_pixel"] + features["per_frame"] * frames)
+    assert live.peak / 1.15 <= planned <= 1.15 * live.peak
+
+
+def test_a_base_is_planned_for_before_it_is_here() -> None:
+    for name in ("wan", "ltx", "helios"):
+        run = config.merge(config.preset(name), {"model": name, "num_frames": 1000})
+        stages = needs.stages(run)
+        needed = [memory.needed(stages, policy) for policy in memory.ladder("cuda")]
+        assert needed[0] == max(needed) and needed[-1] == min(needed)
+        longer = config.merge(config.to_flat(run), {"num_frames": 100_000})
+        assert needs.stages(longer) == stages
+    small = config.merge(config.preset("wan"), {"model": "wan", "stream.height": 352, "stream.width": 640})
+    assert needs.stages(small)[1].cells * 4 == needs.stages(run_of("wan"))[1].cells
+
+
+def run_of(name: str) -> config.RunConfig:
+    return config.merge(config.preset(name), {"model": name})
 
 
 def test_plan_and_doctor_show_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

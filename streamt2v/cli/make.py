@@ -276,6 +276,7 @@ def rerun(
     at: options.At = None,
     init: options.Init = None,
     image_init: options.ImageInit = None,
+    model: options.Model = None,
     refiner: options.Refiner = None,
     **given: Any,
 ) -> None:
@@ -289,7 +290,8 @@ def rerun(
     """
     progress, as_json = _talking(given)
     behaviour = _behaviour(given, video)
-    places = dict.fromkeys(("initialize.text_model", "initialize.picture_model"), init)
+    places: dict[str, str | None] = dict.fromkeys(("initialize.text_model", "initialize.picture_model"), init)
+    places["model"] = model
     places |= {f"pictures.{parse_time(time, 1)}": path for time, path in map(parse_at, at or [])}
     places |= {
         "initialize.text_to_image": image_init,

@@ -99,6 +99,7 @@ Init = Annotated[str | None, _steering("--init", _INIT, autocompletion=_MODELS)]
 ImageInit = Annotated[str | None, _steering("--image-init", _IMAGE_INIT, autocompletion=_MODELS)]
 Interpolate = Annotated[int | None, _steering("--interpolate", _INTERPOLATE, min=1, max=64)]
 Refiner = Annotated[str | None, _steering("--refiner", _REFINER, autocompletion=_MODELS)]
+Model = Annotated[str | None, option("--model", "-m", _MODEL, autocompletion=names_of_weights)]
 Device = Annotated[str, _running("--device", "auto, cpu, cuda, cuda:1, mps.")]
 Threads = Annotated[int | None, _running("--threads", "CPU threads. Default: all cores.", min=1)]
 Memory = Annotated[float | None, _running("--memory", "GB it may use. Default: all that is free.", min=0.1, max=1e6)]
@@ -149,7 +150,7 @@ def placing(
 
 @knows(placing)
 def making(
-    model: Annotated[str | None, option("--model", "-m", _MODEL, autocompletion=_completing(weights.families))] = None,
+    model: Model = None,
     seed: Annotated[int | None, option("--seed", "-s", "The seed. Default: random, printed and stored.")] = None,
     negative: Annotated[str | None, _steering("--negative", "--negative-prompt", "What to avoid.")] = None,
     quality: Annotated[str | None, _steering("--quality", _QUALITY, autocompletion=_among(Quality))] = None,

@@ -21,15 +21,12 @@ class Draws(Protocol):
 
     def normal(self, purpose: str, address: Address, shape: Sequence[int]) -> Tensor:
         """Return unit normals of `shape`, float32 on the CPU."""
-        ...
 
     def uniform(self, purpose: str, address: Address, shape: Sequence[int]) -> Tensor:
         """Return uniform numbers from [0, 1) of `shape`, float32 on the CPU."""
-        ...
 
     def integer(self, purpose: str, address: Address, low: int, high: int) -> int:
         """Return a uniform integer from the closed range [low, high]."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from streamt2v.families.diffusers_pipelines import dtype_of, load_part
 from streamt2v.families.makers import Enlarged, Makers, Refine, Refined
 from streamt2v.families.networks import Networks
 from streamt2v.media import frames
+from streamt2v.memory import MANY_ROWS
 from streamt2v.models.text import tidied
 from streamt2v.stages.denoise import Sampling
 from streamt2v.stages.flow import Base, FlowStreamer, Words
@@ -118,7 +119,8 @@ def refine(networks: Networks, name: str, given: Enlarged) -> Iterator[Refined]:
     The first latent of a chunk holds one frame, unlike in the middle of a video: no later chunk's is ever used.
     """
     settings, device, num_frames = networks.run.refine, networks.device.name, given.plan[-1].stop
-    said, model = texts(networks, name), base(networks, name)
+    said = texts(networks, name)
+    model: Base = base(networks, name)
     per, side = model.frames_per_latent, folders.layout(name).size_multiple
     plan = refinement_plan(packed(num_frames, per), packed(settings.chunk, per), packed(settings.overlap, per))
     canvas = (-(-given.size[0] // side) * side, -(-given.size[1] // side) * side)
@@ -128,6 +130,7 @@ def refine(networks: Networks, name: str, given: Enlarged) -> Iterator[Refined]:
         encoded, context = state.encoded, given.state["context"].to(device)
     start = max(0, encoded - CONTEXT) * per
     fitted = (frames.letterbox(frame, canvas) for frame in given.frames(start))
+    kept = CONTEXT + model.lookahead
     source, waiting = _Source(model, fitted, start, num_frames), dict[int, Tensor]()
 
     def encode(start: int, stop: int) -> Tensor:
@@ -156,29 +159,34 @@ def refine(networks: Networks, name: str, given: Enlarged) -> Iterator[Refined]:
 
     stage = Refiner(denoiser, plan, settings, networks.draws, encode, state, stepped)
     for latents in stage.run():
-        begun = stage.state.finished - len(latents)
+        done = stage.state.finished
         whole = torch.cat([context, latents]) if len(context) else latents
-        context = whole[-CONTEXT:].clone()
-        first, stop = unpacked(begun, per), min(unpacked(stage.state.finished, per), num_frames)
+        # Frames whose neighbours are not there yet wait for the next group.
+        begun, ready = (max(0, count - model.lookahead) for count in (done - len(latents), done))
+        ready = plan[-1].stop if done == plan[-1].stop else ready
+        drop = unpacked(len(whole) - (done - begun), per)
         with networks.pixel_time.running():
-            decoded = model.decode(whole.transpose(0, 1)[None])[unpacked(len(whole) - len(latents), per) :]
-        images = frames.unletterbox(decoded[: stop - first], given.size)
+            decoded = model.decode(whole.transpose(0, 1)[None])[drop:]
+        first, stop = unpacked(begun, per), min(unpacked(ready, per), num_frames)
+        images, context = frames.unletterbox(decoded[: stop - first], given.size), whole[-kept:].clone()
         tensors = partial(lambda stage, context: stage.state.tensors() | {"context": context}, stage, context)
-        yield Refined(first, iter(images[:, None]), tensors)
+        if len(images):
+            yield Refined(first, iter(images[:, None]), tensors)
         del latents, whole, decoded, images  # large, and the next chunk needs their place
 
 
-def base(networks: Networks, name: str) -> Base:
-    """Load the transformer and the codec of a pipeline, and adapt them to the stages."""
+def base(networks: Networks, name: str) -> Any:
+    """Load the transformer and the codec of a pipeline, and adapt them to the stages, or to its family."""
     folder = folders.locate(name)
     adapter, (_, index) = import_module(f"streamt2v.families.{folders.adapter(folder)}"), folders.read_index(folder)
 
-    def load() -> Base:
+    def load() -> Any:
         parts = {part: _part(networks, folder, index, part) for part in ("transformer", "vae", "scheduler")}
-        if adapter.WIDE_VAE:
-            parts["vae"].float()
-        made: Base = adapter.make(parts, index)
-        return made
+        if networks.policy.keep_networks:
+            parts["vae"].float()  # as published, where there is room for it
+        if networks.policy.feed_forward_rows < MANY_ROWS:
+            parts["vae"].enable_tiling()
+        return adapter.make(parts, index, networks.run.output.fps, networks.device.name)
 
     return networks.once(f"base {name}", load)
 

@@ -59,6 +59,9 @@ class Refined:
 
 Refine = Callable[[Enlarged], Iterator[Refined]]
 
+Remember = Callable[[Tensor], dict[str, Tensor]]
+"""(new frames) -> what else the next chunk needs; asked after every chunk, and stored with them."""
+
 
 @dataclass(frozen=True)
 class Makers:
@@ -67,9 +70,10 @@ class Makers:
     first: First
     extend: Extend
     refine: Refine
+    remember: Remember = lambda shown: {}
 
 
-BUILDERS = {name: f"streamt2v.families.{name}" for name in ("streamingt2v", "streamingsvd", "bases")}
+BUILDERS = {name: f"streamt2v.families.{name}" for name in ("streamingt2v", "streamingsvd", "bases", "helios")}
 """By the `builder` of a family in weights.toml: the module whose `build` turns its networks into callables."""
 
 

@@ -49,23 +49,18 @@ class Watching(Protocol):
 
     def note(self, text: str, warning: bool = False) -> None:
         """Say a line; a warning is for everybody."""
-        ...
 
     def doing(self, text: str) -> None:
         """Something other than a step goes on."""
-        ...
 
     def idle(self, seconds: float) -> None:
         """It is over, after so long."""
-        ...
 
     def pixels(self) -> None:
         """Frames were encoded, decoded or written."""
-        ...
 
     def step(self, stage: str, chunk: int, step: int, steps: int, left: float | None = None) -> None:
         """A step (from 1) of a chunk (from 0) was computed, or queued on the device."""
-        ...
 
 
 class Store(Protocol):

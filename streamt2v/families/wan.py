@@ -16,14 +16,14 @@ from streamt2v.stages.flow import Levels, Words
 MAX_WORDS = 512
 TIDY = True
 """Prompts are cleaned as they were for its training."""
-WIDE_VAE = True
-"""Its codec was published in 32 bit."""
 
 
 class Wan:
     """A Wan transformer with its codec; see `stages.flow.Base`."""
 
-    def __init__(self, parts: dict[str, Any], settings: dict[str, Any]) -> None:
+    lookahead = 0
+
+    def __init__(self, parts: dict[str, Any], settings: dict[str, Any], *_: object) -> None:
         self.transformer, self.vae, self.scheduler = parts["transformer"], parts["vae"], parts["scheduler"]
         config = self.vae.config
         self.frames_per_latent: int = config.scale_factor_temporal

@@ -119,14 +119,14 @@ def rerun(path: Path, source: Path | None, given: Mapping[str, str | None]) -> A
     if command not in ("generate", "refine", "extend"):
         raise InputError(f"{path} carries no recipe", "only videos made by streamt2v can be made again")
     settings = dict(recipe["config"])
-    trusted = {"", choose.OWN, *weights.pipelines()}
+    trusted = {"", choose.OWN, *weights.families(), *weights.pipelines()}
     asked: dict[str, str | None] = {**dict.fromkeys(filter(_is_picture, settings)), **given}
     for key, value in asked.items():
         if value is not None:
             settings[key] = value
         elif not set(str(settings.get(key, "")).split("+")) <= trusted:
-            options = {"image": "--image", "initialize.text_to_image": "--image-init", "refine.model": "--refiner"}
-            option = options.get(key, "--init")
+            names = {"image": "--image", "initialize.text_to_image": "--image-init", "model": "--model"}
+            option = (names | {"refine.model": "--refiner"}).get(key, "--init")
             option = f"--at {key.removeprefix('pictures.')}" if key.startswith("pictures.") else option
             raise ConfigError(
                 f"{path} was made with {key} = {settings[key]!r}", f"name it with {option} if you trust it"

@@ -132,7 +132,7 @@ def plan(known: Prepared) -> Plan:
         base_width=base[1],
         box_height=config.output.height or base[0],
         box_width=config.output.width or base[1],
-        weights_bytes=2 * sum(file.num_values for file in known.family.files),
+        weights_bytes=2 * known.num_values,
         device=kind,
         free_bytes=free,
         policy=policy,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from streamt2v import memory, weights
-from streamt2v.chunks import count
+from streamt2v.chunks import count, packed
 from streamt2v.config import RunConfig
 from streamt2v.families import choose
 from streamt2v.weights import folders
@@ -16,13 +16,16 @@ from streamt2v.weights import folders
 def stages(config: RunConfig, source: tuple[int, int] | None = None) -> tuple[memory.Stage, ...]:
     """Return the stages of a run in numbers; `source` is the size (H, W) of a video that is only refined."""
     stream, refine, output = config.stream, config.refine, config.output
-    base, found = source or stream.size, list[memory.Stage]()
-    if source is None:
+    base, found, own = source or stream.size, list[memory.Stage](), refine.model == choose.OWN
+    packs = weights.family(config.model).pipeline
+    if packs and (source is None or own):
+        found.extend(_pipeline_stages(config, source))
+    if source is None and not packs:
         parts = ["unet", "vae", *(["cam"] if stream.cam else []), *(["apm"] if stream.apm else [])]
         stage = _stage(config, "stream", parts, stream.chunk, base)
         guided, kept = stream.guidance_scale != 1, int(stream.reuse_interval > 1)
         found.append(replace(stage, guided=guided, cam=stream.cam, kept=kept))
-    if refine.enabled:
+    if refine.enabled and not (packs and own):
         box = (output.height or base[0], output.width or base[1])
         scale = min(box[0] / base[0], box[1] / base[1])
         canvas = box if output.fit == "cover" else (round(base[0] * scale), round(base[1] * scale))
@@ -35,6 +38,35 @@ def stages(config: RunConfig, source: tuple[int, int] | None = None) -> tuple[me
         values = sum(file.num_values for file in weights.helper("interpolate.flow").files)
         found.append(memory.Stage(values, frame_values=pixels, vae_features=memory.INTERPOLATING_VALUES))
     return tuple(found)
+
+
+def _pipeline_stages(config: RunConfig, source: tuple[int, int] | None) -> tuple[memory.Stage, ...]:
+    """Return the text encoder, which goes before the others come, and what streams and refines, the same networks."""
+    family, stream, refine, output = weights.family(config.model), config.stream, config.refine, config.output
+    values, packs = folders.values(family.pipeline), folders.layout(family.pipeline)
+    counted, base, side = folders.features(family.preset), source or stream.size, packs.cell * packs.token
+    asked = [(stream.chunk, stream.guidance_scale, base)] if source is None else []
+    if refine.enabled and refine.model == choose.OWN:
+        scale = min((output.height or base[0]) / base[0], (output.width or base[1]) / base[1])
+        box = (round(base[0] * scale), round(base[1] * scale))
+        asked.append((min(refine.chunk, config.made), refine.guidance_scale, box))
+    cells, pixels = [0], [0]
+    for frames, _, size in asked:
+        height, width = (-(-extent // packs.size_multiple) * packs.size_multiple for extent in size)
+        cells.append(packed(frames, packs.frames_per_latent) * (height // side) * (width // side))
+        pixels.append(int(height * width * (counted["per_pixel"] + counted["per_frame"] * frames)))
+    empty = memory.Stage(values.get("text_encoder", 0))
+    both = replace(
+        empty,
+        values=values.get("transformer", 0) + values.get("vae", 0),
+        cells=max(cells),
+        guided=any(guidance != 1 for _, guidance, _ in asked),
+        frame_values=max(pixels),
+        vae_features=1,
+        token_values=int(packs.width * (counted["per_token"] + counted["timed"] * packs.timed)),
+        wide_codec=True,
+    )
+    return empty, both
 
 
 @dataclass(frozen=True)
@@ -150,11 +182,17 @@ def disk_bytes(config: RunConfig) -> int:
 
 def _state_bytes(config: RunConfig) -> int:
     """Bytes of the refiner's state: of every frame in flight the latents, the last and the next estimate."""
-    refine, output = config.refine, config.output
-    if not refine.enabled or not (refine.model != choose.OWN or weights.family(config.model).has("refine.vae")):
+    refine, output, family = config.refine, config.output, weights.family(config.model)
+    own = refine.model == choose.OWN
+    if not refine.enabled or (own and not (family.has("refine.vae") or family.pipeline)):
         return 0
-    sizes = _sizes(config, "refine")
-    cells: int = -(-output.height // sizes.latent_factor) * -(-output.width // sizes.latent_factor)
+    frames = 1
+    if own and family.pipeline:
+        packs = folders.layout(family.pipeline)
+        factor, channels, frames = packs.cell, packs.channels, packs.frames_per_latent
+    else:
+        sizes = _sizes(config, "refine")
+        factor, channels = sizes.latent_factor, sizes.vae.get("latent_channels", 4)
+    cells: int = -(-output.height // factor) * -(-output.width // factor)
     in_flight = refine.chunk + (refine.num_inference_steps - 1) * (refine.chunk - refine.overlap)
-    channels: int = sizes.vae.get("latent_channels", 4)
-    return min(config.made, in_flight) * 3 * channels * cells * 4
+    return min(config.made, in_flight) // frames * 3 * channels * cells * 4

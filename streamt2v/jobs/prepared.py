@@ -16,7 +16,6 @@ from streamt2v.jobs.job import Job
 from streamt2v.jobs.recipe import Source, inspect_source
 from streamt2v.timeline import Prompt, made_plans, prompt_at, turns
 from streamt2v.weights import folders, hub
-from streamt2v.weights.home import sha256_of
 
 if TYPE_CHECKING:
     from streamt2v.media.sound import Carried
@@ -51,6 +50,12 @@ class Prepared:
     def family(self) -> weights.Family:
         """The model family. Raises ConfigError where there is none of that name."""
         return weights.family(self.job.config.model)
+
+    @property
+    def num_values(self) -> int:
+        """Parameters of the family's networks."""
+        name = self.family.pipeline
+        return sum(folders.values(name).values() if name else (file.num_values for file in self.family.files))
 
     @property
     def runs(self) -> tuple[str, ...]:
@@ -201,4 +206,4 @@ def contents_hash(path: Path, _stamp: tuple[int, int, int] | None) -> str:
     """Return the SHA-256 of a file, or of the pictures in a folder; an unchanged one is read once."""
     from streamt2v.media import exports
 
-    return exports.sha256_of(path) if path.is_dir() else sha256_of(path)
+    return exports.sha256_of(path)

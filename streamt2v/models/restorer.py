@@ -36,7 +36,10 @@ An optimizer moves its hundreds of weights a cell by steps of one size: straight
 residuals by levels, at random, and drown what is learned.
 """
 CORING = 1.5 / 127.5
-"""How large a change must be to count at the source's own size: less than what eight bits show would spoil it."""
+"""How large a change must be to count at the source's own size, where small ones may spoil what is as it should be.
+
+Not while it learns: a network that changes little at first would get no gradient there.
+"""
 _FREQUENCIES = 8
 
 
@@ -93,13 +96,16 @@ class Residual(nn.Module):
 def shift_frames(x: Tensor, frames: int, channels: int) -> Tensor:
     """Take the first `channels` of x [N, C, h, w] from the frame before and the next from the frame after.
 
-    Where there is no such frame the frame keeps its own.
+    Where there is no such frame the frame keeps its own. The layout is kept: joined parts would lose it, and
+    convolutions would reorder every frame twice.
     """
-    clip = x.unflatten(0, (-1, frames))
-    before, after = clip[:, :, :channels], clip[:, :, channels : 2 * channels]
-    before = torch.cat([before[:, :1], before[:, :-1]], 1)
-    after = torch.cat([after[:, 1:], after[:, -1:]], 1)
-    return torch.cat([before, after, clip[:, :, 2 * channels :]], 2).flatten(0, 1)
+    shifted = torch.empty_like(x)
+    to, clip = shifted.unflatten(0, (-1, frames)), x.unflatten(0, (-1, frames))
+    before, after = slice(channels), slice(channels, 2 * channels)
+    to[:, 1:, before], to[:, :1, before] = clip[:, :-1, before], clip[:, :1, before]
+    to[:, :-1, after], to[:, -1:, after] = clip[:, 1:, after], clip[:, -1:, after]
+    to[:, :, 2 * channels :] = clip[:, :, 2 * channels :]
+    return shifted
 
 
 def detail_and_tone(latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,7 +191,8 @@ class Restorer(nn.Module):
             for block in self.blocks[:-1]:
                 deep = block(deep, embedding, frames, pieces)
         x = self.blocks[-1](deep, embedding, frames, pieces)
-        least = CORING * (2 - 2**scales).clamp(min=0).repeat_interleave(frames, 0)[:, :, None, None]
+        threshold = 0.0 if self.training else CORING
+        least = threshold * (2 - 2**scales).clamp(min=0).repeat_interleave(frames, 0)[:, :, None, None]
         clean = [given[p] + cored(RESIDUAL * self.conv_out(x[p]).to(given.dtype), least[p]) for p in pieces]
         return torch.cat(clean).unflatten(0, (batch, frames)).transpose(1, 2), deep
 
@@ -194,16 +201,23 @@ class Restorer(nn.Module):
 
         Pixels are nearly all tone, detail is what is to be restored: taken apart, it is learned many times as fast.
         """
-        narrow = self.conv_out.weight.dtype
-        place = torch.arange(len(given), device=given.device).view(-1, frames)
-        before = torch.cat([place[:, :1], place[:, :-1]], 1).flatten()
-        after = torch.cat([place[:, 1:], place[:, -1:]], 1).flatten()
+        narrow, known = self.conv_out.weight.dtype, dict[int, tuple[Tensor, Tensor]]()
+
+        def laid_out(values: Tensor) -> Tensor:
+            return values.to(narrow).contiguous(memory_format=torch.channels_last)
+
         for piece in pieces:
-            shown = [detail_and_tone(given[at].to(narrow)) for at in (piece, before[piece], after[piece])]
-            seen = torch.cat(
-                [(noisy[piece] - given[piece]).to(narrow), *(detail for detail, _ in shown), shown[0][1]], 1
-            )
-            yield seen.contiguous(memory_format=torch.channels_last)
+            own = range(*piece.indices(len(given)))
+            # The frame itself, the one before and the one after; where there is none, itself again.
+            rows = [[at + side if 0 <= at % frames + side < frames else at for at in own] for side in (0, -1, 1)]
+            asked = sorted({at for row in rows for at in row})
+            if missing := [at for at in asked if at not in known]:  # what one piece shows, the next one shows again
+                parts = (laid_out(part).split(1) for part in detail_and_tone(given[missing].to(narrow)))
+                known |= dict(zip(missing, zip(*parts, strict=True), strict=True))
+            known = {at: known[at] for at in asked}
+            details = [torch.cat([known[at][0] for at in row]) for row in rows]
+            tones = torch.cat([known[at][1] for at in own])
+            yield torch.cat([laid_out(noisy[piece] - given[piece]), *details, tones], 1)
 
     def _embedding(self, timestep: Tensor | float, scales: Tensor) -> Tensor:
         """Embed noise level and logarithms of the scale [B, 1]: [B, E]."""

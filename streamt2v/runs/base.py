@@ -80,10 +80,12 @@ class Base:
             stream, plan = self.known.job.config.stream, self.known.stream_plan
             stop = plan[0].stop if len(plan) > 1 else None
             state = StreamState.after_first_chunk(first, stream.overlap, stream.anchor, stop)
+            state = replace(state, memory=self.making.remember(first))
             yield self._store(0, first[: plan[0].stop], state)
         else:
             tensors = {name: tensor.to(self.device) for name, tensor in self.stored.torch().items()}
-            state = StreamState(self.stored.meta["next_chunk"], tensors["conditioning_frames"], tensors["anchor"])
+            known, anchor = tensors.pop("conditioning_frames"), tensors.pop("anchor")
+            state = StreamState(self.stored.meta["next_chunk"], known, anchor, memory=tensors)
         for chunk in self.known.stream_plan[state.next_chunk :]:
             new, state = self._next_chunk(state, chunk)
             yield self._store(chunk.index, new, state)
@@ -91,7 +93,8 @@ class Base:
     @torch.inference_mode()
     def _next_chunk(self, state: StreamState, chunk: Chunk) -> tuple[Tensor, StreamState]:
         state = replace(state, ahead=dict(self._ahead(chunk)))
-        return state.after(chunk, self.making.extend(state, self.known.prompt_of(chunk), chunk))
+        new, after = state.after(chunk, self.making.extend(state, self.known.prompt_of(chunk), chunk))
+        return new, replace(after, memory=self.making.remember(new))
 
     def _ahead(self, chunk: Chunk) -> Iterator[tuple[int, Tensor]]:
         """Yield what is known of a chunk's frames: pictures, and after the last frame of a loop its first ones."""
@@ -116,7 +119,7 @@ class Base:
         """Store the new frames of one chunk and the state after it; return the frames."""
         group = Group(self.directory.num_base_frames, frames.to_u8(new))
         self.directory.append_base(index, group.frames)
-        tensors = {"conditioning_frames": state.conditioning_frames, "anchor": state.anchor}
+        tensors = {"conditioning_frames": state.conditioning_frames, "anchor": state.anchor, **state.memory}
         self.directory.save_state("stream", tensors, {"next_chunk": state.next_chunk})
         look_at(group, "base frames", self.directory, self.report)
         self.report.advance(STREAM, group.stop, index + 1, len(self.known.stream_plan))

@@ -20,11 +20,9 @@ class Report(Protocol):
 
     def tell(self, status: Status) -> None:
         """Something went on."""
-        ...
 
     def note(self, text: str, warning: bool = False) -> None:
         """Something worth a line when the user asked for details, or a warning for everybody."""
-        ...
 
 
 BEGIN, STREAM, REFINE, INTERPOLATE = "begin", "stream", "refine", "interpolate"

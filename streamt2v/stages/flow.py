@@ -54,6 +54,9 @@ class Base(Protocol):
     multistep: bool
     """Whether it was published with a solver that remembers its last estimate, rather than with Euler steps."""
 
+    lookahead: int
+    """Latents after a frame's own that its decoder should see."""
+
     def encode(self, frames: Tensor) -> Tensor:
         """Encode frames [F, 3, H, W] in [-1, 1], F = 1 + n frames_per_latent, to latents [1, C, 1 + n, h, w]."""
         ...
@@ -74,7 +77,7 @@ class Base(Protocol):
             timestep: of all but the first `known` latents, which are clean; no dimensions, at most 1000.
             known: how many; 0 where it does not hold.
             words: of B branches.
-            anchor: latents [1, C, 1, h, w] of a frame long before, for a base that can look at it.
+            anchor: latents [1, C, 1, h, w] of a frame before all these, for a base that can look at it.
         """
         ...
 

@@ -63,13 +63,15 @@ class StreamModels:
 class StreamState:
     """What the next chunk needs: its index, the last frames [Fc, 3, H, W] and the anchor frame [3, H, W] in [-1, 1].
 
-    `ahead` are frames [3, H, W] in [-1, 1] after the last ones that are known already, by their numbers in the video.
+    `ahead` are frames [3, H, W] in [-1, 1] after the last ones that are known already, by their numbers in the video;
+    `memory` is what a family keeps besides.
     """
 
     next_chunk: int
     conditioning_frames: Tensor
     anchor: Tensor
     ahead: Mapping[int, Tensor] = field(default_factory=dict)
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def after_first_chunk(cls, frames: Tensor, overlap: int, anchor: int = 0, stop: int | None = None) -> "StreamState":
@@ -90,7 +92,7 @@ class StreamState:
         taken = new[: chunk.num_new]
         shown = torch.cat([self.conditioning_frames, taken])
         kept = shown[len(shown) - (chunk.new_start - chunk.start) :]
-        return taken, StreamState(chunk.index + 1, kept, self.anchor, self.ahead)
+        return taken, StreamState(chunk.index + 1, kept, self.anchor, self.ahead, self.memory)
 
 
 MAX_GAIN, MAX_OFFSET = 0.1, 0.1

@@ -6,7 +6,6 @@ from it: blurred, made smaller, made noisy, coded, and enlarged again as the pip
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import tomllib
@@ -26,6 +25,7 @@ from torch.nn import functional
 from streamt2v.errors import WeightsError
 from streamt2v.media import reading
 from streamt2v.media.frames import Frames, resize, to_float, to_u8
+from streamt2v.weights.home import sha256_of
 
 LIST = Path(__file__).with_name("photographs.toml")
 CLIP_FRAMES, SIZE = 12, (240, 360)
@@ -51,7 +51,7 @@ def load(folder: Path) -> list[Image.Image]:
     """
     rows = listed()
     there = {path.name: path for path in sorted(folder.rglob("*")) if path.is_file()} if folder.is_dir() else {}
-    lost = [row for row in rows if row["name"] not in there or _sha256(there[row["name"]]) != row["sha256"]]
+    lost = [row for row in rows if row["name"] not in there or sha256_of(there[row["name"]]) != row["sha256"]]
     if lost:
         packages = ", ".join(sorted({row["package"] for row in lost}))
         raise WeightsError(
@@ -59,10 +59,6 @@ def load(folder: Path) -> list[Image.Image]:
             f"unpack these packages there (docs/photographs.md says how): {packages}",
         )
     return [_open(there[row["name"]]) for row in rows]
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _open(path: Path) -> Image.Image:
@@ -373,7 +369,7 @@ class Film:
 class FilmMaker:
     """Films of photographs and of the drawn world, each worn in several ways: to film takes longer than to wear out."""
 
-    def __init__(self, photographs: Sequence[Image.Image], generator: torch.Generator, world: float = 0.15) -> None:
+    def __init__(self, photographs: Sequence[Image.Image], generator: torch.Generator, world: float = 0.3) -> None:
         self.photographs, self.world, self.camera = photographs, world, Camera(generator)
 
     def make(self) -> Film:

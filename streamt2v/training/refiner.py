@@ -85,7 +85,7 @@ class Films:
     """
 
     def __init__(
-        self, folder: Path, make: Callable[[int], Film], first: int = 40, most: int = 320, draws_a_film: int = 12
+        self, folder: Path, make: Callable[[int], Film], first: int = 40, most: int = 360, draws_a_film: int = 12
     ) -> None:
         self.folder, self.make, self.first, self.most, self.draws_a_film = folder, make, first, most, draws_a_film
         self.count = next(at for at in itertools.count() if not self._path(at).is_file())
@@ -99,7 +99,7 @@ class Films:
         due = self.first if self.draws == 0 else self.count + (self.draws % self.draws_a_film == 0)
         while self.count < min(due, self.most):
             film = self.make(self.count)
-            tables: dict[str, Any] = {
+            tables: dict[str, np.ndarray[Any, Any]] = {
                 "truth": film.truth,
                 "poor": film.poor,
                 "scales": np.array(film.scales, np.float32),
@@ -217,6 +217,7 @@ class Judge:
     def gains(self, network: Restorer, schedule: NoiseSchedule) -> dict[str, float]:
         """Return the decibels won over the source for every kind, at the usual noise."""
         device = network.conv_out.weight.device
+        network.eval()
         found = {}
         for kind, pairs in self.pairs.items():
             gains = []
@@ -228,6 +229,7 @@ class Judge:
                 made = network(schedule.add_noise(source, noise, time), time, told, source)
                 gains.append(float(log_error(source - truth) - log_error(made - truth)))
             found[kind] = 10 / math.log(10) * sum(gains) / len(gains)
+        network.train()
         return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,14 +18,18 @@ from typing import Any
 
 from streamt2v import config, files
 from streamt2v.errors import ConfigError, WeightsError
-from streamt2v.weights import catalog, hub, inventory
+from streamt2v.weights import catalog, header, hub, inventory
 from streamt2v.weights.catalog import Family
 
 ADAPTER = "MotionAdapter"
 # Of a repository: no copies of the whole model in one file, no pickles, no example pictures.
 SMALL_FILES, ALL_WEIGHTS = ("*.json", "*/*.txt", "*/*.model"), "*/*.safetensors"
 FINGERPRINTED = (".json", ".txt", ".model", ".safetensors")
-BASES: Mapping[str, str] = {"WanTransformer3DModel": "wan"}
+BASES: Mapping[str, str] = {
+    "WanTransformer3DModel": "wan",
+    "LTXVideoTransformer3DModel": "ltx",
+    "HeliosTransformer3DModel": "helios",
+}
 """By the class of a folder's transformer: the preset of the family that it makes, and the module that adapts it."""
 
 
@@ -53,14 +58,6 @@ def locate(name: str, note: hub.Note = lambda text: None, small: bool = False) -
         raise ConfigError(f"there is no model and no folder {name!r}", hint)
     patterns = SMALL_FILES if small else (*SMALL_FILES, row.get("weights", ALL_WEIGHTS))
     return hub.snapshot(repository, row.get("revision"), patterns, note)
-
-
-def here(name: str) -> Path | None:
-    """Return the folder of a named, hub or local pipeline where it is here already."""
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
-    repository = catalog.pipelines().get(name, {}).get("repository", name.removeprefix("hub:"))
-    return inventory.snapshot_of(repository)[0]
 
 
 def read_index(folder: Path) -> tuple[str, dict[str, Any]]:
@@ -146,8 +143,8 @@ def adapter(folder: Path, name: str = "") -> str:
         raise ConfigError(said, f"transformers that can: {', '.join(BASES)}; --init may use it for the first frames")
     if (parts.get("transformer_2") or [None])[0] is not None:
         raise ConfigError(f"{said}: it has two transformers, for high and low noise", "use one with a single one")
-    given, made = sizes(folder, "transformer").get("in_channels", 16), _layout(folder, _stamps(folder)).channels
-    if given != made:
+    made = _layout(folder, _stamps(folder)).channels
+    if (given := sizes(folder, "transformer").get("in_channels", made)) != made:
         raise ConfigError(
             f"{said}: it takes {given} channels, its latents have {made}", "use one that reads text alone"
         )
@@ -174,19 +171,31 @@ def _pipeline(name: str, row: Mapping[str, Any]) -> Family:
 class Layout:
     """How a base packs a video: frames per latent, latent channels, pixels per latent cell, and what sides divide by.
 
-    A clip of 1 + n frames_per_latent frames is packed into 1 + n latents: the first one holds one frame.
+    A clip of 1 + n frames_per_latent frames is packed into 1 + n latents: the first one holds one frame. Of its
+    transformer: channels, latent cells along a side of a token, and whether tokens have a time each.
     """
 
     frames_per_latent: int
     channels: int
     cell: int
     size_multiple: int
+    width: int
+    token: int
+    timed: bool
+
+
+def here(name: str) -> Path | None:
+    """Return the folder of a pipeline where it need not be fetched, at least what describes it."""
+    repository = catalog.pipelines().get(name, {}).get("repository", name.removeprefix("hub:"))
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else inventory.snapshot_of(repository)[0]
 
 
 def layout(name: str) -> Layout:
-    """Return how the base of a name packs a video. Raises as `locate`."""
-    folder = locate(name, small=True)
-    return _layout(folder, _stamps(folder))
+    """Return how the base of a name packs a video: as listed while it is not here. Raises as `locate`."""
+    row = catalog.pipelines().get(name, {})
+    folder = here(name) or (None if "sizes" in row else locate(name, small=True))
+    return Layout(**row["sizes"]) if folder is None else _layout(folder, _stamps(folder))
 
 
 def _stamps(folder: Path) -> object:
@@ -195,7 +204,37 @@ def _stamps(folder: Path) -> object:
 
 @lru_cache(maxsize=8)
 def _layout(folder: Path, _seen: object) -> Layout:
-    vae, network = sizes(folder, "vae"), sizes(folder, "transformer")
-    cell = vae.get("scale_factor_spatial", 8)
-    patch = network.get("patch_size", (1, 2, 2))[1]
-    return Layout(vae.get("scale_factor_temporal", 4), vae.get("z_dim", 16), cell, cell * patch)
+    (kind, index), vae, network = read_index(folder), sizes(folder, "vae"), sizes(folder, "transformer")
+    width = network.get("num_attention_heads", 0) * network.get("attention_head_dim", 0)
+    if "latent_channels" in vae:  # of LTX
+        halvings = 2 ** sum(vae["spatio_temporal_scaling"])
+        cell = vae.get("spatial_compression_ratio") or vae["patch_size"] * halvings
+        frames = vae.get("temporal_compression_ratio") or vae["patch_size_t"] * halvings
+        return Layout(frames, vae["latent_channels"], cell, cell, width, 1, True)
+    cell, token = vae.get("scale_factor_spatial", 8), network.get("patch_size", (1, 2, 2))[1]
+    side = cell * token * (4 if kind == "HeliosPyramidPipeline" else 1)  # which begins at a quarter of the size
+    frames, channels = vae.get("scale_factor_temporal", 4), vae.get("z_dim", 16)
+    return Layout(frames, channels, cell, side, width, token, bool(index.get("expand_timesteps")))
+
+
+def values(name: str) -> dict[str, int]:
+    """Return the number of parameters of the networks of a pipeline: as listed while it is not here."""
+    row, folder = catalog.pipelines().get(name, {}), here(name)
+    if folder is None:
+        return dict(row.get("values", {}))
+    return {part: _values(folder / part) for part in ("transformer", "vae", "text_encoder")}
+
+
+def _values(place: Path) -> int:
+    """Count the parameters in the files of a network; of one that is not here yet, by the size in its index."""
+    if found := sorted(place.glob("*.safetensors")):
+        indices = (header.read_index(path)[1] for path in found)
+        return sum(math.prod(row.shape) for index in indices for row in index.values())
+    totals = (json.loads(path.read_text("utf-8"))["metadata"]["total_size"] for path in place.glob("*.index.json"))
+    return int(sum(totals) // 2)
+
+
+def features(preset: str) -> dict[str, float]:
+    """Return what a plan counts with for the bases of a preset."""
+    row = next(row for row in catalog.pipelines().values() if row.get("preset") == preset)
+    return dict(row["features"])

@@ -325,6 +325,8 @@ def test_a_thousand_rows_in_two_seconds(tmp_path: Path) -> None:
         began = time.process_time()
         tasks, refusals = check(path, tmp_path / "out", steps=2)
         seconds.append(time.process_time() - began)
+        if seconds[-1] <= 2:
+            break
     assert min(seconds) <= 2
     assert (len(tasks), len(refusals)) == (997, 3)
 

@@ -1,7 +1,9 @@
 """`generate` and `refine` end to end on the shipped weights: exact counts, seeds, options, metadata."""
 
 import json
+from collections.abc import Callable
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import av
@@ -12,9 +14,15 @@ from PIL import Image
 from streamt2v.media import reading
 from tests.cli.helpers import PROMPT, TINY, call, digest, generate, result
 
+COUNTS = (1, 7, 15, 16, 17, 24, 25, 40, 41, 100)
 
-@pytest.mark.parametrize("frames", [1, 7, 15, 16, 17, 24, 25, 40, 41, 100])
-@pytest.mark.parametrize("refine", [True, False])
+
+QUICK = [(1, True), (24, True), (25, True), (41, True), (1, False), (25, False)]
+REST = [(frames, refine) for frames in COUNTS for refine in (True, False) if (frames, refine) not in QUICK]
+
+
+# The rest in the deep suite; here all of them without networks, in the next test.
+@pytest.mark.parametrize(("frames", "refine"), [*QUICK, *(pytest.param(*one, marks=pytest.mark.slow) for one in REST)])
 def test_exact_frame_counts(frames: int, refine: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.mp4"
     assert generate(path, frames, "--json", *([] if refine else ["--no-refine"])) == 0
@@ -22,6 +30,17 @@ def test_exact_frame_counts(frames: int, refine: bool, tmp_path: Path, capsys: p
     assert (said["frames"], said["width"], said["height"], said["output"]) == (frames, 80, 48, str(path))
     assert digest(path)[0] == frames
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.usefixtures("toy_family")
+@pytest.mark.parametrize("refine", [True, False])
+@pytest.mark.parametrize("frames", COUNTS)
+def test_exact_frame_counts_of_a_family_without_networks(frames: int, refine: bool, tmp_path: Path) -> None:
+    path = tmp_path / "out.mp4"
+    more = [] if refine else ["--no-refine"]
+    assert call("generate", "abc", "--model", "toy", "--frames", frames, "-o", path, "-q", *more) == 0
+    assert digest(path)[0] == frames
+    assert list(tmp_path.glob("*.mp4*")) == [path]
 
 
 @pytest.mark.slow
@@ -50,7 +69,7 @@ def _clip(path: Path, frames: int, fps: Fraction, sound: bool) -> None:
             container.mux(audio.encode(None))
 
 
-@pytest.mark.parametrize("frames", [1, 5, 23, 24, 25, 40, 57])
+@pytest.mark.parametrize("frames", [1, 25, 57, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 23, 24, 40))])
 def test_refine_keeps_count_rate_and_sound(frames: int, tmp_path: Path) -> None:
     source, path = tmp_path / "in.mp4", tmp_path / "out.mp4"
     fps = Fraction(30000, 1001) if frames == 25 else Fraction(8)
@@ -76,6 +95,19 @@ def test_a_longer_video_begins_like_a_shorter_one(tmp_path: Path) -> None:
     assert np.array_equal(first, np.concatenate(list(reading.read_frames(long)))[:20])
 
 
+@pytest.fixture(scope="module")
+def made_plainly(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[int, str]]:
+    """Make a video with options, once, and return the count of its frames and their digest."""
+
+    @cache
+    def make(*options: object) -> tuple[int, str]:
+        path = tmp_path_factory.mktemp("plain") / "plain.mp4"
+        assert call("generate", PROMPT, "--frames", 41, "-o", path, *options) == 0
+        return digest(path)
+
+    return make
+
+
 TWO_STEPS = ["--steps", 2]
 GUIDED = ["--guidance", 4]
 
@@ -98,13 +130,14 @@ GUIDED = ["--guidance", 4]
         (GUIDED, ["--set", "stream.guidance_rescale=1"]), (GUIDED, ["--set", "initialize.guidance_rescale=1"]),
     ],
 )  # fmt: skip
-def test_every_option_changes_the_frames(base: list[object], change: list[object], tmp_path: Path) -> None:
-    plain, changed = tmp_path / "plain.mp4", tmp_path / "changed.mp4"
-    fixed = TINY[4:] if "--quality" in change else TINY
-    assert call("generate", PROMPT, "--frames", 41, "-o", plain, *fixed, *base) == 0
+def test_every_option_changes_the_frames(
+    base: list[object], change: list[object], tmp_path: Path, made_plainly: Callable[..., tuple[int, str]]
+) -> None:
+    changed, fixed = tmp_path / "changed.mp4", TINY[4:] if "--quality" in change else TINY
+    plain = made_plainly(*fixed, *base)
     assert call("generate", PROMPT, "--frames", 41, "-o", changed, *fixed, *base, *change) == 0
-    assert digest(plain)[0] == digest(changed)[0] == 41
-    assert digest(plain) != digest(changed)
+    assert plain[0] == digest(changed)[0] == 41
+    assert plain != digest(changed)
 
 
 def test_starting_from_a_picture(tmp_path: Path) -> None:

@@ -59,7 +59,12 @@ def make(path: Path, *more: object, frames: int = 17, prompt: str = PROMPT) -> t
     return digest(path)
 
 
-@pytest.mark.parametrize("name", ["own", *STARTS])
+OFTEN = ("own", "modelscope", "svd, sdxl")  # the deep suite takes all; each start alone is tested with the demo
+
+
+@pytest.mark.parametrize(
+    "name", [*OFTEN, *(pytest.param(name, marks=pytest.mark.slow) for name in STARTS if name not in OFTEN)]
+)
 def test_a_refined_video_from_every_start(
     name: str, tmp_path: Path, start: Callable[[str], list[object]], capsys: pytest.CaptureFixture[str]
 ) -> None:

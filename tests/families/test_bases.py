@@ -15,19 +15,33 @@ from streamt2v.families import bases, choose
 from streamt2v.media import reading
 from streamt2v.runs import base
 from tests import pipelines
-from tests.cli.helpers import PROMPT, call, digest, result, start, wait_for
+from tests.cli.helpers import PROMPT, call, digest, made, result, start, wait_for
+from tests.hub_server import Hub, point_library_at, serving
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
+]
 
-SETTINGS = {
-    "output.crf": 1, "stream.chunk": 17, "stream.overlap": 5, "stream.height": 32, "stream.width": 64,
-    "refine.chunk": 17, "refine.overlap": 5, "seed": 7, "refine.num_inference_steps": 2,
+REFINING = {"wan": pipelines.wan, "wan21": pipelines.wan_from_text, "ltx": pipelines.ltx}
+FOLDERS = {**REFINING, "helios": pipelines.helios, "helios-distilled": pipelines.helios_distilled}
+SETTINGS = {"output.crf": 1, "seed": 7}
+CHUNKS = {
+    "stream.chunk": 17, "stream.overlap": 5, "stream.height": 32, "stream.width": 64, "refine.chunk": 17,
+    "refine.overlap": 5, "refine.num_inference_steps": 2,
 }  # fmt: skip
-ONE_STEP = ["--set", "initialize.num_inference_steps=1", "--set", "stream.num_inference_steps=1"]
-SMALL = [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")]
-SMALL += ["--device", "cpu", "--threads", "1", "-q", "--offline"]
+HELIOS = {"stream.height": 64, "stream.width": 128, "output.height": 0, "output.width": 0}
 PLAIN, REFINED = ["--no-refine"], ["--size", "96x48"]
-FOLDERS = {"wan": pipelines.wan, "wan21": pipelines.wan_from_text}
+
+
+def small(folder: Path, steps: bool = True) -> list[object]:
+    """Options of a model's tiny runs: which model, sizes, and one step, three where there are three sizes."""
+    helios = folder.name.startswith("helios")
+    settings = SETTINGS | (HELIOS if helios else CHUNKS)
+    if steps:
+        settings |= dict.fromkeys(("initialize.num_inference_steps", "stream.num_inference_steps"), 3 if helios else 1)
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    return ["--model", folder, *words, "--device", "cpu", "--threads", "1", "-q", "--offline"]
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +54,23 @@ def folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
     return folders[request.param]
 
 
+@pytest.fixture(params=REFINING)
+def refining(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
+    return folders[request.param]
+
+
 def make(path: Path, folder: Path, frames: int, *more: object, prompt: str = PROMPT) -> tuple[int, str]:
-    assert call("generate", prompt, "--model", folder, "--frames", frames, "-o", path, *SMALL, *ONE_STEP, *more) == 0
+    assert call("generate", prompt, "--frames", frames, "-o", path, *small(folder), *more) == 0
     return digest(path)
 
 
 @pytest.fixture(scope="module")
 def plain(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
-    """A video of three chunks of each, made twice."""
+    """A video of some chunks of each, made twice."""
     place = tmp_path_factory.mktemp("plain")
-    made = {name: make(place / f"{name}.mp4", folder, 33, *PLAIN) for name, folder in folders.items()}
-    assert made == {name: make(place / f"{name}2.mp4", folder, 33, *PLAIN) for name, folder in folders.items()}
-    return made
+    first = {name: make(place / f"{name}.mp4", folder, 41, *PLAIN) for name, folder in folders.items()}
+    assert first == {name: make(place / f"{name}2.mp4", folder, 41, *PLAIN) for name, folder in folders.items()}
+    return first
 
 
 @pytest.mark.parametrize("frames", [1, 16, 17, 33, 100, 241])
@@ -60,25 +79,23 @@ def test_any_length_is_exact(frames: int, folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("frames", [1, 18, 33, 100])
-def test_any_length_is_exact_when_refined(frames: int, folder: Path, tmp_path: Path) -> None:
-    assert make(tmp_path / "out.mp4", folder, frames, *REFINED)[0] == frames
+def test_any_length_is_exact_when_refined(frames: int, refining: Path, tmp_path: Path) -> None:
+    assert make(tmp_path / "out.mp4", refining, frames, *REFINED)[0] == frames
     seen = reading.probe(tmp_path / "out.mp4")
     assert (seen.width, seen.height) == (96, 48)
 
 
 def refined(path: Path, source: Path, folder: Path, *more: object) -> tuple[int, str]:
-    assert call("refine", source, "--model", folder, "-o", path, *SMALL, *REFINED, *more) == 0
+    assert call("refine", source, "-o", path, *small(folder, steps=False), *REFINED, *more) == 0
     return digest(path)
 
 
-def test_it_refines_a_clip_of_a_user_of_any_size(folder: Path, tmp_path: Path) -> None:
-    from tests.cli.helpers import made
-
+def test_it_refines_a_clip_of_a_user_of_any_size(refining: Path, tmp_path: Path) -> None:
     source = made(tmp_path / "in.mp4", 40)
-    first = refined(tmp_path / "a.mp4", source, folder, "--prompt", PROMPT)
+    first = refined(tmp_path / "a.mp4", source, refining, "--prompt", PROMPT)
     assert first[0] == 40
-    assert refined(tmp_path / "b.mp4", source, folder, "--prompt", PROMPT) == first
-    assert refined(tmp_path / "c.mp4", source, folder, "--prompt", "another prompt") != first
+    assert refined(tmp_path / "b.mp4", source, refining, "--prompt", PROMPT) == first
+    assert refined(tmp_path / "c.mp4", source, refining, "--prompt", "another prompt") != first
 
 
 def test_it_refines_what_another_family_made(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -115,11 +132,11 @@ def test_as_a_refiner_it_says_mistakes_before_anything_loads(
 
 def test_it_extends_any_video(folder: Path, tmp_path: Path) -> None:
     source, path = tmp_path / "in.mp4", tmp_path / "out.mp4"
-    make(source, folder, 30, *PLAIN)
-    assert call("extend", source, "--frames", 50, "-o", path, "--model", folder, *SMALL, *ONE_STEP, *PLAIN) == 0
+    make(source, folder, 36, *PLAIN)
+    assert call("extend", source, "--frames", 50, "-o", path, *small(folder), *PLAIN) == 0
     known, longer = (np.concatenate(list(reading.read_frames(file))) for file in (source, path))
     assert len(longer) == 50
-    assert float(np.abs(longer[:30].astype(int) - known).mean()) < 2  # encoded once more
+    assert float(np.abs(longer[:36].astype(int) - known).mean()) < 8  # noise of random networks, encoded once more
 
 
 @pytest.mark.parametrize(
@@ -131,15 +148,18 @@ def test_it_extends_any_video(folder: Path, tmp_path: Path) -> None:
             ("stream.guidance_scale", 1), ("stream.overlap", 9), ("stream.chunk", 21), ("stream.calibrate", "false"),
             ("negative_prompt", "grey"), ("prompts.17", "a blue ball"), ("stream.height", 64),
         ]),
-        ("wan21", "seed", 8),
+        ("wan21", "seed", 8), ("ltx", "seed", 8), ("ltx", "output.fps", 12), ("ltx", "stream.apm", "false"),
+        ("ltx", "stream.anchor", 3), ("helios", "seed", 8), ("helios", "stream.num_inference_steps", 4),
+        ("helios", "initialize.num_inference_steps", 4), ("helios-distilled", "seed", 8),
+        ("helios-distilled", "stream.guidance_scale", 3), ("helios-distilled", "initialize.guidance_scale", 3),
     ],
 )  # fmt: skip
 def test_every_option_changes_the_frames(
     name: str, key: str, value: object, folders: dict[str, Path], plain: dict[str, tuple[int, str]], tmp_path: Path
 ) -> None:
-    made = make(tmp_path / "out.mp4", folders[name], 33, *PLAIN, "--set", f"{key}={value}")
-    assert made[0] == 33
-    assert made != plain[name]
+    other = make(tmp_path / "out.mp4", folders[name], 41, *PLAIN, "--set", f"{key}={value}")
+    assert other[0] == 41
+    assert other != plain[name]
 
 
 @pytest.mark.parametrize(
@@ -152,9 +172,9 @@ def test_every_option_changes_the_frames(
 def test_every_option_of_the_refiner_changes_the_frames(
     key: str, value: object, folders: dict[str, Path], refined_plain: tuple[int, str], tmp_path: Path
 ) -> None:
-    made = make(tmp_path / "out.mp4", folders["wan"], 33, *REFINED, "--set", f"{key}={value}")
-    assert made[0] == 33
-    assert made != refined_plain
+    other = make(tmp_path / "out.mp4", folders["wan"], 33, *REFINED, "--set", f"{key}={value}")
+    assert other[0] == 33
+    assert other != refined_plain
 
 
 @pytest.fixture(scope="module")
@@ -164,11 +184,12 @@ def refined_plain(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFac
 
 def test_a_prompt_changes_what_follows_it(folder: Path, tmp_path: Path) -> None:
     files = tmp_path / "a.mp4", tmp_path / "b.mp4"
+    begin = 33 if folder.name.startswith("helios") else 29
     make(files[0], folder, 41, *PLAIN)
     make(files[1], folder, 41, *PLAIN, "--at", 29, "something else")
     first, second = (np.concatenate(list(reading.read_frames(file))).astype(int) for file in files)
-    assert np.abs(first[:29] - second[:29]).max() <= 2  # compression may look ahead
-    assert np.abs(first[29:] - second[29:]).mean() > 0.2
+    assert np.abs(first[:begin] - second[:begin]).max() <= 3  # compression may look ahead
+    assert np.abs(first[begin:] - second[begin:]).mean() > 0.1
 
 
 def test_a_picture_begins_the_video(folder: Path, tmp_path: Path) -> None:
@@ -178,14 +199,16 @@ def test_a_picture_begins_the_video(folder: Path, tmp_path: Path) -> None:
     assert given != make(tmp_path / "b.mp4", folder, 17, *PLAIN)
 
 
-@pytest.mark.parametrize("how", [PLAIN, REFINED], ids=["plain", "refined"])
+@pytest.mark.parametrize(
+    ("name", "how"), [*((name, PLAIN) for name in FOLDERS), *((name, REFINED) for name in REFINING)]
+)
 def test_a_killed_run_goes_on_and_gives_the_same_frames(
-    how: list[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, how: list[str], folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It does so without the text encoder, whose answers are kept."""
-    whole, path = make(tmp_path / "whole.mp4", folder, 100, *how), tmp_path / "out.mp4"
-    process = start("generate", PROMPT, "--model", folder, "--frames", 100, "-o", path, *SMALL, *ONE_STEP, *how)
-    wait_for(path.with_name("out.mp4.streamt2v"), "base*/*", 3)
+    whole, path = make(tmp_path / "whole.mp4", folders[name], 161, *how), tmp_path / "out.mp4"
+    process = start("generate", PROMPT, "--frames", 161, "-o", path, *small(folders[name]), *how)
+    wait_for(path.with_name("out.mp4.streamt2v"), "base*/*", 2)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -198,9 +221,9 @@ def test_a_killed_run_goes_on_and_gives_the_same_frames(
     assert digest(path) == whole
 
 
-@pytest.mark.parametrize("how", [PLAIN, REFINED], ids=["plain", "refined"])
+@pytest.mark.parametrize(("name", "how"), [("wan", PLAIN), ("wan", REFINED), ("ltx", REFINED), ("helios", PLAIN)])
 def test_what_is_held_does_not_grow_with_the_video(
-    how: list[str], folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, how: list[str], folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held, store = list[int](), base.Base._store
 
@@ -212,9 +235,10 @@ def test_what_is_held_does_not_grow_with_the_video(
         return group
 
     monkeypatch.setattr(base.Base, "_store", watch)
-    make(tmp_path / "out.mp4", folders["wan"], 17 + 15 * 12, *how)
-    assert len(held) == 16
-    assert max(held[8:]) <= max(held[2:8])
+    first, more = (33, 33) if name == "helios" else (17, 12)
+    make(tmp_path / "out.mp4", folders[name], first + 13 * more, *how)
+    assert len(held) == 14
+    assert max(held[8:]) <= max(held[3:8])
 
 
 @pytest.mark.parametrize(
@@ -232,8 +256,8 @@ def test_what_is_held_does_not_grow_with_the_video(
 def test_mistakes_are_said_before_anything_loads(
     options: list[str], said: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["generate", PROMPT, "--model", folders["wan"], "--frames", 43, "-o", tmp_path / "out.mp4"]
-    assert call(*given, *SMALL, *options) == 2
+    given = ["generate", PROMPT, "--frames", 43, "-o", tmp_path / "out.mp4", *small(folders["wan"])]
+    assert call(*given, *options) == 2
     assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -250,7 +274,7 @@ def test_a_folder_of_another_kind_is_refused(
     folder.mkdir()
     if name == "svd":
         pipelines.svd(folder)
-    assert call("generate", PROMPT, "--model", folder, "--frames", 43, "-o", place / "out.mp4", *SMALL) == code
+    assert call("generate", PROMPT, "--frames", 43, "-o", place / "out.mp4", *small(folder)) == code
     assert said in capsys.readouterr().err
     assert list(place.iterdir()) == []
 
@@ -264,9 +288,41 @@ def test_a_transformer_that_only_continues_a_picture_is_refused(
     shutil.copytree(folders["wan21"], folder)
     config = folder / "transformer" / "config.json"
     config.write_text(config.read_text("utf-8").replace('"in_channels": 8', '"in_channels": 20'), "utf-8")
-    given = ["--frames", 3, "-o", tmp_path / "out.mp4", *SMALL]
-    assert call("generate", PROMPT, "--model", folder, *given) == 2
+    assert call("generate", PROMPT, "--frames", 3, "-o", tmp_path / "out.mp4", *small(folder)) == 2
     assert "takes 20 channels, its latents have 8" in capsys.readouterr().err
+
+
+def test_a_model_without_a_refiner_says_so(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["generate", PROMPT, "--frames", 3, "-o", tmp_path / "out.mp4", *small(folders["helios"])]
+    assert call(*given, "--set", "refine.enabled=true") == 2
+    assert "has no use for it" in capsys.readouterr().err
+
+
+def test_it_comes_from_the_hub(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the name of a repository, or its short name; a recipe from elsewhere may name neither."""
+    folder, path = folders["wan"], tmp_path / "a.mp4"
+    parts = {part.relative_to(folder).as_posix(): part for part in folder.rglob("*") if part.is_file()}
+    files = {name: part.read_bytes() for name, part in parts.items()}
+    listed = weights.pipelines()["wan"]["repository"]
+    whole = make(tmp_path / "local.mp4", folder, 18, *PLAIN)
+    monkeypatch.setenv("STREAMT2V_HOME", str(tmp_path / "home"))
+    with serving(Hub({"someone/wan": files, listed: files})) as running:
+        point_library_at(running.url, tmp_path / "cache", monkeypatch)
+        online = [word for word in small(folder) if word != "--offline"]
+        for name, output in (("hub:someone/wan", path), ("wan", tmp_path / "b.mp4")):
+            given = [*online, *PLAIN, "--model", name, "--frames", 18, "-o", output]
+            assert call("generate", PROMPT, *given) == 0
+            assert digest(output) == whole
+        assert call("weights", "verify", "wan") == 0
+    # From now on without a connection.
+    assert call("rerun", path, "-o", tmp_path / "c.mp4", "--offline", "-q") == 2
+    assert "name it with --model if you trust it" in capsys.readouterr().err
+    assert call("rerun", path, "-o", tmp_path / "c.mp4", "--offline", "-q", "--model", "hub:someone/wan") == 0
+    assert call("rerun", tmp_path / "b.mp4", "--offline", "-q") == 0
 
 
 def test_the_list_of_weights_names_them(capsys: pytest.CaptureFixture[str]) -> None:

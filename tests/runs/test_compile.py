@@ -16,13 +16,16 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from benchmarks.speed import Warnings
 from streamt2v import config, devices, memory
+from streamt2v.families import ltx, wan
 from streamt2v.jobs.job import Job
 from streamt2v.models.cam import CamConfig, ConditionalAttention
 from streamt2v.models.encoders import decode_latents, encode_frames
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
 from streamt2v.runs import pipeline
+from streamt2v.stages.flow import Words
 from streamt2v.stages.stream import network_step
 from streamt2v.training.world.vae import build_vae
+from tests import pipelines
 
 SIZES = UNet3DConfig(
     block_out_channels=(8, 16), attention_levels=(True, False), layers_per_block=1, cross_attention_dim=12,
@@ -63,6 +66,20 @@ def randomised(network: nn.Module) -> Any:
 
 def text() -> TextContext:
     return TextContext(torch.randn(2, 5, 12), torch.randn(2, 6))
+
+
+@pytest.mark.parametrize("name", ["wan", "ltx"])
+def test_a_transformer_of_a_library_is_one_graph(name: str, compiled: Compile) -> None:
+    parts: dict[str, Any] = pipelines.ltx_parts() if name == "ltx" else {}
+    parts = parts or {"transformer": pipelines.wan_transformer(), "vae": pipelines.wan_vae(), "scheduler": None}
+    transformer = parts["transformer"].eval()
+    base = ltx.Ltx(parts, {}, 25) if name == "ltx" else wan.Wan(parts, {"expand_timesteps": True})
+    latents, words = torch.randn(1, 8, 3, 2, 4), Words(torch.randn(1, 5, pipelines.WIDTH), torch.ones(1, 5))
+    plain = [base.velocity(latents, torch.tensor(time), 1, words, None) for time in (900.0, 500.0)]
+    transformer.forward, counter = compiled(transformer.forward)
+    for time, wanted in zip((900.0, 500.0), plain, strict=True):
+        torch.testing.assert_close(base.velocity(latents, torch.tensor(time), 1, words, None), wanted)
+    assert counter.frame_count == 1
 
 
 def test_a_streaming_step_is_one_graph_for_all_steps_of_a_kind(compiled: Compile) -> None:

@@ -88,8 +88,18 @@ def make(
 # --------------------------------------------------------------------------------------------------------- whole runs
 
 
-@pytest.mark.parametrize("model", SIZES)
-@pytest.mark.parametrize("names", [("all loaded", "one stage", "slices"), ("two passes", "on the host")], ids=str)
+PAIRS = [("all loaded", "one stage", "slices"), ("two passes", "on the host")]
+slow = pytest.mark.slow
+
+
+# Every policy with the smallest networks; with the others the one that moves most, the rest in the deep suite.
+@pytest.mark.parametrize(
+    ("names", "model"),
+    [*((names, "streamingt2v") for names in PAIRS)]
+    + [(("on the host",), model) for model in ("demo", "streamingsvd")]
+    + [pytest.param(names, model, marks=slow) for names in PAIRS for model in ("demo", "streamingsvd")],
+    ids=str,
+)
 def test_every_policy_makes_the_frames_of_a_cpu(names: tuple[str, ...], model: str, tmp_path: Path) -> None:
     plain = make(tmp_path / "cpu.mp4", replace(POLICIES[names[0]], offload=False), "cpu", model)
     for name in names:
@@ -112,7 +122,9 @@ def picture(folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("start", "model"),  # the published family starts from text alone
-    [("from a picture", "demo"), *((start, model) for start in ("refine", "extend") for model in SIZES)],
+    [("from a picture", "demo"), ("refine", "demo"), ("refine", "streamingt2v"), ("extend", "streamingsvd")]
+    + [pytest.param("refine", "streamingsvd", marks=slow)]  # the refiner of streamingt2v
+    + [pytest.param("extend", model, marks=slow) for model in ("demo", "streamingt2v")],  # streams as from text
 )
 def test_every_start_makes_the_frames_of_a_cpu(start: str, model: str, tmp_path: Path) -> None:
     given = STARTS[start](tmp_path)
@@ -222,18 +234,19 @@ def waits_of(path: Path, policy: MemoryPolicy, **more: Any) -> Waits:
     return waits
 
 
-def waits_of_two_more_steps(folder: Path, policy: MemoryPolicy) -> Waits:
+def waits_of_two_more_steps(folder: Path, policy: MemoryPolicy, **given: Any) -> Waits:
     counts = []
     for steps in (2, 4):
-        more = {f"{stage}.num_inference_steps": steps for stage in ("initialize", "stream", "refine")}
+        more: dict[str, Any] = dict(given)
+        more |= {f"{stage}.num_inference_steps": steps for stage in ("initialize", "stream", "refine")}
         more["refine.chunk"] = TINY["num_frames"]  # one chunk
         counts.append(waits_of(folder / f"{steps}.mp4", policy, **more))
     return Waits(counts[1] - counts[0])
 
 
-@pytest.mark.parametrize("name", ["all loaded", "on the host"])
-def test_a_denoising_step_waits_for_nothing(name: str, tmp_path: Path) -> None:
-    more = waits_of_two_more_steps(tmp_path, POLICIES[name])
+@pytest.mark.parametrize(("name", "model"), [("all loaded", "demo"), ("on the host", "streamingt2v")])
+def test_a_denoising_step_waits_for_nothing(name: str, model: str, tmp_path: Path) -> None:
+    more = waits_of_two_more_steps(tmp_path, POLICIES[name], model=model)
     assert not more, more.report()
 
 

@@ -12,16 +12,22 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from streamt2v import weights
 from streamt2v.diffusion import solvers
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import FlowSchedule
-from streamt2v.families import bases, wan
+from streamt2v.errors import VideoError
+from streamt2v.families import bases, helios, ltx, wan
 from streamt2v.media.frames import to_float
 from streamt2v.stages.denoise import Sampling
 from streamt2v.stages.flow import FlowStreamer, Words, sample
+from streamt2v.stages.stream import calibrated
 from tests import pipelines
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
+]
 SIZE = (32, 64)
 STEPS = 3
 
@@ -90,6 +96,84 @@ def test_a_chunk_of_wan_from_text_is_that_of_the_library(expand: bool) -> None:
     ).frames  # fmt: skip
     ours = sample(base, noise, said, sampling())
     assert float((ours - theirs).abs().max()) == 0.0
+
+
+def ltx_parts() -> dict[str, Any]:
+    torch.manual_seed(4)
+    return {name: part.eval() if name != "scheduler" else part for name, part in pipelines.ltx_parts().items()}
+
+
+def clip(frames: int) -> list[Image.Image]:
+    values = np.random.default_rng(1).integers(0, 256, (frames, *SIZE, 3), dtype=np.uint8)
+    return [Image.fromarray(frame) for frame in values]
+
+
+def pixels(images: list[Image.Image]) -> Tensor:
+    return to_float(np.stack([np.asarray(image) for image in images]))
+
+
+@pytest.mark.parametrize("steps", [3, 8])
+@pytest.mark.parametrize(("known", "anchored"), [(0, False), (1, False), (5, False), (5, True), (9, True)])
+def test_a_chunk_of_ltx_is_that_of_the_library(
+    known: int, anchored: bool, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From text, from a picture, from known frames; with a frame before the chunk."""
+    from diffusers.pipelines.ltx import pipeline_ltx_condition as module
+
+    base, said, frames = ltx.Ltx(ltx_parts(), {}, 25), words(), clip(known)
+    mean = module.retrieve_latents
+    # It draws from the posterior, we take its middle.
+    monkeypatch.setattr(module, "retrieve_latents", lambda output, generator: mean(output, sample_mode="argmax"))
+    library = module.LTXConditionPipeline(tokenizer=None, text_encoder=None, **ltx_parts())
+    library.set_progress_bar_config(disable=True)
+    conditions = [module.LTXVideoCondition(video=frames, frame_index=0)] if known else []
+    if anchored:
+        conditions.append(module.LTXVideoCondition(image=picture(), frame_index=-4))
+    shape = (1, 8, 4, SIZE[0] // 4, SIZE[1] // 4)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(6))
+    theirs = library(
+        conditions=conditions or None, height=SIZE[0], width=SIZE[1], num_frames=13, frame_rate=25,
+        num_inference_steps=steps, generator=torch.Generator().manual_seed(6), guidance_scale=3.0,
+        image_cond_noise_scale=0.0, prompt_embeds=said.tokens[1:], prompt_attention_mask=said.mask[1:],
+        negative_prompt_embeds=said.tokens[:1], negative_prompt_attention_mask=said.mask[:1], output_type="latent",
+        timesteps=list(ltx.DISTILLED) if steps == 8 else None,
+    ).frames  # fmt: skip
+    with torch.inference_mode():
+        held = base.encode(pixels(frames)) if known else None
+        anchor = base.encode(pixels([picture()])) if anchored else None
+        ours = sample(base, noise, said, sampling(steps, batched=True), held, anchor)
+        assert float((ours - theirs).abs().max()) == 0.0
+        if anchored:
+            without = sample(base, noise, said, sampling(steps, batched=True), held)
+            assert not torch.equal(ours, without)
+
+
+@pytest.mark.parametrize("pyramid", [False, True])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_long_call_of_helios_is_one_call_a_chunk(pyramid: bool, chunks: int) -> None:
+    torch.manual_seed(5)
+    pipeline = helios.make(pipelines.helios_parts(pyramid), {"is_distilled": True} if pyramid else {}, 24)
+    said, size = words(), (64, 128)
+    more: dict[str, Any] = {"num_inference_steps": 3}
+    if pyramid:
+        more = {"pyramid_num_inference_steps_list": [1, 1, 1], "is_amplify_first_chunk": True}
+    theirs = [
+        pipeline(
+            prompt_embeds=said.tokens[1:], negative_prompt_embeds=said.tokens[:1], height=size[0], width=size[1],
+            num_frames=33 * chunks, guidance_scale=2.0, generator=torch.Generator().manual_seed(8), output_type=kind,
+            **more,
+        ).frames[0]
+        for kind in ("latent", "pt")
+    ]  # fmt: skip
+    generator, known = torch.Generator().manual_seed(8), dict[str, Tensor]()
+    for chunk in range(chunks):
+        frames, latents = helios.one_chunk(pipeline, said, size, 3, 2.0, known, generator)
+        known = helios.remembered(known, latents)
+        assert known["history"].shape[2] == min(9 * (chunk + 1), helios.HISTORY)
+        assert torch.equal(latents[0], theirs[0][:, 9 * chunk : 9 * chunk + 9])
+        last = theirs[1][33 * chunk : 33 * chunk + 33] * 2 - 1  # of three chunks it leaves two frames out
+        assert torch.equal(frames[: len(last)], last)
+    assert torch.equal(known["first"][0], theirs[0][:, :1])
 
 
 @pytest.mark.parametrize("expand", [True, False])
@@ -182,3 +266,95 @@ def test_a_velocity_gives_back_what_it_was_made_of() -> None:
     torch.testing.assert_close(schedule.to_x0(noise - clean, noisy, 300.0), clean)
     rho = torch.tensor(0.3 / 0.7)
     torch.testing.assert_close((clean + rho * noise) / schedule.input_scale(rho), noisy)
+
+
+@given(st.floats(0.92, 1.08), st.floats(-0.08, 0.08), st.integers(0, 9))
+def test_calibration_undoes_what_a_chunk_does_to_colours(gain: float, offset: float, seed: int) -> None:
+    shown, new = (0.5 * normals(3, 3, 8, 8, seed=seed + part).clamp(-1.5, 1.5) for part in (0, 10))
+    wrong = [(frames - offset) / gain for frames in (shown, new)]
+    torch.testing.assert_close(calibrated(wrong[1], shown, wrong[0]), new, atol=1e-5, rtol=0)
+    torch.testing.assert_close(calibrated(new, shown, shown), new, atol=1e-6, rtol=0)
+
+
+@given(st.integers(0, 9), st.floats(0, 3), st.floats(-2, 2))
+def test_calibration_is_bounded(seed: int, gain: float, offset: float) -> None:
+    """Whatever became of the known frames, new ones change little, each channel by itself."""
+    shown, new = (0.4 * normals(2, 3, 8, 8, seed=seed + part).clamp(-2, 2) for part in (0, 10))
+    lost = gain * shown + offset
+    made = calibrated(new, shown, lost)
+    assert made.abs().max() <= 1
+    assert (made - new).abs().max() <= 0.1 * new.abs().max() + 0.1 + 1e-6
+    one = lost.clone()
+    one[:, 1:] = shown[:, 1:]
+    torch.testing.assert_close(calibrated(new, shown, one)[:, 1:], new[:, 1:], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("groups", [[(0, 3), (3, 5), (5, 9)], [(0, 9)], [(0, 1), (1, 9)]])
+def test_a_growing_video_is_encoded_as_one_whose_beginning_is_in_sight(groups: list[tuple[int, int]]) -> None:
+    """As long as a window begins with the video nothing changes; a later one depends on its own frames alone."""
+    base, video = wan_base(), normals(33, 3, *SIZE, seed=2).clamp(-1, 1)
+    source = bases._Source(base, iter(video[:31].split(1)), 0, 31)
+    padded = torch.cat([video[:31], video[30:31].expand(2, -1, -1, -1)])
+    with torch.inference_mode():
+        whole = base.encode(padded)[0].transpose(0, 1)
+        for first, stop in groups:
+            made = source.encode(range(first, stop))
+            before = min(bases.CONTEXT, first)
+            alone = base.encode(padded[4 * (first - before) : 4 * (stop - 1) + 1])[0].transpose(0, 1)[before:]
+            assert torch.equal(made, alone)
+            if first <= bases.CONTEXT:
+                torch.testing.assert_close(made, whole[first:stop], atol=1e-6, rtol=0)  # other sizes round otherwise
+
+
+def test_a_video_that_ends_early_is_said() -> None:
+    source = bases._Source(wan_base(), iter(normals(7, 3, *SIZE).split(1)), 0, 9)
+    with pytest.raises(VideoError, match="after 7 of 9 frames"):
+        source.encode(range(3))
+
+
+def test_full_size_networks_load_what_is_published() -> None:
+    """The library knows how the keys of Wan's original files become those of its own class: none is left over."""
+    from diffusers.loaders import single_file_utils
+
+    with torch.device("meta"):
+        network = diffusers.WanTransformer3DModel(
+            num_attention_heads=24,
+            attention_head_dim=128,
+            in_channels=48,
+            out_channels=48,
+            ffn_dim=14336,
+            num_layers=30,
+        )
+    assert sum(part.numel() for part in network.parameters()) == weights.pipelines()["wan"]["values"]["transformer"]
+    state = network.state_dict()
+    layers = ["self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "cross_attn.q", "cross_attn.k"]
+    layers += ["cross_attn.v", "cross_attn.o", "ffn.0", "ffn.2", "norm3"]
+    single = [f"{kind}_attn.norm_{side}.weight" for kind in ("self", "cross") for side in "qk"]
+    heads = ["patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2"]
+    heads += ["time_projection.1", "head.head"]
+    names = [f"blocks.{block}.{layer}" for block in range(30) for layer in layers] + heads
+    published = [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
+    published += [f"blocks.{block}.{name}" for block in range(30) for name in [*single, "modulation"]]
+    published.append("head.modulation")
+    convert: Any = single_file_utils.convert_wan_transformer_to_diffusers
+    converted = convert({name: torch.empty(0, device="meta") for name in published})
+    assert set(converted) == set(state)
+
+
+LTX_13B = {"num_layers": 48, "attention_head_dim": 128, "cross_attention_dim": 4096}
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "kind", "sizes"),
+    [
+        ("ltx", "transformer", "LTXVideoTransformer3DModel", LTX_13B),
+        ("helios", "transformer", "HeliosTransformer3DModel", {}),
+        ("helios", "vae", "AutoencoderKLWan", {}),
+    ],
+)  # fmt: skip
+def test_the_counts_in_the_list_are_those_of_the_networks(
+    name: str, part: str, kind: str, sizes: dict[str, Any]
+) -> None:
+    with torch.device("meta"):
+        network = getattr(diffusers, kind)(**sizes)
+    assert sum(part.numel() for part in network.parameters()) == weights.pipelines()[name]["values"][part]

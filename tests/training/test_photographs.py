@@ -215,6 +215,7 @@ def test_the_judge_tells_kinds_of_wear_apart() -> None:
     schedule = NoiseSchedule(refiner.REFINER_SCHEDULE)
     fresh = refiner.fresh()
     assert judge.gains(fresh, schedule) == dict.fromkeys(refiner.JUDGED, 0.0)
-    torch.nn.init.constant_(fresh.conv_out.bias, 0.05)
+    for parameter in fresh.conv_out.parameters():
+        torch.nn.init.constant_(parameter, 1.0)
     gains = judge.gains(fresh, schedule)
     assert all(gain < 0 for gain in gains.values()) and gains["x1"] < gains["x4"]
