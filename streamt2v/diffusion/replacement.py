@@ -28,11 +28,13 @@ def put_in_place(clean: Tensor, held: Held, carry: float = 0.0) -> Tensor:
 
     Source: arXiv 2204.03458 section 3.1: the replacement method, and reconstruction guidance.
     """
-    places, known = list(held.places), held.latents.to(clean)
-    change, placed = known - clean[:, :, places], clean.clone()
-    placed[:, :, places] = known
-    for frame in sorted(set(range(clean.shape[2])) - set(places)) if carry else ():
+    places, known, placed = held.places, held.latents.to(clean), clean.clone()
+    for frame in range(clean.shape[2]):  # one by one: a list of places would be copied to the device
         after = bisect(places, frame)
-        for index in range(max(0, after - 1), min(len(places), after + 1)):
-            placed[:, :, frame] += carry ** abs(frame - places[index]) * change[:, :, index]
+        if frame in places:
+            placed[:, :, frame] = known[:, :, after - 1]
+            continue
+        for index in range(max(0, after - 1), min(len(places), after + 1)) if carry else ():
+            change = known[:, :, index] - clean[:, :, places[index]]
+            placed[:, :, frame] += carry ** abs(frame - places[index]) * change
     return placed

@@ -146,7 +146,7 @@ def _check_packing(known: Prepared) -> None:
         folders.adapter(folders.locate(name, known.note), name)
         per, settings = folders.layout(name).frames_per_latent, config.stream if stage == "stream" else config.refine
         for what, frames in (("chunk", settings.chunk), ("overlap", settings.overlap)):
-            fixed = stage == "stream" and f"{stage}.{what}".startswith(family.unread)
+            fixed = name == family.pipeline and f"{stage}.{what}".startswith(family.unread)
             if not fixed and frames % per != 1 % per:
                 near = max(1, (frames - 1) // per * per + 1)
                 said = f"{stage}.{what} is {frames}, model {name} packs 1 frame and then {per} at a time"

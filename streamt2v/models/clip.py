@@ -196,7 +196,8 @@ class VisionEmbeddings(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
         first = self.class_embedding.expand(len(patches), 1, -1)
-        return torch.cat([first, patches], dim=1) + self.position_embedding.weight
+        place = torch.arange(patches.shape[1] + 1, device=patches.device)
+        return torch.cat([first, patches], dim=1) + self.position_embedding(place)
 
 
 class VisionTower(nn.Module):

@@ -245,7 +245,13 @@ def pipelines(root: Path = PACKAGE) -> dict[str, dict[str, Any]]:
 
     Those with a `preset` are model families too; the others make first frames only.
     """
-    rows: dict[str, dict[str, Any]] = tomllib.loads(_manifest(root).read_text("utf-8"))["pipelines"]
+    manifest = _manifest(root)
+    return dict(_pipelines(manifest, files.stamp(manifest)))
+
+
+@lru_cache(maxsize=8)
+def _pipelines(manifest: Path, _stamp: object) -> dict[str, dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = tomllib.loads(manifest.read_text("utf-8"))["pipelines"]
     return rows
 
 

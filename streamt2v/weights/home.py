@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -26,9 +27,13 @@ ROWS: Mapping[Section, tuple[str, ...]] = {  # the fields of each row of a secti
 
 def path() -> Path:
     """Return the weights home: `STREAMT2V_HOME`, else `streamt2v` in the user's cache folder."""
-    if given := os.environ.get("STREAMT2V_HOME"):
-        return Path(given).expanduser().absolute()
-    cache = os.environ.get("XDG_CACHE_HOME")
+    return _path(*map(os.environ.get, ("STREAMT2V_HOME", "XDG_CACHE_HOME", "HOME"))).absolute()
+
+
+@lru_cache(maxsize=8)  # a batch asks a dozen times a row
+def _path(given: str | None, cache: str | None, _user: str | None) -> Path:
+    if given:
+        return Path(given).expanduser()
     return (Path(cache) if cache else Path.home() / ".cache") / "streamt2v"
 
 

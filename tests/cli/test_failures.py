@@ -131,7 +131,7 @@ def test_room_is_asked_for_before_every_chunk(
         patch.setattr(files, "free_bytes", lambda path: next(left, 30 * 2**20))
         assert generate(path, 40) == 5
     said = capsys.readouterr().err
-    assert "the next chunk needs about 34 MB" in said
+    assert "the next chunk needs about 33.9 MB" in said
     assert str(path) in said
     assert run_directory.exists(run_directory.directory_for(path))
     assert generate(path, 40, "--resume") == 0

@@ -22,6 +22,7 @@ from streamt2v.jobs.recipe import recipe_of
 from streamt2v.media import isolated, reading, writing
 from streamt2v.runs import interpolated, output
 from streamt2v.weights import convert as checkpoints
+from streamt2v.weights import hub
 from tests import checkpoints as published
 from tests.cli.helpers import PROMPT, TINY, call, digest, generate, result
 
@@ -41,6 +42,8 @@ def pulled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STREAMT2V_HOME", str(folder / "home"))
         patch.setattr(checkpoints, "convert", partial(checkpoints.convert, layouts=published.tiny_layouts()))
+        for name in hub.OFFLINE:  # as --offline sets them, for all that is left of this process
+            patch.setenv(name, "1")
         assert call("weights", "pull", "interpolate", "--from", folder, "--offline") == 0
         assert call("weights", "verify", "interpolate") == 0
         yield folder

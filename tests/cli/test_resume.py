@@ -403,7 +403,7 @@ def test_rerun_gives_the_same_frames(
         ({"initialize.text_to_image": "sdxl+/tmp/x"}, 2, "--image-init"),
         ({"num_frames": 10**9}, 2, "num_frames"),
         ({"no.such": 1}, 2, "no.such"),
-        ({"model": "../demo"}, 2, "there is no model"),
+        ({"model": "../demo"}, 2, "--model"),
         ({"prompt": 3}, 2, "prompt"),
         ({"output": {"width": 3}}, 2, "output"),
     ],

@@ -14,6 +14,6 @@ def unrefined(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the refiner pass on its frames, so that colours and times of the source can be looked at in the result."""
 
     def passed_on(known: Any, geometry: Any, base: Any, *more: Any) -> Iterator[Finished]:
-        yield from refined.unrefined(geometry, base, more[-1].num_frames)
+        yield from refined.unrefined(geometry, base, more[-2])
 
     monkeypatch.setattr(refined, "groups", passed_on)

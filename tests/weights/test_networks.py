@@ -26,6 +26,7 @@ from streamt2v.models.clip import (
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
+from streamt2v.models.interpolator import Interpolator, InterpolatorConfig
 from streamt2v.models.restorer import PixelCodec, PixelCodecConfig, Restorer, RestorerConfig
 from streamt2v.models.unet3d import UNet3D, UNet3DConfig
 from streamt2v.models.vae import AutoencoderConfig, AutoencoderKL
@@ -63,6 +64,7 @@ def small_networks() -> dict[str, torch.nn.Module]:
         "PixelCodec": PixelCodec(PixelCodecConfig()),
         "ConditionalAttention": ConditionalAttention(cam),
         "AppearanceTokens": AppearanceTokens(**TOY),
+        "Interpolator": Interpolator(InterpolatorConfig(widths=(8, 4), layers=1, head_width=4, features=2)),
         "AutoencoderKL": AutoencoderKL(AutoencoderConfig(block_out_channels=(8,), norm_num_groups=2)),
         "AutoencoderKLTemporalDecoder": AutoencoderKLTemporalDecoder(block_out_channels=(32,)),
         "CLIPTextModel": CLIPTextModel(CLIPTextConfig(**text)),
