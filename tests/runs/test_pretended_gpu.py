@@ -55,6 +55,7 @@ SIZES = {
         "stream.overlap": 7,
         "stream.reuse_interval": 1,
         "initialize.picture_model": "own",
+        "refine.model": "own",
         "picture.decode_chunk_size": 4,
     },
 }
