@@ -7,6 +7,7 @@ from pathlib import Path
 
 from streamt2v import devices, files, weights
 from streamt2v.config import RunConfig, merge, to_flat
+from streamt2v.config import usual as config_usual
 from streamt2v.errors import ConfigError, InputError, OutputError
 from streamt2v.families import choose
 from streamt2v.jobs import needs, run_directory
@@ -110,7 +111,8 @@ def _check_unread(config: RunConfig, family: weights.Family) -> None:
     refiner_reads = config.refine.model != choose.OWN or family.has("refine.text")
     if config.prompts and not family.reads_text and not (config.refine.enabled and refiner_reads):
         raise ConfigError(f"model {family.name} reads no text: a later prompt would change nothing", "leave it out")
-    usual, foreign = to_flat(merge(*choose.usual(config))), config.refine.model != choose.OWN
+    foreign = config.refine.model != choose.OWN
+    usual = to_flat(merge(*choose.usual(config))) if foreign else config_usual(family.preset)
     for key, value in to_flat(config).items():
         if foreign and key.startswith("refine."):  # what another refiner has no use for it says itself
             continue

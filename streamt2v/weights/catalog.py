@@ -146,6 +146,7 @@ class Family:
         return self.root / self.vocabulary if self.vocabulary else None
 
 
+@lru_cache(maxsize=8)
 def _manifest(root: Path) -> Path:
     """Return the path of `weights.toml`: in the package folder of a wheel, one level above it in a checkout."""
     inside = root / "weights.toml"
