@@ -76,7 +76,7 @@ _STRENGTH = (
     "How far the refiner may depart from its input: faithful, balanced or creative. Default: faithful for a video that "
     "streamt2v did not make, else set by the preset."
 )
-_AT = "At a time, 240 (a frame), 10s or 1:20, begin another prompt, or show a picture; repeatable."
+_AT = "At a time (240 is a frame; 10s; 1:20), switch to another prompt or show a picture; repeatable."
 
 # Options that some commands take individually; the others are declared in the groups below.
 WeightsName = Annotated[str | None, argument("A name from `weights list`.", autocompletion=names_of_weights)]

@@ -125,9 +125,10 @@ def rerun(path: Path, source: Path | None, given: Mapping[str, str | None]) -> A
         if value is not None:
             settings[key] = value
         elif not set(str(settings.get(key, "")).split("+")) <= trusted:
-            names = {"image": "--image", "initialize.text_to_image": "--image-init", "model": "--model"}
-            option = (names | {"refine.model": "--refiner"}).get(key, "--init")
-            option = f"--at {key.removeprefix('pictures.')}" if key.startswith("pictures.") else option
+            names = {"image": "--image", "initialize.text_to_image": "--image-init"}
+            names |= {"model": "--model", "refine.model": "--refiner"}
+            frame = key.removeprefix("pictures.")
+            option = names.get(key, "--init") if frame == key else f"--at {frame}"
             raise ConfigError(
                 f"{path} was made with {key} = {settings[key]!r}", f"name it with {option} if you trust it"
             )

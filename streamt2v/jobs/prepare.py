@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 
 from streamt2v import devices, files, weights
-from streamt2v.config import RunConfig, merge, to_flat
-from streamt2v.config import usual as config_usual
+from streamt2v.config import RunConfig, merge, to_flat, usual
 from streamt2v.errors import ConfigError, InputError, OutputError
 from streamt2v.families import choose
 from streamt2v.jobs import needs, run_directory
@@ -112,12 +111,12 @@ def _check_unread(config: RunConfig, family: weights.Family) -> None:
     if config.prompts and not family.reads_text and not (config.refine.enabled and refiner_reads):
         raise ConfigError(f"model {family.name} reads no text: a later prompt would change nothing", "leave it out")
     foreign = config.refine.model != choose.OWN
-    usual = to_flat(merge(*choose.usual(config))) if foreign else config_usual(family.preset)
+    defaults = to_flat(merge(*choose.usual(config))) if foreign else usual(family.preset)
     for key, value in to_flat(config).items():
         if foreign and key.startswith("refine."):  # what another refiner has no use for it says itself
             continue
-        if key.startswith(family.unread) and value != usual[key]:
-            hint = f"leave it at {usual[key]!r}"
+        if key.startswith(family.unread) and value != defaults[key]:
+            hint = f"leave it at {defaults[key]!r}"
             raise ConfigError(f"{key} is {value!r}, model {family.name} has no use for it", hint)
 
 
