@@ -386,7 +386,7 @@ class FilmMaker:
                 scale = 10.0
             wear = Wear.draw(scale, camera)
             if drawn and camera.happens(0.5):  # as the base's pictures are: soft, and never coded
-                wear = replace(wear, crf=None, chroma=False)
+                wear = replace(wear, blur=camera.uniform(0.2, 1.0), crf=None, chroma=False)
             poor.append(to_u8(poorer(truth, wear, camera)))
             scales.append(scale)
         return Film(to_u8(truth), np.stack(poor), tuple(scales))

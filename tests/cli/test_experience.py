@@ -159,6 +159,7 @@ def test_results_stand_on_lines_of_their_own(
     rows, out = tmp_path / "rows.txt", tmp_path / "videos"
     rows.write_text("abc\nabcdef\n")
     monkeypatch.setattr(Status, "__post_init__", lambda self: time.sleep(0.02), raising=False)  # so that it is drawn
+    monkeypatch.setattr(progress, "REFRESHES", 100)
     terminal = Terminal(monkeypatch, 250)
     monkeypatch.setattr(sys, "stdout", terminal.file)
     assert call("batch", rows, "--out-dir", out, *TOY, "--frames", 20, *more) == 0
