@@ -14,17 +14,18 @@ class Held:
     latents: Tensor
 
 
-def put_in_place(clean: Tensor, held: Held, carry: float = 0.0) -> Tensor:
+def put_in_place(clean: Tensor, held: Held, carry: float = 0.0, carry_back: float = 0.0) -> Tensor:
     """Return estimates of x_0 with the held frames in place, and that change carried on to the frames beside them.
 
     The change of a held frame, d = known - clean, tells where the network would jump. A new frame at distance k from
-    the last held one before it gets carry^k d on top, and the same from the next held one after it: a cheap stand-in
-    for reconstruction guidance, which needs the network's gradient.
+    the last held one before it gets carry^k d on top, and carry_back^k d from the next held one after it: a cheap
+    stand-in for reconstruction guidance, which needs the network's gradient.
 
     Args:
         clean: estimates [B, C, F, h, w].
         held: 1 to F of these frames.
-        carry: 0 (held frames only) to 1 (all frames move as the nearest held ones do).
+        carry: 0 (held frames only) to 1 (all frames after a held one move as it does).
+        carry_back: the same for the frames before a held one.
 
     Source: arXiv 2204.03458 section 3.1: the replacement method, and reconstruction guidance.
     """
@@ -34,7 +35,8 @@ def put_in_place(clean: Tensor, held: Held, carry: float = 0.0) -> Tensor:
         if frame in places:
             placed[:, :, frame] = known[:, :, after - 1]
             continue
-        for index in range(max(0, after - 1), min(len(places), after + 1)) if carry else ():
-            change = known[:, :, index] - clean[:, :, places[index]]
-            placed[:, :, frame] += carry ** abs(frame - places[index]) * change
+        for index, share in ((after - 1, carry), (after, carry_back)):
+            if share and 0 <= index < len(places):
+                change = known[:, :, index] - clean[:, :, places[index]]
+                placed[:, :, frame] += share ** abs(frame - places[index]) * change
     return placed

@@ -143,8 +143,10 @@ def denoise(
         epsilon: Tensor | None
         x0, epsilon = schedule.to_x0_eps(output, latents, timestep)
         if held is not None:
-            # In the last step the network alone decides what new frames look like: what was carried leaves no trace.
-            x0 = replacement.put_in_place(x0, held, sampling.replacement_carry if step < len(timesteps) - 1 else 0.0)
+            carry, last = sampling.replacement_carry, step == len(timesteps) - 1
+            # In the last step the network alone decides how what was shown goes on: what was carried leaves no trace.
+            # What comes later has to be led to, until the end: it would be jumped to.
+            x0 = replacement.put_in_place(x0, held, 0.0 if last else carry, carry)
             epsilon = None
         latents = ddim(latents, x0, alpha_bars, step, sampling, noise, epsilon)
         if observe is not None:
