@@ -11,10 +11,10 @@ Shapes: B batch, F frames, N = B*F (frames innermost), C channels, h, w latent c
 # mypy: disable-error-code="no-any-return, no-untyped-call"
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,9 @@ from streamt2v.errors import ConfigError
 from streamt2v.models.layers import zero_init
 from streamt2v.models.unet3d import Conditioning
 
+Item = TypeVar("Item")
 CELLS_AT_ONCE = 180 * 320
-"""Cells of frames that pass a layer together where nothing is learned, if it is more than one frame: bounds memory."""
+"""Cells of clips that pass a layer as a whole where nothing is learned; larger ones pass frame by frame, for memory."""
 DETAIL = 5.0
 """Detail is amplified by so much, to be about as large as tones are."""
 RESIDUAL = 0.03
@@ -77,20 +78,38 @@ class Residual(nn.Module):
         self.embedding = nn.Linear(embedding, 2 * channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, embedding: Tensor, frames: int, pieces: list[slice]) -> Tensor:
-        """Transform x [N, C, h, w] with an embedding [N, E], piece by piece."""
-        gain, shift = self.embedding(embedding)[:, :, None, None].chunk(2, 1)
-        seen = shift_frames(x, frames, self.shifted)
-        if len(pieces) == 1:
-            return self._added(seen, x, gain, shift)
-        for piece in pieces:  # into the copy that the shift made
-            seen[piece] = self._added(seen[piece], x[piece], gain[piece], shift[piece])
-        return seen
+    def forward(self, x: Tensor, embedding: Tensor, frames: int) -> Tensor:
+        """Transform x [N, C, h, w] with the embeddings [N, E]."""
+        return self._added(shift_frames(x, frames, self.shifted), x, embedding)
 
-    def _added(self, seen: Tensor, x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+    def passing(self, clip: Iterable[Tensor], embedding: Tensor) -> Iterator[Tensor]:
+        """Transform the frames [1, C, h, w] of a clip as they come, with the clip's embedding [1, E]."""
+        for before, x, after in neighbours(clip):
+            yield self._added(shifted(before, x, after, self.shifted), x, embedding)
+
+    def _added(self, seen: Tensor, x: Tensor, embedding: Tensor) -> Tensor:
+        gain, shift = self.embedding(embedding)[:, :, None, None].chunk(2, 1)
         # In place, as such layers spend as much time on moving numbers as on computing them.
         y = F.leaky_relu(torch.addcmul(shift, self.conv1(seen), 1 + gain), 0.1, inplace=True)
         return self.conv2(y).add_(x)
+
+
+def neighbours(frames: Iterable[Item]) -> Iterator[tuple[Item, Item, Item]]:
+    """Yield each frame between the one before and the one after; at an end, where there is none, itself again."""
+    coming = iter(frames)
+    before = here = next(coming)
+    for after in coming:
+        yield before, here, after
+        before, here = here, after
+    yield before, here, here
+
+
+def _copied(frames: Iterable[Tensor], into: Tensor) -> Iterator[Tensor]:
+    """Yield frames [1, C, h, w] and copy them into a tensor [F, C, h, w], unless they are its own."""
+    for frame, place in zip(frames, into.split(1), strict=True):
+        if frame.data_ptr() != place.data_ptr():
+            place.copy_(frame)
+        yield place
 
 
 def shift_frames(x: Tensor, frames: int, channels: int) -> Tensor:
@@ -99,13 +118,21 @@ def shift_frames(x: Tensor, frames: int, channels: int) -> Tensor:
     Where there is no such frame the frame keeps its own. The layout is kept: joined parts would lose it, and
     convolutions would reorder every frame twice.
     """
-    shifted = torch.empty_like(x)
-    to, clip = shifted.unflatten(0, (-1, frames)), x.unflatten(0, (-1, frames))
+    moved = torch.empty_like(x)
+    to, clip = moved.unflatten(0, (-1, frames)), x.unflatten(0, (-1, frames))
     before, after = slice(channels), slice(channels, 2 * channels)
     to[:, 1:, before], to[:, :1, before] = clip[:, :-1, before], clip[:, :1, before]
     to[:, :-1, after], to[:, -1:, after] = clip[:, 1:, after], clip[:, -1:, after]
     to[:, :, 2 * channels :] = clip[:, :, 2 * channels :]
-    return shifted
+    return moved
+
+
+def shifted(before: Tensor, x: Tensor, after: Tensor, channels: int) -> Tensor:
+    """The same for one frame x [1, C, h, w] between its neighbours."""
+    moved = x.clone()
+    moved[:, :channels] = before[:, :channels]
+    moved[:, channels : 2 * channels] = after[:, channels : 2 * channels]
+    return moved
 
 
 def detail_and_tone(latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,43 +208,67 @@ class Restorer(nn.Module):
         batch, _, frames, height, width = latents.shape
         scales = cast(Tensor, conditioning.pooled).float()
         scales = scales.repeat_interleave(batch // len(scales), 0)
-        embedding = self._embedding(timestep, scales).repeat_interleave(frames, 0)
-        noisy, given = (as_frames(clip) for clip in (latents, source.expand_as(latents)))  # each [N, C, h, w]
-        at_once = len(given) if torch.is_grad_enabled() else max(1, CELLS_AT_ONCE // (height * width))
-        pieces = [slice(at, at + at_once) for at in range(0, len(given), at_once)]
-        if deep is None:
-            deep = torch.cat([self.conv_in(seen) for seen in self._seen(noisy, given, frames, pieces)])
-            deep = F.leaky_relu(deep, 0.1, inplace=True)
-            for block in self.blocks[:-1]:
-                deep = block(deep, embedding, frames, pieces)
-        x = self.blocks[-1](deep, embedding, frames, pieces)
+        embedding = self._embedding(timestep, scales)
         threshold = 0.0 if self.training else CORING
-        least = threshold * (2 - 2**scales).clamp(min=0).repeat_interleave(frames, 0)[:, :, None, None]
-        clean = [given[p] + cored(RESIDUAL * self.conv_out(x[p]).to(given.dtype), least[p]) for p in pieces]
-        return torch.cat(clean).unflatten(0, (batch, frames)).transpose(1, 2), deep
+        least = threshold * (2 - 2**scales).clamp(min=0)[:, :, None, None]
+        noisy, given = (as_frames(clip) for clip in (latents, source.expand_as(latents)))  # each [N, C, h, w]
+        last = cast(Residual, self.blocks[-1])
+        if torch.is_grad_enabled() or len(given) * height * width <= CELLS_AT_ONCE:
+            embedding, least = (each.repeat_interleave(frames, 0) for each in (embedding, least))
+            deep = self._deep(noisy, given, embedding, frames) if deep is None else deep
+            clean = self._clean(last(deep, embedding, frames), given, least)
+        else:
+            clean, known = torch.empty_like(given), deep
+            if deep is None:
+                shape, like = (len(given), *self.config.block_out_channels, height, width), self.conv_out.weight
+                deep = like.new_empty(shape).contiguous(memory_format=torch.channels_last)
+            for row, clip in enumerate(torch.arange(len(given)).split(frames)):
+                part, told = slice(int(clip[0]), int(clip[-1]) + 1), embedding[row : row + 1]
+                x = deep[part].split(1) if known is not None else self._passing(noisy[part], given[part], told)
+                for number, made in enumerate(last.passing(_copied(x, deep[part]), told), part.start):
+                    clean[number] = self._clean(made, given[number : number + 1], least[row])[0]
+        return clean.unflatten(0, (batch, frames)).transpose(1, 2), deep
 
-    def _seen(self, noisy: Tensor, given: Tensor, frames: int, pieces: list[slice]) -> Iterator[Tensor]:
-        """Yield what convolutions see of each piece: what was noised, the detail of three frames and the tones.
+    def _deep(self, noisy: Tensor, given: Tensor, embedding: Tensor, frames: int) -> Tensor:
+        """Return the features before the last block, of all frames at once."""
+        detail, tone = self._parts(given)
+        parts = detail.unflatten(0, (-1, frames))
+        before = torch.cat([parts[:, :1], parts[:, :-1]], 1).flatten(0, 1)
+        after = torch.cat([parts[:, 1:], parts[:, -1:]], 1).flatten(0, 1)
+        x = self._first(noisy - given, detail, before, after, tone)
+        for block in self.blocks[:-1]:
+            x = block(x, embedding, frames)
+        return x
+
+    def _passing(self, noisy: Tensor, given: Tensor, embedding: Tensor) -> Iterator[Tensor]:
+        """Yield the same, of a large clip frame by frame: each layer holds three frames then, not all of them."""
+        noises = (other - frame for other, frame in zip(noisy.split(1), given.split(1), strict=True))
+        shown = zip(noises, neighbours(map(self._parts, given.split(1))), strict=True)
+        x: Iterator[Tensor] = (
+            self._first(noise, detail, before[0], after[0], tone) for noise, (before, (detail, tone), after) in shown
+        )
+        for block in self.blocks[:-1]:
+            x = cast(Residual, block).passing(x, embedding)
+        return x
+
+    def _parts(self, given: Tensor) -> tuple[Tensor, Tensor]:
+        """Detail and tones of frames, ready for a layer."""
+        detail, tone = detail_and_tone(given.to(self.conv_out.weight.dtype))
+        return self._narrow(detail), self._narrow(tone)
+
+    def _first(self, noise: Tensor, detail: Tensor, before: Tensor, after: Tensor, tone: Tensor) -> Tensor:
+        """Apply the first layer to what was noised, the detail of three frames and the tones.
 
         Pixels are nearly all tone, detail is what is to be restored: taken apart, it is learned many times as fast.
         """
-        narrow, known = self.conv_out.weight.dtype, dict[int, tuple[Tensor, Tensor]]()
+        seen = torch.cat([self._narrow(noise), detail, before, after, tone], 1)
+        return F.leaky_relu(self.conv_in(seen), 0.1, inplace=True)
 
-        def laid_out(values: Tensor) -> Tensor:
-            return values.to(narrow).contiguous(memory_format=torch.channels_last)
+    def _narrow(self, values: Tensor) -> Tensor:
+        return values.to(self.conv_out.weight.dtype).contiguous(memory_format=torch.channels_last)
 
-        for piece in pieces:
-            own = range(*piece.indices(len(given)))
-            # The frame itself, the one before and the one after; where there is none, itself again.
-            rows = [[at + side if 0 <= at % frames + side < frames else at for at in own] for side in (0, -1, 1)]
-            asked = sorted({at for row in rows for at in row})
-            if missing := [at for at in asked if at not in known]:  # what one piece shows, the next one shows again
-                parts = (laid_out(part).split(1) for part in detail_and_tone(given[missing].to(narrow)))
-                known |= dict(zip(missing, zip(*parts, strict=True), strict=True))
-            known = {at: known[at] for at in asked}
-            details = [torch.cat([known[at][0] for at in row]) for row in rows]
-            tones = torch.cat([known[at][1] for at in own])
-            yield torch.cat([laid_out(noisy[piece] - given[piece]), *details, tones], 1)
+    def _clean(self, x: Tensor, given: Tensor, least: Tensor) -> Tensor:
+        return given + cored(RESIDUAL * self.conv_out(x).to(given.dtype), least)
 
     def _embedding(self, timestep: Tensor | float, scales: Tensor) -> Tensor:
         """Embed noise level and logarithms of the scale [B, 1]: [B, E]."""

@@ -85,7 +85,7 @@ class Films:
     """
 
     def __init__(
-        self, folder: Path, make: Callable[[int], Film], first: int = 40, most: int = 360, draws_a_film: int = 12
+        self, folder: Path, make: Callable[[int], Film], first: int = 40, most: int = 640, draws_a_film: int = 12
     ) -> None:
         self.folder, self.make, self.first, self.most, self.draws_a_film = folder, make, first, most, draws_a_film
         self.count = next(at for at in itertools.count() if not self._path(at).is_file())
@@ -98,17 +98,20 @@ class Films:
         """Return of how many films to draw, for one draw more."""
         due = self.first if self.draws == 0 else self.count + (self.draws % self.draws_a_film == 0)
         while self.count < min(due, self.most):
-            film = self.make(self.count)
-            tables: dict[str, np.ndarray[Any, Any]] = {
-                "truth": film.truth,
-                "poor": film.poor,
-                "scales": np.array(film.scales, np.float32),
-            }
-            files.make_directory(self.folder)
-            files.write_bytes(self._path(self.count), safetensors.numpy.save(tables))
+            if not self._path(self.count).is_file():  # another process may make films ahead
+                self._write(self.make(self.count))
             self.count += 1
         self.draws += 1
         return self.count
+
+    def _write(self, film: Film) -> None:
+        tables: dict[str, np.ndarray[Any, Any]] = {
+            "truth": film.truth,
+            "poor": film.poor,
+            "scales": np.array(film.scales, np.float32),
+        }
+        files.make_directory(self.folder)
+        files.write_bytes(self._path(self.count), safetensors.numpy.save(tables))
 
     def opened(self, at: int) -> Any:
         """Open a film; parts of its tables are read as they are asked for."""
