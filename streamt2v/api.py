@@ -74,8 +74,8 @@ def generate(
         resume: continue an interrupted run of the same output.
         overwrite: replace an existing output.
         options: every option of `streamt2v generate` by its name with underscores, such as model, size, fps, quality,
-            image, negative, no_refine, refine_steps, device, threads or audio; `at={"10s": "another prompt"}`; and
-            every setting by its key, as in `**{"stream.eta": 0.5}`.
+            image, negative, no_refine, refine_steps, device, threads or audio; `at={"10s": "another prompt"}`;
+            `lora={"style.safetensors": 0.8}`; and every setting by its key, as in `**{"stream.eta": 0.5}`.
 
     Raises:
         StreamT2VError: whatever is wrong, with `message`, `hint` and the `exit_code` of the command line.
@@ -142,6 +142,8 @@ def _make(
     given = dict(options)
     if isinstance(given.get("at"), Mapping):
         given["at"] = [f"{time}={text}" for time, text in given["at"].items()]
+    if isinstance(given.get("lora"), Mapping):
+        given["lora"] = [f"{os.fspath(file)}:{strength}" for file, strength in given["lora"].items()]
     known = asked.row_fields()
     plain = {
         name if name in known else name.replace("_", "-"): os.fspath(value) if isinstance(value, os.PathLike) else value

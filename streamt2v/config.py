@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Self, cast, get_args, get_type_hints
+from typing import Any, Literal, NamedTuple, Self, cast, get_args, get_type_hints
 
 from streamt2v.chunks import check_chunking, made
 from streamt2v.errors import ConfigError
@@ -28,6 +28,7 @@ Quality = Literal["reference", "balanced", "fast"]
 Strength = Literal["faithful", "balanced", "creative"]
 Loop = Literal["no", "stream", "ring"]
 PRESETS = Path(__file__).parent / "presets"
+MAX_LORA_STRENGTH = 10
 
 
 def _value(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
@@ -179,6 +180,10 @@ class RunConfig:
     pictures: Mapping[int, str] = field(
         default_factory=dict, metadata={"help": "picture that a later frame shows: pictures.240 is that of frame 240"}
     )
+    loras: Mapping[int, str] = field(
+        default_factory=dict,
+        metadata={"help": "FILE:STRENGTH merged into the networks that draw: loras.1 is the first, loras.2 the next"},
+    )
     loop: Loop = _value(
         "no",
         "let the last frame lead back to the first. stream: the last chunk comes home, at any length and constant"
@@ -200,6 +205,16 @@ class RunConfig:
         return {"image": self.image, **later} if self.image else later
 
     @property
+    def all_loras(self) -> dict[str, Lora]:
+        """{key of the setting: file and strength} of all LoRAs, in order."""
+        return {f"loras.{number}": parse_lora(text) for number, text in self.loras.items()}
+
+    @property
+    def all_files(self) -> dict[str, str]:
+        """{key of the setting: path} of all files that are asked for."""
+        return {**self.all_pictures, **{key: lora.path for key, lora in self.all_loras.items()}}
+
+    @property
     def made(self) -> int:
         """Frames that the stages make; the others of `num_frames` are interpolated."""
         return made(self.num_frames, self.output.interpolate, closed=self.loop != "no")
@@ -212,6 +227,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         for key, spec, value in _leaves(self):
             _check(key, spec, value)
+        for text in self.loras.values():
+            parse_lora(text)
         check_chunking(self.stream.chunk, self.stream.overlap, "stream")
         check_chunking(self.refine.chunk, self.refine.overlap, "refine")
         check_chunking(self.picture.decode_chunk_size, self.picture.decode_overlap, "picture.decode")
@@ -222,6 +239,40 @@ class RunConfig:
             if later and max(later) >= self.num_frames:
                 end = f"but the video ends with frame {self.num_frames - 1}"
                 raise ConfigError(f"a {what} frame {max(later)}, {end}", "name an earlier time")
+
+
+class Lora(NamedTuple):
+    """A file, and how much of it is merged."""
+
+    path: str
+    strength: float
+
+
+def parse_lora(text: str) -> Lora:
+    """Parse ``FILE`` or ``FILE:STRENGTH``; without one it is 1.
+
+    Raises:
+        ConfigError: no file, or a strength out of range.
+    """
+    path, _, strength = text.rpartition(":")
+    try:
+        found = Lora(path, float(strength)) if path else Lora(text, 1.0)
+    except ValueError:  # the colon belongs to the name
+        found = Lora(text, 1.0)
+    if not found.path or not abs(found.strength) <= MAX_LORA_STRENGTH:
+        limits = f"{-MAX_LORA_STRENGTH}..{MAX_LORA_STRENGTH}"
+        raise ConfigError(f"--lora is {text!r}, it must be FILE or FILE:STRENGTH, which must lie in {limits}")
+    return found
+
+
+def file_of(key: str, value: str) -> str:
+    """Return the path in the value of the setting of a file."""
+    return parse_lora(value).path if key.startswith("loras.") else value
+
+
+def at_path(key: str, value: str, path: str) -> str:
+    """Return the value of the setting of a file where that is at another path; a LoRA keeps its strength."""
+    return f"{path}:{parse_lora(value).strength}" if key.startswith("loras.") else path
 
 
 def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, Any], Any]]:
@@ -250,9 +301,9 @@ def without_removed(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe(key: str) -> dict[str, Any]:
-    """Return what `describe` says about one key; every frame may have a prompt of its own."""
+    """Return what `describe` says about one key; frames may have prompts and pictures, and there may be many LoRAs."""
     options = describe()
-    if re.fullmatch(r"(prompts|pictures)\.[1-9][0-9]{0,7}", key):
+    if re.fullmatch(r"(prompts|pictures|loras)\.[1-9][0-9]{0,7}", key):
         return _PROMPT
     if key in _REMOVED:
         raise ConfigError(f"{key} is no longer a setting", f"leave it out: {_REMOVED[key][0]} is what always happens")
@@ -378,8 +429,8 @@ def merge(*layers: Mapping[str, Any]) -> RunConfig:
         "output": OutputConfig,
     }
     parts: dict[str, Any] = {name: build(**tables.get(name, {})) for name, build in sections.items()}
-    for name in ("prompts", "pictures"):
-        parts[name] = dict(sorted((int(frame), text) for frame, text in tables.get(name, {}).items()))
+    for name in ("prompts", "pictures", "loras"):
+        parts[name] = dict(sorted((int(number), text) for number, text in tables.get(name, {}).items()))
     return RunConfig(**tables.get("", {}), **parts)
 
 

@@ -274,6 +274,7 @@ def rerun(
     source: Annotated[Path | None, option("--source", "The video that VIDEO was refined or extended from.")] = None,
     image: options.Image = None,
     at: options.At = None,
+    lora: options.Lora = None,
     init: options.Init = None,
     image_init: options.ImageInit = None,
     model: options.Model = None,
@@ -293,6 +294,7 @@ def rerun(
     places: dict[str, str | None] = dict.fromkeys(("initialize.text_model", "initialize.picture_model"), init)
     places["model"] = model
     places |= {f"pictures.{parse_time(time, 1)}": path for time, path in map(parse_at, at or [])}
+    places |= {f"loras.{number}": one for number, one in enumerate(lora or [], 1)}
     places |= {
         "initialize.text_to_image": image_init,
         "refine.model": refiner,
@@ -442,7 +444,7 @@ def plan(
     options.starting,
     options.computing,
     options.talking,
-    without=("seed", "negative", "at", "timeline", "until", "loop"),  # the time hangs on no words and no draws
+    without=("seed", "negative", "at", "timeline", "until", "loop", "lora"),  # the time hangs on none of these
 )
 def bench(frames: Annotated[int, option("--frames", "-n", "Length to plan for.")] = 1200, **given: Any) -> None:
     """Measure this machine: make a short video, discard it, and show what a long one will take.

@@ -76,6 +76,7 @@ _STRENGTH = (
     "How far the refiner may depart from its input: faithful, balanced or creative. Default: faithful for a video that "
     "streamt2v did not make, else set by the preset."
 )
+_LORA = "Merge a LoRA (.safetensors) into the networks that draw, at a strength, 1 if none is given; repeatable."
 _AT = "At a time (240 is a frame; 10s; 1:20), switch to another prompt or show a picture; repeatable."
 
 # Options that some commands take individually; the others are declared in the groups below.
@@ -95,6 +96,7 @@ Fps = Annotated[float | None, option("--fps", f"{_RATE}the model's; 8 for demo."
 SourceFps = Annotated[float | None, option("--fps", f"{_RATE}the source's.", parser=parse_rate)]
 Image = Annotated[Path | None, _steering("--image", "Start from this picture.")]
 At = Annotated[list[str] | None, _steering("--at", _AT, metavar="TIME PROMPT|PICTURE")]
+Lora = Annotated[list[str] | None, _steering("--lora", _LORA, metavar="FILE[:STRENGTH]")]
 Init = Annotated[str | None, _steering("--init", _INIT, autocompletion=_MODELS)]
 ImageInit = Annotated[str | None, _steering("--image-init", _IMAGE_INIT, autocompletion=_MODELS)]
 Interpolate = Annotated[int | None, _steering("--interpolate", _INTERPOLATE, min=1, max=64)]
@@ -155,6 +157,7 @@ def making(
     negative: Annotated[str | None, _steering("--negative", "--negative-prompt", "What to avoid.")] = None,
     quality: Annotated[str | None, _steering("--quality", _QUALITY, autocompletion=_among(Quality))] = None,
     interpolate: Interpolate = None,
+    lora: Lora = None,
     strength: Annotated[str | None, _steering("--strength", _STRENGTH, autocompletion=_among(Strength))] = None,
     refiner: Refiner = None,
     refine_steps: Annotated[int | None, advanced("--refine-steps", "Steps of the refiner.")] = None,
@@ -235,6 +238,7 @@ _MEANT = {
     "--num-inference-steps": "--steps", "--sampling-steps": "--steps", "--denoise": "--strength",
     "--force": "--overwrite", "--seamless": "--loop", "--looping": "--loop",
     "--end-image": "--until", "--last-frame": "--until",
+    "--adapter": "--lora", "--lora-scale": "--lora FILE:STRENGTH", "--lora-strength": "--lora FILE:STRENGTH",
     "--enhancer": "--refiner", "--smooth": "--interpolate", "--rife": "--interpolate",
     "--yes": "--overwrite", "--music": "--audio", "--sound": "--audio", "--soundtrack": "--audio",
     "--variations": "--count", "--batch-count": "--count", "--start-image": "--image", "--first-frame": "--image",

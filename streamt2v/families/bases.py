@@ -196,7 +196,7 @@ def _part(networks: Networks, folder: Path, index: dict[str, Any], part: str) ->
     path = folder / part
     if path not in networks.here:
         networks.watch.doing(f"loading {part} of {folder.name}")
-        network = load_part(folder, part, index, dtype_of(networks.device.name, index))
+        network = networks.merged(load_part(folder, part, index, dtype_of(networks.device.name, index)), path)
         if isinstance(network, torch.nn.Module):
             if networks.policy.offload:
                 devices.offload(network, networks.device)

@@ -28,6 +28,7 @@ def first(networks: Networks, chosen: Chosen) -> First:
     def make(prompt: str, picture: Tensor | None) -> Tensor:
         run = networks.run
         model = load_modelscope(chosen.folder, networks.device.name)
+        networks.merged(model.unet, chosen.folder / "unet")
         height, width = run.initialize.size or run.stream.size
         shape = (model.unet.config.out_channels, *latent_size(model.vae, height, width))
         noise = chunk_noise(networks.draws, run.stream.chunk, shape, networks.device.name)

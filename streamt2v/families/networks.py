@@ -18,6 +18,7 @@ from streamt2v.models.encoders import encode_text
 from streamt2v.models.layers import slice_feed_forwards
 from streamt2v.models.text import clean_prompt
 from streamt2v.models.unet3d import TextContext
+from streamt2v.weights import lora
 from streamt2v.weights.home import path as home
 
 ENCODERS = ("stream.text", "stream.image", "refine.text", "refine.image")
@@ -86,6 +87,7 @@ class Networks:
         here: networks by path, some of them perhaps loaded by an earlier run.
         watch: is told what is loaded, and the steps of the stages.
         store: the run directory.
+        loras: what is merged into a network, by its file or folder.
     """
 
     def __init__(
@@ -97,8 +99,9 @@ class Networks:
         here: dict[Path, Any],
         watch: Watching,
         store: Store | None = None,
+        loras: Mapping[Path, Sequence[lora.Given]] | None = None,
     ) -> None:
-        self.store = store
+        self.store, self.loras = store, loras or {}
         self.run, self.prompts, self.watch, self.note = run, prompts, watch, watch.note
         self.device, self.policy, self.here = device, policy, here
         self.family, self.draws = weights.family(run.model), SeededDraws(run.seed)
@@ -118,10 +121,16 @@ class Networks:
 
         def load() -> Any:
             precision = getattr(torch, self.policy.precision)
-            return weights.load(self.family, role, self._home(role), precision)
+            return self.merged(weights.load(self.family, role, self._home(role), precision), path)
 
         path = self.family.path(role)
         return self.here[path] if path in self.here else self.keep(path, f"{role}, {self._size(role)}", role, load)
+
+    def merged(self, network: Any, path: Path) -> Any:
+        """Return a network with the LoRAs of the run that are for its file or folder. Raises WeightsError."""
+        if path in self.loras:
+            lora.merge(network, path, self.loras[path])
+        return network
 
     def keep(self, path: Path, what: str, role: str, load: Callable[[], Any]) -> Any:
         """Return what lies at a path; what is loaded from there first is placed as the policy says for its role."""

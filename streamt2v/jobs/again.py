@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from streamt2v import files, weights
-from streamt2v.config import RunConfig, exact_rate, merge
+from streamt2v.config import RunConfig, at_path, exact_rate, file_of, merge
 from streamt2v.errors import ConfigError, InputError, OutputError, ResumeError, VideoError
 from streamt2v.families import choose
 from streamt2v.jobs import run_directory
@@ -27,8 +27,9 @@ def resumed(path: Path) -> Job:
     recipe, _, local = run_directory.recorded(run_directory.directory_for(output))
     try:
         source = _found_again("source", output, recipe, local)
-        pictures = {name: _found_again(name, output, recipe, local) for name in recipe["config"] if _is_picture(name)}
-        settings = merge(recipe["config"], {name: str(path or "") for name, path in pictures.items()})
+        there = {name: _found_again(name, output, recipe, local) for name in recipe["config"] if _is_file(name)}
+        given = {name: at_path(name, recipe["config"][name], str(path or "")) for name, path in there.items()}
+        settings = merge(recipe["config"], given)
         preview, audio = _moved("preview", output, local), _moved("audio", output, local)
         device, keep_run = local.get("device", recipe["device"]), local["keep_run"]
         more = {"keep_run": keep_run, "preview": preview, "audio": audio}
@@ -38,8 +39,8 @@ def resumed(path: Path) -> Job:
         raise ResumeError(f"{run_directory.directory_for(output)} does not say how it was begun", hint) from error
 
 
-def _is_picture(key: str) -> bool:
-    return key == "image" or key.startswith("pictures.")
+def _is_file(key: str) -> bool:
+    return key == "image" or key.startswith(("pictures.", "loras."))
 
 
 def _moved(name: str, output: Path, local: Mapping[str, Any]) -> Path | None:
@@ -120,13 +121,14 @@ def rerun(path: Path, source: Path | None, given: Mapping[str, str | None]) -> A
         raise InputError(f"{path} carries no recipe", "only videos made by streamt2v can be made again")
     settings = dict(recipe["config"])
     trusted = {"", choose.OWN, *weights.families(), *weights.pipelines()}
-    asked: dict[str, str | None] = {**dict.fromkeys(filter(_is_picture, settings)), **given}
+    asked: dict[str, str | None] = {**dict.fromkeys(filter(_is_file, settings)), **given}
     for key, value in asked.items():
         if value is not None:
-            settings[key] = value
+            settings[key] = _named_again(key, value, settings)
         elif not set(str(settings.get(key, "")).split("+")) <= trusted:
             names = {"image": "--image", "initialize.text_to_image": "--image-init"}
             names |= {"model": "--model", "refine.model": "--refiner"}
+            names |= {name: "--lora" for name in settings if name.startswith("loras.")}
             frame = key.removeprefix("pictures.")
             option = names.get(key, "--init") if frame == key else f"--at {frame}"
             raise ConfigError(
@@ -134,16 +136,26 @@ def rerun(path: Path, source: Path | None, given: Mapping[str, str | None]) -> A
             )
     if recipe.get("source") and source is None:
         raise ConfigError(f"{path} was made by {command} from another video", "name that with --source")
-    inputs = [
-        (source, recipe.get("source")),
-        *((path, recipe.get(key)) for key, path in given.items() if _is_picture(key)),
-    ]
+    named = {key: file_of(key, str(settings[key])) for key, value in given.items() if value and _is_file(key)}
+    inputs = [(source, recipe.get("source")), *((file, recipe.get(key)) for key, file in named.items())]
     for file, was in inputs:
-        if file and isinstance(was, dict) and Path(file).is_file() and Path(file).stat().st_size != was.get("bytes"):
-            raise InputError(f"{file} is not what {path} was made from: that had {was.get('bytes')} bytes")
+        if file and isinstance(was, dict) and Path(file).is_file():
+            now = {"bytes": Path(file).stat().st_size, "sha256": contents_hash(Path(file), files.stamp(Path(file)))}
+            if other := [name for name in now if now[name] != was.get(name)]:
+                said = f"{other[0]} was {was.get(other[0])}, now it is {now[other[0]]}"
+                raise InputError(f"{file} is not what {path} was made from: {said}")
     threads = recipe.get("threads")
     like = {"memory": recipe.get("memory"), "threads": threads if type(threads) is int and 0 < threads < 1025 else None}
     return Again(command, merge(settings), like)
+
+
+def _named_again(key: str, value: str, settings: Mapping[str, Any]) -> str:
+    """Return what a setting becomes by what a user gives for it: a LoRA without a strength keeps that of the recipe."""
+    if not key.startswith("loras."):
+        return value
+    if key not in settings:
+        raise ConfigError(f"the recipe has no {key}", "leave a --lora out")
+    return value if file_of(key, value) != value else at_path(key, str(settings[key]), value)
 
 
 def compare(path: Path, again: Path) -> list[str]:

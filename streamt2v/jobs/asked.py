@@ -37,7 +37,7 @@ _TEXTS = ("model", "preset", "quality", "strength", "size", "device")
 _ARGUMENTS: Mapping[str, tuple[Any, float | None, float | None]] = {
     **dict.fromkeys((*_TEXTS, *_PATHS), (str, None, None)),
     **dict.fromkeys(("no_refine", "keep_run"), (bool, None, None)),
-    "at": (list, None, None),
+    **dict.fromkeys(("at", "lora"), (list, None, None)),
     "duration": (str, None, None),
     "width": (int, 1, 16384),
     "height": (int, 1, 16384),
@@ -94,8 +94,9 @@ def parse_row(row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def _argument(field: str, name: str, given: Any) -> Any:
     kind, low, high = _ARGUMENTS[name]
     if kind is list:
+        given = [given] if isinstance(given, str) else given
         if not isinstance(given, list) or not all(isinstance(part, str) for part in given):
-            raise ConfigError(f"{field} is {given!r}, it must be a list of texts")
+            raise ConfigError(f"{field} is {given!r}, it must be a text or a list of texts")
         return given
     value = config.checked(field, {"type": kind, "low": low, "high": high}, given)
     return Path(value) if name in _PATHS else value
@@ -173,6 +174,7 @@ def resolve(
     at: list[str] | None = None,
     timeline: Path | None = None,
     until: Path | None = None,
+    lora: list[str] | None = None,
     row: Mapping[str, Any] | None = None,
     seed_of_row: int | None = None,
     device: str | None = None,
@@ -192,6 +194,7 @@ def resolve(
         loop: let the last frame lead back to the first.
         at, timeline: prompts and pictures over time, as TIME=PROMPT or TIME=PICTURE and as a file.
         until: picture that the last frame shows.
+        lora: FILE or FILE:STRENGTH each, in place of those that files and settings name.
         row: {dotted key: value} of a row of a batch, above all others.
         seed_of_row: its seed when nothing names one.
         device: what the default model has to fit; None where that is not known here.
@@ -205,6 +208,11 @@ def resolve(
     given.update(
         {key: value for name, value in flags.items() if value is not None for key in _SETTINGS.get(name, (name,))}
     )
+    if lora:
+        from_file, given = (
+            {key: value for key, value in layer.items() if not key.startswith("loras.")} for layer in (from_file, given)
+        )
+        given |= {f"loras.{number}": one for number, one in enumerate(lora, 1)}
     if no_refine:
         given["refine.enabled"] = False
     if loop and "loop" not in given:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from streamt2v import devices, files, memory
 from streamt2v.chunks import Chunk, length
-from streamt2v.config import RunConfig, to_flat
+from streamt2v.config import RunConfig, parse_lora, to_flat
 from streamt2v.errors import ConfigError, OutputError
 from streamt2v.families import choose
 from streamt2v.jobs.prepared import Prepared
@@ -43,6 +43,7 @@ class Plan:
     refine_chunks: tuple[Chunk, ...]
     prompts: tuple[Prompt, ...]
     pictures: Mapping[int, str]
+    loras: Mapping[int, str]
     base_height: int
     base_width: int
     box_height: int
@@ -73,6 +74,7 @@ class Plan:
             asked = "" if prompt.asked == prompt.frame else f" (asked for at {prompt.asked})"
             lines.append(f"prompt   from frame {prompt.frame}{asked}: {prompt.text}")
         lines.extend(f"picture  at frame {frame}: {path}" for frame, path in self.pictures.items())
+        lines.extend(f"lora     {one.path} at {one.strength:g}" for one in map(parse_lora, self.loras.values()))
         short = "; MORE THAN THERE IS" if self.needed_bytes > self.free_bytes else ""
         peak = self.needed_bytes if self.measured is None else self.measured["peak_memory_bytes"]
         said = f"up to {peak / 1e9:.1f}{' measured' * (self.measured is not None)} of {self.free_bytes / 1e9:.1f} GB"
@@ -128,6 +130,7 @@ def plan(known: Prepared) -> Plan:
         refine_chunks=refine,
         prompts=known.timeline,
         pictures=config.pictures,
+        loras=config.loras,
         base_height=base[0],
         base_width=base[1],
         box_height=config.output.height or base[0],

@@ -59,7 +59,7 @@ class Job:
         paths = {
             "source": self.source,
             "image": None,
-            **self.config.all_pictures,
+            **self.config.all_files,
             "preview": self.preview,
             "audio": self.audio,
         }

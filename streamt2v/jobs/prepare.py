@@ -12,7 +12,7 @@ from streamt2v.families import choose
 from streamt2v.jobs import needs, run_directory
 from streamt2v.jobs.job import Job
 from streamt2v.jobs.prepared import Prepared
-from streamt2v.weights import folders, hub, vocabulary
+from streamt2v.weights import folders, hub, lora, vocabulary
 
 RING_SECONDS = 30
 MAX_TEXT_BYTES = 24_000  # as JSON: the recipe, with two prompts, must fit the 64 KiB of a comment tag
@@ -54,6 +54,8 @@ def check(known: Prepared) -> Prepared:
     if job.command != "refine":
         _check_unread(job.config, known.family)
         _check_sizes(job.config, known.family)
+    if job.config.loras:
+        known.notices.extend(_check_loras(known))
     if known.family.pipeline and known.runs and (job.config.pictures or job.config.loop != "no"):
         raise ConfigError(f"model {known.family.name} makes no loops and is led to no pictures", "leave that out")
     if known.refining_base and job.config.loop != "no":
@@ -75,7 +77,7 @@ def check(known: Prepared) -> Prepared:
 
 
 def check_wishes(config: RunConfig, prompt_needed: bool = True) -> None:
-    """Check the prompts and the picture that a user gave. Raises ConfigError or InputError.
+    """Check the prompts, pictures and LoRAs that a user gave. Raises ConfigError, InputError or WeightsError.
 
     A picture is enough for a model that reads no text.
     """
@@ -93,6 +95,8 @@ def check_wishes(config: RunConfig, prompt_needed: bool = True) -> None:
 
         for path in config.all_pictures.values():
             pictures.read(Path(path))
+    for one in config.all_loras.values():
+        lora.read(Path(one.path))
 
 
 def _check_text(text: str) -> None:
@@ -178,6 +182,21 @@ def _check_initializer(known: Prepared) -> list[str]:
             "name one with --init, or set them to at least 1",
         )
     return notices
+
+
+def _check_loras(known: Prepared) -> list[str]:
+    """Refuse LoRAs that would change nothing here; say where the first frames are made without them."""
+    run, family, chosen = known.job.config, known.family, known.chosen
+    if not known.drawing:
+        raise ConfigError("nothing that draws runs here, so a LoRA would change nothing", "leave --lora out")
+    reached = known.loras
+    if known.job.command != "generate" or family.pipeline:
+        own = ""
+    elif chosen is not None:
+        own = "" if known.drawing.get(chosen.name) in reached else chosen.name
+    else:
+        own = "a network of its own" if run.image and family.path("initialize.image") not in reached else ""
+    return [f"the first frames are made by {own}, which no --lora changes"] if own else []
 
 
 def _check_interpolated(run: RunConfig) -> None:
@@ -296,7 +315,7 @@ def check_target(path: Path, overwrite: bool, *inputs: Path | str | None) -> Non
 
 def check_place(job: Job) -> None:
     """Refuse an output that is there, that is read, or in whose folder something is read. Raises OutputError."""
-    inputs = (job.source, *job.config.all_pictures.values(), job.audio, *job.inputs)
+    inputs = (job.source, *job.config.all_files.values(), job.audio, *job.inputs)
     if job.output.suffix or not job.output.is_dir():
         check_target(job.output, job.overwrite or job.resume, *inputs)
         return
@@ -322,7 +341,7 @@ def _check_output(job: Job) -> None:
         check_target(
             job.preview,
             job.overwrite or begun,
-            *(job.source, *job.config.all_pictures.values(), job.audio, *job.inputs, job.output),
+            *(job.source, *job.config.all_files.values(), job.audio, *job.inputs, job.output),
         )
     if run_directory.exists(job.run_path) and not (job.resume or job.overwrite):
         run_directory.RunDirectory(job.run_path).close()  # refuses one that is being worked on

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from streamt2v import files, memory, weights
 from streamt2v.chunks import Around, Chunk, base_offset, interpolated, loop_plan
-from streamt2v.config import to_flat
+from streamt2v.config import at_path, to_flat
 from streamt2v.families import choose
 from streamt2v.jobs import needs
 from streamt2v.jobs.job import Job
 from streamt2v.jobs.recipe import Source, inspect_source
 from streamt2v.timeline import Prompt, made_plans, prompt_at, turns
-from streamt2v.weights import folders, hub
+from streamt2v.weights import folders, hub, lora
 
 if TYPE_CHECKING:
     from streamt2v.media.sound import Carried
@@ -89,6 +89,31 @@ class Prepared:
     def refining_base(self) -> str:
         """The name of the third-party refiner where it is a pipeline that streams too, else ""."""
         return self.refiner.name if self.refiner is not None and self.refiner.kind != choose.I2VGEN else ""
+
+    @cached_property
+    def drawing(self) -> dict[str, Path]:
+        """Where the networks lie that a LoRA may be merged into, by the name of their model.
+
+        They are those that draw: the denoiser of the streaming stage, a pipeline that streams, also where it refines,
+        and ModelScope for first frames, whose network the published streaming stage grew from. Not the others that
+        make first frames or refine.
+        """
+        found, name = dict[str, Path](), self.family.pipeline
+        if name and self.runs:
+            found[name] = folders.locate(name, self.note) / "transformer"
+        elif "stream" in self.runs and self.family.has("stream.unet"):
+            found[self.family.name] = self.family.path("stream.unet")
+        if self.chosen is not None and self.chosen.kind == choose.MODELSCOPE:
+            found[self.chosen.name] = self.chosen.folder / "unet"
+        if self.refining_base:
+            found[self.refining_base] = folders.locate(self.refining_base, self.note) / "transformer"
+        return found
+
+    @cached_property
+    def loras(self) -> dict[Path, tuple[lora.Given, ...]]:
+        """The LoRAs that go into each of these networks. Raises as `lora.assign`."""
+        given = [(Path(one.path), one.strength) for one in self.job.config.all_loras.values()]
+        return lora.assign(given, self.drawing) if given else {}
 
     @property
     def kept(self) -> int:
@@ -178,13 +203,15 @@ class Prepared:
     def recipe(self) -> dict[str, Any]:
         """Return what decides the frames: a run may only be resumed by a job with an equal recipe."""
         config, source, used = self.job.config, self.job.source, [*self.family.used(self.runs), *self.helpers]
+        settings = to_flat(config)
         return {
             "command": self.job.command,
-            # Of pictures the names say enough: a recipe travels with the video, the folder stays private.
-            "config": to_flat(config) | {key: Path(path).name for key, path in config.all_pictures.items()},
+            # Of files the names say enough: a recipe travels with the video, the folder stays private.
+            "config": settings
+            | {key: at_path(key, settings[key], Path(path).name) for key, path in config.all_files.items()},
             "source": source and self.source and {**_fingerprint(source), "frames": self.source.frames},
             "image": None,
-            **{key: _fingerprint(Path(path)) for key, path in config.all_pictures.items()},
+            **{key: _fingerprint(Path(path)) for key, path in config.all_files.items()},
             "initializer": None if self.chosen is None else self.chosen.fingerprint(),
             **({} if self.refiner is None else {"refiner": self.refiner.fingerprint()}),
             "weights": self._pipeline() | {name: part.sha256 for file in used for name, part in file.parts.items()},

@@ -78,6 +78,8 @@ def command(recipe: Mapping[str, Any]) -> str:
     for key, value in given.items():
         if key.startswith(("prompts.", "pictures.")):
             words += ["--at", key.partition(".")[2], str(value)]
+        elif key.startswith("loras."):
+            words += ["--lora", str(value)]
         elif key not in (*_OPTIONS, *_SAID_ELSEWHERE):
             words += _set(key, value)
     words += ["--", words.pop(2)] if words[2].startswith("-") else []

@@ -11,11 +11,12 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from streamt2v import __version__, devices, memory
+from streamt2v import __version__, devices, files, memory
 from streamt2v.errors import Interrupted, MemoryLimitError, NumericsError, address_limit, less_memory, stopped_by
 from streamt2v.families import makers
 from streamt2v.families.networks import Loaded, Networks
@@ -59,7 +60,7 @@ def make(known: Prepared, report: Report, loaded: Loaded | None = None) -> Resul
     devices.repeat_exactly(device)
     devices.limit_memory(device, None if job.memory is None else int(job.memory * 1e9))
     policy = _policy(known, device, loaded, earlier, report)
-    cold = not loaded.fitting(job.config.model, device, policy, job.config.compile)
+    cold = not _kept(known, loaded, device, policy)
     card = devices.card(device)
     recipe = {
         **known.recipe(),
@@ -104,6 +105,13 @@ def make(known: Prepared, report: Report, loaded: Loaded | None = None) -> Resul
     return Result.of(job, width, height, seconds, device)
 
 
+def _kept(known: Prepared, loaded: Loaded, device: devices.Device, policy: MemoryPolicy) -> dict[Path, Any]:
+    """Return the networks of earlier runs that are as this one needs them."""
+    config = known.job.config
+    merged = [(given, files.stamp(given[0])) for place in known.loras.values() for given in place]
+    return loaded.fitting(config.model, device, policy, config.compile, merged)
+
+
 def _make(
     known: Prepared,
     report: Watch,
@@ -116,8 +124,8 @@ def _make(
     config = known.job.config
     sparing = memory.more_sparing(policy, device.kind)
     for lower in [*sparing[:RETRIES], None]:
-        here = loaded.fitting(config.model, device, policy, config.compile)
-        networks = Networks(config, [turn.text for turn in known.timeline], device, policy, here, report, directory)
+        here, prompts = _kept(known, loaded, device, policy), [turn.text for turn in known.timeline]
+        networks = Networks(config, prompts, device, policy, here, report, directory, known.loras)
         try:
             return _attempt(known, report, directory, networks), networks
         except Exception as error:
