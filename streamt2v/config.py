@@ -254,9 +254,9 @@ def parse_lora(text: str) -> Lora:
     Raises:
         ConfigError: no file, or a strength out of range.
     """
-    path, _, strength = text.rpartition(":")
+    path, colon, strength = text.rpartition(":")
     try:
-        found = Lora(path, float(strength)) if path else Lora(text, 1.0)
+        found = Lora(path, float(strength)) if colon else Lora(text, 1.0)
     except ValueError:  # the colon belongs to the name
         found = Lora(text, 1.0)
     if not found.path or not abs(found.strength) <= MAX_LORA_STRENGTH:

@@ -66,12 +66,14 @@ def written(path: Path, values: Mapping[str, Tensor], metadata: dict[str, str] |
     return path
 
 
-def by_hand(state: Mapping[str, Tensor], strength: float, alpha: float = ALPHA) -> dict[str, Tensor]:
-    """The weights with the LoRA of `tensors` for all layers, merged in 64 bit, one element at a time."""
-    values, merged = tensors({key: tuple(value.shape) for key, value in state.items()}), dict(state)
-    for name in layers({key: tuple(value.shape) for key, value in state.items()}):
+def by_hand(state: Mapping[str, Tensor], strength: float, only: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """The weights with the LoRA of `tensors` for the same layers, merged in 64 bit."""
+    shapes, merged = {key: tuple(value.shape) for key, value in state.items()}, dict(state)
+    changed = layers(shapes) if only is None else list(only)
+    values = tensors(shapes, only=changed)
+    for name in changed:
         down, up = (values[f"{name}.lora_{half}.weight"].double() for half in "AB")
         change = torch.einsum("or,ri->oi", up.reshape(len(up), -1), down.reshape(len(down), -1))
         weights = state[f"{name}.weight"]
-        merged[f"{name}.weight"] = weights.double() + strength * alpha / RANK * change.reshape(weights.shape)
+        merged[f"{name}.weight"] = weights.double() + strength * ALPHA / RANK * change.reshape(weights.shape)
     return merged

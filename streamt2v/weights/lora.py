@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,7 +33,7 @@ Given = tuple[Path, float]
 _KEY = re.compile(r"(.+?)\.(?:(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(?:\.\w+)?\.weight|alpha)")
 _DOWN = ("lora_A", "lora_down", "lora.down")
 _PARTS = "known are X.lora_A.weight with X.lora_B.weight, X.lora_down.weight with X.lora_up.weight, and X.alpha"
-_PREFIXES = ("", *(f"{name}_" for name in ("lora_unet", "unet", "transformer", "diffusion_model")))
+_PREFIXES = ("", *(f"{name}_" for name in ("lora_unet", "lora_transformer", "unet", "transformer", "diffusion_model")))
 _SAYS = ("modelspec.architecture", "ss_base_model_version")  # what trainers write about the network, for the reader
 # Names that others gave the layers of a network, with underscores, and those that they have here; by class.
 # fmt: off
@@ -239,12 +239,9 @@ def _known(path: Path) -> str:
     places |= {name: folder / "transformer" for name in streaming if (folder := folders.here(name))}
     fitting = list[str]()
     for name, place in places.items():
-        if place.exists():
-            try:
-                fit(path, place)
-                fitting.append(name)
-            except WeightsError:
-                continue
+        with suppress(WeightsError):  # also where it is not here
+            fit(path, place)
+            fitting.append(name)
     metadata, _ = header.read_index(path)
     said = [metadata[key] for key in _SAYS if key in metadata]
     own = f", and says it is for {said[0][:60]!r}" if said else ""

@@ -19,6 +19,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"output.height": 0},
     {"negative_prompt": "rain", "refine.noise_level": 250, "refine.num_inference_steps": 6},
     {"initialize.text_model": "modelscope"},
+    {"loras.1": "style.safetensors:0.5", "loras.2": "a:b.safetensors"},
     {"prompt": "-v"},
 ]
 
@@ -28,7 +29,7 @@ def parsed(line: str) -> tuple[str, dict[str, Any]]:
     program, verb, *words = options.paired(shlex.split(line))
     assert program == "streamt2v"
     given: dict[str, Any] = dict.fromkeys(("model", "preset", "quality", "config_file", "size"))
-    given |= {"settings": [], "at": [], "no_refine": False}
+    given |= {"settings": [], "at": [], "lora": [], "no_refine": False}
     kinds: dict[str, Any] = {"frames": int, "seed": int, "fps": float}
     rest = iter(words)
     for word in rest:
@@ -39,7 +40,7 @@ def parsed(line: str) -> tuple[str, dict[str, Any]]:
             given["prompt"] = word
         elif name == "no_refine":
             given[name] = True
-        elif name in ("set", "at"):
+        elif name in ("set", "at", "lora"):
             given["settings" if name == "set" else name].append(next(rest))
         else:
             given[name] = kinds.get(name, str)(next(rest))
