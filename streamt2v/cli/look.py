@@ -68,6 +68,7 @@ def _in_short(facts: dict[str, Any]) -> list[tuple[str, str]]:
         return [*rows, ("made by", recipe.removeprefix("none: "))]
     asked = recipe["config"] if isinstance(recipe.get("config"), dict) else {}
     later = sum(str(key).startswith("prompts.") for key in asked)
+    merged = [f"LoRA {value}" for key, value in asked.items() if str(key).startswith("loras.")]
     steps = f"{asked.get('stream.num_inference_steps')} in the stream"
     steps += f", {asked.get('refine.num_inference_steps')} in the refiner" * bool(asked.get("refine.enabled"))
     source = recipe.get("source") if isinstance(recipe.get("source"), dict) else {}
@@ -75,7 +76,10 @@ def _in_short(facts: dict[str, Any]) -> list[tuple[str, str]]:
     rows += [
         ("prompt", str(asked.get("prompt")) + f" (and {later} later ones)" * bool(later)),
         ("avoids", str(asked.get("negative_prompt") or "")),
-        ("made by", f"{recipe.get('command')}, model {asked.get('model')}, streamt2v {version}"),
+        (
+            "made by",
+            ", ".join([f"{recipe.get('command')}, model {asked.get('model')}", *merged, f"streamt2v {version}"]),
+        ),
         ("from", str((source or {}).get("name") or asked.get("image") or "")),
         ("seed", str(asked.get("seed"))),
         ("steps", steps),

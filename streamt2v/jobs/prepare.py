@@ -195,7 +195,8 @@ def _check_loras(known: Prepared) -> list[str]:
     elif chosen is not None:
         own = "" if known.drawing.get(chosen.name) in reached else chosen.name
     else:
-        own = "a network of its own" if run.image and family.path("initialize.image") not in reached else ""
+        pictured = run.image and family.has("initialize.image") and family.path("initialize.image") not in reached
+        own = "a network of its own" if pictured else ""
     return [f"the first frames are made by {own}, which no --lora changes"] if own else []
 
 

@@ -148,6 +148,9 @@ def test_a_recipe_has_hash_and_strength_and_makes_the_same_again(
     assert generate(path, 12, *BASE, "--lora", f"{style}:0.5") == 0
     comment = reading.probe(path).comment
     recipe = json.loads(comment)
+    capsys.readouterr()
+    assert call("info", path) == 0
+    assert "generate, model demo, LoRA style.safetensors:0.5, streamt2v" in capsys.readouterr().out
     assert str(style.parent) not in comment
     assert recipe["config"]["loras.1"] == "style.safetensors:0.5"
     assert recipe["loras.1"]["sha256"] == weights.home.sha256_of(style)

@@ -31,6 +31,7 @@ from streamt2v.training import parts
 from streamt2v.training.loop import train
 from streamt2v.training.parts import Workshop
 from streamt2v.weights import published
+from tests import loras
 from tests.checkpoints import tiny_layouts
 from tests.cli.helpers import PROMPT, call, made
 from tests.pretended import Waits, pretended
@@ -107,6 +108,19 @@ def test_every_policy_makes_the_frames_of_a_cpu(names: tuple[str, ...], model: s
         with pretended():
             made = make(tmp_path / f"{name}.mp4", POLICIES[name], model=model)
         assert np.array_equal(made, plain), name
+
+
+def test_a_lora_is_merged_wherever_weights_lie(tmp_path: Path) -> None:
+    """In 32 bit before they are rounded: on the device or on the host."""
+    index = weights.read_index(weights.family("demo").path("stream.unet"))[1]
+    values = loras.tensors({key: row.shape for key, row in index.items()}, "kohya")
+    given = {"loras.1": f"{loras.written(tmp_path / 'lora.safetensors', values)}:0.2"}
+    plain = make(tmp_path / "plain.mp4", replace(POLICIES["on the host"], offload=False), "cpu")
+    changed = make(tmp_path / "cpu.mp4", replace(POLICIES["on the host"], offload=False), "cpu", **given)
+    assert np.abs(changed.astype(int) - plain).mean() > 2
+    for name in ("two passes", "on the host"):
+        with pretended():
+            assert np.array_equal(make(tmp_path / f"{name}.mp4", POLICIES[name], **given), changed), name
 
 
 STARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
