@@ -13,7 +13,7 @@ from PIL import Image
 
 import streamt2v
 from streamt2v import config, weights
-from streamt2v.errors import ConfigError
+from streamt2v.errors import ConfigError, WeightsError
 from streamt2v.jobs import asked, prepare
 from streamt2v.jobs.job import Job
 from streamt2v.jobs.prepared import Prepared
@@ -221,12 +221,10 @@ def test_rows_have_their_own_and_leave_nothing_behind(style: Path, tmp_path: Pat
 def test_from_python(style: Path, tmp_path: Path) -> None:
     small = {"frames": 12, "seed": 7, "steps": 1, "size": "80x48", "no_refine": True, "threads": 1, "model": "demo"}
     base: dict[str, Any] = small | {"stream.height": 24, "stream.width": 40, "device": "cpu"}
-    found = [
-        streamt2v.generate(PROMPT, tmp_path / f"{number}.mp4", lora=given, **base)
-        for number, given in enumerate(({style: 0.5}, f"{style}:0.5"))
-    ]
-    assert digest(found[0].path) == digest(found[1].path)
-    assert found[0].recipe["config"]["loras.1"] == "style.safetensors:0.5"
+    video = streamt2v.generate(PROMPT, tmp_path / "a.mp4", lora={style: 0.5}, **base)
+    assert video.recipe["config"]["loras.1"] == "style.safetensors:0.5"
+    with pytest.raises(WeightsError, match="No such file"):
+        streamt2v.generate(PROMPT, tmp_path / "b.mp4", lora=[f"{tmp_path / 'none'}:0.5"], **base)
 
 
 def test_a_plan_names_it(style: Path, capsys: pytest.CaptureFixture[str], loads_nothing: None) -> None:

@@ -111,16 +111,16 @@ def test_every_policy_makes_the_frames_of_a_cpu(names: tuple[str, ...], model: s
 
 
 def test_a_lora_is_merged_wherever_weights_lie(tmp_path: Path) -> None:
-    """In 32 bit before they are rounded: on the device or on the host."""
+    """On the host they stay there, and are copied to the device layer by layer."""
     index = weights.read_index(weights.family("demo").path("stream.unet"))[1]
     values = loras.tensors({key: row.shape for key, row in index.items()}, "kohya")
-    given = {"loras.1": f"{loras.written(tmp_path / 'lora.safetensors', values)}:0.2"}
-    plain = make(tmp_path / "plain.mp4", replace(POLICIES["on the host"], offload=False), "cpu")
+    path = loras.written(tmp_path / "lora.safetensors", values)
+    given: dict[str, Any] = {"loras.1": f"{path}:0.2", "num_frames": 10, "refine.enabled": False}
     changed = make(tmp_path / "cpu.mp4", replace(POLICIES["on the host"], offload=False), "cpu", **given)
+    with pretended():
+        assert np.array_equal(make(tmp_path / "cuda.mp4", POLICIES["on the host"], **given), changed)
+    plain = make(tmp_path / "plain.mp4", POLICIES["two passes"], "cpu", **given | {"loras.1": f"{path}:0"})
     assert np.abs(changed.astype(int) - plain).mean() > 2
-    for name in ("two passes", "on the host"):
-        with pretended():
-            assert np.array_equal(make(tmp_path / f"{name}.mp4", POLICIES[name], **given), changed), name
 
 
 STARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
