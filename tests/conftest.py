@@ -1,8 +1,12 @@
 """What all tests share: one thread, tests that need what is not here are skipped, and where recorded tensors lie."""
 
 import copy
+import gc
+import io
 import os
+import pickle
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,9 @@ import pytest
 
 from streamt2v import config, files, weights
 from streamt2v.errors import StreamT2VError
+from streamt2v.media import isolated
 from streamt2v.weights import catalog, hub, networks
+from tests import forked
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -40,10 +46,39 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+class Copies:
+    """Copies of a network. `copy.deepcopy` looks at everything in it one by one: that was a quarter of a small run."""
+
+    def __init__(self, network: object) -> None:
+        import torch
+
+        tensors, written = list[object](), io.BytesIO()
+
+        class Pickler(pickle.Pickler):
+            def persistent_id(self, thing: object) -> int | None:
+                if not isinstance(thing, torch.Tensor):
+                    return None
+                tensors.append(thing)
+                return len(tensors) - 1
+
+        Pickler(written).dump(network)
+        self.tensors, self.pickled = tensors, written.getvalue()
+
+    def make(self) -> object:
+        """Return one more, with tensors of its own; what shares one in the network shares one in its copy."""
+        memo: dict[int, object] = {}
+
+        class Unpickler(pickle.Unpickler):
+            def persistent_load(unpickler, number: int) -> object:
+                return copy.deepcopy(self.tensors[number], memo)
+
+        return Unpickler(io.BytesIO(self.pickled)).load()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def built_once() -> Iterator[None]:
     """Each network of the demo is built from its file once: that is half of a small run. Every run gets a copy."""
-    load, build, kept = networks.load_module, networks.build, dict[object, object]()
+    load, build, kept = networks.load_module, networks.build, dict[object, Copies]()
 
     def copied(path: Path, device: Any, dtype: Any) -> object:
         import torch
@@ -54,11 +89,28 @@ def built_once() -> Iterator[None]:
             return load(path, device, dtype)
         key = path, files.stamp(path), dtype
         if key not in kept:
-            kept[key] = load(path, device, dtype)
-        return copy.deepcopy(kept[key])
+            kept[key] = Copies(load(path, device, dtype))
+        return kept[key].make()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(networks, "load_module", copied)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def decoders_are_forked() -> Iterator[None]:
+    """Where this system forks: half of what the tests of videos took was Python starting to look at one."""
+    with pytest.MonkeyPatch.context() as patch, forked.decoders() as module:
+        if sys.platform == "linux":
+            patch.setattr(isolated, "subprocess", module)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def disks_are_not_waited_for() -> Iterator[None]:
+    """What was written outlives its process; waiting for the disk is for machines that lose their power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 
@@ -102,6 +154,12 @@ def toy_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     config.presets.cache_clear()
     yield
     config.presets.cache_clear()
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: every look for garbage among the modules of torch and diffusers takes half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

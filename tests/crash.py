@@ -4,12 +4,14 @@ Importing torch takes seconds, a tiny run about one: so a server imports once, a
 own session. What goes wrong in a run is a picklable function called in it beforehand, such as `Failing(7, errno.EIO)`.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -20,13 +22,14 @@ import imageio_ffmpeg
 import torch
 
 from streamt2v import files
-from streamt2v.cli.app import main
+from streamt2v.cli import app
 from streamt2v.jobs import run_directory
 from streamt2v.media import ffmpeg, writing
 from streamt2v.media.frames import Frames
 from streamt2v.models.unet3d import UNet3D
 from streamt2v.models.vae import AutoencoderKL
 from streamt2v.runs import pipeline  # noqa: F401
+from streamt2v.weights import catalog
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["pytest", "tests.crash"])
@@ -39,22 +42,43 @@ class Run:
         self, *arguments: object, log: Path, before: Callable[[], None] | None = None, terminal: str = os.devnull
     ) -> None:
         self.log, self.began = log, time.monotonic()
-        self._process = _server.Process(target=_enter, args=(list(map(str, arguments)), str(log), before, terminal))
+        self._answers = _server.Event()
+        given = list(map(str, arguments)), str(log), before, terminal, self._answers.set
+        self._process = _server.Process(target=_enter, args=given)
         log.unlink(missing_ok=True)
         self._process.start()
         self.pid = self._process.pid or 0
 
     def started(self) -> "Run":
-        """Wait until it is about to enter the command line."""
-        while not self.log.exists():
-            time.sleep(0.002)
+        """Wait until the command line answers signals."""
+        while not self._answers.wait(0.01):
+            assert self.wait(0) is None, self.said
         self.began = time.monotonic()
         return self
 
-    def wait(self, seconds: float = 120) -> int | None:
+    def wait(self, seconds: float = 280) -> int | None:
         """Return its exit code (negative: the signal that killed it), or None when it has not ended by then."""
         self._process.join(seconds)
         return self._process.exitcode
+
+    def ends(self, work: float, seconds: float = 120) -> int | None:
+        """Return its exit code, or None when it goes on: after so many seconds of its own work, or so long a time.
+
+        Its own work, because on a busy machine it may wait for its turn.
+        """
+        began, before = time.monotonic(), self.spent()
+        while (code := self.wait(0.01)) is None and self.spent() - before < work:
+            if time.monotonic() - began > seconds:
+                break
+        return code
+
+    def spent(self) -> float:
+        """Seconds of processor time so far; after its end none."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def kill(self) -> bool:
         """Kill it without warning; tells whether it was still running."""
@@ -87,18 +111,37 @@ def run(*arguments: object, log: Path, before: Callable[[], None] | None = None)
     return child.wait(), child.said
 
 
-def _enter(arguments: list[str], log: str, before: Callable[[], None] | None, terminal: str) -> None:
+def killed(stage: str, number: int, *arguments: object, log: Path) -> None:
+    """Begin a run and kill it when a stage has stored so many states."""
+    child = Run(*arguments, log=log, before=Signalled(stage, number))
+    assert child.wait() == -signal.SIGKILL, child.said
+
+
+def _enter(
+    arguments: list[str], log: str, before: Callable[[], None] | None, terminal: str, answers: Callable[[], None]
+) -> None:
     os.setsid()
     os.dup2(os.open(terminal, os.O_RDWR), 0)  # of a new session the first terminal opened becomes the controlling one
     os.dup2(0 if terminal != os.devnull else os.open(log, os.O_WRONLY | os.O_CREAT), 1)
     os.dup2(1, 2)
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode) for number, mode in ((0, "r"), (1, "w"), (2, "w")))
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
     torch.set_num_threads(1)
+    gc.freeze()
+    os.fsync = lambda descriptor: None  # what was written outlives its process
     if before is not None:
         before()
-    Path(log).touch()
-    main(arguments)
+    real = app.terminable
+
+    @contextmanager
+    def terminable() -> Iterator[None]:
+        with real():
+            answers()
+            yield
+
+    app.terminable = terminable  # type: ignore[assignment]
+    app.main(arguments)
 
 
 # ------------------------------------------------------------------------------------------------- what can go wrong
@@ -122,6 +165,37 @@ class Trap:
             return result
 
         return call
+
+
+@dataclass
+class Signalled:
+    """The run gets a signal as soon as a stage has stored its n-th state: "stream" after a chunk, or "output"."""
+
+    stage: str
+    number: int
+    sent: signal.Signals = signal.SIGKILL
+
+    def __call__(self) -> None:
+        real, calls = run_directory.RunDirectory.save_state, count(1)
+
+        def save(directory: run_directory.RunDirectory, stage: str, *given: Any) -> None:
+            real(directory, stage, *given)
+            if stage == self.stage and next(calls) == self.number:
+                os.kill(os.getpid(), self.sent)
+
+        run_directory.RunDirectory.save_state = save  # type: ignore[method-assign, assignment]
+
+
+@dataclass
+class Listed:
+    """Another list of weights stands for the package's; then something else goes wrong."""
+
+    manifest: Path
+    then: Callable[[], None]
+
+    def __call__(self) -> None:
+        catalog._manifest = lambda root: self.manifest
+        self.then()
 
 
 FAILED = "an operation failed"
@@ -152,14 +226,15 @@ def no_headroom() -> None:
 
 @dataclass
 class Encoder:
-    """The ffmpeg binary is a shell script, which finds the real one in $FFMPEG."""
+    """The ffmpeg binary is a shell script, which finds the real one in $FFMPEG; so long it may make no progress."""
 
     script: Path
+    seconds: float
 
     def __call__(self) -> None:
         os.environ["FFMPEG"] = imageio_ffmpeg.get_ffmpeg_exe()
         imageio_ffmpeg.get_ffmpeg_exe = lambda: str(self.script)
-        ffmpeg.STALL_SECONDS = 1.0
+        ffmpeg.STALL_SECONDS = self.seconds
 
 
 @dataclass

@@ -28,7 +28,7 @@ import safetensors
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 CPU = torch.device("cpu")
 ANYWHERE = torch.device("meta")  # zeros that autograd makes for a missing gradient, where that would have been
@@ -117,6 +117,11 @@ class _Rules(TorchDispatchMode):
     def __init__(self, waits: Waits) -> None:
         super().__init__()
         self.waits, self.landing = waits, True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled while this lasts; to see to that at every operation would take a tenth of the time."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, (name, is_view, joins) = kwargs or {}, _facts(func)
@@ -319,6 +324,13 @@ class _Autocast(torch.autocast):
 
     def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
         super().__init__("cpu", *args, **kwargs)
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Do something on the CPU that the pretended GPU takes no notice of."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
 
 
 @contextmanager

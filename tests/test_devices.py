@@ -154,18 +154,19 @@ def test_what_was_never_tried_is_said() -> None:
 
 
 def test_work_is_timed_on_a_gpu_without_waiting() -> None:
+    began = time.perf_counter()
     with pretended() as waits:
         watch = devices.Stopwatch(devices.Device("cuda:0"))
         for _ in range(3):
             with watch.running():
                 time.sleep(0.01)
         assert not waits
-        assert 0.03 <= watch.seconds < 1
+        assert 0.03 <= watch.seconds <= time.perf_counter() - began
         assert waits.total() == 1
-    watch = devices.Stopwatch(devices.Device("cpu"))
+    began, watch = time.perf_counter(), devices.Stopwatch(devices.Device("cpu"))
     with watch.running():
         time.sleep(0.01)
-    assert 0.01 <= watch.seconds < 1
+    assert 0.01 <= watch.seconds <= time.perf_counter() - began
 
 
 def test_memory_is_given_back_without_loading_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -236,10 +236,9 @@ class _Scan:
     def of_pictures(self) -> array[int]:
         """Return the times of the pictures that can be decoded."""
         times, straight = array("q"), _straightened(self.container, self.stream)
-        for packet in self._packets():
-            for frame in _decode(self.stream, packet, self._count):
-                times.append(straight.add(_time_of(self.container, frame)))
-                self.hold = frame.duration or 0
+        for time, frame in _timed(self.container, self.stream, self._packets(), self._count):
+            times.append(straight.add(time))
+            self.hold = frame.duration or 0
         self.joined = straight.joined
         return times
 
@@ -269,11 +268,6 @@ def _straightened(container: InputContainer, stream: VideoStream) -> Straightene
     return Straightened(round(1 / (rate * base)), round(10 / base) if joins else None)
 
 
-def _time_of(container: InputContainer, frame: VideoFrame) -> int | None:
-    """Return the time of a decoded picture, in ticks. AVI stores none: its pictures follow each other evenly."""
-    return frame.dts if container.format.name == "avi" else frame.pts
-
-
 def _decode(stream: VideoStream, packet: Packet[Any], broken: Callable[[str], None]) -> list[VideoFrame]:
     """Decode one packet; if that fails, report the reason to `broken` and return nothing."""
     # A threaded decoder reports an error some packets late, so packets without a picture are kept away from it.
@@ -286,14 +280,41 @@ def _decode(stream: VideoStream, packet: Packet[Any], broken: Callable[[str], No
         return []
 
 
+def _timed(
+    container: InputContainer, stream: VideoStream, packets: Iterable[Packet[Any]], broken: Callable[[str], None]
+) -> Iterator[tuple[int | None, VideoFrame]]:
+    """Decode packets; yield (time in ticks, if it is known, picture).
+
+    AVI stores no times: its pictures follow each other evenly, and the first is shown at the time of the first packet.
+    A decoder that changes their order gives each with the time of a later packet: so late are all of them.
+    """
+    even = container.format.name == "avi"
+    first: int | None = None
+    late: int | None = None
+
+    def lost(reason: str) -> None:
+        nonlocal first
+        first = None
+        broken(reason)
+
+    for packet in packets:
+        first = packet.dts if first is None and packet.size else first
+        for frame in _decode(stream, packet, lost):
+            if not even or frame.dts is None:
+                yield (None if even else frame.pts), frame
+                continue
+            if late is None:
+                late = 0 if first is None else max(0, frame.dts - first)
+            yield frame.dts - late, frame
+
+
 def _pictures(
     container: InputContainer, stream: VideoStream, broken: Callable[[str], None] = lambda reason: None
 ) -> Iterator[tuple[int, VideoFrame]]:
     """Yield (time in ticks, picture); `broken` is called with the reason for every packet that is skipped."""
     straight = _straightened(container, stream)
-    for packet in container.demux(stream):
-        for frame in _decode(stream, packet, broken):
-            yield straight.add(_time_of(container, frame)), frame
+    for time, frame in _timed(container, stream, container.demux(stream), broken):
+        yield straight.add(time), frame
 
 
 def read_frames(

@@ -317,17 +317,27 @@ def test_shards_share_the_rows(tmp_path: Path) -> None:
             tasks.shard_of(nonsense)
 
 
+def yardstick() -> float:
+    """Processor time of a piece of work that takes a twelfth of a second where nothing else is done."""
+    began = time.process_time()
+    for number in range(60_000):
+        json.dumps({"prompt": str(number), "frames": number})
+    return time.process_time() - began
+
+
 def test_a_thousand_rows_in_two_seconds(tmp_path: Path) -> None:
+    """On a machine as fast as that; other programs on the same core slow down both."""
     rows = [{"prompt": PROMPTS[k % 24], "frames": 24 + k, "size": "80x48", "stream.eta": 0.5} for k in range(997)]
     path = jsonl(tmp_path / "jobs.jsonl", rows + BAD)
-    seconds = []
-    for _ in range(3):  # other programs on the same core make one of them slow
+    seconds, usual = [], []
+    for _ in range(3):
+        usual.append(yardstick())
         began = time.process_time()
         tasks, refusals = check(path, tmp_path / "out", steps=2)
         seconds.append(time.process_time() - began)
-        if seconds[-1] <= 2:
+        if min(seconds) <= 24 * min(usual):
             break
-    assert min(seconds) <= 2
+    assert min(seconds) <= 24 * min(usual)
     assert (len(tasks), len(refusals)) == (997, 3)
 
 
@@ -667,14 +677,18 @@ def test_what_ray_keeps_for_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert task.job.memory == pytest.approx(40 * resources["num_gpus"], rel=0.01)
 
 
+@pytest.mark.timeout(600)
 @needs_ray
 def test_two_ray_workers_make_the_same_frames(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = jsonl(tmp_path / "jobs.jsonl", [{"prompt": prompt} for prompt in PROMPTS[:2]] + BAD[:1])
     command = ["batch", path, *ONE_CHUNK, "--keep-going", "--json", "--out-dir"]
     assert call(*command, tmp_path / "here") == 9
     here = results(parsed(capsys.readouterr().out))
-    process = start(*command, tmp_path / "ray", "--ray")
-    out, said = process.communicate(timeout=200)
+    with start(*command, tmp_path / "ray", "--ray") as process:
+        try:
+            out, said = process.communicate(timeout=500)
+        finally:
+            process.kill()  # no effect if it has ended
     assert process.returncode == 9, said
     events = parsed(out)
     assert len({event["pid"] for event in events if event["type"] == "start"}) == min(2, devices.usable_cpus())

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from streamt2v.cli import progress
 from streamt2v.media import writing
+from streamt2v.runs import output
 from streamt2v.runs.pace import Status
 from tests.cli.helpers import SCHEMA, call, made
 
@@ -60,12 +61,13 @@ def test_the_ending_says_what_was_made_and_what_comes_next(tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize(
-    ("groups", "said"), [(0, "16 frames are kept, none can be watched yet"), (2, "8 of 40 frames can be watched: ")]
+    ("groups", "said"), [(0, "16 frames are kept, none can be watched yet"), (2, "16 of 40 frames can be watched: ")]
 )
 def test_ctrl_c_says_what_can_be_watched_and_how_to_go_on(
     groups: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "out.mp4"
+    monkeypatch.setattr(output, "SAVING", 1e9)  # a state after every group
     with monkeypatch.context() as patch:
         interrupt_after(groups, patch)
         assert call("generate", "abc", "--frames", 40, "-o", path, *TOY) == 130
@@ -132,12 +134,33 @@ class Terminal:
         return self.seen.decode()
 
 
+@pytest.fixture
+def drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is told is drawn, however busy the machine is that draws a few times a second."""
+    tell = progress.Progress.tell
+
+    def telling(shown: progress.Progress, status: Status, job: str = "") -> None:
+        tell(shown, status, job)
+        if shown.live is not None:
+            shown.live.refresh()
+
+    monkeypatch.setattr(progress.Progress, "tell", telling)
+
+
+def test_the_time_goes_on_without_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal(monkeypatch, 80)
+    with progress.Progress() as shown:
+        shown.doing("waiting")
+        while not re.search(rb"waiting  \d:(?!00)\d\d so far", terminal.seen):
+            time.sleep(0.02)
+    terminal.text()
+
+
+@pytest.mark.usefixtures("drawn_at_once")
 @pytest.mark.parametrize("columns", [60, 80])
 def test_a_terminal_shows_one_line_from_checking_to_writing(
     columns: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Status, "__post_init__", lambda self: time.sleep(0.02), raising=False)  # so that it is drawn
-    monkeypatch.setattr(progress, "REFRESHES", 100)
     terminal = Terminal(monkeypatch, columns)
     assert call("generate", "abc", "--frames", 400, "-o", tmp_path / "out.mp4", *TOY) == 0
     seen = terminal.text()
@@ -151,6 +174,7 @@ def test_a_terminal_shows_one_line_from_checking_to_writing(
     assert shares[-1] > 80
 
 
+@pytest.mark.usefixtures("drawn_at_once")
 @pytest.mark.parametrize("more", [(), ("--dry-run",)])
 def test_results_stand_on_lines_of_their_own(
     more: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -158,8 +182,6 @@ def test_results_stand_on_lines_of_their_own(
     """Both streams are the same terminal: no path follows what is left of the live line."""
     rows, out = tmp_path / "rows.txt", tmp_path / "videos"
     rows.write_text("abc\nabcdef\n")
-    monkeypatch.setattr(Status, "__post_init__", lambda self: time.sleep(0.02), raising=False)  # so that it is drawn
-    monkeypatch.setattr(progress, "REFRESHES", 100)
     terminal = Terminal(monkeypatch, 250)
     monkeypatch.setattr(sys, "stdout", terminal.file)
     assert call("batch", rows, "--out-dir", out, *TOY, "--frames", 20, *more) == 0

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from streamt2v.jobs import run_directory
 from streamt2v.media import reading
 from streamt2v.media.frames import Frames
-from tests.cli.helpers import PROMPT, TINY, call, digest, generate, start, wait_for
+from tests import crash
+from tests.cli.helpers import PROMPT, TINY, call, digest, generate
 
 BASE = ["--no-refine", "--set", "output.crf=0"]
 
@@ -63,10 +63,7 @@ def test_a_killed_run_finds_its_pictures_again(tmp_path: Path, green: Path) -> N
     whole, path = tmp_path / "whole.mp4", tmp_path / "out.mp4"
     options = [*BASE, "--at", 30, green, "--loop"]
     assert generate(whole, 48, *options) == 0
-    process = start("generate", PROMPT, "--frames", 48, "-o", path, *TINY, *options)
-    wait_for(run_directory.directory_for(path), "base/*.mkv", 2)
-    process.kill()
-    process.communicate()
+    crash.killed("stream", 2, "generate", PROMPT, "--frames", 48, "-o", path, *TINY, *options, log=tmp_path / "log")
     beside = tmp_path / "green.png"
     green.rename(beside)
     assert call("resume", path, "--quiet") == 0  # moved beside the output

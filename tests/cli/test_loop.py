@@ -1,15 +1,17 @@
 """Loops by the commands: exact lengths, home in every way, resumed, refined and extended."""
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from streamt2v.jobs import run_directory
 from streamt2v.media import reading
 from streamt2v.media.frames import Frames
-from tests.cli.helpers import PROMPT, TINY, call, digest, generate, start, wait_for
+from tests import crash
+from tests.cli.helpers import PROMPT, TINY, call, digest, generate
 
 BASE = ["--no-refine", "--set", "output.crf=0"]
 
@@ -18,19 +20,33 @@ def pixels(path: Path) -> Frames:
     return np.concatenate(list(reading.read_frames(path)))
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Frames]:
+    """Frames of a video that is no loop, of so many frames; made once."""
+
+    @cache
+    def make(frames: int) -> Frames:
+        path = tmp_path_factory.mktemp("plain") / "plain.mp4"
+        assert generate(path, frames, *BASE, "--steps", 2) == 0
+        return pixels(path)
+
+    return make
+
+
 @pytest.mark.parametrize("frames", [2, 11, 16, 17, 30])
 @pytest.mark.parametrize("how", ["--loop", "ring"])
-def test_a_loop_has_the_length_that_was_asked_for(frames: int, how: str, tmp_path: Path) -> None:
-    path, plain = tmp_path / "loop.mp4", tmp_path / "plain.mp4"
+def test_a_loop_has_the_length_that_was_asked_for(
+    frames: int, how: str, tmp_path: Path, plain: Callable[[int], Frames]
+) -> None:
+    path = tmp_path / "loop.mp4"
     asked = ["--steps", 2, *(["--loop"] if how == "--loop" else ["--set", "loop=ring"])]
     if how == "ring" and frames < 16:
         assert generate(path, frames, *BASE, *asked) == 2
         return
     assert generate(path, frames, *BASE, *asked) == 0
-    assert generate(plain, frames, *BASE, "--steps", 2) == 0
     made = pixels(path)
     assert len(made) == frames
-    assert (made != pixels(plain)).any()
+    assert (made != plain(frames)).any()
     assert json.loads(reading.probe(path).comment)["config"]["loop"] == ("stream" if how == "--loop" else "ring")
 
 
@@ -47,11 +63,9 @@ def test_a_killed_loop_resumes_to_the_same_frames(tmp_path: Path) -> None:
     whole, path = tmp_path / "whole.mp4", tmp_path / "out.mp4"
     options = ["--loop", "--set", "output.crf=0"]
     assert generate(whole, 41, *options) == 0
-    for stored in (2, 5):
-        process = start("generate", PROMPT, "--frames", 41, "-o", path, *TINY, *options, "--resume")
-        wait_for(run_directory.directory_for(path), "base/*.mkv", stored)
-        process.kill()
-        process.communicate()
+    for stored in (2, 3):
+        command = ["generate", PROMPT, "--frames", 41, "-o", path, *TINY, *options, "--resume"]
+        crash.killed("stream", stored, *command, log=tmp_path / "log")
     assert call("resume", path, "--quiet") == 0
     assert digest(path) == digest(whole)
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 MODEL = "streamingt2v"
 SMALL = ["--model", MODEL, "--seed", "7", "--device", "cpu", "--threads", "1", "--quiet", "--offline"]
-SMALL += ["--set", "output.crf=1", "--size", "96x80", "--refine-steps", "2"]
+SMALL += ["--set", "output.crf=1", "--size", "48x40", "--refine-steps", "2"]
 BASE = ["--steps", "2", "--set", "stream.height=32", "--set", "stream.width=32"]
 START = ["--set", "initialize.height=32", "--set", "initialize.width=32"]
 
@@ -71,7 +71,7 @@ def test_a_refined_video_from_every_start(
     options: list[object] = ["--init", "own"] if name == "own" else [*START, *start(name)]
     plain = make(tmp_path / "a.mp4", *options, "--json")
     facts = result(capsys)
-    assert (facts["frames"], facts["width"], facts["height"], facts["model"]) == (17, 80, 80, MODEL)
+    assert (facts["frames"], facts["width"], facts["height"], facts["model"]) == (17, 40, 40, MODEL)
     assert plain[0] == 17
     if name in ("own", "modelscope"):  # that every start repeats and obeys its seed is tested where it is cheaper
         assert make(tmp_path / "b.mp4", *options) == plain
@@ -92,7 +92,7 @@ def test_every_option_reaches_the_later_stages(tmp_path: Path, capsys: pytest.Ca
             path = tmp_path / f"{command[0]}-{number}.mp4"
             assert call(*command, "-o", path, "--json", *change) == 0
             facts = result(capsys)
-            assert (facts["frames"], facts["width"], facts["height"]) == (32 if command is extend else 21, 80, 80)
+            assert (facts["frames"], facts["width"], facts["height"]) == (32 if command is extend else 21, 40, 40)
             made.append(digest(path))
         assert made[0] == made[1]
         assert len(set(made)) == len(made) - 1

@@ -10,7 +10,8 @@ from PIL import Image, ImageSequence
 from streamt2v import config, files
 from streamt2v.jobs import run_directory
 from streamt2v.media import pictures
-from tests.cli.helpers import PROMPT, TINY, call, generate, made, result, start, wait_for
+from tests import crash
+from tests.cli.helpers import PROMPT, TINY, call, generate, made, result
 
 PAYLOADS = [
     "<script>alert(1)</script>", "</title><script>alert(1)</script>", "</style><script>alert(1)</script>",
@@ -95,10 +96,8 @@ def test_a_report_tells_of_prompts_chunks_and_times(tmp_path: Path) -> None:
 
 def test_a_run_that_was_stopped_can_be_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.mp4"
-    process = start("generate", PROMPT, "--frames", 72, "-o", path, *TINY, "--no-refine")
-    wait_for(run_directory.directory_for(path), "state/output-*", 2)
-    process.kill()
-    process.communicate()
+    command = ["generate", PROMPT, "--frames", 72, "-o", path, *TINY, "--no-refine"]
+    crash.killed("output", 2, *command, log=tmp_path / "log")
     for named in (path, run_directory.directory_for(path)):
         assert call("report", named, "--overwrite") == 0
         html = (tmp_path / "out.html").read_text()

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from streamt2v.families import networks
-from streamt2v.jobs import run_directory
 from streamt2v.media import reading
 from streamt2v.media.frames import Frames
 from streamt2v.models.encoders import encode_text
 from streamt2v.models.unet3d import TextContext
-from tests.cli.helpers import PROMPT, TINY, call, digest, generate, result, start, wait_for
+from tests import crash
+from tests.cli.helpers import PROMPT, TINY, call, digest, generate, result
 
 LATER = "a blue star rising over the desert at night"
 LOSSLESS = ["--set", "output.crf=0"]
@@ -73,10 +73,7 @@ def test_a_killed_run_resumes_on_its_timeline(tmp_path: Path) -> None:
     whole, path = tmp_path / "whole.mp4", tmp_path / "out.mp4"
     options = ["--at", 20, LATER, "--at", 36, PROMPT, "--no-refine"]
     assert generate(whole, 48, *options) == 0
-    process = start("generate", PROMPT, "--frames", 48, "-o", path, *TINY, *options)
-    wait_for(run_directory.directory_for(path), "base/*.mkv", 3)
-    process.kill()
-    process.communicate()
+    crash.killed("stream", 3, "generate", PROMPT, "--frames", 48, "-o", path, *TINY, *options, log=tmp_path / "log")
     assert generate(path, 48, "--resume", "--at", 21, LATER, "--no-refine") == 5
     assert generate(path, 48, "--resume", *options) == 0
     assert digest(path) == digest(whole)

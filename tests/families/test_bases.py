@@ -1,7 +1,7 @@
 """Bases end to end: tiny random networks in the layouts that are published; any length, resuming, every option."""
 
 import gc
-import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from PIL import Image
 
 from streamt2v import config, weights
 from streamt2v.families import bases, choose
-from streamt2v.media import reading
-from streamt2v.runs import base
-from tests import pipelines
-from tests.cli.helpers import PROMPT, call, digest, made, result, start, wait_for
+from streamt2v.media import reading, writing
+from streamt2v.media.frames import Frames
+from streamt2v.runs import base, output
+from tests import crash, pipelines
+from tests.cli.helpers import PROMPT, call, digest, generate, made, result
 from tests.hub_server import Hub, point_library_at, serving
 
 pytestmark = [
@@ -44,18 +45,31 @@ def small(folder: Path, steps: bool = True) -> list[object]:
     return ["--model", folder, *words, "--device", "cpu", "--threads", "1", "-q", "--offline"]
 
 
+class Made(dict[str, Path]):
+    """Folders or videos by name, each made when it is first asked for."""
+
+    def __init__(self, make: Callable[[str], object], place: Path, ending: str = "") -> None:
+        self.make, self.place, self.ending = make, place, ending
+
+    def __missing__(self, name: str) -> Path:
+        self[name] = self.place / f"{name}{self.ending}"
+        self.make(name)
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: make(tmp_path_factory.mktemp("bases") / name) for name, make in FOLDERS.items()}
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    place = tmp_path_factory.mktemp("bases")
+    return Made(lambda name: FOLDERS[name](place / name), place)
 
 
 @pytest.fixture(params=FOLDERS)
-def folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
+def folder(request: pytest.FixtureRequest, folders: Made) -> Path:
     return folders[request.param]
 
 
 @pytest.fixture(params=REFINING)
-def refining(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
+def refining(request: pytest.FixtureRequest, folders: Made) -> Path:
     return folders[request.param]
 
 
@@ -65,20 +79,25 @@ def make(path: Path, folder: Path, frames: int, *more: object, prompt: str = PRO
 
 
 @pytest.fixture(scope="module")
-def plain(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
-    """A video of some chunks of each, made twice."""
+def plain(folders: Made, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A video of some chunks of each; that another run makes the same is seen where one is interrupted."""
     place = tmp_path_factory.mktemp("plain")
-    first = {name: make(place / f"{name}.mp4", folder, 41, *PLAIN) for name, folder in folders.items()}
-    assert first == {name: make(place / f"{name}2.mp4", folder, 41, *PLAIN) for name, folder in folders.items()}
-    return first
+    return Made(lambda name: make(place / f"{name}.mp4", folders[name], 41, *PLAIN), place, ".mp4")
 
 
-@pytest.mark.parametrize("frames", [1, 16, 17, 33, 100, 241])
+@pytest.fixture(scope="module")
+def plainly_refined(folders: Made, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    place = tmp_path_factory.mktemp("refined")
+    return Made(lambda name: make(place / f"{name}.mp4", folders[name], 33, *REFINED), place, ".mp4")
+
+
+# A chunk cut short, a whole one, more than one; longer ones in the deep suite, and here where memory is looked at.
+@pytest.mark.parametrize("frames", [1, 17, 33, *(pytest.param(n, marks=pytest.mark.slow) for n in (16, 100, 241))])
 def test_any_length_is_exact(frames: int, folder: Path, tmp_path: Path) -> None:
     assert make(tmp_path / "out.mp4", folder, frames, *PLAIN)[0] == frames
 
 
-@pytest.mark.parametrize("frames", [1, 18, 33, 100])
+@pytest.mark.parametrize("frames", [1, 18, 33, pytest.param(100, marks=pytest.mark.slow)])
 def test_any_length_is_exact_when_refined(frames: int, refining: Path, tmp_path: Path) -> None:
     assert make(tmp_path / "out.mp4", refining, frames, *REFINED)[0] == frames
     seen = reading.probe(tmp_path / "out.mp4")
@@ -91,18 +110,16 @@ def refined(path: Path, source: Path, folder: Path, *more: object) -> tuple[int,
 
 
 def test_it_refines_a_clip_of_a_user_of_any_size(refining: Path, tmp_path: Path) -> None:
-    source = made(tmp_path / "in.mp4", 40)
+    source = made(tmp_path / "in.mp4", 24)
     first = refined(tmp_path / "a.mp4", source, refining, "--prompt", PROMPT)
-    assert first[0] == 40
-    assert refined(tmp_path / "b.mp4", source, refining, "--prompt", PROMPT) == first
-    assert refined(tmp_path / "c.mp4", source, refining, "--prompt", "another prompt") != first
+    assert first[0] == 24
+    assert refined(tmp_path / "b.mp4", source, refining, "--prompt", "another prompt") != first
 
 
-def test_it_refines_what_another_family_made(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_it_refines_what_another_family_made(folders: Made, tmp_path: Path) -> None:
     """Its own preset says how; the family's own refiner makes other frames, and so does I2VGen-XL for it."""
-    given = ["--no-refine", "--frames", 20, "--seed", 7, "--steps", 1, "--threads", 1, "-q"]
-    assert call("generate", PROMPT, "--model", "demo", "-o", tmp_path / "base.mp4", *given) == 0
-    sizes = ["--chunk", 17, "--overlap", 5, "--refine-steps", 2, "--seed", 7, "--threads", 1, "--size", "96x54"]
+    assert generate(tmp_path / "base.mp4", 20, "--no-refine") == 0
+    sizes = ["--chunk", 17, "--overlap", 5, "--refine-steps", 2, "--seed", 7, "--threads", 1, "--size", "64x32"]
     found = {}
     for name, refiner in {"wan": folders["wan"], "own": "own", "i2v": pipelines.i2vgen(tmp_path / "i2v")}.items():
         path = tmp_path / f"{name}.mp4"
@@ -122,7 +139,7 @@ def test_it_refines_what_another_family_made(folders: dict[str, Path], tmp_path:
      (["--set", "refine.posterior=published", "--chunk", 17, "--overlap", 5], "has no use for it")],
 )  # fmt: skip
 def test_as_a_refiner_it_says_mistakes_before_anything_loads(
-    options: list[object], said: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: list[object], said: str, folders: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["generate", PROMPT, "--model", "demo", "--frames", 40, "-o", tmp_path / "out.mp4"]
     assert call(*given, "--refiner", folders["wan"], "--overlap", 5, *options) == 2
@@ -130,13 +147,12 @@ def test_as_a_refiner_it_says_mistakes_before_anything_loads(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_it_extends_any_video(folder: Path, tmp_path: Path) -> None:
-    source, path = tmp_path / "in.mp4", tmp_path / "out.mp4"
-    make(source, folder, 36, *PLAIN)
+def test_it_extends_any_video(folder: Path, plain: Made, tmp_path: Path) -> None:
+    source, path = plain[folder.name], tmp_path / "out.mp4"
     assert call("extend", source, "--frames", 50, "-o", path, *small(folder), *PLAIN) == 0
     known, longer = (np.concatenate(list(reading.read_frames(file))) for file in (source, path))
     assert len(longer) == 50
-    assert float(np.abs(longer[:36].astype(int) - known).mean()) < 8  # noise of random networks, encoded once more
+    assert float(np.abs(longer[:41].astype(int) - known).mean()) < 8  # noise of random networks, encoded once more
 
 
 @pytest.mark.parametrize(
@@ -155,11 +171,11 @@ def test_it_extends_any_video(folder: Path, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_every_option_changes_the_frames(
-    name: str, key: str, value: object, folders: dict[str, Path], plain: dict[str, tuple[int, str]], tmp_path: Path
+    name: str, key: str, value: object, folders: Made, plain: Made, tmp_path: Path
 ) -> None:
     other = make(tmp_path / "out.mp4", folders[name], 41, *PLAIN, "--set", f"{key}={value}")
     assert other[0] == 41
-    assert other != plain[name]
+    assert other != digest(plain[name])
 
 
 @pytest.mark.parametrize(
@@ -170,22 +186,16 @@ def test_every_option_changes_the_frames(
     ],
 )  # fmt: skip
 def test_every_option_of_the_refiner_changes_the_frames(
-    key: str, value: object, folders: dict[str, Path], refined_plain: tuple[int, str], tmp_path: Path
+    key: str, value: object, folders: Made, plainly_refined: Made, tmp_path: Path
 ) -> None:
     other = make(tmp_path / "out.mp4", folders["wan"], 33, *REFINED, "--set", f"{key}={value}")
     assert other[0] == 33
-    assert other != refined_plain
+    assert other != digest(plainly_refined["wan"])
 
 
-@pytest.fixture(scope="module")
-def refined_plain(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str]:
-    return make(tmp_path_factory.mktemp("refined") / "a.mp4", folders["wan"], 33, *REFINED)
-
-
-def test_a_prompt_changes_what_follows_it(folder: Path, tmp_path: Path) -> None:
-    files = tmp_path / "a.mp4", tmp_path / "b.mp4"
+def test_a_prompt_changes_what_follows_it(folder: Path, plain: Made, tmp_path: Path) -> None:
+    files = plain[folder.name], tmp_path / "b.mp4"
     begin = 33 if folder.name.startswith("helios") else 29
-    make(files[0], folder, 41, *PLAIN)
     make(files[1], folder, 41, *PLAIN, "--at", 29, "something else")
     first, second = (np.concatenate(list(reading.read_frames(file))).astype(int) for file in files)
     assert np.abs(first[:begin] - second[:begin]).max() <= 3  # compression may look ahead
@@ -199,23 +209,43 @@ def test_a_picture_begins_the_video(folder: Path, tmp_path: Path) -> None:
     assert given != make(tmp_path / "b.mp4", folder, 17, *PLAIN)
 
 
+def refuse(*_: object) -> Any:
+    raise AssertionError("the text encoder was loaded again")
+
+
 @pytest.mark.parametrize(
     ("name", "how"), [*((name, PLAIN) for name in FOLDERS), *((name, REFINED) for name in REFINING)]
 )
-def test_a_killed_run_goes_on_and_gives_the_same_frames(
-    name: str, how: list[str], folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_goes_on_and_gives_the_same_frames(
+    name: str, how: list[str], folders: Made, plain: Made, plainly_refined: Made, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """It does so without the text encoder, whose answers are kept."""
-    whole, path = make(tmp_path / "whole.mp4", folders[name], 161, *how), tmp_path / "out.mp4"
-    process = start("generate", PROMPT, "--frames", 161, "-o", path, *small(folders[name]), *how)
-    wait_for(path.with_name("out.mp4.streamt2v"), "base*/*", 2)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    frames, whole = (41, digest(plain[name])) if how is PLAIN else (33, digest(plainly_refined[name]))
+    path, append, written = tmp_path / "out.mp4", writing.SegmentWriter.append, list[int]()
 
-    def refuse(*_: object) -> Any:
-        raise AssertionError("the text encoder was loaded again")
+    def stop(writer: writing.SegmentWriter, group: Frames) -> writing.SegmentMark:
+        if len(written) == (how is REFINED):  # then one group is refined, else the next chunk is yet to be made
+            raise KeyboardInterrupt
+        written.append(len(group))
+        return append(writer, group)
 
+    monkeypatch.setattr(output, "SAVING", 1e9)  # a state after every group
+    with monkeypatch.context() as patch:
+        patch.setattr(writing.SegmentWriter, "append", stop)
+        assert call("generate", PROMPT, "--frames", frames, "-o", path, *small(folders[name]), *how) == 130
+    monkeypatch.setattr(bases, "_encoder", refuse)
+    assert call("resume", path, "-q") == 0
+    assert digest(path) == whole
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_frames(
+    folders: Made, plainly_refined: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two chunks; one of them in a process of its own."""
+    path, whole = tmp_path / "out.mp4", digest(plainly_refined["wan"])
+    command = ["generate", PROMPT, "--frames", 33, "-o", path, *small(folders["wan"]), *REFINED]
+    crash.killed("stream", 2, *command, log=tmp_path / "log")
     monkeypatch.setattr(bases, "_encoder", refuse)
     assert call("resume", path, "-q") == 0
     assert digest(path) == whole
@@ -223,7 +253,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_frames(
 
 @pytest.mark.parametrize(("name", "how"), [("wan", PLAIN), ("wan", REFINED), ("ltx", REFINED), ("helios", PLAIN)])
 def test_what_is_held_does_not_grow_with_the_video(
-    name: str, how: list[str], folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, how: list[str], folders: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held, store = list[int](), base.Base._store
 
@@ -235,8 +265,8 @@ def test_what_is_held_does_not_grow_with_the_video(
         return group
 
     monkeypatch.setattr(base.Base, "_store", watch)
-    first, more = (33, 33) if name == "helios" else (17, 12)
-    make(tmp_path / "out.mp4", folders[name], first + 13 * more, *how)
+    frames = 14 * 33 if name == "helios" else 17 + 13 * 12
+    assert make(tmp_path / "out.mp4", folders[name], frames, *how)[0] == frames
     assert len(held) == 14
     assert max(held[8:]) <= max(held[3:8])
 
@@ -254,7 +284,7 @@ def test_what_is_held_does_not_grow_with_the_video(
     ],
 )
 def test_mistakes_are_said_before_anything_loads(
-    options: list[str], said: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: list[str], said: str, folders: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["generate", PROMPT, "--frames", 43, "-o", tmp_path / "out.mp4", *small(folders["wan"])]
     assert call(*given, *options) == 2
@@ -280,7 +310,7 @@ def test_a_folder_of_another_kind_is_refused(
 
 
 def test_a_transformer_that_only_continues_a_picture_is_refused(
-    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folders: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import shutil
 
@@ -292,16 +322,14 @@ def test_a_transformer_that_only_continues_a_picture_is_refused(
     assert "takes 20 channels, its latents have 8" in capsys.readouterr().err
 
 
-def test_a_model_without_a_refiner_says_so(
-    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_without_a_refiner_says_so(folders: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["generate", PROMPT, "--frames", 3, "-o", tmp_path / "out.mp4", *small(folders["helios"])]
     assert call(*given, "--set", "refine.enabled=true") == 2
     assert "has no use for it" in capsys.readouterr().err
 
 
 def test_it_comes_from_the_hub(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folders: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By the name of a repository, or its short name; a recipe from elsewhere may name neither."""
     folder, path = folders["wan"], tmp_path / "a.mp4"
@@ -335,9 +363,7 @@ def test_the_list_of_weights_names_them(capsys: pytest.CaptureFixture[str]) -> N
     assert "hub:OWNER/NAME" in capsys.readouterr().err
 
 
-def test_the_result_names_the_model(
-    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_result_names_the_model(folders: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path / "out.mp4", folders["wan"], 2, *PLAIN, "--json")
     facts = result(capsys)
     assert (facts["frames"], facts["width"], facts["height"], facts["fps"]) == (2, 64, 32, 24)

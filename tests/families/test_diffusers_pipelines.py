@@ -26,10 +26,15 @@ WISH = config.merge(SIZES, OPEN, {"prompt": "a red ball", "initialize.num_infere
 SAMPLING = Sampling(num_inference_steps=3, guidance_scale=4.0)
 
 
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pipelines.modelscope(tmp_path_factory.mktemp("made") / "modelscope")
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(made_once: Path, tmp_path: Path) -> Path:
     """A ModelScope folder to damage."""
-    return pipelines.modelscope(tmp_path / "modelscope")
+    return Path(shutil.copytree(made_once, tmp_path / "modelscope"))
 
 
 def modelscope_frames(model: modelscope.ModelScope, wish: config.RunConfig = WISH, seed: int = 1) -> torch.Tensor:

@@ -57,14 +57,18 @@ def where(frame: np.ndarray) -> dict[str, str]:
 
 
 def flash_times(path: Path) -> list[float]:
-    """Seconds at which a video turns white, as a player shows it."""
+    """Seconds at which a video turns white, as a player shows it. AVI tells no times: its pictures come in turn."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        shown = [
-            (float(frame.pts * frame.time_base), frame.to_ndarray(format="gray").mean())
-            for frame in container.decode(stream)
-            if frame.pts is not None
-        ]
+        frames = [(frame.pts, frame.dts, frame.to_ndarray(format="gray").mean()) for frame in container.decode(stream)]
+        base = float(stream.time_base or 0)
+        shown = [(pts * base, level) for pts, _, level in frames if pts is not None]
+    if path.suffix == ".avi":
+        with av.open(str(path)) as container:
+            turns = [packet.dts for packet in container.demux(container.streams.video[0]) if packet.size]
+        delay = turns.index(frames[0][1])  # a decoder gives pictures out when so many packets more are there
+        later = turns[delay:]
+        shown = [((turn - later[0]) * base, level) for turn, (*_, level) in zip(later, frames, strict=False)]
     levels = [level for _, level in shown]
     middle = (min(levels) + max(levels)) / 2
     return [time for (time, level), (_, before) in zip(shown[1:], shown, strict=False) if level > middle >= before]

@@ -7,6 +7,7 @@ Breakthrough/PySceneDetect#258 (damage). All inputs are made here.
 
 import csv
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -169,7 +170,8 @@ def broken(path: Path, *indexes: int, codec: tuple[str, ...] = tuple(X264)) -> P
 DAMAGED = {
     "one.mp4": ([12], "frame 12 cannot"),
     "two.mp4": ([3, 4], "frames 3 to 4 cannot"),
-    "last.mp4": ([24], "no picture for frame 24: frame 23"),
+    # A decoder of several threads, as there are cores, keeps to itself what was wrong with the last packet.
+    "last.mp4": ([24], "(frame 24 cannot be decoded,|no picture for frame 24:) frame 23 is shown instead"),
     "many.mp4": ([5, 9, 20], "frame 9 cannot"),
     "one.mkv": ([12], "cannot"),
     "one.avi": ([12], "cannot"),
@@ -186,7 +188,7 @@ def test_damage_is_bridged_and_named(
     assert refine(source, out, quiet=False) == 0
     assert reading.probe(out).frames == 25
     shown = capsys.readouterr().err
-    assert said in shown
+    assert re.search(said, shown)
     assert str(source) in shown
     whole = np.concatenate(list(isolated.read_frames(tmp_path / f"whole{source.suffix}")))
     found = np.concatenate(list(isolated.read_frames(source, note=lambda text: None)))

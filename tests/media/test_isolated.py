@@ -2,9 +2,9 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
-import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,6 +15,12 @@ import pytest
 from streamt2v.errors import VideoError
 from streamt2v.media import isolated, lossless, reading, seal
 from tests.cli.helpers import call, made
+
+
+@pytest.fixture(autouse=True)
+def started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every process as users have it, not as a fork."""
+    monkeypatch.setattr(isolated, "subprocess", subprocess)
 
 
 def noise(count: int, height: int, width: int) -> np.ndarray:
@@ -78,10 +84,10 @@ def test_what_is_too_large_is_refused_before_it_is_decoded(name: str, tmp_path: 
     else:
         repeated(path, isolated.MAX_FRAMES + 1)
         said = "more than 100,000 frames"
-    began = time.monotonic()
+    before = os.times()
     with pytest.raises(VideoError, match=said):
         isolated.probe(path)
-    assert time.monotonic() - began < 10  # decoding the frames takes a minute
+    assert sum(os.times()[:4]) - sum(before[:4]) < 10  # decoding the frames takes a minute of work
 
 
 def test_our_own_videos_may_be_of_any_length(tmp_path: Path) -> None:

