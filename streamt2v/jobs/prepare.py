@@ -42,6 +42,8 @@ def check(known: Prepared) -> Prepared:
     devices.check_limit()
     if job.command == "refine":
         _check_refined(known)
+    elif known.family.refines_only:
+        raise ConfigError(f"model {known.family.name} makes no videos, it refines them", "use another --model")
     _check_output(job)
     ffmpeg.check_ffmpeg(pictures_only=True)  # what else is carried is checked when it is looked at
     needed = int(1.2 * needs.disk_bytes(job.config)) - (run_directory.size(job.run_path) if job.resume else 0)
