@@ -95,7 +95,7 @@ def refined(source: Path, size: tuple[int, int], output: Path, settings: dict[st
         "num_frames": found.frames, "seed": 0, "output.height": size[0], "output.width": size[1], "output.crf": 0,
         "output.fps": found.fps,
     }  # fmt: skip
-    built = config.merge(config.preset("demo", strength="faithful"), own, settings)
+    built = config.merge(config.preset("restore", strength="faithful"), {"model": "restore"}, own, settings)
     began = time.monotonic()
     pipeline.run(Job("refine", built, output, source=source), Progress(quiet=True))
     return read(output), (time.monotonic() - began) / found.frames

@@ -159,7 +159,7 @@ def _make(
     arguments.setdefault("strength", asked.usual_strength(command, found))
     device = behaviour.get("device", "auto")
     again = target if resume else None
-    config = asked.resolve(row=settings, source=found, device=device, resume_from=again, **arguments)
+    config = asked.resolve(row=settings, source=found, device=device, command=command, resume_from=again, **arguments)
     target = target or default_output(config.prompt, config.seed)
     from streamt2v.runs import pipeline
 

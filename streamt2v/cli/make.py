@@ -152,6 +152,7 @@ def _run(
     found = None if source is None else inspect_source(source)
     given["strength"] = given.get("strength") or asked.usual_strength(command, found)
     more |= {"device": behaviour["device"], "resume_from": output if behaviour["resume"] else None, "source": found}
+    more["command"] = command
     resolved = asked.resolve(**given, **more)
     output = output or default_output(resolved.prompt, resolved.seed)
     job = Job(command, resolved, output, source, **behaviour)

@@ -163,7 +163,8 @@ class Networks:
             devices.arrange(network, self.device)
             if role.endswith(".vae"):
                 for half in (network.get_submodule("encoder"), network.get_submodule("decoder")):
-                    half.forward = self.compiled(half.forward)
+                    if any(True for _ in half.parameters()):  # else it only moves numbers
+                        half.forward = self.compiled(half.forward)
             if home != self.device.name:
                 devices.offload(network, self.device)
         return network

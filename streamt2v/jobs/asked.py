@@ -150,9 +150,20 @@ def kind_of(device: str) -> str:
     return devices.glance().kind if kind == "auto" else kind
 
 
+def refines_footage(command: str, source: Source | None) -> bool:
+    """Whether a video from elsewhere is refined: where nothing else is asked, it is only restored and enlarged."""
+    return command == "refine" and source is not None and not source.own
+
+
 def usual_strength(command: str, source: Source | None) -> str | None:
-    """Return the --strength that is meant where none is given: footage from elsewhere is only restored and enlarged."""
-    return "faithful" if command == "refine" and source is not None and not source.own else None
+    """Return the --strength that is meant where none is given."""
+    return "faithful" if refines_footage(command, source) else None
+
+
+def usual_model(command: str, source: Source | None, device: str | None) -> str:
+    """Return the --model that is meant where none is given: the best that is here and fits the device."""
+    name = weights.default_family(None if device is None else kind_of(device))
+    return (refines_footage(command, source) and weights.family(name).footage) or name
 
 
 def resolve(
@@ -178,6 +189,7 @@ def resolve(
     row: Mapping[str, Any] | None = None,
     seed_of_row: int | None = None,
     device: str | None = None,
+    command: str = "generate",
     **flags: Any,
 ) -> RunConfig:
     """Merge options, files and presets in the order of precedence into one checked config.
@@ -198,6 +210,7 @@ def resolve(
         row: {dotted key: value} of a row of a batch, above all others.
         seed_of_row: its seed when nothing names one.
         device: what the default model has to fit; None where that is not known here.
+        command: what the default model has to do.
         flags: other flags by name; None where not given.
 
     Raises:
@@ -237,7 +250,7 @@ def resolve(
     if source is not None:
         given.setdefault("num_frames", source.frames * factor)
     asked = {**from_file, **given}
-    chosen = model or asked.get("model") or weights.default_family(None if device is None else kind_of(device))
+    chosen = model or asked.get("model") or usual_model(command, source, device)
     given["model"] = chosen
     if "seed" not in asked:
         stored = again.recorded_seed(resume_from) if resume_from else seed_of_row

@@ -42,6 +42,8 @@ def check(known: Prepared) -> Prepared:
     devices.check_limit()
     if job.command == "refine":
         _check_refined(known)
+    elif known.family.refines_only:
+        raise ConfigError(f"model {known.family.name} makes no videos, it refines them", "use another --model")
     _check_output(job)
     ffmpeg.check_ffmpeg(pictures_only=True)  # what else is carried is checked when it is looked at
     needed = int(1.2 * needs.disk_bytes(job.config)) - (run_directory.size(job.run_path) if job.resume else 0)
@@ -51,8 +53,8 @@ def check(known: Prepared) -> Prepared:
     if job.config.output.interpolate > 1:
         weights.require(weights.helper("interpolate.flow"))
         _check_interpolated(job.config)
+    _check_unread(job.config, known.family, "refine." if job.command == "refine" else "")
     if job.command != "refine":
-        _check_unread(job.config, known.family)
         _check_sizes(job.config, known.family)
     if job.config.loras:
         known.notices.extend(_check_loras(known))
@@ -109,17 +111,17 @@ def _check_text(text: str) -> None:
         raise ConfigError(f"a text of {size} bytes is too long or holds a NUL", f"at most {MAX_TEXT_BYTES} bytes")
 
 
-def _check_unread(config: RunConfig, family: weights.Family) -> None:
-    """Refuse what was asked for and would change nothing."""
+def _check_unread(config: RunConfig, family: weights.Family, section: str) -> None:
+    """Refuse what was asked for in a section of the settings, "" for all, and would change nothing."""
     refiner_reads = config.refine.model != choose.OWN or family.has("refine.text")
-    if config.prompts and not family.reads_text and not (config.refine.enabled and refiner_reads):
+    if not section and config.prompts and not family.reads_text and not (config.refine.enabled and refiner_reads):
         raise ConfigError(f"model {family.name} reads no text: a later prompt would change nothing", "leave it out")
     foreign = config.refine.model != choose.OWN
     defaults = to_flat(merge(*choose.usual(config))) if foreign else usual(family.preset)
     for key, value in to_flat(config).items():
         if foreign and key.startswith("refine."):  # what another refiner has no use for it says itself
             continue
-        if key.startswith(family.unread) and value != defaults[key]:
+        if key.startswith(section) and key.startswith(family.unread) and value != defaults[key]:
             hint = f"leave it at {defaults[key]!r}"
             raise ConfigError(f"{key} is {value!r}, model {family.name} has no use for it", hint)
 

@@ -104,12 +104,10 @@ def neighbours(frames: Iterable[Item]) -> Iterator[tuple[Item, Item, Item]]:
     yield before, here, here
 
 
-def _copied(frames: Iterable[Tensor], into: Tensor) -> Iterator[Tensor]:
-    """Yield frames [1, C, h, w] and copy them into a tensor [F, C, h, w], unless they are its own."""
-    for frame, place in zip(frames, into.split(1), strict=True):
-        if frame.data_ptr() != place.data_ptr():
-            place.copy_(frame)
-        yield place
+def _copied(frames: Iterable[Tensor], into: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield tensors after the others were copied into them."""
+    for frame, place in zip(frames, into, strict=True):
+        yield place.copy_(frame)
 
 
 def shift_frames(x: Tensor, frames: int, channels: int) -> Tensor:
@@ -206,7 +204,7 @@ class Restorer(nn.Module):
             source: clean latents of the source, of one clip or of each.
         """
         batch, _, frames, height, width = latents.shape
-        scales = cast(Tensor, conditioning.pooled).float()
+        scales = cast(Tensor, conditioning.pooled).float().to(latents.device)  # weights may lie on the host
         scales = scales.repeat_interleave(batch // len(scales), 0)
         embedding = self._embedding(timestep, scales)
         threshold = 0.0 if self.training else CORING
@@ -218,15 +216,18 @@ class Restorer(nn.Module):
             deep = self._deep(noisy, given, embedding, frames) if deep is None else deep
             clean = self._clean(last(deep, embedding, frames), given, least)
         else:
-            clean, known = torch.empty_like(given), deep
-            if deep is None:
-                shape, like = (len(given), *self.config.block_out_channels, height, width), self.conv_out.weight
-                deep = like.new_empty(shape).contiguous(memory_format=torch.channels_last)
-            for row, clip in enumerate(torch.arange(len(given)).split(frames)):
-                part, told = slice(int(clip[0]), int(clip[-1]) + 1), embedding[row : row + 1]
-                x = deep[part].split(1) if known is not None else self._passing(noisy[part], given[part], told)
-                for number, made in enumerate(last.passing(_copied(x, deep[part]), told), part.start):
+            clean, features = torch.empty_like(given), deep
+            if features is None:
+                shape = (len(given), *self.config.block_out_channels, height, width)
+                features = latents.new_empty(shape, dtype=last.conv1.weight.dtype)
+                features = features.contiguous(memory_format=torch.channels_last)
+            for row in range(batch):
+                clip, told = slice(row * frames, (row + 1) * frames), embedding[row : row + 1]
+                kept = features[clip].split(1)
+                x = iter(kept) if deep is not None else _copied(self._passing(noisy[clip], given[clip], told), kept)
+                for number, made in enumerate(last.passing(x, told), clip.start):
                     clean[number] = self._clean(made, given[number : number + 1], least[row])[0]
+            deep = features
         return clean.unflatten(0, (batch, frames)).transpose(1, 2), deep
 
     def _deep(self, noisy: Tensor, given: Tensor, embedding: Tensor, frames: int) -> Tensor:
@@ -272,11 +273,11 @@ class Restorer(nn.Module):
 
     def _embedding(self, timestep: Tensor | float, scales: Tensor) -> Tensor:
         """Embed noise level and logarithms of the scale [B, 1]: [B, E]."""
-        like = self.conv_out.weight
-        times = torch.as_tensor(timestep, device=like.device).float().reshape(-1, 1).expand(len(scales), 1) / 1000
-        waves = times * (math.pi / 4 * 2 ** torch.arange(_FREQUENCIES, device=like.device))
+        device, dtype = scales.device, self.conv_out.weight.dtype
+        times = torch.as_tensor(timestep, device=device).float().reshape(-1, 1).expand(len(scales), 1) / 1000
+        waves = times * (math.pi / 4 * 2 ** torch.arange(_FREQUENCIES, device=device))
         # Of the scale no waves: any may be asked for, between those of the training. From 1 to 2 it matters most.
-        return self.embed(torch.cat([waves.sin(), waves.cos(), scales, 2 * 2**-scales], 1).to(like.dtype))
+        return self.embed(torch.cat([waves.sin(), waves.cos(), scales, 2 * 2**-scales], 1).to(dtype))
 
 
 @dataclass(frozen=True)

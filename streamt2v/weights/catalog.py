@@ -70,6 +70,8 @@ class Family:
     `root` is the package, or the weights home for a family that is converted from published files (`sources`);
     `builder` names what turns the files into callables, see `families.makers`; `unread` are settings, or beginnings of
     their names, that it has no use for; `pipeline` is the name of the pipeline that it is, which has no files here.
+    `footage` names the family that refines videos from elsewhere in its place; one of these makes no frames itself
+    where `refines_only` says so.
     """
 
     name: str
@@ -84,6 +86,8 @@ class Family:
     builder: str = "streamingt2v"
     unread: tuple[str, ...] = ()
     pipeline: str = ""
+    footage: str = ""
+    refines_only: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -207,7 +211,8 @@ def _read(root: Path, manifest: Path, pulled: Path, _stamps: object) -> dict[str
         for kind, name, table in tables:
             roles = config.flatten(table["components"])
             used = dict.fromkeys([*roles.values(), *filter(None, [table["vocabulary"]])])
-            head = {key: table[key] for key in ("title", "licence", "preset", "vocabulary", "builder") if key in table}
+            known_keys = ("title", "licence", "preset", "vocabulary", "builder", "footage", "refines_only")
+            head = {key: table[key] for key in known_keys if key in table}
             head["unread"] = tuple(table.get("unread", ()))
             sources = tuple(Source(**{**row, "makes": tuple(row["makes"])}) for row in table.get("sources", ()))
             folder = pulled if sources else root

@@ -48,6 +48,7 @@ def default_family(kind: str | None = None, root: Path = catalog.PACKAGE) -> str
     `weights.toml` lists the best first. If none is usable it is the last one, whose check then says what is wrong.
     """
     known = catalog.families(root)
+    known = {name: family for name, family in known.items() if not family.refines_only}
     here = {name: family for name, family in known.items() if not missing(family, family.usual_stages)}
     usable = [name for name, family in here.items() if kind is None or fits(family, kind)]
     return usable[0] if usable else list(known)[-1]

@@ -28,11 +28,12 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_list_shows_state_size_licence_and_purpose(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("weights", "list") == 0
-    first, what, later, _, demo, _, *others = capsys.readouterr().out.splitlines()
+    first, what, later, _, demo, _, restore, _, *others = capsys.readouterr().out.splitlines()
     assert first.split() == [NAME, "absent", "10,032.3", "MB", "research", "only"]
     assert "published" in what
     assert later.split()[:2] == ["streamingsvd", "absent"]
     assert demo.split()[:2] == ["demo", "ok"]
+    assert restore.split()[:2] == ["restore", "ok"]
     listed = [*weights.helpers(), *weights.pipelines()]
     assert [line.split()[:2] for line in others[::2]] == [[name, "absent"] for name in listed]
     assert call("weights", "list", "--json") == 0

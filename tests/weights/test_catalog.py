@@ -65,5 +65,6 @@ def test_the_shipped_list_is_sound() -> None:
     for chosen in known.values():
         assert (catalog.PACKAGE / "presets" / f"{chosen.preset}.toml").is_file()
         assert all(file.licence and file.what for file in chosen.files)
-        assert {"stream.unet", "stream.vae"} <= set(chosen.components)
+        stage = "refine" if chosen.refines_only else "stream"
+        assert {f"{stage}.unet", f"{stage}.vae"} <= set(chosen.components)
         assert chosen.has("stream.text") == chosen.has("stream.tokenizer")
