@@ -23,8 +23,8 @@ from streamt2v.media.frames import to_float
 from streamt2v.models.interpolator import Interpolator, InterpolatorConfig, merge
 from streamt2v.training import bundle, photographs
 from streamt2v.training.engine import Job
-from streamt2v.training.photographs import Camera, Film, FilmMaker
-from streamt2v.training.refiner import JUDGED_OF, Films
+from streamt2v.training.photographs import Camera, FilmMaker
+from streamt2v.training.refiner import Films, films_of
 
 if TYPE_CHECKING:
     from streamt2v.training.parts import Workshop
@@ -228,14 +228,8 @@ def interpolate_job(shop: Workshop) -> Job:
         WeightsError: photographs are missing.
     """
     network = shop.resumed("interpolator", fresh()).to(memory_format=torch.channels_last)
-    pictures = photographs.load(shop.out / "photographs")
-    judge = Judge(pictures[::JUDGED_OF])
-    trained = [picture for at, picture in enumerate(pictures) if at % JUDGED_OF]
-
-    def film(at: int) -> Film:
-        return FilmMaker(trained, torch.Generator().manual_seed(at)).make()
-
-    source = TripletSource(Films(shop.out / "films", film, max(1, int(40 * shop.first)), most=240), shop.generator)
+    films, judged = films_of(shop)
+    judge, source = Judge(judged), TripletSource(films, shop.generator)
 
     def report(folder: Path) -> str:
         return "dB: " + ", ".join(f"{kind} {gain:+.2f}" for kind, gain in judge.gains(network).items())
