@@ -157,6 +157,7 @@ class OutputConfig:
     fit: Fit = _value("contain", "contain keeps the aspect ratio, cover crops, pad adds borders")
     fps: float = _value(8.0, "frames per second", 0.01, 1000)
     interpolate: int = _value(1, "frames written for every one that is made: those between are interpolated", 1, 64)
+    interpolator: str = _value("", "what interpolates, a name of weights.toml; empty: the best that is installed")
     crf: int = _value(18, "H.264 quality: lower is better and larger", 0, 51)
 
     @property

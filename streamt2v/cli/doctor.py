@@ -128,7 +128,7 @@ def _disk(place: Path) -> Check:
 
 def _weights() -> list[Check]:
     try:
-        known = weights.families()
+        known = weights.families() | weights.helpers()
     except StreamT2VError as error:
         return [Check("weights", False, error.message, error.hint)]
     found = []

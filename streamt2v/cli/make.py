@@ -120,7 +120,8 @@ def interpolate(
 ) -> None:
     """Put frames between those of a video: a higher rate, the same length, cuts and sound. Twice as many by default.
 
-    Needs `streamt2v weights pull interpolate` once.
+    Once `streamt2v weights pull interpolate` has fetched the published network, that one is used, not the small one of
+    the package.
 
     [b]streamt2v interpolate ball.mp4 --fps 24 -o smooth.mp4[/b]
     """

@@ -247,6 +247,8 @@ def resolve(
         given["image"] = str(given["image"])
     interpolate = {**from_file, **given}.get("output.interpolate", 1)
     factor: int = config.checked("output.interpolate", config.describe()["output.interpolate"], interpolate)
+    if factor > 1 and not {**from_file, **given}.get("output.interpolator"):
+        given["output.interpolator"] = weights.interpolator().name  # so that a recipe says which
     if source is not None:
         given.setdefault("num_frames", source.frames * factor)
     asked = {**from_file, **given}

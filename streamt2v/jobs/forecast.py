@@ -170,7 +170,7 @@ def _timings_path() -> Path:
 # Settings that the times depend on; those of the refiner only where it runs.
 _TIMED = (
     *("model", "compile", "initialize.text_to_image", "initialize.num_inference_steps", "refine.enabled"),
-    "output.interpolate",
+    *("output.interpolate", "output.interpolator"),
     *(f"stream.{name}" for name in ("chunk", "overlap", "height", "width", "num_inference_steps", "guidance_stop")),
     *(f"stream.{name}" for name in ("cam", "apm", "reuse_interval", "replacement")),
 )

@@ -35,7 +35,7 @@ def stages(config: RunConfig, source: tuple[int, int] | None = None) -> tuple[me
         found.append(replace(stage, guided=refine.guidance_scale != 1, waits=True, kept=min(kept, chunks)))
     if output.interpolate > 1:
         pixels = (output.height or base[0]) * (output.width or base[1])
-        values = sum(file.num_values for file in weights.helper("interpolate.flow").files)
+        values = sum(file.num_values for file in weights.interpolator(output.interpolator).files)
         found.append(memory.Stage(values, frame_values=pixels, vae_features=memory.INTERPOLATING_VALUES))
     return tuple(found)
 

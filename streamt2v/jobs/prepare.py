@@ -51,7 +51,7 @@ def check(known: Prepared) -> Prepared:
     weights.require(known.family, known.runs)
     _check_packing(known)
     if job.config.output.interpolate > 1:
-        weights.require(weights.helper("interpolate.flow"))
+        weights.require(weights.interpolator(job.config.output.interpolator))
         _check_interpolated(job.config)
     _check_unread(job.config, known.family, "refine." if job.command == "refine" else "")
     if job.command != "refine":

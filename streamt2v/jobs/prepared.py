@@ -67,8 +67,8 @@ class Prepared:
     @property
     def helpers(self) -> tuple[weights.WeightFile, ...]:
         """The files that are used besides those of the family."""
-        between = self.job.config.output.interpolate > 1
-        return weights.helper("interpolate.flow").files if between else ()
+        output = self.job.config.output
+        return weights.interpolator(output.interpolator).files if output.interpolate > 1 else ()
 
     @cached_property
     def source(self) -> Source | None:

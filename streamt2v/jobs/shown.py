@@ -60,6 +60,7 @@ def command(recipe: Mapping[str, Any]) -> str:
     if verb == "refine" and not run.refine.enabled:
         words[1:] = ["interpolate", str((recipe.get("source") or {}).get("name", "VIDEO"))]
         words += ["--factor", str(run.output.interpolate), *(["--loop"] if run.loop != "no" else [])]
+        words += _set("output.interpolator", run.output.interpolator) if run.output.interpolator else []
         size = [f"{run.output.width}x{run.output.height}"] if run.output.width and run.output.height else []
         return shlex.join([*words, *(["--size", *size] if size else [])])
     if verb == "generate":

@@ -43,7 +43,7 @@ def groups(
         kept: what an earlier run left of the output's state under the names `KEPT`.
     """
     factor, total = known.job.config.output.interpolate, known.job.config.num_frames
-    helper = weights.helper("interpolate.flow")
+    helper = weights.interpolator(known.job.config.output.interpolator)
     before, home = (kept[name].numpy() if name in kept else None for name in KEPT)
     is_loop, between = known.job.config.loop != "no", None
     alone = report.pace.works[INTERPOLATE].chunks > 0
@@ -88,13 +88,13 @@ def _state(finished: Finished, left: Frames, home: Frames | None) -> Callable[[]
 
 
 def _between(networks: Networks, helper: weights.Family) -> Between:
-    path, role, device = helper.path("interpolate.flow"), "interpolate.flow", networks.device.name
+    role, device = "interpolate.flow", networks.device.name
 
     def load() -> torch.nn.Module:
         network: torch.nn.Module = weights.load(helper, role, device, torch.float32)  # 16 bit are too few for places
         return network
 
-    network = networks.keep(path, role, role, load)
+    network = networks.keep(helper.path(role), role, role, load)
 
     @torch.inference_mode()
     def between(first: Frames, second: Frames, time: float) -> Frames:

@@ -4,7 +4,20 @@ from collections.abc import Collection
 
 from streamt2v.errors import ConfigError
 
-PARTS = ["vae", "text", "vision", "images", "base", "decoder", "cam", "apm", "joint", "image_to_video", "refiner"]
+PARTS = [
+    "vae",
+    "text",
+    "vision",
+    "images",
+    "base",
+    "decoder",
+    "cam",
+    "apm",
+    "joint",
+    "image_to_video",
+    "refiner",
+    "interpolate",
+]
 
 
 def check(part: str, parts: Collection[str], minutes: float | None, steps: int | None) -> None:

@@ -21,6 +21,7 @@ from streamt2v.training import bundle, denoisers
 from streamt2v.training.batches import Batch
 from streamt2v.training.denoisers import Lesson, OwnStates, TextSource, own_states, streamed
 from streamt2v.training.engine import Job
+from streamt2v.training.interpolation import interpolate_job
 from streamt2v.training.losses import pixel_effect
 from streamt2v.training.refiner import refiner_job
 from streamt2v.training.sheets import image_sheet, models, streaming_sheet, text_sheet
@@ -410,4 +411,5 @@ JOBS: dict[str, Callable[[Workshop], Job]] = {
     "joint": joint_job,
     "image_to_video": image_to_video_job,
     "refiner": refiner_job,
+    "interpolate": interpolate_job,
 }

@@ -247,6 +247,21 @@ def save(folder: Path, network: Restorer) -> None:
     save_module(folder / "pixels.safetensors", PixelCodec(PixelCodecConfig((3,) * (1 + FACTOR.bit_length() - 1))))
 
 
+def films_of(shop: Workshop) -> tuple[Films, list[Image.Image]]:
+    """Return the films in out/films, of the photographs in out/photographs, and those that are only judged on.
+
+    Raises:
+        WeightsError: photographs are missing.
+    """
+    pictures = photographs.load(shop.out / "photographs")
+    trained = [picture for at, picture in enumerate(pictures) if at % JUDGED_OF]
+
+    def film(at: int) -> Film:
+        return FilmMaker(trained, torch.Generator().manual_seed(at)).make()
+
+    return Films(shop.out / "films", film, max(1, int(40 * shop.first))), pictures[::JUDGED_OF]
+
+
 def refiner_job(shop: Workshop) -> Job:
     """The refiner, on photographs that lie in out/photographs and on the drawn world.
 
@@ -254,14 +269,8 @@ def refiner_job(shop: Workshop) -> Job:
         WeightsError: photographs are missing.
     """
     network = shop.resumed("refiner", fresh())
-    pictures = photographs.load(shop.out / "photographs")
-    judge = Judge(pictures[::JUDGED_OF])
-    trained = [picture for at, picture in enumerate(pictures) if at % JUDGED_OF]
-
-    def film(at: int) -> Film:
-        return FilmMaker(trained, torch.Generator().manual_seed(at)).make()
-
-    source = PatchSource(Films(shop.out / "films", film, max(1, int(40 * shop.first))), shop.generator)
+    films, judged = films_of(shop)
+    judge, source = Judge(judged), PatchSource(films, shop.generator)
     schedule = NoiseSchedule(REFINER_SCHEDULE)
     batch = 8
 

@@ -14,7 +14,7 @@ from streamt2v.weights.inventory import (
     describe_files,
     describe_snapshot,
     folder_of,
-    helper,
+    interpolator,
     is_absent,
     missing,
     require,
@@ -27,7 +27,7 @@ from streamt2v.weights.tokenizer import load_tokenizer
 
 __all__ = [
     "PACKAGE", "Family", "WeightFile", "build", "contents", "default_family", "describe_families", "describe_files",
-    "describe_snapshot", "families", "family", "folder_of", "furnish", "helper", "helpers", "is_absent", "listed",
+    "describe_snapshot", "families", "family", "folder_of", "furnish", "helpers", "interpolator", "is_absent", "listed",
     "load", "load_module", "load_tokenizer", "missing", "pipelines", "quiet", "read_header", "read_index", "require",
     "save_module", "shapes", "snapshot_of", "verify", "verify_snapshot",
 ]  # fmt: skip

@@ -5,7 +5,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from streamt2v.errors import OutputError, WeightsError
+from streamt2v import config
+from streamt2v.errors import ConfigError, OutputError, WeightsError
 from streamt2v.weights import catalog, home
 from streamt2v.weights.catalog import Family, WeightFile
 from streamt2v.weights.home import Recorded
@@ -65,10 +66,17 @@ def require(family: Family, stages: Collection[str] | None = None) -> None:
     _refuse(family, problems, " --refiner own" if unusual else "")
 
 
-def helper(role: str) -> Family:
-    """Return the first helper with a role that is installed, else the first, whose check then says what to do."""
-    known = [family for family in catalog.helpers().values() if family.has(role)]
-    return next((family for family in known if not missing(family)), known[0])
+def interpolator(name: str = "") -> Family:
+    """Return the network of a name that interpolates; without one the best that is installed, else the bundled one.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    known = {key: family for key, family in catalog.helpers().items() if family.has("interpolate.flow")}
+    if name and name not in known:
+        raise ConfigError(f"there is no network {name!r} that interpolates", config.nearest(name, list(known)))
+    here = [family for family in known.values() if not missing(family)]
+    return known[name] if name else [*here, *known.values()][0 if here else -1]
 
 
 def require_unchanged(family: Family, file: WeightFile) -> None:
@@ -150,7 +158,7 @@ def contents(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
 def folder_of(name: str) -> Path:
     """Return the folder of a name from `weights list`. Raises WeightsError if it was never fetched."""
     if (family := catalog.listed(name)) is not None:
-        return family.root / name
+        return family.root / Path(family.files[0].path).parts[0]
     folder, _ = snapshot_of(catalog.pipelines()[name]["repository"])
     if folder is None:
         raise WeightsError(f"{name!r} is not here", f"fetch it with `streamt2v weights pull {name}`")

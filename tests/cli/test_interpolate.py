@@ -93,7 +93,9 @@ def test_a_video_gets_frames_between_its_own(factor: list[object], rate: int, tm
     half = [(known[at // times] + known[at // times + 1]) / 2 if at % times else steps[at] for at in range(4 * times)]
     assert found[: 4 * times] == pytest.approx(half, abs=1.5)  # a mask of zeros takes half of both
     assert found[4 * times :] == pytest.approx([known[-1]] * times, abs=1.0)
-    assert shown.command(recipe_of(info.comment)) == f"streamt2v interpolate in.mp4 --factor {times}"
+    assert shown.command(recipe_of(info.comment)) == (
+        f"streamt2v interpolate in.mp4 --factor {times} --set output.interpolator=interpolate"
+    )
     assert call("verify", path) == 0
     assert call("rerun", path, "--source", source, "-o", tmp_path / "again.mp4", "-q") == 0
 
@@ -163,7 +165,9 @@ def test_the_last_frame_of_a_loop_leads_to_its_first(tmp_path: Path) -> None:
     known, found = levels(source), levels(path)
     assert found[::2] == pytest.approx(known, abs=1.0)
     assert found[1::2] == pytest.approx([(known[at] + known[(at + 1) % 4]) / 2 for at in range(4)], abs=1.5)
-    assert shown.command(recipe_of(isolated.probe(path).comment)).endswith("--factor 2 --loop")
+    assert shown.command(recipe_of(isolated.probe(path).comment)).endswith(
+        "--factor 2 --loop --set output.interpolator=interpolate"
+    )
 
 
 @pytest.mark.parametrize("how", [["--loop"], ["--set", "loop=ring"], ["--loop", "--refine-steps", 2]])
@@ -241,15 +245,48 @@ def test_sound_stays_in_sync(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (found.frames, found.fps) == (24, 24)
 
 
+def moving(path: Path, count: int = 5) -> np.ndarray[Any, Any]:
+    """A video of a soft texture that moves by four pixels a frame; returns the frames between."""
+    coarse = np.random.RandomState(0).randint(0, 256, (16, 40, 3), np.uint8)
+    texture = np.asarray(Image.fromarray(coarse).resize((320, 128), Image.Resampling.BICUBIC))
+    shown = np.stack([texture[:, 2 * at : 2 * at + 192] for at in range(2 * count - 1)])
+    writer = writing.SegmentWriter(path.with_name("growing"), 128, 192, Fraction(8), crf=1)
+    writer.append(shown[::2])
+    writer.finish(path, "")
+    return shown[1::2]
+
+
+def test_the_bundled_network_needs_no_weights_and_is_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It finds the motion; a rerun takes it although a published one is here by then."""
+    source, path = tmp_path / "in.mp4", tmp_path / "in_smooth.mp4"
+    truth = moving(source)
+    with monkeypatch.context() as patch:
+        patch.setenv("STREAMT2V_HOME", str(tmp_path / "empty"))
+        assert call("interpolate", source, *LOSSLESS, "-q") == 0
+    made = np.concatenate(list(reading.read_frames(path))).astype(float)
+    ends, between = made[::2], made[1::2][: len(truth)]
+    error, blended = (np.square(shown - truth).mean() for shown in (between, (ends[:-1] + ends[1:]) / 2))
+    assert error < 0.5 * blended
+    recipe = recipe_of(isolated.probe(path).comment)
+    assert list(recipe["weights"]) == ["demo/interpolator.safetensors"]
+    assert call("rerun", path, "--source", source, "-o", tmp_path / "again.mp4", "-q") == 0
+    assert recipe_of(isolated.probe(tmp_path / "again.mp4").comment)["weights"] == recipe["weights"]
+
+
 def test_it_is_never_silent_about_missing_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("STREAMT2V_HOME", str(tmp_path / "empty"))
-    assert generate(tmp_path / "out.mp4", 24, "--interpolate", 2) == 4
+    published_one = ["--set", "output.interpolator=interpolate"]
+    assert generate(tmp_path / "out.mp4", 24, "--interpolate", 2, *published_one) == 4
     assert "streamt2v weights pull interpolate" in capsys.readouterr().err
     source = clip(tmp_path / "in.mp4", [0, 20])
-    assert call("interpolate", source) == 4
+    assert call("interpolate", source, *published_one) == 4
     assert "streamt2v weights pull interpolate" in capsys.readouterr().err
+    assert call("interpolate", source, "--set", "output.interpolator=interpolat") == 2
+    assert "did you mean 'interpolate'" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4"]
 
 

@@ -34,8 +34,8 @@ def test_list_shows_state_size_licence_and_purpose(capsys: pytest.CaptureFixture
     assert later.split()[:2] == ["streamingsvd", "absent"]
     assert demo.split()[:2] == ["demo", "ok"]
     assert restore.split()[:2] == ["restore", "ok"]
-    listed = [*weights.helpers(), *weights.pipelines()]
-    assert [line.split()[:2] for line in others[::2]] == [[name, "absent"] for name in listed]
+    listed = dict.fromkeys((*weights.helpers(), *weights.pipelines()), "absent") | {"interpolate-small": "ok"}
+    assert [line.split()[:2] for line in others[::2]] == [list(row) for row in listed.items()]
     assert call("weights", "list", "--json") == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in rows] == [*weights.families(), *weights.helpers(), *weights.pipelines()]
@@ -56,9 +56,9 @@ def test_list_of_a_family_shows_files_and_their_sources(capsys: pytest.CaptureFi
 def test_path_and_verify(capsys: pytest.CaptureFixture[str], own_home: Path) -> None:
     assert call("weights", "path") == 0
     assert call("weights", "path", NAME) == 0
-    assert call("weights", "path", "demo") == 0
+    assert call("weights", "path", "demo") == call("weights", "path", "interpolate-small") == 0
     shown = capsys.readouterr().out.split()
-    assert shown == [str(own_home), str(own_home / NAME), str(weights.PACKAGE / "demo")]
+    assert shown == [str(own_home), str(own_home / NAME), *[str(weights.PACKAGE / "demo")] * 2]
     assert call("weights", "verify") == 0  # what was never pulled is no failure
     assert capsys.readouterr().out.startswith("demo: ")
     assert call("weights", "verify", NAME) == 4

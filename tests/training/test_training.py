@@ -15,7 +15,18 @@ from torch import nn
 from benchmarks import concatenation, judge
 from streamt2v.diffusion.schedules import NoiseSchedule
 from streamt2v.errors import ConfigError, NumericsError, OutputError, WeightsError
-from streamt2v.training import PARTS, batches, denoisers, engine, losses, parts, photographs, refiner, sheets
+from streamt2v.training import (
+    PARTS,
+    batches,
+    denoisers,
+    engine,
+    interpolation,
+    losses,
+    parts,
+    photographs,
+    refiner,
+    sheets,
+)
 from streamt2v.training.batches import Ring
 from streamt2v.training.engine import Job
 from streamt2v.training.loop import train
@@ -59,6 +70,8 @@ def two_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(photographs, "load", lambda folder: [stripes, stripes])
     monkeypatch.setattr(photographs, "SIZE", (104, 112))
     monkeypatch.setattr(photographs, "CLIP_FRAMES", 5)
+    monkeypatch.setattr(interpolation, "FURTHEST", 4)
+    monkeypatch.setattr(interpolation, "PATCH", 32)
 
 
 def _few(draw):  # type: ignore[no-untyped-def]
@@ -73,6 +86,7 @@ def test_every_part_trains_on_what_the_parts_before_it_left(tmp_path: Path) -> N
         assert lines[-1].startswith("done: 2 steps")
     files = {path.name for path in tmp_path.glob("*.safetensors")}
     networks = ["vae", "text", "vision", "unet", "cam", "apm", "image_to_video", "refiner", "pixels"]
+    networks.append("interpolator")
     assert files == {f"{name}.safetensors" for name in networks}
     assert (tmp_path / "tokenizer.json").is_file()
     table = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
@@ -97,6 +111,12 @@ def test_the_refiner_reports_every_kind_of_wear(tmp_path: Path) -> None:
     lines: list[str] = []
     train("refiner", minutes=None, steps=1, out=tmp_path, log=lines.append)
     assert all(f"{kind} " in lines[-1] for kind in refiner.JUDGED)
+
+
+def test_the_interpolator_reports_both_distances(tmp_path: Path) -> None:
+    lines: list[str] = []
+    train("interpolate", minutes=None, steps=1, out=tmp_path, log=lines.append)
+    assert "2 apart " in lines[-1] and "4 apart " in lines[-1]
 
 
 def test_the_parts_that_only_benchmarks_use_train_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
