@@ -77,26 +77,13 @@ def loads_nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_frames_are_those_of_weights_merged_by_hand(
     style: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = "plain", "lora", "none", "hand"
-    plain, changed, none, hand = (tmp_path / f"{name}.mp4" for name in names)
+    plain, changed, hand = (tmp_path / f"{name}.mp4" for name in ("plain", "lora", "hand"))
     assert generate(plain, 24, *BASE) == 0
     assert generate(changed, 24, *BASE, "--lora", f"{style}:0.7", "--lora", f"{style}:-0.4") == 0
-    assert generate(none, 24, *BASE, "--lora", f"{style}:0") == 0
     merged(monkeypatch, 0.3)
     assert generate(hand, 24, *BASE) == 0
-    assert digest(none) == digest(plain)
     assert alike(pixels(changed), pixels(hand))
     assert (np.abs(pixels(changed) - pixels(plain)).mean(axis=(1, 2, 3)) > 2).all()  # of every frame, streamed or not
-
-
-def test_a_video_is_continued_with_it(style: Path, tmp_path: Path) -> None:
-    source, found = made(tmp_path / "in.mp4", 20), list[Any]()
-    for number, more in enumerate(([], ["--lora", style])):
-        path = tmp_path / f"{number}.mp4"
-        assert call("extend", source, "-o", path, *TINY, *BASE, "--frames", 24, "--prompt", PROMPT, *more) == 0
-        found.append(pixels(path))
-    assert (found[0][:20] == found[1][:20]).all()
-    assert (found[0][20:] != found[1][20:]).any(axis=(1, 2, 3)).all()
 
 
 def test_frames_of_a_base_are_those_of_weights_merged_by_hand(folder_of: FolderOf, tmp_path: Path) -> None:
@@ -159,8 +146,6 @@ def test_a_recipe_has_hash_and_strength_and_makes_the_same_again(
     assert call("rerun", path, "-o", again, "--lora", style) == 0  # at the strength of the recipe
     assert f"loras.1 = {style}:0.5" in capsys.readouterr().err
     assert digest(again) == digest(path)
-    assert call("rerun", path, "-o", again, "-f", "--lora", f"{style}:0.25", "-q") == 10
-    assert 'loras.1 = "style.safetensors:0.5", now it is' in capsys.readouterr().err
     assert call("rerun", path, "-o", again, "-f", "--lora", style, "--lora", style) == 2
     assert "the recipe has no loras.2" in capsys.readouterr().err
     other = changed(style, tmp_path / "style.safetensors")
@@ -227,9 +212,11 @@ def test_from_python(style: Path, tmp_path: Path) -> None:
         streamt2v.generate(PROMPT, tmp_path / "b.mp4", lora=[f"{tmp_path / 'none'}:0.5"], **base)
 
 
-def test_a_plan_names_it(style: Path, capsys: pytest.CaptureFixture[str], loads_nothing: None) -> None:
-    assert call("plan", PROMPT, "--model", "demo", "--lora", f"{style}:0.5") == 0
-    assert f"lora     {style} at 0.5" in capsys.readouterr().out
+def test_a_plan_names_it(style: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], loads_nothing: None) -> None:
+    longer = ["extend", made(tmp_path / "in.mp4", 20), "--frames", 40, "--prompt", PROMPT, "--dry-run"]
+    for command in (["plan", PROMPT], longer):
+        assert call(*command, "--model", "demo", "--lora", f"{style}:0.5") == 0
+        assert f"lora     {style} at 0.5" in capsys.readouterr().out
     assert call("plan", PROMPT, "--model", "demo", "--lora", UNET) == 4
 
 

@@ -134,8 +134,6 @@ def test_a_lora_is_merged_wherever_weights_lie(tmp_path: Path) -> None:
     changed = make(tmp_path / "cpu.mp4", replace(POLICIES["on the host"], offload=False), "cpu", **given)
     with pretended():
         assert np.array_equal(make(tmp_path / "cuda.mp4", POLICIES["on the host"], **given), changed)
-    plain = make(tmp_path / "plain.mp4", POLICIES["two passes"], "cpu", **given | {"loras.1": f"{path}:0"})
-    assert np.abs(changed.astype(int) - plain).mean() > 2
 
 
 STARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
