@@ -43,7 +43,7 @@ class Run:
     ) -> None:
         self.log, self.began = log, time.monotonic()
         self._answers = _server.Event()
-        given = list(map(str, arguments)), str(log), before, terminal, self._answers.set
+        given = list(map(str, arguments)), str(log), before, terminal, self._answers.set, dict(os.environ)
         self._process = _server.Process(target=_enter, args=given)
         log.unlink(missing_ok=True)
         self._process.start()
@@ -118,9 +118,16 @@ def killed(stage: str, number: int, *arguments: object, log: Path) -> None:
 
 
 def _enter(
-    arguments: list[str], log: str, before: Callable[[], None] | None, terminal: str, answers: Callable[[], None]
+    arguments: list[str],
+    log: str,
+    before: Callable[[], None] | None,
+    terminal: str,
+    answers: Callable[[], None],
+    surroundings: dict[str, str],
 ) -> None:
     os.setsid()
+    os.environ.clear()  # the server's are those of the first test that asked for it
+    os.environ.update(surroundings)
     os.dup2(os.open(terminal, os.O_RDWR), 0)  # of a new session the first terminal opened becomes the controlling one
     os.dup2(0 if terminal != os.devnull else os.open(log, os.O_WRONLY | os.O_CREAT), 1)
     os.dup2(1, 2)

@@ -238,7 +238,7 @@ _MEANT = {
     "--num-inference-steps": "--steps", "--sampling-steps": "--steps", "--denoise": "--strength",
     "--force": "--overwrite", "--seamless": "--loop", "--looping": "--loop",
     "--end-image": "--until", "--last-frame": "--until",
-    "--adapter": "--lora", "--lora-scale": "--lora FILE:STRENGTH", "--lora-strength": "--lora FILE:STRENGTH",
+    "--adapter": "--lora", "--lora-scale": "--lora", "--lora-strength": "--lora",
     "--enhancer": "--refiner", "--smooth": "--interpolate", "--rife": "--interpolate",
     "--yes": "--overwrite", "--music": "--audio", "--sound": "--audio", "--soundtrack": "--audio",
     "--variations": "--count", "--batch-count": "--count", "--start-image": "--image", "--first-frame": "--image",

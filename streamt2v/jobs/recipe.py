@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from streamt2v import weights
 from streamt2v.config import RunConfig, exact_rate, merge, without_removed
 from streamt2v.errors import ConfigError, StreamT2VError, VideoError
 from streamt2v.jobs import run_directory
@@ -32,7 +33,7 @@ class Source:
     prompts: dict[int, str]
     """What it shows from which frame on, as far as it says so."""
     own: bool = False
-    """Whether streamt2v made it."""
+    """Whether streamt2v made its frames, not only refined them."""
 
 
 MAX_DEPTH = 6  # of a recipe
@@ -64,8 +65,14 @@ def inspect_source(path: Path) -> Source:
         damaged=found.damaged,
         has_audio=found.has_audio,
         prompts=prompts,
-        own=bool(recipe),
+        own=bool(recipe) and not _only_refined(recipe),
     )
+
+
+def _only_refined(recipe: Mapping[str, Any]) -> bool:
+    """Whether the model that a recipe names makes no frames: what it refined came from elsewhere, and still does."""
+    family = weights.families().get(str(recipe["config"].get("model")))
+    return family is not None and family.refines_only
 
 
 def recipe_of(comment: str) -> dict[str, Any]:

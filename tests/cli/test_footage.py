@@ -30,6 +30,8 @@ def test_footage_is_restored_and_own_videos_are_refined_by_their_family(tmp_path
     assert model_of(tmp_path / "again.mp4") == "demo"
     assert call("refine", footage, "-o", tmp_path / "asked.mp4", "--size", "64x32", "-q", "--model", "demo") == 0
     assert model_of(tmp_path / "asked.mp4") == "demo"
+    assert call("refine", out, "-o", tmp_path / "twice.mp4", "--size", "64x32", "-q") == 0
+    assert model_of(tmp_path / "twice.mp4") == "restore"
 
 
 def test_a_killed_run_of_footage_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
