@@ -246,10 +246,13 @@ def test_sound_stays_in_sync(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def moving(path: Path, count: int = 5) -> np.ndarray[Any, Any]:
-    """A video of a soft texture that moves by four pixels a frame; returns the frames between."""
-    coarse = np.random.RandomState(0).randint(0, 256, (16, 40, 3), np.uint8)
-    texture = np.asarray(Image.fromarray(coarse).resize((320, 128), Image.Resampling.BICUBIC))
-    shown = np.stack([texture[:, 2 * at : 2 * at + 192] for at in range(2 * count - 1)])
+    """A video of a grey texture that moves by eight pixels a frame; returns the frames between."""
+    random, texture = np.random.RandomState(0), np.zeros((128, 320))
+    for cells in (2, 4, 8, 16):  # coarse things are stronger than fine ones, as in pictures
+        noise = Image.fromarray(random.randint(0, 256, (cells, 5 * cells // 2), np.uint8))
+        texture += np.asarray(noise.resize((320, 128), Image.Resampling.BICUBIC)) / cells**0.5
+    texture = (texture * 255 / texture.max()).astype(np.uint8)[..., None].repeat(3, -1)
+    shown = np.stack([texture[:, 4 * at : 4 * at + 192] for at in range(2 * count - 1)])
     writer = writing.SegmentWriter(path.with_name("growing"), 128, 192, Fraction(8), crf=1)
     writer.append(shown[::2])
     writer.finish(path, "")
