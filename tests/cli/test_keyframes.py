@@ -28,9 +28,9 @@ def green(tmp_path: Path) -> Path:
 
 
 def shows(frame: Frames) -> bool:
-    """Whether a frame is green, if not as green as the picture: the VAE is not made for so few pixels."""
+    """Whether a frame is the green picture, as the VAE shows it: 4.4 times as green; those that lead to it are 2.7."""
     red, green, blue = frame.mean(axis=(0, 1))
-    return bool(green > 1.2 * max(red, blue))
+    return bool(green > 3.5 * max(red, blue))
 
 
 def test_pictures_are_shown_at_their_frames(tmp_path: Path, green: Path) -> None:
