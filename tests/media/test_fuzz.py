@@ -97,9 +97,9 @@ def check(path: Path, made: str, folder: Path) -> str:
     assert (again.frames, again.fps) == (found.frames, found.fps), made
     if made.endswith(("cut", "noise")) or not again.has_audio:
         return "read"
-    # Sound that comes after the last picture is cut off.
+    # Sound that comes after the last picture is cut off, between two of its packets.
     end, one = float(found.clock.start + found.frames / found.fps), 1 / float(found.fps)
-    beeps, flashes = [beep for beep in beep_times(path) if beep < end], flash_times(path)
+    beeps, flashes = [beep for beep in beep_times(path) if beep < end + one], flash_times(path)
     heard, shown = beep_times(folder / "out.mp4"), flash_times(folder / "out.mp4")
     surely = sum(beep < end - 0.05 for beep in beeps)
     assert surely <= len(heard) <= len(beeps) and len(shown) == len(flashes) == len(FLASHES), made
