@@ -265,10 +265,10 @@ def test_what_is_held_does_not_grow_with_the_video(
         return group
 
     monkeypatch.setattr(base.Base, "_store", watch)
-    frames = 14 * 33 if name == "helios" else 17 + 13 * 12
+    frames = 9 * 33 if name == "helios" else 17 + 8 * 12
     assert make(tmp_path / "out.mp4", folders[name], frames, *how)[0] == frames
-    assert len(held) == 14
-    assert max(held[8:]) <= max(held[3:8])
+    assert len(held) == 9
+    assert max(held[6:]) <= max(held[3:6])
 
 
 @pytest.mark.parametrize(
