@@ -10,7 +10,7 @@ import io
 import math
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import av
@@ -32,9 +32,7 @@ CLIP_FRAMES, SIZE = 12, (240, 360)
 LONGEST = 3000
 """Photographs are shrunk to this many pixels: most show no more detail than that."""
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0)
-SHARES = (0.22, 0.05, 0.45, 0.08, 0.1, 0.05, 0.05)
-WAYS = 4
-"""In which each film is worn."""
+SHARES = (0.25, 0.05, 0.5, 0.05, 0.08, 0.03, 0.04)
 
 
 def listed() -> list[dict[str, str]]:
@@ -226,9 +224,23 @@ class Wear:
     chroma: bool = True
     """Colours at half the size, as in nearly all videos."""
 
+    def side(self, extent: int) -> int:
+        """Return the side of the smaller clip."""
+        return max(8, round(extent / self.scale))
+
     @classmethod
-    def draw(cls, scale: float, camera: Camera) -> Wear:
-        """Draw one: a third is neither blurred, noisy nor coded, the rest mostly one of these."""
+    def draw(cls, camera: Camera, drawn: bool = False) -> Wear:
+        """Draw one: half of them only make smaller, most others code as well; the drawn world is often soft, as bases.
+
+        What is rare in real videos is rare here: what a small network learns of one kind it unlearns of others.
+        """
+        scale = SCALES[int(torch.multinomial(torch.tensor(SHARES), 1, generator=camera.generator))]
+        if scale not in (1, 2) and camera.happens(0.5):
+            scale = max(1.0, scale * camera.uniform(0.8, 1.2))
+        if drawn and camera.happens(0.5):  # soft, and never coded
+            return cls(10.0 if camera.happens(0.5) else scale, blur=camera.uniform(0.2, 1.0), chroma=False)
+        if camera.happens(0.5):
+            return cls(scale)
         how = camera.uniform(0, 1)
         return cls(
             scale,
@@ -237,7 +249,7 @@ class Wear:
             grain=camera.uniform(0, 1) ** 2 * 6 if camera.happens(0.2) else 0.0,
             coarse=camera.happens(0.3),
             grey=camera.happens(0.5),
-            crf=int(camera.uniform(18, 36)) if how < 0.5 else None,
+            crf=int(camera.uniform(18, 36)) if how < 0.8 else None,
             preset="veryfast" if camera.happens(0.5) else "medium",
             jpeg=40 + camera.below(55) if how > 0.95 else None,
             levels=24 + camera.below(40) if camera.happens(0.02) else None,
@@ -247,7 +259,7 @@ class Wear:
 def poorer(truth: Tensor, wear: Wear, camera: Camera) -> Tensor:
     """Leave the clip [F, 3, H, W] as a camera or a codec would, `wear.scale` times smaller, and enlarge it again."""
     height, width = truth.shape[-2:]
-    small = (max(8, round(height / wear.scale)), max(8, round(width / wear.scale)))
+    small = (wear.side(height), wear.side(width))
     x = blur(truth, wear.blur * wear.scale) if wear.blur else truth
     if small == (height, width):
         pass
@@ -359,37 +371,22 @@ def world_clip(size: tuple[int, int], camera: Camera) -> Tensor:
 
 @dataclass(frozen=True)
 class Film:
-    """A clip as it should be, uint8 [F, H, W, 3], how it came in several ways, [ways, F, H, W, 3], and their scales."""
+    """A clip as it should be, uint8 [F, H, W, 3], and whether it shows the drawn world, not a photograph."""
 
     truth: Frames
-    poor: Frames
-    scales: tuple[float, ...]
+    drawn: bool
 
 
 class FilmMaker:
-    """Films of photographs and of the drawn world, each worn in several ways: to film takes longer than to wear out."""
+    """Films of photographs and of the drawn world."""
 
     def __init__(self, photographs: Sequence[Image.Image], generator: torch.Generator, world: float = 0.3) -> None:
         self.photographs, self.world, self.camera = photographs, world, Camera(generator)
 
     def make(self) -> Film:
         """Make a film of `SIZE`."""
-        camera = self.camera
-        drawn = camera.happens(self.world)
-        truth = to_float(self.drawn() if drawn else self.filmed())
-        poor, scales = [], []
-        for _ in range(WAYS):
-            scale = SCALES[int(torch.multinomial(torch.tensor(SHARES), 1, generator=camera.generator))]
-            if scale not in (1, 2) and camera.happens(0.5):
-                scale = max(1.0, scale * camera.uniform(0.8, 1.2))
-            if drawn and camera.happens(0.5):
-                scale = 10.0
-            wear = Wear.draw(scale, camera)
-            if drawn and camera.happens(0.5):  # as the base's pictures are: soft, and never coded
-                wear = replace(wear, blur=camera.uniform(0.2, 1.0), crf=None, chroma=False)
-            poor.append(to_u8(poorer(truth, wear, camera)))
-            scales.append(scale)
-        return Film(to_u8(truth), np.stack(poor), tuple(scales))
+        drawn = self.camera.happens(self.world)
+        return Film(self.drawn() if drawn else self.filmed(), drawn)
 
     def drawn(self) -> Frames:
         """Draw a clip of the drawn world."""

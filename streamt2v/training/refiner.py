@@ -25,12 +25,12 @@ from torch.nn import functional
 
 from streamt2v import files
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
-from streamt2v.media.frames import to_float
+from streamt2v.media.frames import to_float, to_u8
 from streamt2v.models.restorer import PixelCodec, PixelCodecConfig, Restorer, RestorerConfig
 from streamt2v.models.unet3d import Conditioning
 from streamt2v.training import bundle, photographs
 from streamt2v.training.engine import Job
-from streamt2v.training.photographs import Film, FilmMaker, Wear, poorer
+from streamt2v.training.photographs import Camera, Film, FilmMaker, Wear, poorer
 from streamt2v.weights import save_module
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 REFINER = RestorerConfig()
 FACTOR = 4
 REFINER_SCHEDULE = ScheduleConfig(kind="cosine_logsnr", prediction="sample")
-PATCH, PATCH_FRAMES = 64, 5
+PATCH, PATCH_FRAMES, AROUND = 64, 5, 16
 EPSILON = (1 / 255) ** 2
 """Square of half a level: errors far below what eight bits can show do not count."""
 SLIGHT = (2 / 127.5) ** 2
@@ -105,11 +105,7 @@ class Films:
         return self.count
 
     def _write(self, film: Film) -> None:
-        tables: dict[str, np.ndarray[Any, Any]] = {
-            "truth": film.truth,
-            "poor": film.poor,
-            "scales": np.array(film.scales, np.float32),
-        }
+        tables: dict[str, np.ndarray[Any, Any]] = {"truth": film.truth, "drawn": np.array([film.drawn])}
         files.make_directory(self.folder)
         files.write_bytes(self._path(self.count), safetensors.numpy.save(tables))
 
@@ -119,53 +115,52 @@ class Films:
 
 
 class PatchSource:
-    """Patches of films.
+    """Patches of films, made poorer as they are drawn: no two are alike.
 
     Of several places the liveliest is taken half of the time: skies teach little.
     """
 
     def __init__(self, films: Films, generator: torch.Generator) -> None:
-        self.films, self.generator = films, generator
+        self.films, self.camera = films, Camera(generator)
 
     def draw(self, count: int) -> Patches:
         """Draw patches."""
         films = self.films.some()
-        truth, source, scales = zip(*(self._patch(self._below(films)) for _ in range(count)), strict=True)
-        return Patches(to_clips(truth), to_clips(source), torch.tensor(scales))
-
-    def _below(self, count: int) -> int:
-        return int(torch.randint(count, (), generator=self.generator))
+        truth, source, scales = zip(*(self._patch(self.camera.below(films)) for _ in range(count)), strict=True)
+        return Patches(torch.stack(truth), torch.stack(source), torch.tensor(scales))
 
     def _patch(self, at: int) -> tuple[Tensor, Tensor, float]:
+        """Return truth and source [3, F, P, P], and the scale.
+
+        A codec and a filter see more than the patch. Pixels of the source lie on the grid of cells as in a whole
+        picture, where both begin at its edge: a network that had to find out how they lie would learn far less.
+        """
+        camera, around = self.camera, PATCH + 2 * AROUND
         with self.films.opened(at) as film:
-            whole, poor, scales = film.get_slice("truth"), film.get_slice("poor"), film.get_tensor("scales")
+            whole, drawn = film.get_slice("truth"), bool(film.get_tensor("drawn"))
             frames, height, width, _ = whole.get_shape()
-            way, start = self._below(len(scales)), self._below(frames - PATCH_FRAMES + 1)
+            start = camera.below(frames - PATCH_FRAMES + 1)
             best: tuple[float, int, int] | None = None
-            for _ in range(3 if self._below(2) else 1):
-                # Cells of the codec lie on a grid of the whole picture, source pixels on another: any offset occurs.
-                top, left = self._below(height - PATCH + 1), self._below(width - PATCH + 1)
-                part = whole[start, top : top + PATCH, left : left + PATCH].float()
+            for _ in range(3 if camera.happens(0.5) else 1):
+                top, left = camera.below(height - around + 1), camera.below(width - around + 1)
+                part = whole[start, top : top + around, left : left + around].float()
                 lively = float(part.diff(dim=0).abs().mean() + part.diff(dim=1).abs().mean())
                 best = max(best, (lively, top, left)) if best else (lively, top, left)
             assert best is not None
             _, top, left = best
-            rows, columns = slice(top, top + PATCH), slice(left, left + PATCH)
-            truth = whole[start : start + PATCH_FRAMES, rows, columns]
-            source = poor[way, start : start + PATCH_FRAMES, rows, columns]
+            shown = whole[start : start + PATCH_FRAMES, top : top + around, left : left + around]
         for axis in (1, 2):
-            if self._below(2):
-                truth, source = truth.flip(axis), source.flip(axis)
-        if self._below(2):
-            truth, source = truth.transpose(1, 2), source.transpose(1, 2)
-        if self._below(2):
-            truth, source = truth.flip(0), source.flip(0)
-        return truth, source, float(scales[way])
-
-
-def to_clips(shown: Sequence[Tensor]) -> Tensor:
-    """Clips of bytes [F, H, W, 3] to one tensor [B, 3, F, H, W] in [-1, 1]."""
-    return torch.stack(list(shown)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+            if camera.happens(0.5):
+                shown = shown.flip(axis)
+        if camera.happens(0.5):
+            shown = shown.transpose(1, 2)
+        if camera.happens(0.5):
+            shown = shown.flip(0)
+        truth, wear = to_float(shown.numpy()), Wear.draw(camera, drawn)
+        source = to_float(to_u8(poorer(truth, wear, camera)))
+        top, left = (FACTOR * camera.below(2 * AROUND // FACTOR + 1) for _ in range(2))
+        patch = (slice(None), slice(None), slice(top, top + PATCH), slice(left, left + PATCH))
+        return truth[patch].transpose(0, 1), source[patch].transpose(0, 1), around / wear.side(around)
 
 
 def pack(clips: Tensor) -> Tensor:
@@ -289,7 +284,7 @@ def refiner_job(shop: Workshop) -> Job:
         lambda folder: save(folder, network),
         report,
         adam=bundle.parameters_in(network, "conv_out", "embed"),
-        learning_rate=3e-3,
+        learning_rate=1e-3,
         average=0.999,
         samples=batch,
         device=shop.device,

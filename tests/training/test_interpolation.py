@@ -27,7 +27,7 @@ def film(at: int) -> Film:
     """Noise that stands still; no two films are alike."""
     one = np.random.default_rng(at).integers(0, 256, (1, 70, 80, 3), np.uint8)
     truth = np.repeat(one, photographs.CLIP_FRAMES, axis=0)
-    return Film(truth, truth[None], (1.0,))
+    return Film(truth, False)
 
 
 def drawn(folder: Path, monkeypatch: pytest.MonkeyPatch, still: float, passing: float) -> Triplets:
