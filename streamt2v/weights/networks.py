@@ -26,6 +26,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 # class name -> (its module, its config class there); "" if it is configured by keyword arguments
 NETWORKS: Mapping[str, tuple[str, str]] = {
     "UNet3D": ("streamt2v.models.unet3d", "UNet3DConfig"),
+    "SpacetimeTransformer": ("streamt2v.models.dit", "SpacetimeConfig"),
     "Restorer": ("streamt2v.models.restorer", "RestorerConfig"),
     "PixelCodec": ("streamt2v.models.restorer", "PixelCodecConfig"),
     "Interpolator": ("streamt2v.models.interpolator", "InterpolatorConfig"),

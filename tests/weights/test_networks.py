@@ -26,6 +26,7 @@ from streamt2v.models.clip import (
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
+from streamt2v.models.dit import SpacetimeConfig, SpacetimeTransformer
 from streamt2v.models.interpolator import Interpolator, InterpolatorConfig
 from streamt2v.models.restorer import PixelCodec, PixelCodecConfig, Restorer, RestorerConfig
 from streamt2v.models.unet3d import UNet3D, UNet3DConfig
@@ -60,6 +61,7 @@ def small_networks() -> dict[str, torch.nn.Module]:
     vision = clip_config(image_size=16, patch_size=8, projection_dim=4)
     return {
         "UNet3D": UNet3D(UNET),
+        "SpacetimeTransformer": SpacetimeTransformer(SpacetimeConfig(width=12, depth=1, heads=1, text_dim=4)),
         "Restorer": Restorer(RestorerConfig(block_out_channels=(8,), blocks=2, embedding=8)),
         "PixelCodec": PixelCodec(PixelCodecConfig()),
         "ConditionalAttention": ConditionalAttention(cam),
