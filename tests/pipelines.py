@@ -227,6 +227,27 @@ def unclip(folder: Path) -> Path:
     return folder
 
 
+def dit(folder: Path) -> Path:
+    """A folder that `train dit` wrote, among others: a small transformer on the demo's codec and text encoder."""
+    from streamt2v.models.dit import SpacetimeConfig, SpacetimeTransformer
+    from streamt2v.models.vae import AutoencoderConfig
+    from streamt2v.models.vae import AutoencoderKL as Codec
+    from streamt2v.training import bundle
+    from streamt2v.training.world.encoders import build_text
+
+    torch.manual_seed(9)
+    network = SpacetimeTransformer(SpacetimeConfig(width=24, depth=2, heads=2))
+    for parameter in network.parameters():  # a fresh one predicts nothing
+        torch.nn.init.normal_(parameter, std=0.2)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = bundle.write_words(folder)
+    bundle.write(folder, "dit", network)
+    bundle.write(folder, "vae", Codec(AutoencoderConfig(block_out_channels=(8, 8, 8, 8), norm_num_groups=4)))
+    bundle.write(folder, "text", build_text(len(tokenizer)))
+    bundle.write_base(folder, "dit")
+    return folder
+
+
 def _eyes() -> CLIPVisionModelWithProjection:
     return CLIPVisionModelWithProjection(
         CLIPVisionConfig(

@@ -116,7 +116,8 @@ class _Source:
 def refine(networks: Networks, name: str, given: Enlarged) -> Iterator[Refined]:
     """Refine by SDEdit with randomized blending in the latents of a base.
 
-    The first latent of a chunk holds one frame, unlike in the middle of a video: no later chunk's is ever used.
+    Where latents hold several frames, the first one of a chunk holds but one, unlike in the middle of a video: no
+    later chunk's is ever used.
     """
     settings, device, num_frames = networks.run.refine, networks.device.name, given.plan[-1].stop
     said = texts(networks, name)
@@ -150,7 +151,7 @@ def refine(networks: Networks, name: str, given: Enlarged) -> Iterator[Refined]:
         FlowSchedule(path),
         lambda chunk: said[given.prompt_of(given.plan[chunk.index])],
         networks.policy.batched_guidance,
-        first_cut=1,
+        first_cut=int(per > 1),
     )
 
     def stepped(chunk: Chunk, state: RefineState) -> None:
@@ -181,10 +182,12 @@ def base(networks: Networks, name: str) -> Any:
     adapter, (_, index) = import_module(f"streamt2v.families.{folders.adapter(folder)}"), folders.read_index(folder)
 
     def load() -> Any:
-        parts = {part: _part(networks, folder, index, part) for part in ("transformer", "vae", "scheduler")}
+        parts = {
+            part: _part(networks, folder, index, part) for part in ("transformer", "vae", "scheduler") if part in index
+        }
         if networks.policy.keep_networks:
             parts["vae"].float()  # as published, where there is room for it
-        if networks.policy.feed_forward_rows < MANY_ROWS:
+        if networks.policy.feed_forward_rows < MANY_ROWS and folders.layout(name).frames_per_latent > 1:
             parts["vae"].enable_tiling()
         return adapter.make(parts, index, networks.run.output.fps, networks.device.name)
 
@@ -193,7 +196,7 @@ def base(networks: Networks, name: str) -> Any:
 
 def _part(networks: Networks, folder: Path, index: dict[str, Any], part: str) -> Any:
     """Load a part once for all runs of this process that have the same settings of memory."""
-    path = folder / part
+    path = folders.place(folder, part)
     if path not in networks.here:
         networks.watch.doing(f"loading {part} of {folder.name}")
         network = networks.merged(load_part(folder, part, index, dtype_of(networks.device.name, index)), path)
@@ -221,7 +224,7 @@ def texts(networks: Networks, name: str) -> dict[str, Words]:
     if not set(keys.values()) <= set(said):
         encode = _encoder(networks, folder, index, adapter)
         said = {key: encode(text) for text, key in keys.items()}
-        del encode, networks.here[folder / "text_encoder"]
+        del encode, networks.here[folders.place(folder, "text_encoder")]
         devices.release_memory(networks.device)
         if networks.store:
             networks.store.save_state("text", said)
@@ -243,7 +246,7 @@ def _encoder(networks: Networks, folder: Path, index: dict[str, Any], adapter: A
 
     def encode(text: str) -> Tensor:
         text = tidied(text) if adapter.TIDY else text
-        if len(tokenizer(text).input_ids) > room:
+        if len(tokenizer([text]).input_ids[0]) > room:
             networks.note(f"the text encoder reads {room} tokens, the rest is cut off: {text[:60]!r}...", warning=True)
         given = tokenizer([text], padding="max_length", max_length=room, truncation=True, return_tensors="pt")
         ids, mask = given.input_ids.to(networks.device.name), given.attention_mask.to(networks.device.name)

@@ -25,7 +25,7 @@ from streamt2v.families.makers import First
 from streamt2v.families.networks import Networks, Watching
 from streamt2v.media.frames import apply_fit, fit_into, to_u8
 from streamt2v.memory import MemoryPolicy
-from streamt2v.weights.folders import ADAPTER, read_index
+from streamt2v.weights.folders import ADAPTER, OURS, read_index
 
 
 def first(networks: Networks, chosen: Chosen) -> First:
@@ -151,6 +151,11 @@ def load_part(folder: Path, name: str, index: Mapping[str, Any], dtype: torch.dt
     library, class_name = value
     if library is None:
         return None
+    if library == OURS:
+        path = folder / class_name
+        if path.suffix == ".json":
+            return weights.load_tokenizer(path, str(index.get("pad", "")))
+        return weights.load_module(path, "cpu", dtype)
     for module in (library, f"diffusers.pipelines.{library}", f"diffusers.pipelines.deprecated.{library}"):
         if module.partition(".")[0] in ("diffusers", "transformers") and find_spec(module):
             weights.quiet(module.partition(".")[0])

@@ -1,7 +1,6 @@
 """What a run needs: memory on its device, by stage, and room on the disk."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -117,8 +116,7 @@ def _foreign_sizes(name: str) -> _Sizes:
         return _Sizes("", {}, "", {}, *sizes, memory.LIBRARY_UNET_FEATURES)
 
     def values(*parts: str) -> int:
-        paths = [path for part in parts for path in (folder / part).glob("*.safetensors")]
-        return sum(math.prod(row.shape) for path in paths for row in weights.read_index(path)[1].values())
+        return sum(folders.count(folder, part) for part in parts)
 
     def table(part: str) -> dict[str, Any]:
         try:

@@ -100,13 +100,13 @@ class Prepared:
         """
         found, name = dict[str, Path](), self.family.pipeline
         if name and self.runs:
-            found[name] = folders.locate(name, self.note) / "transformer"
+            found[name] = folders.place(folders.locate(name, self.note), "transformer")
         elif "stream" in self.runs and self.family.has("stream.unet"):
             found[self.family.name] = self.family.path("stream.unet")
         if self.chosen is not None and self.chosen.kind == choose.MODELSCOPE:
             found[self.chosen.name] = self.chosen.folder / "unet"
         if self.refining_base:
-            found[self.refining_base] = folders.locate(self.refining_base, self.note) / "transformer"
+            found[self.refining_base] = folders.place(folders.locate(self.refining_base, self.note), "transformer")
         return found
 
     @cached_property

@@ -153,7 +153,10 @@ class _Placed(nn.Module):
 
 
 class CLIPTextModel(_Placed):
-    """The text tower alone: an object with `last_hidden_state` [B, S, D], after the final norm."""
+    """The text tower alone: an object with `last_hidden_state` [B, S, D], after the final norm.
+
+    No token looks at later ones, so a mask of what fills the text up would change nothing at its own.
+    """
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
@@ -162,7 +165,7 @@ class CLIPTextModel(_Placed):
         self.encoder = Layers(config, causal=True)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def forward(self, input_ids: Tensor) -> Any:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
         return SimpleNamespace(last_hidden_state=self.final_layer_norm(self.encoder(self.embeddings(input_ids))))
 
 
@@ -175,7 +178,7 @@ class CLIPTextModelWithProjection(_Placed):
         self.text_model = CLIPTextModel(config)
         self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
-    def forward(self, input_ids: Tensor) -> Any:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
         encoded = self.text_model(input_ids)
         end = (input_ids == self.config.eos_token_id).int().argmax(dim=1)
         last = encoded.last_hidden_state[torch.arange(len(end), device=end.device), end]  # [B, D]

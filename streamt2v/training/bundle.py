@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from streamt2v import files
 from streamt2v.errors import WeightsError
 from streamt2v.training.losses import DEMO_SCHEDULE
-from streamt2v.training.world.captions import build_tokenizer, vocabulary
+from streamt2v.training.world.captions import PAD, build_tokenizer, vocabulary
 from streamt2v.weights import save_module
+from streamt2v.weights.folders import INDEX, OURS
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -24,6 +25,14 @@ Network = TypeVar("Network", bound=nn.Module)
 def write(folder: Path, name: str, network: nn.Module, denoiser: bool = False) -> None:
     """Write folder/name.safetensors in half precision; denoisers carry the demo's noise schedule."""
     save_module(folder / f"{name}.safetensors", network, asdict(DEMO_SCHEDULE) if denoiser else None)
+
+
+def write_base(folder: Path, transformer: str) -> None:
+    """Write model_index.json, which makes a base of a transformer and of the codec and text encoder beside it."""
+    parts = {"transformer": transformer, "vae": "vae", "text_encoder": "text"}
+    index: dict[str, object] = {name: [OURS, f"{part}.safetensors"] for name, part in parts.items()}
+    index |= {"_class_name": "SpacetimePipeline", "tokenizer": [OURS, "tokenizer.json"], "pad": PAD}
+    files.write_bytes(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
 
 
 def read(folder: Path, name: str, network: Network) -> Network:

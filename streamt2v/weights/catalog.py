@@ -252,12 +252,18 @@ def pipelines(root: Path = PACKAGE) -> dict[str, dict[str, Any]]:
     Those with a `preset` are model families too; the others make first frames only.
     """
     manifest = _manifest(root)
-    return dict(_pipelines(manifest, files.stamp(manifest)))
+    return dict(_rows(manifest, "pipelines", files.stamp(manifest)))
+
+
+def bases(root: Path = PACKAGE) -> dict[str, dict[str, Any]]:
+    """Return the kinds of pipelines that can stream, by preset: builder, features, settings that they leave unread."""
+    manifest = _manifest(root)
+    return dict(_rows(manifest, "bases", files.stamp(manifest)))
 
 
 @lru_cache(maxsize=8)
-def _pipelines(manifest: Path, _stamp: object) -> dict[str, dict[str, Any]]:
-    rows: dict[str, dict[str, Any]] = tomllib.loads(manifest.read_text("utf-8"))["pipelines"]
+def _rows(manifest: Path, kind: str, _stamp: object) -> dict[str, dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = tomllib.loads(manifest.read_text("utf-8"))[kind]
     return rows
 
 

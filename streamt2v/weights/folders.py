@@ -1,7 +1,8 @@
 """Folders in the layout of diffusers: found by name, read without running anything, and taken as model families.
 
 A name is a row of `weights.toml`, `hub:OWNER/NAME` or a local folder. A folder is data: only safetensors are read, only
-classes of diffusers and transformers are built.
+classes of diffusers and transformers are built, or our own: the index of a folder that `train` wrote names its files as
+the parts, such as `"vae": ["streamt2v", "vae.safetensors"]`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,11 +25,13 @@ from streamt2v.weights.catalog import Family
 ADAPTER = "MotionAdapter"
 # Of a repository: no copies of the whole model in one file, no pickles, no example pictures.
 SMALL_FILES, ALL_WEIGHTS = ("*.json", "*/*.txt", "*/*.model"), "*/*.safetensors"
+INDEX, OURS = "model_index.json", "streamt2v"
 FINGERPRINTED = (".json", ".txt", ".model", ".safetensors")
 BASES: Mapping[str, str] = {
     "WanTransformer3DModel": "wan",
     "LTXVideoTransformer3DModel": "ltx",
     "HeliosTransformer3DModel": "helios",
+    "SpacetimeTransformer": "dit",
 }
 """By the class of a folder's transformer: the preset of the family that it makes, and the module that adapts it."""
 
@@ -66,7 +69,7 @@ def read_index(folder: Path) -> tuple[str, dict[str, Any]]:
     Raises:
         WeightsError: no pipeline, or one that would need code from elsewhere.
     """
-    path = folder / "model_index.json"
+    path = folder / INDEX
     if not path.is_file():
         path = folder / "config.json"
     try:
@@ -79,9 +82,21 @@ def read_index(folder: Path) -> tuple[str, dict[str, Any]]:
         raise WeightsError(f"{folder} is of the class {kind!r}, which is no pipeline of diffusers")
     parts = {} if kind == ADAPTER else {key: value for key, value in table.items() if not key.startswith("_")}
     for name, value in parts.items():
-        if isinstance(value, list) and value != [None, None] and not _is_library_class(value):
+        if isinstance(value, list) and value != [None, None] and not (_ours(value) or _is_library_class(value)):
             raise WeightsError(f"{folder}: {name} wants code from {value}", "only diffusers and transformers are used")
     return kind, parts
+
+
+def _ours(value: object) -> str:
+    """Return the name of the file of ours, in the folder itself, that a part is; "" where it is none."""
+    if not isinstance(value, list) or len(value) != 2 or value[0] != OURS or not isinstance(value[1], str):
+        return ""
+    return value[1] if value[1].endswith((".safetensors", ".json")) and Path(value[1]).name == value[1] else ""
+
+
+def place(folder: Path, part: str) -> Path:
+    """Return where a part of a pipeline lies: in a folder of its own, or in a file of ours. Raises as `read_index`."""
+    return folder / (_ours(read_index(folder)[1].get(part)) or part)
 
 
 def _is_library_class(value: list[Any]) -> bool:
@@ -97,12 +112,22 @@ def _is_library_class(value: list[Any]) -> bool:
 
 def fingerprint(*parts: Path) -> str:
     """Return what tells the contents of folders from others: names and SHA-256 of their files, hashed into one."""
-    listed = json.dumps([inventory.contents(folder, FINGERPRINTED) for folder in parts], sort_keys=True)
+    listed = json.dumps([_contents(folder) for folder in parts], sort_keys=True)
     return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of the files of a pipeline; where they are ours, others may lie beside them."""
+    index = read_index(folder)[1] if (folder / INDEX).is_file() else {}
+    ours, found = set(filter(None, map(_ours, index.values()))), inventory.contents(folder, FINGERPRINTED)
+    return {name: digest for name, digest in found.items() if not ours or name in {INDEX, *ours}}
 
 
 def sizes(folder: Path, part: str) -> dict[str, Any]:
     """Read the config of one part of a pipeline, such as its transformer. Raises WeightsError where there is none."""
+    if (file := place(folder, part)).suffix == ".safetensors":
+        kind, arguments, _ = header.read_header(file)
+        return {"_class_name": kind, **arguments}
     try:
         found: dict[str, Any] = json.loads((folder / part / "config.json").read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -124,9 +149,11 @@ def family(name: str) -> Family:
     if name in known or not (name.startswith("hub:") or Path(name).expanduser().is_dir()):
         streaming = [key for key, row in rows.items() if "preset" in row]
         return catalog.family(name, also=[*streaming, "hub:OWNER/NAME", "the folder of a diffusers pipeline"])
-    preset = adapter(locate(name, small=True), name)
-    row = next(row for row in rows.values() if row.get("preset") == preset)
-    return _pipeline(name, row | {"what": f"{name}, as {preset}", "licence": "see its model card"})
+    folder = locate(name, small=True)
+    preset = adapter(folder, name)
+    row = {"what": f"{name}, as {preset}", "licence": "see its model card", "preset": preset}
+    words = "vocabulary.json"  # which `train` writes
+    return replace(_pipeline(name, row), root=folder, vocabulary=words if (folder / words).is_file() else "")
 
 
 def adapter(folder: Path, name: str = "") -> str:
@@ -134,10 +161,15 @@ def adapter(folder: Path, name: str = "") -> str:
 
     Raises:
         ConfigError: none does.
-        WeightsError: it is no pipeline.
+        WeightsError: it is no pipeline, or a file of ours is missing.
     """
     kind, parts = read_index(folder)
     network = (parts.get("transformer") or ["", kind])[1] or kind
+    for file in filter(None, map(_ours, parts.values())):
+        if not (folder / file).is_file():
+            raise WeightsError(f"{folder} has no {file}", "train that part first: streamt2v train ... --out DIR")
+    if _ours(parts.get("transformer")):
+        network = sizes(folder, "transformer")["_class_name"]
     said = f"{name or folder} ({network}) cannot stream"
     if network not in BASES:
         raise ConfigError(said, f"transformers that can: {', '.join(BASES)}; --init may use it for the first frames")
@@ -152,6 +184,7 @@ def adapter(folder: Path, name: str = "") -> str:
 
 
 def _pipeline(name: str, row: Mapping[str, Any]) -> Family:
+    base = catalog.bases()[row["preset"]]
     return Family(
         name=name,
         title=row["what"],
@@ -161,8 +194,8 @@ def _pipeline(name: str, row: Mapping[str, Any]) -> Family:
         components={},
         files=(),
         root=catalog.PACKAGE,
-        builder=row.get("builder", "bases"),
-        unread=tuple(row["unread"]),
+        builder=base.get("builder", "bases"),
+        unread=tuple(base["unread"]),
         pipeline=name,
     )
 
@@ -172,7 +205,7 @@ class Layout:
     """How a base packs a video: frames per latent, latent channels, pixels per latent cell, and what sides divide by.
 
     A clip of 1 + n frames_per_latent frames is packed into 1 + n latents: the first one holds one frame. Of its
-    transformer: channels, latent cells along a side of a token, and whether tokens have a time each.
+    transformer: channels, latent cells along the shorter side of a token, and whether tokens have a time each.
     """
 
     frames_per_latent: int
@@ -199,13 +232,17 @@ def layout(name: str) -> Layout:
 
 
 def _stamps(folder: Path) -> object:
-    return tuple(files.stamp(folder / part / "config.json") for part in ("vae", "transformer"))
+    parts = (place(folder, part) for part in ("vae", "transformer"))
+    return tuple(files.stamp(part if part.suffix == ".safetensors" else part / "config.json") for part in parts)
 
 
 @lru_cache(maxsize=8)
 def _layout(folder: Path, _seen: object) -> Layout:
     (kind, index), vae, network = read_index(folder), sizes(folder, "vae"), sizes(folder, "transformer")
     width = network.get("num_attention_heads", 0) * network.get("attention_head_dim", 0)
+    if vae.get("_class_name") == "AutoencoderKL":  # of pictures
+        cell = 2 ** (len(vae.get("block_out_channels", [64])) - 1)
+        return Layout(1, vae.get("latent_channels", 4), cell, cell, network["width"], min(network["patch"]), False)
     if "latent_channels" in vae:  # of LTX
         halvings = 2 ** sum(vae["spatio_temporal_scaling"])
         cell = vae.get("spatial_compression_ratio") or vae["patch_size"] * halvings
@@ -222,19 +259,19 @@ def values(name: str) -> dict[str, int]:
     row, folder = catalog.pipelines().get(name, {}), here(name)
     if folder is None:
         return dict(row.get("values", {}))
-    return {part: _values(folder / part) for part in ("transformer", "vae", "text_encoder")}
+    return {part: count(folder, part) for part in ("transformer", "vae", "text_encoder")}
 
 
-def _values(place: Path) -> int:
+def count(folder: Path, part: str) -> int:
     """Count the parameters in the files of a network; of one that is not here yet, by the size in its index."""
-    if found := sorted(place.glob("*.safetensors")):
+    at = place(folder, part)
+    if found := [at] if at.is_file() else sorted(at.glob("*.safetensors")):
         indices = (header.read_index(path)[1] for path in found)
         return sum(math.prod(row.shape) for index in indices for row in index.values())
-    totals = (json.loads(path.read_text("utf-8"))["metadata"]["total_size"] for path in place.glob("*.index.json"))
+    totals = (json.loads(path.read_text("utf-8"))["metadata"]["total_size"] for path in at.glob("*.index.json"))
     return int(sum(totals) // 2)
 
 
 def features(preset: str) -> dict[str, float]:
     """Return what a plan counts with for the bases of a preset."""
-    row = next(row for row in catalog.pipelines().values() if row.get("preset") == preset)
-    return dict(row["features"])
+    return dict(catalog.bases()[preset]["features"])

@@ -236,7 +236,7 @@ def _known(path: Path) -> str:
     families = catalog.families().items()
     places = {name: family.path("stream.unet") for name, family in families if family.has("stream.unet")}
     streaming = [name for name, row in catalog.pipelines().items() if "preset" in row]
-    places |= {name: folder / "transformer" for name in streaming if (folder := folders.here(name))}
+    places |= {name: folders.place(folder, "transformer") for name in streaming if (folder := folders.here(name))}
     fitting = list[str]()
     for name, place in places.items():
         with suppress(WeightsError):  # also where it is not here

@@ -33,7 +33,9 @@ class Tokenizer:
         max_length: int = 0,
         return_tensors: str = "",
     ) -> Any:
-        """Return an object with `input_ids`: a list of numbers for each text, or of tensors [B, max_length].
+        """Return an object with `input_ids` and `attention_mask`: a list for each text, or tensors [B, max_length].
+
+        The mask is 1 for tokens of the text and 0 for what fills up.
 
         Args:
             texts: any number of them.
@@ -46,14 +48,16 @@ class Tokenizer:
             self.backend.enable_truncation(max_length)
         if padding == "max_length":
             self.backend.enable_padding(length=max_length, pad_id=self.pad_id, pad_token=self.pad)
-        ids: Any = [self.backend.encode(text).ids for text in texts]
+        encoded = [self.backend.encode(text) for text in texts]
+        ids: Any = [text.ids for text in encoded]
+        mask: Any = [text.attention_mask for text in encoded]
         self.backend.no_padding()
         self.backend.no_truncation()
         if return_tensors:
             import torch
 
-            ids = torch.tensor(ids)
-        return SimpleNamespace(input_ids=ids)
+            ids, mask = torch.tensor(ids), torch.tensor(mask)
+        return SimpleNamespace(input_ids=ids, attention_mask=mask)
 
 
 def load_tokenizer(path: Path, pad: str) -> Tokenizer:

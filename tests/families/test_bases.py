@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
 ]
 
-REFINING = {"wan": pipelines.wan, "wan21": pipelines.wan_from_text, "ltx": pipelines.ltx}
+REFINING = {"wan": pipelines.wan, "wan21": pipelines.wan_from_text, "ltx": pipelines.ltx, "dit": pipelines.dit}
 FOLDERS = {**REFINING, "helios": pipelines.helios, "helios-distilled": pipelines.helios_distilled}
 SETTINGS = {"output.crf": 1, "seed": 7}
 CHUNKS = {
@@ -32,7 +32,7 @@ CHUNKS = {
     "refine.overlap": 5, "refine.num_inference_steps": 2,
 }  # fmt: skip
 HELIOS = {"stream.height": 64, "stream.width": 128, "output.height": 0, "output.width": 0}
-PLAIN, REFINED = ["--no-refine"], ["--size", "96x48"]
+PLAIN, REFINED = ["--no-refine"], ["--set", "refine.enabled=true", "--size", "96x48"]
 
 
 def small(folder: Path, steps: bool = True) -> list[object]:
@@ -165,7 +165,10 @@ def test_it_extends_any_video(folder: Path, plain: Made, tmp_path: Path) -> None
             ("negative_prompt", "grey"), ("prompts.17", "a blue ball"), ("stream.height", 64),
         ]),
         ("wan21", "seed", 8), ("ltx", "seed", 8), ("ltx", "output.fps", 12), ("ltx", "stream.apm", "false"),
-        ("ltx", "stream.anchor", 3), ("helios", "seed", 8), ("helios", "stream.num_inference_steps", 4),
+        ("ltx", "stream.anchor", 3), ("dit", "seed", 8), ("dit", "initialize.guidance_scale", 3),
+        ("dit", "stream.apm", "false"), ("dit", "stream.anchor", 3), ("dit", "stream.calibrate", "false"),
+        ("dit", "stream.chunk", 20), ("dit", "stream.overlap", 8), ("dit", "stream.height", 40),
+        ("helios", "seed", 8), ("helios", "stream.num_inference_steps", 4),
         ("helios", "initialize.num_inference_steps", 4), ("helios-distilled", "seed", 8),
         ("helios-distilled", "stream.guidance_scale", 3), ("helios-distilled", "initialize.guidance_scale", 3),
     ],
@@ -251,7 +254,9 @@ def test_a_killed_run_goes_on_and_gives_the_same_frames(
     assert digest(path) == whole
 
 
-@pytest.mark.parametrize(("name", "how"), [("wan", PLAIN), ("wan", REFINED), ("ltx", REFINED), ("helios", PLAIN)])
+@pytest.mark.parametrize(
+    ("name", "how"), [("wan", PLAIN), ("wan", REFINED), ("ltx", REFINED), ("dit", REFINED), ("helios", PLAIN)]
+)
 def test_what_is_held_does_not_grow_with_the_video(
     name: str, how: list[str], folders: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,7 +273,7 @@ def test_what_is_held_does_not_grow_with_the_video(
     frames = 9 * 33 if name == "helios" else 17 + 8 * 12
     assert make(tmp_path / "out.mp4", folders[name], frames, *how)[0] == frames
     assert len(held) == 9
-    assert max(held[6:]) <= max(held[3:6])
+    assert max(held[6:]) <= 1.05 * max(held[3:6])  # a few frames more or less wait; a chunk has three times as much
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,10 @@ from streamt2v.diffusion import solvers
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import FlowSchedule
 from streamt2v.errors import VideoError
-from streamt2v.families import bases, helios, ltx, wan
+from streamt2v.families import bases, dit, helios, ltx, wan
 from streamt2v.media.frames import to_float
+from streamt2v.models.dit import SpacetimeConfig, SpacetimeTransformer
+from streamt2v.models.vae import AutoencoderConfig, AutoencoderKL
 from streamt2v.stages.denoise import Sampling
 from streamt2v.stages.flow import FlowStreamer, Words, sample
 from streamt2v.stages.stream import calibrated
@@ -188,6 +190,49 @@ def test_known_latents_stay_and_decide_what_follows(expand: bool, multistep: boo
         assert torch.equal(latents[:, :, :2], normals(1, 8, 2, 2, 4, seed=seed))
         assert torch.isfinite(latents).all()
     assert not torch.equal(made[0][:, :, 2:], made[1][:, :, 2:])
+
+
+def dit_base() -> dit.Dit:
+    torch.manual_seed(5)
+    network = SpacetimeTransformer(SpacetimeConfig(width=24, depth=2, heads=2, text_dim=pipelines.WIDTH))
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    codec = AutoencoderKL(AutoencoderConfig(block_out_channels=(8, 8, 8, 8), norm_num_groups=4))
+    return dit.Dit({"transformer": network.eval(), "vae": codec.eval()})
+
+
+@pytest.mark.parametrize(("frames", "size"), [(1, SIZE), (12, SIZE), (33, (40, 24)), (3, (72, 128))])
+def test_the_transformer_of_the_demo_takes_any_size_and_length(frames: int, size: tuple[int, int]) -> None:
+    """A latent a frame; the frames that it is given come out as the codec has them, and lead the others."""
+    stage = FlowStreamer(dit_base(), SeededDraws(1), frames, (4, size[0] // 8, size[1] // 8))
+    first = stage.frames(bases.FIRST, None, words(), sampling())
+    assert first.shape == (frames, 3, *size)
+    known = to_float(np.random.default_rng(0).integers(0, 256, (frames // 2, *size, 3), dtype=np.uint8))
+    if not len(known):
+        return
+    anchor = to_float(np.random.default_rng(1).integers(0, 256, (1, *size, 3), dtype=np.uint8))[0]
+    chunk = bases.Chunk(1, frames, frames + 4, frames + 4)
+    made = [stage.frames(chunk, known, words(), sampling(), seen) for seen in (None, anchor)]
+    with torch.inference_mode():
+        again = stage.base.decode(stage.base.encode(known))
+    for frames_made in made:
+        assert torch.equal(frames_made[: len(known)], again)
+    assert not torch.equal(made[0][len(known) :], made[1][len(known) :])
+    other = stage.frames(chunk, -known, words(), sampling())
+    assert not torch.equal(other[len(known) :], made[0][len(known) :])
+
+
+def test_known_frames_are_clean_to_the_transformer_of_the_demo() -> None:
+    """They are at time 0, the others at that of the step."""
+    base, x, said = dit_base(), normals(2, 4, 5, 3, 4), words()
+    seen = dict[str, Tensor]()
+
+    def watch(module: Any, given: tuple[Tensor, ...]) -> None:
+        seen["sigmas"] = given[1]
+
+    base.transformer.register_forward_pre_hook(watch)
+    base.velocity(x, torch.tensor(700.0), 2, said, None)
+    torch.testing.assert_close(seen["sigmas"], torch.tensor([[0.0, 0.0, 0.7, 0.7, 0.7]] * 2))
 
 
 def test_a_chunk_is_addressed_by_its_latents() -> None:

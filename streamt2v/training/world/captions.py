@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from streamt2v.training.world.scenes import ATTRIBUTES
 
 MAX_TOKENS = 24
+PAD = "<pad>"
 UNSPECIFIED = -1
 
 WORDS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -139,7 +140,7 @@ def vocabulary() -> dict[str, Any]:
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer: lower case, words and punctuation; anything else is one unknown token."""
-    words = ["<pad>", "<start>", "<unknown>", "<end>", ",", "."]
+    words = [PAD, "<start>", "<unknown>", "<end>", ",", "."]
     words += [word for groups in WORDS.values() for group in groups for word in group]
     words += list(IGNORED)
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unknown>"))
@@ -150,7 +151,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        pad_token="<pad>",
+        pad_token=PAD,
         bos_token="<start>",
         eos_token="<end>",
         unk_token="<unknown>",
