@@ -166,9 +166,9 @@ class SpacetimeTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulation = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, cells)
+        self.head = nn.Linear(width, cells)
         zero_init(self.modulation)
-        zero_init(self.out)
+        zero_init(self.head)
 
     def forward(self, x: Tensor, sigmas: Tensor, words: Tensor, mask: Tensor, anchor: Tensor | None = None) -> Tensor:
         """Predict the velocity of latents.
@@ -202,7 +202,7 @@ class SpacetimeTransformer(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, condition, turns, words, said[:, None, None])
         shift, scale = self.modulation(condition)[:, :, None].chunk(2, -1)
-        velocity = self.out((1 + scale) * self.norm(tokens) + shift)
+        velocity = self.head((1 + scale) * self.norm(tokens) + shift)
         if anchor is not None:
             velocity = velocity[:, 1:]
         return unpatched(velocity, self.config.patch, (x.shape[3], x.shape[4]))

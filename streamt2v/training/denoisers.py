@@ -17,6 +17,7 @@ from streamt2v.diffusion import solvers
 from streamt2v.diffusion.schedules import NoiseSchedule
 from streamt2v.models.apm import AppearanceTokens
 from streamt2v.models.cam import CamConfig, ConditionalAttention
+from streamt2v.models.dit import SpacetimeConfig, SpacetimeTransformer
 from streamt2v.models.encoders import embed_image, encode_text
 from streamt2v.models.unet3d import TextContext, UNet3D, UNet3DConfig
 from streamt2v.training.batches import Batch, join
@@ -30,7 +31,7 @@ from streamt2v.training.losses import (
     weighted_error,
 )
 from streamt2v.training.world.captions import MAX_TOKENS
-from streamt2v.training.world.clips import COND_FRAMES, normal_like
+from streamt2v.training.world.clips import COND_FRAMES, encode, fading, normal_like
 from streamt2v.training.world.encoders import DIM
 
 IMAGE_TOKENS = 8
@@ -54,6 +55,9 @@ CAM = CamConfig(
     replace(BASE, cam=False, image_tokens=0), cond_embed_channels=(16, 32, 48, 64), num_cond_frames=COND_FRAMES
 )
 
+DIT = SpacetimeConfig(text_dim=DIM)
+MOST_KNOWN = COND_FRAMES  # frames that a clip may begin with
+
 AppearanceModule = tuple[AppearanceTokens, CLIPVisionModelWithProjection]
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """Velocity of noisy latents [B, C, F, h, w] at timesteps [B]."""
@@ -69,6 +73,14 @@ class TextSource:
     def encode(self, captions: list[str]) -> TextContext:
         """Encode captions: tokens [B, S, D], pooled [B, P]."""
         return encode_text(self.tokenizer, self.encoder, captions)
+
+    def words(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Encode captions: tokens [B, S, D], and 1 where they are of words [B, S]."""
+        tokens = self.encode(captions).tokens
+        mask = self.tokenizer(
+            captions, padding="max_length", truncation=True, max_length=tokens.shape[1], return_tensors="pt"
+        ).attention_mask
+        return tokens, mask.to(tokens)
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,11 @@ class Lesson:
 
     def context(self, captions: list[str], dropped: list[bool]) -> TextContext:
         """Encoded captions, those to be dropped replaced by the empty one."""
-        return self.text.encode(["" if drop else text for text, drop in zip(captions, dropped, strict=True)])
+        return self.text.encode(_without(captions, dropped))
+
+
+def _without(captions: list[str], dropped: list[bool]) -> list[str]:
+    return ["" if drop else text for text, drop in zip(captions, dropped, strict=True)]
 
 
 @cache
@@ -299,3 +315,50 @@ def image_to_video_loss(unet: UNet3D, batch: Batch, lesson: Lesson) -> Tensor:
     target = _schedule().velocity(latents, noise, timesteps)
     loss = weighted_error(prediction, target, batch.mask, channels=lesson.channels)
     return loss + flicker_error(prediction, target, batch.mask, channels=lesson.channels)
+
+
+def spacetime_loss(network: SpacetimeTransformer, batch: Batch, lesson: Lesson) -> Tensor:
+    """Flow matching loss of the spacetime transformer: the velocity n - x_0 of frames that are not known.
+
+    Clips with anchors begin with known frames, in half of them as many as a stream gives: clean latents at time 0, but
+    a little wrong, as those of a stream are; what is wrong with all of them fades from the target (`fading`). Three
+    batches in four of these see the anchor. Noise levels are sigmoids of normals. Text is dropped in one case of ten.
+
+    Sources: arXiv 2210.02747 (flow matching), 2403.03206 section 3.1 (noise levels).
+    """
+    latents, generator, (rows, length) = batch.latents, lesson.generator, (len(batch), batch.latents.shape[2])
+    known, anchor = torch.zeros(rows, dtype=torch.long), None
+    given = latents
+    if batch.anchors is not None:
+        most = min(MOST_KNOWN, length - 1)
+        known = torch.randint(1, most + 1, (rows,), generator=generator)
+        known[torch.rand(rows, generator=generator) < 0.5] = most
+        if torch.rand((), generator=generator) < 0.75:
+            anchor = encode(lesson.vae, batch.anchors[:, None])
+        latents, given = _worn(latents, known, generator)
+    held = (torch.arange(length) < known[:, None]).to(latents.device)[:, None, :, None, None]
+    quantiles = draw_timesteps(rows, generator).add(0.5) / 1000
+    sigmas = (0.5 + torch.special.ndtri(quantiles)).sigmoid().to(latents)[:, None].expand(rows, length)
+    sigmas = sigmas * ~held[:, 0, :, 0, 0]
+    noise, levels = normal_like(latents, generator), sigmas[:, None, :, None, None]
+    noisy = torch.where(held, given, latents + levels * (noise - latents))
+    captions = _without(batch.captions, [p < 0.1 for p in lesson.chance(rows)])
+    prediction = network(noisy, sigmas, *lesson.text.words(captions), anchor)
+    target = noise - latents
+    prediction = torch.where(held, target, prediction)
+    loss = weighted_error(prediction, target, batch.mask, channels=lesson.channels)
+    return loss if length == 1 else loss + flicker_error(prediction, target, batch.mask, channels=lesson.channels)
+
+
+def _worn(latents: Tensor, known: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """What to learn after the first `known` [B] frames of latents, and these as a stream may have them.
+
+    One row in three has an error that stays the same over the known frames and fades after them; all known frames have
+    a little noise.
+    """
+    rows, length = len(latents), latents.shape[2]
+    steady, restless = torch.rand(2, rows, 1, 1, 1, 1, generator=generator).to(latents)
+    steady = 0.35 * steady * (torch.rand(rows, 1, 1, 1, 1, generator=generator) < 0.35).to(latents)
+    share = torch.stack([fading(frames, length) for frames in known.tolist()]).to(latents)[:, None, :, None, None]
+    latents = latents + share * steady * normal_like(latents[:, :, :1], generator)
+    return latents, latents + 0.1 * restless * normal_like(latents, generator)

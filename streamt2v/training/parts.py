@@ -16,6 +16,7 @@ from torch import nn
 
 from streamt2v.models.apm import AppearanceTokens
 from streamt2v.models.cam import ConditionalAttention, init_from_unet
+from streamt2v.models.dit import SpacetimeTransformer
 from streamt2v.models.unet3d import UNet3D
 from streamt2v.training import bundle, denoisers
 from streamt2v.training.batches import Batch
@@ -24,10 +25,10 @@ from streamt2v.training.engine import Job
 from streamt2v.training.interpolation import interpolate_job
 from streamt2v.training.losses import pixel_effect
 from streamt2v.training.refiner import refiner_job
-from streamt2v.training.sheets import image_sheet, models, streaming_sheet, text_sheet
+from streamt2v.training.sheets import image_sheet, models, spacetime_sheet, streaming_sheet, text_sheet
 from streamt2v.training.world import vae
 from streamt2v.training.world.captions import build_tokenizer
-from streamt2v.training.world.clips import CLIP_FRAMES, WorldSource, encode
+from streamt2v.training.world.clips import CLIP_FRAMES, LONGEST, SIZES, WorldSource, encode
 from streamt2v.training.world.encoders import (
     DIM,
     attribute_codes,
@@ -42,6 +43,7 @@ from streamt2v.training.world.scenes import sample_scenes
 
 MERGERS, MIXING = "cam_mergers.", ".apm."
 TEMPORAL = ("temp_convs.", "temp_attentions.", "transformer_in.")
+PATCHES = 1536  # that the spacetime transformer sees at once: 64 frames of 128x72
 SHIPPED = Path(__file__).resolve().parents[1] / "demo"
 
 
@@ -386,6 +388,49 @@ def image_to_video_job(shop: Workshop) -> Job:
     )
 
 
+def dit_job(shop: Workshop) -> Job:
+    """The transformer over patches of space and time, from nothing: pictures, clips of many sizes and lengths.
+
+    One step in three is on pictures, the others on clips, half of which go on from known frames. The folder becomes a
+    model family: `--model DIR`.
+    """
+    network = shop.resumed("dit", SpacetimeTransformer(denoisers.DIT))
+    lesson = shop.lesson()
+    source, turn = shop.source(lesson.vae), count()
+    down, across = denoisers.DIT.patch
+
+    def drawn(most: int) -> int:
+        return int(torch.randint(most, (), generator=shop.generator))
+
+    def batch() -> Batch:
+        if (index := next(turn)) % 3 == 0:
+            return source.images(shop.many(PATCHES // 24))
+        size = SIZES[drawn(len(SIZES))] if drawn(2) else SIZES[0]
+        length = 8 + drawn(LONGEST - 7)
+        patches = length * -(-size[0] // (8 * down)) * -(-size[1] // (8 * across))
+        return source.pieces(shop.many(max(1, PATCHES // patches)), size, length, continued=index % 3 == 2)
+
+    def save(folder: Path) -> None:
+        bundle.write(folder, "dit", network)
+        for name, part in (("vae", lesson.vae), ("text", lesson.text.encoder)):
+            if not (folder / f"{name}.safetensors").is_file():
+                bundle.write(folder, name, part)
+        bundle.write_base(folder, "dit")
+
+    return Job(
+        lambda progress: denoisers.spacetime_loss(network, batch(), lesson),
+        list(network.parameters()),
+        save,
+        lambda folder: spacetime_sheet(folder / "dit.png", network, lesson),
+        adam=bundle.parameters_in(network, "embed.", "bearing.", "head."),
+        learning_rate=2e-3,
+        average=0.999,
+        samples=shop.many(PATCHES // 24),
+        device=shop.device,
+        keep=source.save,
+    )
+
+
 def widened(shop: Workshop, *without: str) -> dict[str, torch.Tensor]:
     """The base's weights, less some, with input channels for other latents that start at zero."""
     start = shop.finished("unet", UNet3D(denoisers.BASE)).cpu().state_dict()
@@ -410,6 +455,7 @@ JOBS: dict[str, Callable[[Workshop], Job]] = {
     "apm": apm_job,
     "joint": joint_job,
     "image_to_video": image_to_video_job,
+    "dit": dit_job,
     "refiner": refiner_job,
     "interpolate": interpolate_job,
 }

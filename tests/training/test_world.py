@@ -10,6 +10,7 @@ from streamt2v.training.world.scenes import (
     ASPECT,
     ATTRIBUTES,
     Scenes,
+    framed,
     in_period,
     positions,
     sample_scenes,
@@ -45,6 +46,14 @@ def test_positions_say_where_the_pixels_are(motion: int, mirrored: bool) -> None
     expected = positions(one, frame)[0, 0]
     assert abs(x - float(expected[0])) < 0.03
     assert abs(y - float(expected[1])) < 0.03
+
+
+@given(st.integers(8, 400), st.integers(8, 400))
+def test_a_picture_of_any_shape_shows_as_much_of_the_world_with_square_pixels(height: int, width: int) -> None:
+    left, top, right, bottom = framed(height, width)
+    assert (right - left) * (bottom - top) == pytest.approx(1)
+    assert (right - left) * ASPECT / width == pytest.approx((bottom - top) / height)
+    assert (left + right, top + bottom) == pytest.approx((1, 1))
 
 
 def test_a_frame_is_in_range_and_has_the_asked_size() -> None:

@@ -1,4 +1,4 @@
-"""Batches of the drawn world: rendered, encoded, kept in rings, given a new caption at every draw."""
+"""Batches of the drawn world, in several sizes: rendered, encoded, kept in rings, given a new caption at every draw."""
 # The libraries' modules are typed as Any.
 # mypy: disable-error-code="no-any-return, no-untyped-call"
 
@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,22 @@ from torch.nn import functional
 from streamt2v.training.batches import Batch, Ring, Rows
 from streamt2v.training.world.captions import compose
 from streamt2v.training.world.drawing import render
-from streamt2v.training.world.scenes import ATTRIBUTES, FLOATING, Scenes, join_scenes, sample_scenes, subject_mask
+from streamt2v.training.world.scenes import (
+    ATTRIBUTES,
+    FLOATING,
+    Scenes,
+    framed,
+    join_scenes,
+    sample_scenes,
+    subject_mask,
+)
 
 CLIP_FRAMES = 16
 COND_FRAMES = 8
-LATENT_SIZE = (9, 16)
+SIZE, LATENT_SIZE = (72, 128), (9, 16)
+SIZES = (SIZE, (96, 96), (128, 72), (72, 160))
+"""(H, W) of the clips that pieces are cut from."""
+LONGEST = 32  # frames of these
 LATEST = 400  # frame index up to which late clips start
 
 
@@ -77,10 +89,16 @@ class WorldSource:
         self._images = ring("images", self._make_images, 60_000, 2048)
         self._early = ring("clips", lambda count: self._make_clips(count, late=0.2), 3000, 128)
         self._late = ring("chunks", lambda count: self._make_clips(count, late=1.0), 3000, 128)
+        self._long = {
+            size: ring(
+                f"long_{size[0]}x{size[1]}", partial(self._make_clips, late=0.3, length=LONGEST, size=size), 1500, 32
+            )
+            for size in SIZES
+        }
 
     def save(self) -> None:
         """Keep what was rendered for a later run."""
-        for ring in (self._images, self._early, self._late):
+        for ring in (self._images, self._early, self._late, *self._long.values()):
             ring.save()
 
     def _make_images(self, count: int) -> Rows:
@@ -90,7 +108,7 @@ class WorldSource:
         start = torch.where(torch.arange(count, device=self.device) % 2 == 0, start, early)
         return _columns(encode(self.vae, render(scenes, start[:, None])), scenes, start)
 
-    def _make_clips(self, count: int, late: float) -> Rows:
+    def _make_clips(self, count: int, late: float, length: int = CLIP_FRAMES, size: tuple[int, int] = SIZE) -> Rows:
         """Clips and their mirror images, side by side; a share `late` of the pairs starts at a random frame."""
         count = max(1, count // 2)
         one = sample_scenes(count, self.generator)
@@ -99,15 +117,19 @@ class WorldSource:
         start = torch.randint(0, LATEST, (count,), generator=self.generator)
         start[torch.rand(count, generator=self.generator) >= late] = 0
         start = start.repeat_interleave(2).to(self.device)
-        frames = start[:, None] + torch.arange(CLIP_FRAMES, device=self.device)
+        frames = start[:, None] + torch.arange(length, device=self.device)
         parts = torch.arange(2 * count, device=self.device).split(2 if self.device.type == "cpu" else 64)
-        latents = [encode(self.vae, render(scenes.take(part), frames[part])) for part in parts]
+        latents = [encode(self.vae, self._drawn(scenes.take(part), frames[part], size)) for part in parts]
         return _columns(torch.cat(latents), scenes, start)
+
+    def _drawn(self, scenes: Scenes, frames: Tensor, size: tuple[int, int]) -> Tensor:
+        return render(scenes, frames, *size, framed(*size))
 
     def _batch(self, rows: Rows, captions: list[str]) -> Batch:
         latents = rows["latents"].float()
+        size = (latents.shape[3], latents.shape[4])
         frames = rows["start"][:, None] + torch.arange(latents.shape[2], device=self.device)
-        return Batch(latents, captions, subject_mask(_scenes(rows), frames, *LATENT_SIZE))
+        return Batch(latents, captions, subject_mask(_scenes(rows), frames, *size, framed(*size)))
 
     def _captions(self, rows: Rows) -> list[str]:
         return [compose(labels, self.generator) for labels in _scenes(rows).labels().tolist()]
@@ -152,6 +174,21 @@ class WorldSource:
         back = torch.randint(0, 200, (count, 1), generator=self.generator).to(self.device)
         anchors = render(_scenes(rows), rows["start"][:, None] - back)[:, 0]
         return replace(batch, latents=latents, shown=shown, anchors=anchors)
+
+    def pieces(self, count: int, size: tuple[int, int], length: int, continued: bool) -> Batch:
+        """Pieces of clips of one of SIZES, up to LONGEST frames.
+
+        They begin with their clip, or anywhere in it where they are `continued`; these have a frame of their past, up
+        to 200 frames back, as anchor.
+        """
+        rows = self._long[size].draw(count, fresh=count * length / LONGEST / 16)
+        begin = int(torch.randint(LONGEST - length + 1, (), generator=self.generator)) if continued else 0
+        rows |= {"latents": rows["latents"][:, :, begin : begin + length], "start": rows["start"] + begin}
+        batch = self._batch(rows, self._captions(rows))
+        if not continued:
+            return batch
+        back = torch.randint(0, 200, (count, 1), generator=self.generator).to(self.device)
+        return replace(batch, anchors=self._drawn(_scenes(rows), rows["start"][:, None] - back, size)[:, 0])
 
     def pictured(self, count: int) -> Batch:
         """Clips as from `clips`, with all of their frames as pixels."""

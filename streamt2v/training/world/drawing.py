@@ -18,7 +18,16 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from streamt2v.training.world.scenes import ASPECT, ATTRIBUTES, Scenes, in_period, positions
+from streamt2v.training.world.scenes import (
+    ASPECT,
+    ATTRIBUTES,
+    WHOLE,
+    Scenes,
+    Window,
+    cells,
+    in_period,
+    positions,
+)
 
 DAY, SUNSET, NIGHT = range(3)
 CLOUDS, MIST, SNOW = 1, 2, 3
@@ -111,7 +120,7 @@ def render(
     frames: Tensor,
     height: int = 72,
     width: int = 128,
-    window: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0),
+    window: Window = WHOLE,
     at_once: int = 64,
 ) -> Tensor:
     """Render clips.
@@ -121,7 +130,7 @@ def render(
         frames: frame indices [F], [1, F] or [B, F]; any integers or fractions.
         height: output rows.
         width: output columns.
-        window: part of the canvas shown, (left, top, right, bottom) as fractions of the canvas.
+        window: part of the canvas shown; beyond the canvas the world goes on.
         at_once: frames drawn together; bounds the memory and changes nothing else.
 
     Returns:
@@ -129,15 +138,12 @@ def render(
     """
     device = scenes.radius.device
     frames = frames.to(device).expand(len(scenes), -1)
-    left, top, right, bottom = window
-    ys = top + (bottom - top) * (torch.arange(height, device=device) + 0.5) / height
-    xs = (left + (right - left) * (torch.arange(width, device=device) + 0.5) / width) * ASPECT
-    y, x = torch.meshgrid(ys, xs, indexing="ij")
+    y, x = torch.meshgrid(*cells(height, width, window, device), indexing="ij")
     centres = positions(scenes, frames).flatten(0, 1)
     rows = torch.arange(len(scenes), device=device).repeat_interleave(frames.shape[1])
     times = frames.flatten().to(centres)
     drawn = [
-        _draw(_view(scenes.take(rows[part]), centres[part], times[part], x, y, (bottom - top) / height))
+        _draw(_view(scenes.take(rows[part]), centres[part], times[part], x, y, (window[3] - window[1]) / height))
         for part in torch.arange(len(rows), device=device).split(at_once)
     ]
     return torch.cat(drawn).unflatten(0, frames.shape) * 2 - 1

@@ -29,6 +29,9 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 LEFT, RIGHT, FLOATING, RISING, CIRCLING = range(5)
 MIRRORED_MOTION = (RIGHT, LEFT, FLOATING, RISING, CIRCLING)  # the motion that a left-right mirrored clip shows
+Window = tuple[float, float, float, float]
+"""Part of the canvas: (left, top, right, bottom) as fractions of it."""
+WHOLE: Window = (0.0, 0.0, 1.0, 1.0)
 MIDDLE_FRAME = 8  # where drifting and rising subjects pass their rest position
 
 
@@ -156,11 +159,27 @@ def positions(scenes: Scenes, frames: Tensor) -> Tensor:
     return torch.stack([torch.where(scenes.mirror[:, None] == 1, ASPECT - across, across), down], -1)
 
 
-def subject_mask(scenes: Scenes, frames: Tensor, height: int, width: int) -> Tensor:
+def framed(height: int, width: int) -> Window:
+    """Return the part of the canvas that a picture of this shape shows: of its area, around its middle.
+
+    What is wider or higher than the canvas shows more of the world there.
+    """
+    across = (width / height / ASPECT) ** 0.5
+    return (1 - across) / 2, (1 - 1 / across) / 2, (1 + across) / 2, (1 + 1 / across) / 2
+
+
+def cells(height: int, width: int, window: Window, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the middles of rows [height] and columns [width] of a grid over a part of the canvas, on the canvas."""
+    left, top, right, bottom = window
+    ys = top + (bottom - top) * (torch.arange(height, device=device) + 0.5) / height
+    xs = (left + (right - left) * (torch.arange(width, device=device) + 0.5) / width) * ASPECT
+    return ys, xs
+
+
+def subject_mask(scenes: Scenes, frames: Tensor, height: int, width: int, window: Window = WHOLE) -> Tensor:
     """Soft mask exp(-(distance / (1.2 radius))^2) of the subject on a coarse grid, [B, F, height, width] in [0, 1]."""
     device = scenes.radius.device
-    ys = (torch.arange(height, device=device) + 0.5) / height
-    xs = (torch.arange(width, device=device) + 0.5) / width * ASPECT
+    ys, xs = cells(height, width, window, device)
     centres = positions(scenes, frames.to(device))
     dx, dy = xs - centres[..., 0, None], ys - centres[..., 1, None]
     square = dy[..., :, None] ** 2 + dx[..., None, :] ** 2
