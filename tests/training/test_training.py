@@ -372,7 +372,7 @@ def test_known_frames_are_clean_and_count_nothing() -> None:
 
 
 def test_a_small_spacetime_transformer_learns(tmp_path: Path) -> None:
-    """Four clips by heart, in a few seconds: half of what one that predicts nothing loses, on average over all steps."""
+    """Four clips by heart, in seconds: half of what one that predicts nothing loses, on average over all steps."""
     torch.manual_seed(0)
     network = SpacetimeTransformer(replace(denoisers.DIT, width=48, depth=2, heads=2))
     shade = torch.linspace(-1, 1, 4).view(4, 1, 1, 1, 1) + torch.linspace(-1, 1, 6).view(6, 1, 1)
