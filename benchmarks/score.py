@@ -2,10 +2,12 @@
 
     python benchmarks/score.py --prompts 100 --frames 16 --jobs 2
     python benchmarks/score.py --prompts 20 --frames 1200 --refine --jobs 2
+    python benchmarks/score.py --prompts 40 --frames 480 --model DIR --set stream.height=80 stream.width=144
 
 Makes the first two stages' video of every prompt and writes benchmarks/results/DATE-demo-FRAMES.json after each; run
 again, it goes on. The judge of docs/demo.md says what the first and the last 16 frames show; the rest is what
-`streamt2v evaluate` measures (flow at 144x144). With --refine the same is said of the refined video, too.
+`streamt2v evaluate` measures (flow at 144x144). With --refine the same is said of the refined video, too. With --model
+the videos are those of `generate`, unrefined: so is judged what `train dit` wrote, at any settings.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ from streamt2v.training.denoisers import TextSource
 from streamt2v.training.world.captions import canonical
 from streamt2v.training.world.clips import CLIP_FRAMES
 from streamt2v.training.world.scenes import ATTRIBUTES, Scenes, sample_scenes
+from streamt2v.weights import folders
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE.parent / "streamt2v" / "demo"
@@ -94,6 +97,26 @@ def refine(frames: Frames, prompt: str, seed: int, settings: dict[str, Any]) -> 
         writer.finish(source)
         pipeline.run(Job("refine", built, output, source=source), Progress(quiet=True))
         return np.concatenate(list(reading.read_frames(output)))
+
+
+def generated(prompt: str, seed: int, frames: int, model: str, settings: dict[str, Any]) -> tuple[Frames, list[int]]:
+    """Make a video as `generate` does, unrefined: frames [F, H, W, 3], and where its chunks meet."""
+    own = {"model": model, "prompt": prompt, "seed": seed, "num_frames": frames, "output.crf": 1}
+    own |= {"refine.enabled": False, "output.height": 0, "output.width": 0}
+    built = config.merge(config.preset(folders.family(model).preset), own, settings)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "out.mp4"
+        pipeline.run(Job("generate", built, output), Progress(quiet=True))
+        made = np.concatenate(list(reading.read_frames(output)))
+    return made, seams(streaming_plan(frames, built.stream.chunk, built.stream.overlap))
+
+
+def score_model(index: int, seed: int, frames: int, model: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Make and measure the video of one random prompt by a model."""
+    torch.set_num_threads(1)
+    asked = scene(index, seed).labels().tolist()[0]
+    shown, borders = generated(canonical(asked), seed + index, frames, model, settings)
+    return {"index": index, "prompt": canonical(asked), "seed": seed + index, **described(shown, asked, borders)}
 
 
 def score(index: int, seed: int, frames: int, weights: Path, refined: bool, sheet: Path | None) -> dict[str, Any]:
@@ -185,12 +208,19 @@ def main() -> None:
     parser = options(__doc__, prompts=100, frames=CLIP_FRAMES, seed=5000)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--refine", action="store_true", help="refine every video, too, with the shipped refiner")
+    parser.add_argument("--model", help="a model whose videos are judged, such as the folder of `train dit`")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of that model")
     asked = parser.parse_args()
-    work = partial(
+    name, header = "demo", {**machine(asked.frames, asked.weights), "refined": asked.refine}
+    work: Work = partial(
         score, seed=asked.seed, frames=asked.frames, weights=asked.weights, refined=asked.refine, sheet=asked.sheets
     )  # fmt: skip
-    path = asked.out or HERE / "results" / f"{datetime.date.today()}-demo-{asked.frames}.json"
-    header = {**machine(asked.frames, asked.weights), "refined": asked.refine}
+    if asked.model:
+        name, given = Path(asked.model).name, (pair.partition("=") for pair in asked.set)
+        settings = {key: config.parse_value(key, text) for key, _, text in given}
+        header |= {"weights": folders.fingerprint(folders.locate(asked.model))[:16], "settings": settings}
+        work = partial(score_model, seed=asked.seed, frames=asked.frames, model=asked.model, settings=settings)
+    path = asked.out or HERE / "results" / f"{datetime.date.today()}-{name}-{asked.frames}.json"
     rows = collect(path, header, work, asked.prompts, asked.jobs)
     path.write_text(json.dumps({**header, "summary": summary(rows), "rows": rows}, indent=1) + "\n")
     print(json.dumps(summary(rows), indent=1))
