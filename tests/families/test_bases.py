@@ -1,6 +1,7 @@
 """Bases end to end: tiny random networks in the layouts that are published; any length, resuming, every option."""
 
 import gc
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import torch
 from PIL import Image
 
 from streamt2v import config, weights
+from streamt2v.errors import WeightsError
 from streamt2v.families import bases, choose
 from streamt2v.media import reading, writing
 from streamt2v.media.frames import Frames
 from streamt2v.runs import base, output
+from streamt2v.weights import folders as lists
 from tests import crash, pipelines
 from tests.cli.helpers import PROMPT, call, digest, generate, made, result
 from tests.hub_server import Hub, point_library_at, serving
@@ -242,12 +245,13 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_frames(
     assert digest(path) == whole
 
 
+@pytest.mark.parametrize("name", ["wan", "dit"])
 def test_a_killed_run_goes_on_and_gives_the_same_frames(
-    folders: Made, plainly_refined: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, folders: Made, plainly_refined: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between two chunks; one of them in a process of its own."""
-    path, whole = tmp_path / "out.mp4", digest(plainly_refined["wan"])
-    command = ["generate", PROMPT, "--frames", 33, "-o", path, *small(folders["wan"]), *REFINED]
+    path, whole = tmp_path / "out.mp4", digest(plainly_refined[name])
+    command = ["generate", PROMPT, "--frames", 33, "-o", path, *small(folders[name]), *REFINED]
     crash.killed("stream", 2, *command, log=tmp_path / "log")
     monkeypatch.setattr(bases, "_encoder", refuse)
     assert call("resume", path, "-q") == 0
@@ -312,6 +316,29 @@ def test_a_folder_of_another_kind_is_refused(
     assert call("generate", PROMPT, "--frames", 43, "-o", place / "out.mp4", *small(folder)) == code
     assert said in capsys.readouterr().err
     assert list(place.iterdir()) == []
+
+
+def test_a_folder_of_ours_is_what_its_index_names(tmp_path: Path) -> None:
+    """Other files of a training folder come and go; a file elsewhere is never one of its parts."""
+    folder = pipelines.dit(tmp_path / "dit")
+    before = lists.fingerprint(folder)
+    (folder / "unet.safetensors").write_bytes(b"of another part")
+    assert lists.fingerprint(folder) == before
+    assert lists.layout(str(folder)) == lists.Layout(1, 4, 8, 8, 24, 2, False)
+    (folder / "vae.safetensors").write_bytes((folder / "dit.safetensors").read_bytes())
+    assert lists.fingerprint(folder) != before
+    index = folder / "model_index.json"
+    for outside in ("../dit.safetensors", "/dit.safetensors", "dit.pt"):
+        index.write_text(json.dumps(json.loads(index.read_text("utf-8")) | {"transformer": ["streamt2v", outside]}))
+        with pytest.raises(WeightsError, match="wants code from"):
+            weights.family(str(folder))
+
+
+def test_what_a_folder_of_ours_lacks_is_said_before_anything_loads(tmp_path: Path) -> None:
+    folder = pipelines.dit(tmp_path / "dit")
+    (folder / "text.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"has no text\.safetensors"):
+        weights.family(str(folder))
 
 
 def test_a_transformer_that_only_continues_a_picture_is_refused(

@@ -181,7 +181,7 @@ class WorldSource:
         They begin with their clip, or anywhere in it where they are `continued`; these have a frame of their past, up
         to 200 frames back, as anchor.
         """
-        rows = self._long[size].draw(count, fresh=count * length / LONGEST / 16)
+        rows = self._long[size].draw(count, fresh=count * length / LONGEST / 8)
         begin = int(torch.randint(LONGEST - length + 1, (), generator=self.generator)) if continued else 0
         rows |= {"latents": rows["latents"][:, :, begin : begin + length], "start": rows["start"] + begin}
         batch = self._batch(rows, self._captions(rows))
