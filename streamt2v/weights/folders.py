@@ -96,7 +96,8 @@ def _ours(value: object) -> str:
 
 def place(folder: Path, part: str) -> Path:
     """Return where a part of a pipeline lies: in a folder of its own, or in a file of ours. Raises as `read_index`."""
-    return folder / (_ours(read_index(folder)[1].get(part)) or part)
+    own = folder / part
+    return own if own.is_dir() else folder / (_ours(read_index(folder)[1].get(part)) or part)
 
 
 def _is_library_class(value: list[Any]) -> bool:
