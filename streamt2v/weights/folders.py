@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -119,7 +120,9 @@ def fingerprint(*parts: Path) -> str:
 
 def _contents(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of the files of a pipeline; where they are ours, others may lie beside them."""
-    index = read_index(folder)[1] if (folder / INDEX).is_file() else {}
+    index = dict[str, Any]()
+    with suppress(WeightsError):  # what is said where it is loaded
+        index = read_index(folder)[1]
     ours, found = set(filter(None, map(_ours, index.values()))), inventory.contents(folder, FINGERPRINTED)
     return {name: digest for name, digest in found.items() if not ours or name in {INDEX, *ours}}
 
