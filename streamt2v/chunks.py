@@ -48,13 +48,14 @@ def _first(num_frames: int, size: int, overlap: int, what: str) -> Chunk:
 
 
 def streaming_plan(
-    num_frames: int, size: int, overlap: int, ends: Sequence[int] = (), whole_first: bool = False
+    num_frames: int, size: int, overlap: int, ends: Sequence[int] = (), whole_first: bool = False, lead: int = 1
 ) -> tuple[Chunk, ...]:
     """Plan the streaming stage: chunk 0 is the initializer's, later ones repeat `overlap` frames and add the rest.
 
     Chunks are generated whole even when the video ends inside one: the last record's `stop` is cut to the video's
-    end, so `num_new` says how many of its new frames are kept. So does a chunk in front of one that ends with held
-    frames: the more new frames lie between what was shown and what is held, the better they meet.
+    end, so `num_new` says how many of its new frames are kept. The more new frames lie between what was shown and what
+    is held, the better they meet: a chunk that ends with held frames may add `lead` times as many as others, and the
+    one in front of it is cut for it.
 
     Args:
         num_frames: frames of the video, >= 1.
@@ -63,19 +64,23 @@ def streaming_plan(
         ends: where runs of frames that are held in place end, above `size` where the first chunk is `whole_first`,
             else at least `size`; the last may lie behind the video, and a chunk then reaches so far.
         whole_first: never cut the first chunk, which exists already.
+        lead: >= 1.
 
     Raises:
         ConfigError: sizes out of range.
     """
     chunks, step = [_first(num_frames, size, overlap, "streaming")], size - overlap
-    first = next(iter(sorted(ends)), None)
-    if first is not None and not whole_first and step < first < size + step:
-        chunks[0] = Chunk(0, 0, min(first - step, num_frames), 0)
+    first, most = next(iter(sorted(ends)), None), lead * step
+    if first is not None and not whole_first and step < first < size + most:
+        chunks[0] = Chunk(0, 0, min(max(first - most, overlap, 1), num_frames), 0)
     while chunks[-1].stop < num_frames:
         new_start = chunks[-1].stop
         stop = new_start + step
         shown = max((end for end in ends if new_start < end <= stop), default=new_start)
-        cut = next((end - step for end in sorted(ends) if stop < end < stop + step), stop)
+        if shown == new_start:
+            stop = next((end for end in sorted(ends) if stop < end <= new_start + most), stop)
+            shown = stop if stop in ends else shown
+        cut = next((end - most for end in sorted(ends) if stop < end < stop + most), stop)
         stop = cut if cut > shown else stop  # what is held stays in the chunk that leads to it
         chunks.append(Chunk(len(chunks), new_start - overlap, min(stop, num_frames), new_start))
     return tuple(chunks)

@@ -64,7 +64,8 @@ def base_plan(run: RunConfig, num_frames: int, kept: int = 0) -> tuple[Chunk, ..
     """Return the chunks of the streaming stage, in frames of the base video; it continues `kept` frames, if any.
 
     A picture ends a chunk, so that as many new frames as possible lead to it. What comes home has a last chunk that
-    ends with the first frames. A ring has one chunk: nothing of it is finished before all is.
+    ends with the first frames. Either may be as long as `stream.replacement_lead` chunks. A ring has one chunk: nothing
+    of it is finished before all is.
     """
     stream = run.stream
     if run.loop == "ring":
@@ -72,7 +73,8 @@ def base_plan(run: RunConfig, num_frames: int, kept: int = 0) -> tuple[Chunk, ..
     ends = [frame + 1 - base_offset(kept, stream.chunk) for frame in run.made_pictures]
     if run.loop == "stream" and num_frames > stream.chunk:
         ends.append(num_frames + home_frames(run))
-    return streaming_plan(num_frames, stream.chunk, stream.overlap, ends, whole_first=kept > 0)
+    lead = stream.replacement_lead
+    return streaming_plan(num_frames, stream.chunk, stream.overlap, ends, whole_first=kept > 0, lead=lead)
 
 
 def home_frames(run: RunConfig) -> int:

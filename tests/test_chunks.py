@@ -23,23 +23,28 @@ def test_streaming_plan_makes_every_frame_once(num_frames: int, sizes: tuple[int
     assert all(chunk.size <= sizes[0] for chunk in plan)
 
 
-@given(frames, sizes, st.sets(st.integers(0, 450), max_size=4), st.booleans())
+@given(frames, sizes, st.sets(st.integers(0, 450), max_size=4), st.booleans(), st.integers(1, 3))
 def test_streaming_plan_gives_held_frames_all_the_room_there_is(
-    num_frames: int, sizes: tuple[int, int], ends: set[int], whole_first: bool
+    num_frames: int, sizes: tuple[int, int], ends: set[int], whole_first: bool, lead: int
 ) -> None:
     size, overlap = sizes
     ends = {end for end in ends if size <= end}
-    plan = streaming_plan(num_frames, size, overlap, sorted(ends), whole_first)
+    plan = streaming_plan(num_frames, size, overlap, sorted(ends), whole_first, lead)
     new = [frame for chunk in plan for frame in range(chunk.new_start, chunk.stop)]
     assert new == list(range(num_frames))
     assert all(chunk.new_start - chunk.start == overlap for chunk in plan[1:])
-    assert all(chunk.size <= size and chunk.num_new >= 1 for chunk in plan)
+    assert all(chunk.num_new >= 1 for chunk in plan)
     assert plan[0].stop == min(size, num_frames) or not whole_first
     step, before = size - overlap, 0
+    most = lead * step
+    assert plan[0].stop >= min(overlap, num_frames)  # the next chunk repeats so many
+    for chunk in plan[1:]:
+        last = chunk.stop in ends or chunk.stop == num_frames  # only what leads somewhere may be long
+        assert chunk.num_new <= (most if last else step)
     for end in sorted(ends):
-        # Nothing held lies nearer before it, so a chunk ends with it, with as many new frames as a chunk has.
-        if end - before >= 2 * step and end > size + step and end <= num_frames:
-            assert any(chunk.stop == end and chunk.num_new == step for chunk in plan)
+        # Nothing held lies nearer before it, so a chunk ends with it, with as many new frames as it may have.
+        if end - before >= most + step and end > size + most and end <= num_frames:
+            assert any(chunk.stop == end and chunk.num_new == most for chunk in plan)
         before = end
 
 
@@ -48,7 +53,9 @@ def test_a_stream_that_comes_home_ends_with_the_first_frames() -> None:
     assert [(chunk.start, chunk.stop, chunk.new_start) for chunk in plan] == [
         (0, 16, 0), (8, 24, 16), (16, 32, 24), (24, 40, 32), (32, 41, 40), (33, 45, 41)
     ]  # fmt: skip
+    assert [chunk.stop for chunk in streaming_plan(45, 16, 8, [49], lead=2)] == [16, 24, 32, 33, 45]
     assert [chunk.stop for chunk in streaming_plan(17, 16, 8, [21])] == [13, 17]  # the first chunk is cut for it
+    assert [chunk.stop for chunk in streaming_plan(17, 16, 8, [21], lead=2)] == [8, 17]
     assert [chunk.stop for chunk in streaming_plan(17, 16, 8, [21], whole_first=True)] == [16, 17]
 
 

@@ -42,7 +42,8 @@ def build(networks: Networks) -> Makers:
     def extend(state: StreamState, prompt: str, chunk: Chunk) -> Tensor:
         def streamer() -> Streamer:
             sampling, noise = Sampling.of(run.stream, policy.batched_guidance), _noise(networks, run.stream.chunk)
-            return Streamer(_models(networks), _texts(networks, prompt), state.anchor, sampling, noise)
+            text = _texts(networks, prompt)
+            return Streamer(_models(networks), text, state.anchor, sampling, noise, run.stream.chunk)
 
         stepped = networks.stepped(chunk.index, run.stream.num_inference_steps)
         return networks.once("streamer", streamer, prompt).new_frames(

@@ -22,7 +22,8 @@ def stages(config: RunConfig, source: tuple[int, int] | None = None) -> tuple[me
     if source is None and not packs:
         parts = ["unet", "vae", *(["cam"] if stream.cam else []), *(["apm"] if stream.apm else [])]
         stage = _stage(config, "stream", parts, stream.chunk, base)
-        guided, kept = stream.guidance_scale != 1, int(stream.reuse_interval > 1)
+        windows = stream.replacement_lead if config.pictures or config.loop == "stream" else 1
+        guided, kept = stream.guidance_scale != 1, windows * int(stream.reuse_interval > 1)
         found.append(replace(stage, guided=guided, cam=stream.cam, kept=kept))
     if refine.enabled and not (packs and own):
         box = (output.height or base[0], output.width or base[1])

@@ -99,12 +99,13 @@ class Base:
     def _ahead(self, chunk: Chunk) -> Iterator[tuple[int, Tensor]]:
         """Yield what is known of a chunk's frames: pictures, and after the last frame of a loop its first ones."""
         run, end = self.known.job.config, self.known.num_frames
-        reach = chunk.start + run.stream.chunk
+        home = home_frames(run) if run.loop != "no" and chunk.stop == end else 0
+        reach = max(chunk.start + run.stream.chunk, chunk.stop + home)
         for asked, path in run.made_pictures.items():
             if chunk.new_start <= (number := asked - self.known.base_offset) < reach:
                 yield number, self._fitted(frames.to_float(pictures.read(Path(path))[None], self.device))[0]
-        coming = range(end, min(reach, end + home_frames(run)))
-        if run.loop != "no" and coming:
+        coming = range(end, min(reach, end + home))
+        if coming:
             begin = self.source(0) if self.known.kept else frames.numbered(self.directory.base_frames(0), 0)
             shown = islice(frames.singly(group.frames for group in begin), len(coming))
             for number, frame in zip(coming, shown, strict=True):

@@ -5,7 +5,7 @@ frame through APM. The state between chunks is small and explicit: the last fram
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
@@ -21,6 +21,7 @@ from streamt2v.models.cam import ConditionalAttention
 from streamt2v.models.encoders import decode_latents, embed_image, encode_frames
 from streamt2v.models.unet3d import Conditioning, TextContext, UNet3D
 from streamt2v.stages.denoise import ChunkNoise, Observe, Predict, Sampling, denoise, reusing
+from streamt2v.stages.loops import stride
 
 NoiseOfChunk = Callable[[Chunk], ChunkNoise]
 NOTHING: Mapping[int, Tensor] = MappingProxyType({})
@@ -41,6 +42,31 @@ def network_step(
     if cam is not None and extractor is not None and embedded is not None:
         features = cam(latents[:, :, : embedded.shape[2]], timestep, extractor, embedded, shallow=deep is not None)
     return unet.run(latents, timestep, denoiser, features, deep)
+
+
+def side_by_side(near: Predict, far: Predict, size: int, shown: int, timesteps: Sequence[int]) -> Predict:
+    """Return a network for latents [B, C, F, h, w] of more than `size` frames, at most twice as many: two windows.
+
+    One sees the first `size` frames, the other the last. The frame from which on the second is heard moves at every
+    step through all that both see, so that there is no seam.
+
+    Args:
+        near, far: the networks of the windows.
+        size: frames of a window.
+        shown: frames at the beginning that are the first window's, fewer than `size`.
+        timesteps: those of all steps, in order.
+    """
+    step_of = {timestep: step for step, timestep in enumerate(timesteps)}
+
+    def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
+        begin = latents.shape[2] - size
+        first = max(begin, shown)
+        places = size - first + 1
+        seam = first + step_of[timestep] * stride(places) % places
+        heard = near(latents[:, :, :size], timestep, rows)[:, :, :seam]
+        return torch.cat([heard, far(latents[:, :, begin:], timestep, rows)[:, :, seam - begin :]], dim=2)
+
+    return predict
 
 
 @dataclass(frozen=True)
@@ -125,13 +151,13 @@ def chunk_noise(draws: Draws, chunk_size: int, latent_shape: Sequence[int], devi
 
     Args:
         draws: the run's random source.
-        chunk_size: frames denoised at once.
+        chunk_size: frames denoised at once; a longer chunk has noise for all its frames.
         latent_shape: (C, h, w) of one frame.
         device: where the numbers are wanted; they are drawn on the CPU.
     """
 
     def noise(chunk: Chunk) -> ChunkNoise:
-        frames = range(chunk.start, chunk.start + chunk_size)
+        frames = range(chunk.start, chunk.start + max(chunk_size, chunk.size))
 
         def draw(purpose: str, *address: int) -> Tensor:
             drawn = per_frame(draws, purpose, frames, latent_shape, *address)  # [F, C, h, w]
@@ -202,12 +228,21 @@ def continued(
 
 
 class Streamer:
-    """Generates chunk after chunk; text and anchor are prepared once."""
+    """Generates chunk after chunk; text and anchor are prepared once.
+
+    `window` is how many frames the networks see at once, None: all those of a chunk.
+    """
 
     def __init__(
-        self, models: StreamModels, text: TextContext, anchor: Tensor, sampling: Sampling, noise: NoiseOfChunk
+        self,
+        models: StreamModels,
+        text: TextContext,
+        anchor: Tensor,
+        sampling: Sampling,
+        noise: NoiseOfChunk,
+        window: int | None = None,
     ) -> None:
-        self.models, self.sampling, self.noise = models, sampling, noise
+        self.models, self.sampling, self.noise, self.window = models, sampling, noise, window
         with torch.inference_mode():
             self.denoiser = models.unet.prepare(text, anchor_tokens(models, anchor))
             self.extractor = None if models.cam is None else models.cam.prepare(text)
@@ -223,15 +258,21 @@ class Streamer:
         """Sample one chunk: conditioning frames [Fc, 3, H, W] in [-1, 1] -> latents [1, C, F, h, w].
 
         The first Fc frames of the result re-create the conditioning frames (with replacement they are the same), the
-        others are new. Frames `ahead` that lie in the chunk are held in place.
+        others are new. Frames `ahead` are held in place. A chunk that is longer than the window is two of them, side by
+        side: CAM's features are for the frames of the first, and the other window knows the way by what both share.
         """
-        schedule, sampling, whole_at = self.models.schedule, self.sampling, None
-        if sampling.reuse_interval > 1:
-            whole_at = schedule.timesteps(sampling.num_inference_steps)[:: sampling.reuse_interval].tolist()
+        schedule, sampling = self.models.schedule, self.sampling
+        timesteps = schedule.timesteps(sampling.num_inference_steps).tolist()
+        whole_at = timesteps[:: sampling.reuse_interval] if sampling.reuse_interval > 1 else None
         predict = predictor(self.models, self.denoiser, self.extractor, conditioning_frames, whole_at)
-        noise = self.noise(chunk)
+        noise = self.noise(replace(chunk, stop=max([chunk.stop, *(frame + 1 for frame in ahead)])))
+        frames, shown = noise.initial.shape[2], len(conditioning_frames)
+        if self.window is not None and frames > self.window:
+            bare = replace(self.models, cam=None)
+            far = predictor(bare, self.denoiser, None, conditioning_frames, whole_at)
+            predict = side_by_side(predict, far, self.window, shown, timesteps)
         known = dict(enumerate(conditioning_frames, chunk.start)) if sampling.replacement else {}
-        held = hold(self.models.vae, chunk, noise.initial.shape[2], {**known, **ahead})
+        held = hold(self.models.vae, chunk, frames, {**known, **ahead})
         return denoise(predict, schedule, noise, sampling, observe, held)
 
     @torch.inference_mode()

@@ -15,6 +15,7 @@ from streamt2v.models.unet3d import Conditioning
 from streamt2v.stages.denoise import BOTH, ChunkNoise, Sampling, denoise
 from streamt2v.stages.loops import denoise_ring, rolled, stride
 from streamt2v.stages.refine import Denoiser, Refiner
+from streamt2v.stages.stream import side_by_side
 from tests.stages.test_refine import Toy, config
 
 SCHEDULE = NoiseSchedule(ScheduleConfig())
@@ -136,3 +137,20 @@ def test_rolling_a_loop_and_its_draws_rolls_the_refined_loop(
         return torch.cat(list(made.run()))[around.lead : around.lead + num_frames]
 
     assert torch.equal(refined(source, 0).roll(by, 0), refined(source.roll(by, 0), by))
+
+
+@given(st.integers(2, 24), st.data())
+def test_of_two_windows_each_frame_is_heard_once_and_the_seam_moves(size: int, data: st.DataObject) -> None:
+    shown = data.draw(st.integers(0, size - 1))
+    frames, timesteps = data.draw(st.integers(size + 1, 2 * size)), list(range(990, 0, -10))
+    latents = torch.arange(1, frames + 1, dtype=torch.float32).view(1, 1, -1, 1, 1)
+    made = side_by_side(lambda x, t, rows: x, lambda x, t, rows: -x, size, shown, timesteps)
+    seams = set[int]()
+    for timestep in timesteps:
+        heard = made(latents, timestep, BOTH).flatten()
+        assert heard.abs().tolist() == list(range(1, frames + 1))  # each in its place
+        seam = int((heard > 0).sum())
+        assert max(shown, frames - size) <= seam <= size
+        assert (heard[:seam] > 0).all()
+        seams.add(seam)
+    assert len(seams) == size - max(shown, frames - size) + 1
