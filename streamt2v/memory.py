@@ -42,11 +42,11 @@ class MemoryPolicy:
     device share memory this saves nothing: the image encoder stays for the whole stage, and the allocator keeps what
     the text encoder took."""
 
-    def describe(self) -> str:
-        """Describe the policy in words."""
+    def describe(self, together: bool = False) -> str:
+        """Describe the policy in words; `together`: stages are computed at the same time."""
         parts = [
             "16 bit" if self.precision == "float16" else "32 bit",
-            "all stages loaded" if self.keep_networks else "one stage at a time",
+            "all stages at once" if together else "all stages loaded" if self.keep_networks else "one stage at a time",
             "guidance in one batch" if self.batched_guidance else "guidance in two passes",
         ]
         parts += ["small slices"] if self.feed_forward_rows < MANY_ROWS else []
@@ -113,12 +113,18 @@ def chunks_kept(steps: int, interval: int, chunk: int, overlap: int) -> int:
     return 0 if interval == 1 else neighbours * (steps - -(-steps // interval)) + 2
 
 
-def needed(stages: Sequence[Stage], policy: MemoryPolicy) -> int:
-    """Return the bytes at the peak of a run, without third-party models, which make the first frames before it."""
+def needed(stages: Sequence[Stage], policy: MemoryPolicy, together: bool = False) -> int:
+    """Return the bytes at the peak of a run, without third-party models, which make the first frames before it.
+
+    Args:
+        stages: of the run.
+        policy: how they are loaded and computed.
+        together: they are computed at the same time, all of them loaded.
+    """
     share = OFFLOADED_SHARE if policy.offload else 1
     if policy.keep_networks:
         loaded = sum(stage.values + stage.encoder_values for stage in stages) * share
-        values = loaded + max(stage.features(policy) for stage in stages)
+        values = loaded + (sum if together else max)(stage.features(policy) for stage in stages)
     else:
         beside = 0 if policy.encoders_on_host else 1
         values = max(stage.values * share + stage.encoder_values * beside + stage.features(policy) for stage in stages)

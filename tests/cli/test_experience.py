@@ -13,6 +13,7 @@ import termios
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,6 +39,8 @@ def interrupt_after(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def counting(writer: writing.SegmentWriter, group: Any) -> writing.SegmentMark:
         if len(written) == groups:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            while True:  # in the main thread the signal ends this, in another one that ends with the run
+                time.sleep(0.01)
         written.append(len(group))
         return append(writer, group)
 
@@ -107,6 +110,26 @@ def test_sixty_columns_hold_all_that_matters() -> None:
     wide = progress.line("2/3 ball", status, 20.0, 9.0, 100)
     assert wide.startswith("2/3 ball: stream chunk 13/29, step 12/30  ━")
     assert wide.endswith(" 37%  1:00 left  540 MB")
+
+
+def test_the_line_stays_with_a_stage_while_another_works_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    shown, lines = progress._Shown(Status("start", "stream", 0, 48)), list[str]()
+    told = [
+        ("stream", 0.1, 0.2),
+        ("refine", 0.2, 0.1),
+        ("stream", 0.3, 0.1),
+        ("refine", 0.4, 1.9),
+        ("refine", 0.5, 0.3),
+    ]
+    for stage, share, seconds in told:
+        clock.now += seconds
+        shown.tell(Status("step", stage, 0, 48, 1, 3, 1, 2, share, 60.0))
+        lines.append(shown.line("", 80))
+    assert [(one.split()[0], re.findall(r"\d+%", one)) for one in lines] == [
+        ("stream", ["10%"]), ("stream", ["20%"]), ("stream", ["30%"]), ("stream", ["40%"]), ("refine", ["50%"]),
+    ]  # fmt: skip
 
 
 class Terminal:
