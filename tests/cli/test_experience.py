@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamt2v.cli import progress
+from streamt2v.jobs import run_directory
 from streamt2v.media import writing
 from streamt2v.runs import output
 from streamt2v.runs.pace import Status
@@ -110,6 +111,35 @@ def test_sixty_columns_hold_all_that_matters() -> None:
     wide = progress.line("2/3 ball", status, 20.0, 9.0, 100)
     assert wide.startswith("2/3 ball: stream chunk 13/29, step 12/30  ━")
     assert wide.endswith(" 37%  1:00 left  540 MB")
+
+
+def test_frames_are_written_while_the_next_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first write does not end before the second group is there; a state is saved after its frames."""
+    given, order, second = output.Output.append, list[str](), threading.Event()
+    write, save = writing.SegmentWriter.append, run_directory.RunDirectory.save_state
+
+    def append(there: output.Output, finished: output.Finished) -> None:
+        order.append("made")
+        if order.count("made") == 2:
+            second.set()
+        given(there, finished)
+
+    def writes(writer: writing.SegmentWriter, group: Any) -> writing.SegmentMark:
+        assert second.wait(60)
+        order.append("written")
+        return write(writer, group)
+
+    def saves(run: run_directory.RunDirectory, name: str, *more: Any) -> None:
+        save(run, name, *more)
+        order.extend(["saved"] * (name == "output"))
+
+    monkeypatch.setattr(output, "SAVING", 1e9)  # a state after every group
+    monkeypatch.setattr(output.Output, "append", append)
+    monkeypatch.setattr(writing.SegmentWriter, "append", writes)
+    monkeypatch.setattr(run_directory.RunDirectory, "save_state", saves)
+    assert call("generate", "abc", "--frames", 40, "-o", tmp_path / "out.mp4", *TOY) == 0
+    assert order[:3] == ["made", "made", "written"]
+    assert [what for what in order if what != "made"] == ["written", "saved"] * order.count("made")
 
 
 def test_the_line_stays_with_a_stage_while_another_works_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,8 @@ def test_two_stages_at_once_make_the_same_video(tmp_path: Path, work: Work, caps
     assert "memory: 32 bit, all stages at once, guidance in one batch: up to" in capsys.readouterr().err
     assert digest(path) == work.whole("generate")[0]
     assert path.read_bytes() == (work.folder / "generate.mp4").read_bytes()
+    assert call(*work.commands["extend"], "--threads", 2, "-o", tmp_path / "longer.mp4") == 0
+    assert digest(tmp_path / "longer.mp4") == work.whole("extend")[0]
     crash.killed("stream", 2, *work.commands["generate"], "-o", path, "--overwrite", log=tmp_path / "log")
     assert call(*work.commands["side by side"], "--resume", "-o", path) == 0
     assert digest(path) == work.whole("generate")[0]
