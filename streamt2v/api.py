@@ -70,7 +70,8 @@ def generate(
         output: the file to write; its ending decides the kind. None: a name of date, prompt and seed, here.
         frames: exact number of frames, or a time such as "10s" or "2m".
         seed: of all randomness; None draws one, which `Video.result` knows.
-        callback: called with a `Status` at every denoising step, chunk and change of stage.
+        callback: called with a `Status` at every denoising step, chunk and change of stage, never twice at once; on a
+            CPU also from a second thread.
         resume: continue an interrupted run of the same output.
         overwrite: replace an existing output.
         options: every option of `streamt2v generate` by its name with underscores, such as model, size, fps, quality,

@@ -19,6 +19,7 @@ INTERPOLATING_VALUES = 280  # of 16 bit, for every pixel of a frame between two:
 FEED_FORWARD_WIDTH = 16  # inside of a gated feed-forward: projection 8, gate 4, product 4 times as wide as its input
 MARGIN, OWN_BYTES = 1.15, 600_000_000  # fragments of the allocator; libraries and contexts of a GPU
 CPU_OWN_BYTES = 320_000_000  # libraries in the memory of a process, and what loading leaves behind: measured
+WRITTEN_BYTES = 9  # for every pixel: the frames, and what the encoder keeps of them; measured
 TILE_SHARE = 1 / 4  # of a picture: tiles of 256 pixels, whose results are kept
 MANY_ROWS, FEW_ROWS = 1 << 17, 1 << 15
 OFFLOADED_SHARE = 1 / 16  # of the weights, on the device at once: the largest layer and what waits to be freed
@@ -42,11 +43,11 @@ class MemoryPolicy:
     device share memory this saves nothing: the image encoder stays for the whole stage, and the allocator keeps what
     the text encoder took."""
 
-    def describe(self) -> str:
-        """Describe the policy in words."""
+    def describe(self, together: bool = False) -> str:
+        """Describe the policy in words; `together`: stages are computed at the same time."""
         parts = [
             "16 bit" if self.precision == "float16" else "32 bit",
-            "all stages loaded" if self.keep_networks else "one stage at a time",
+            "all stages at once" if together else "all stages loaded" if self.keep_networks else "one stage at a time",
             "guidance in one batch" if self.batched_guidance else "guidance in two passes",
         ]
         parts += ["small slices"] if self.feed_forward_rows < MANY_ROWS else []
@@ -82,6 +83,8 @@ class Stage:
     """Channels of the latents of a restoration network on pixels, which has no features of the kind above; else 0."""
     token_values: int = 0
     """Values for each cell, here a token, at the peak of a transformer, which has no such features either."""
+    written: int = 0
+    """Pixels of the frames that another thread writes meanwhile."""
     wide_codec: bool = False
     """Whether the VAE works in 32 bit where all networks stay, and else tile by tile where rows are few."""
 
@@ -113,18 +116,25 @@ def chunks_kept(steps: int, interval: int, chunk: int, overlap: int) -> int:
     return 0 if interval == 1 else neighbours * (steps - -(-steps // interval)) + 2
 
 
-def needed(stages: Sequence[Stage], policy: MemoryPolicy) -> int:
-    """Return the bytes at the peak of a run, without third-party models, which make the first frames before it."""
+def needed(stages: Sequence[Stage], policy: MemoryPolicy, together: bool = False) -> int:
+    """Return the bytes at the peak of a run, without third-party models, which make the first frames before it.
+
+    Args:
+        stages: of the run.
+        policy: how they are loaded and computed.
+        together: they are computed at the same time, all of them loaded.
+    """
     share = OFFLOADED_SHARE if policy.offload else 1
     if policy.keep_networks:
         loaded = sum(stage.values + stage.encoder_values for stage in stages) * share
-        values = loaded + max(stage.features(policy) for stage in stages)
+        values = loaded + (sum if together else max)(stage.features(policy) for stage in stages)
     else:
         beside = 0 if policy.encoders_on_host else 1
         values = max(stage.values * share + stage.encoder_values * beside + stage.features(policy) for stage in stages)
     if policy.precision == "float16":
         return int(values * 2 * MARGIN) + OWN_BYTES
-    return int(values * 4 * MARGIN) + CPU_OWN_BYTES  # only CPUs compute in 32 bit, see `ladder`
+    written = max(stage.written for stage in stages) if policy.keep_networks else 0  # in the memory of a CPU alone
+    return int(values * 4 * MARGIN) + WRITTEN_BYTES * written + CPU_OWN_BYTES  # only CPUs compute in 32 bit: `ladder`
 
 
 def ladder(kind: str) -> list[MemoryPolicy]:

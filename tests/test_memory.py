@@ -505,7 +505,7 @@ def test_every_kind_of_exhausted_memory_leads_down_the_ladder(
 ) -> None:
     tried: list[MemoryPolicy] = []
 
-    def make(known: Any, report: Any, directory: Any, networks: Networks) -> Any:
+    def make(known: Any, report: Any, directory: Any, networks: Networks, *_: Any) -> Any:
         tried.append(networks.policy)
         if len(tried) < 3:
             raise error

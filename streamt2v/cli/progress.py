@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from streamt2v.cli.terminal import plain, say
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_LINES = 10.0
 REFRESHES = 4  # a second
+STEADY = 2.0  # seconds that a stage stays on the line while others, at work at the same time, tell of steps and chunks
 FEWEST_BAR, MOST_BAR = 5, 30
 
 
@@ -69,15 +71,20 @@ class _Shown:
     """What was told last of a job, when, and when it began."""
 
     def __init__(self, status: Status) -> None:
-        self.began = time.monotonic()
+        self.began, self.heard, self.stage = time.monotonic(), 0.0, status.stage
         self.tell(status)
 
     def tell(self, status: Status) -> None:
-        self.status, self.told = status, time.monotonic()
+        self.told = now = time.monotonic()
+        if status.stage == self.stage or status.kind in ("doing", "start") or now - self.heard > STEADY:
+            self.status, self.stage, self.heard = status, status.stage, now
+        else:
+            share, left, memory = status.share, status.seconds_left, status.memory_mb
+            self.status = replace(self.status, share=share, seconds_left=left, memory_mb=memory)
 
-    def line(self, name: str, width: int) -> str:
+    def line(self, name: str, width: int, status: Status | None = None) -> str:
         now = time.monotonic()
-        return line(name, self.status, now - self.told, now - self.began, width)
+        return line(name, status or self.status, now - self.told, now - self.began, width)
 
 
 class Progress:
@@ -128,7 +135,7 @@ class Progress:
         due = now - self.last_line >= SECONDS_BETWEEN_LINES and status.kind != "doing"
         if self.live is None and (due or (self.verbose and status.kind != "step")):
             self.last_line = now
-            self.say(shown.line(job, 100))
+            self.say(shown.line(job, 100, status))
 
     def doing(self, text: str) -> None:
         """Show what goes on before a job says so itself."""

@@ -1,5 +1,6 @@
 """The networks of a run: each is loaded when it is first needed, and placed as the memory policy says."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -108,7 +109,7 @@ class Networks:
         self.pixel_time = devices.Stopwatch(device)
         """Spent on the pixels of output frames: the refiner's VAE, writing, the final file."""
         self._made: dict[str, tuple[object, Any]] = {}
-        self._loading = False
+        self._loading, self._lock = False, threading.RLock()
         # Weights that come and go with every layer cannot be compiled in.
         self._compiles = run.compile and not policy.offload
         if run.compile and policy.offload:
@@ -134,11 +135,11 @@ class Networks:
 
     def keep(self, path: Path, what: str, role: str, load: Callable[[], Any]) -> Any:
         """Return what lies at a path; what is loaded from there first is placed as the policy says for its role."""
-        if path not in self.here:
-            with self.loading():
+        with self.loading():
+            if path not in self.here:
                 self.watch.doing(f"loading {what}")
                 self.here[path] = self._placed(load(), role)
-        return self.here[path]
+            return self.here[path]
 
     def drop(self, network: Any) -> None:
         """Forget a network that was kept, so that its memory is free."""
@@ -205,12 +206,12 @@ class Networks:
 
     def once(self, name: str, make: Callable[[], Made], key: object = None) -> Made:
         """Return what `make` makes; it is kept under a name until `release`, or until another key is asked for."""
-        if name not in self._made or self._made[name][0] != key:
-            self._made.pop(name, None)  # its memory is free before the next takes any
-            with self.loading():
+        with self.loading():
+            if name not in self._made or self._made[name][0] != key:
+                self._made.pop(name, None)  # its memory is free before the next takes any
                 self._made[name] = key, make()
-        made: Made = self._made[name][1]
-        return made
+            made: Made = self._made[name][1]
+            return made
 
     def release(self) -> None:
         """Drop every network and what was made from them."""
@@ -227,12 +228,13 @@ class Networks:
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Count the time of what is done inside for no stage, and once."""
-        began, outermost = time.monotonic(), not self._loading
-        self._loading = True
-        try:
-            yield
-        finally:
-            if outermost:
-                self._loading = False
-                self.watch.idle(time.monotonic() - began)
+        """Let one thread at a time do what is inside; count its time for no stage, and once."""
+        began = time.monotonic()
+        with self._lock:
+            outermost, self._loading = not self._loading, True
+            try:
+                yield
+            finally:
+                if outermost:
+                    self._loading = False
+                    self.watch.idle(time.monotonic() - began)

@@ -52,6 +52,7 @@ class Plan:
     device: str
     free_bytes: int
     policy: memory.MemoryPolicy
+    together: bool
     needed_bytes: int
     measured: dict[str, float] | None
     seconds: float | None
@@ -78,7 +79,10 @@ class Plan:
         short = "; MORE THAN THERE IS" if self.needed_bytes > self.free_bytes else ""
         peak = self.needed_bytes if self.measured is None else self.measured["peak_memory_bytes"]
         said = f"up to {peak / 1e9:.1f}{' measured' * (self.measured is not None)} of {self.free_bytes / 1e9:.1f} GB"
-        lines += [f"memory   {self.policy.describe()}", f"         {said} ({self.device}), for any length{short}"]
+        lines += [
+            f"memory   {self.policy.describe(self.together)}",
+            f"         {said} ({self.device}), for any length{short}",
+        ]
         if caution := devices.caution(self.device):
             lines.append(f"         {caution}")
         if self.measured is None:
@@ -112,14 +116,16 @@ def plan(known: Prepared) -> Plan:
     seen = _look(job.device, job.memory)
     kind, free = seen.kind, seen.free if job.memory is None else int(job.memory * 1e9)
     policy = memory.choose(free, known.stages, kind)
-    threads = devices.default_threads() if job.threads is None else job.threads
-    measured = expected(config, seen, threads, policy)
+    threads = known.threads(kind)
+    together = known.side_by_side(kind, policy, free, threads)
+    measured = expected(config, seen, threads, policy, together)
     (stream, refine), base, seconds = known.plans, known.base_size, None
     if measured is not None:
-        begun = measured["fixed_seconds"] - measured["stream_seconds_per_chunk"] if stream else 0.0
-        seconds = begun + len(stream) * measured["stream_seconds_per_chunk"]
-        seconds += len(known.refine_plan) * measured["refine_seconds_per_chunk"]  # of a loop, all the way round
-        seconds += config.num_frames * measured["seconds_per_frame"]
+        made = max(0, len(stream) - 1) * measured["stream_seconds_per_chunk"]
+        refined = len(known.refine_plan) * measured["refine_seconds_per_chunk"]  # of a loop, all the way round
+        refined += config.num_frames * measured["seconds_per_frame"]
+        last = trailing(config) / len(known.refine_plan) if together else 1.0
+        seconds = (measured["fixed_seconds"] if stream else 0.0) + max(made + min(1.0, last) * refined, refined)
     return Plan(
         model=config.model,
         num_frames=config.num_frames,
@@ -139,7 +145,8 @@ def plan(known: Prepared) -> Plan:
         device=kind,
         free_bytes=free,
         policy=policy,
-        needed_bytes=memory.needed(known.stages, policy),
+        together=together,
+        needed_bytes=memory.needed(known.stages, policy, together),
         measured=measured,
         seconds=seconds,
     )
@@ -156,11 +163,23 @@ def _look(device: str, gigabytes: float | None) -> devices.Glance:
         return devices.Glance(kind, 0)
 
 
+def trailing(config: RunConfig) -> float:
+    """Return how many chunks of the refiner are left when the last base frames come, where it keeps up with them.
+
+    A chunk cannot run a step before its right neighbour has run the one before, so the last n chunks of n steps lack
+    n, n - 1, ... and 1 of them.
+    """
+    return (config.refine.num_inference_steps + 1) / 2
+
+
 def expected(
-    config: RunConfig, seen: devices.Glance, threads: int, policy: memory.MemoryPolicy
+    config: RunConfig, seen: devices.Glance, threads: int, policy: memory.MemoryPolicy, together: bool = False
 ) -> dict[str, float] | None:
-    """Return what an earlier run with the same costs measured, by the names in `MEASURED`; None where none did."""
-    return _timings().get(_key(config, seen, threads, policy))
+    """Return what an earlier run with the same costs measured, by the names in `MEASURED`; None where none did.
+
+    `together`: both stages at the same time.
+    """
+    return _timings().get(_key(config, seen, threads, policy, together))
 
 
 def _timings_path() -> Path:
@@ -181,12 +200,13 @@ _REFINED = (
 )
 
 
-def _key(config: RunConfig, seen: devices.Glance, threads: int, policy: memory.MemoryPolicy) -> str:
+def _key(config: RunConfig, seen: devices.Glance, threads: int, policy: memory.MemoryPolicy, together: bool) -> str:
     """Return what the times depend on: of the memory policy only what makes them many times longer."""
     own, settings = config.initialize, to_flat(config)
     scales = [own.image_guidance_scale if config.image else own.guidance_scale, config.stream.guidance_scale]
     names = [*_TIMED, *(_REFINED if config.refine.enabled else ())]
     parts = [seen.kind, seen.card, threads, policy.offload, choose.named(config), *(settings[name] for name in names)]
+    parts += ["together"] * together
     parts += [scale != 1 for scale in [*scales, *([config.refine.guidance_scale] if config.refine.enabled else [])]]
     return "/".join(map(str, parts))
 
@@ -208,9 +228,14 @@ def short_length(config: RunConfig) -> int:
 
 
 def remember(
-    config: RunConfig, seen: devices.Glance, threads: int, policy: memory.MemoryPolicy, measured: dict[str, float]
+    config: RunConfig,
+    seen: devices.Glance,
+    threads: int,
+    policy: memory.MemoryPolicy,
+    measured: dict[str, float],
+    together: bool = False,
 ) -> None:
     """Store what a finished run measured, for later plans; a cache that cannot be written is not an error."""
     with contextlib.suppress(OutputError):
         files.make_directory(home.path())
-        files.write_json(_timings_path(), _timings() | {_key(config, seen, threads, policy): measured})
+        files.write_json(_timings_path(), _timings() | {_key(config, seen, threads, policy, together): measured})

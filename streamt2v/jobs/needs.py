@@ -37,7 +37,9 @@ def stages(config: RunConfig, source: tuple[int, int] | None = None) -> tuple[me
         pixels = (output.height or base[0]) * (output.width or base[1])
         values = sum(file.num_values for file in weights.interpolator(output.interpolator).files)
         found.append(memory.Stage(values, frame_values=pixels, vae_features=memory.INTERPOLATING_VALUES))
-    return tuple(found)
+    frames = min(refine.chunk if refine.enabled else stream.chunk, config.made)
+    written = frames * (output.height or base[0]) * (output.width or base[1])
+    return tuple(replace(stage, written=written) for stage in found)
 
 
 def _pipeline_stages(config: RunConfig, source: tuple[int, int] | None) -> tuple[memory.Stage, ...]:

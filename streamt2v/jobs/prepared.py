@@ -7,7 +7,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamt2v import files, memory, weights
+from streamt2v import devices, files, memory, weights
 from streamt2v.chunks import Around, Chunk, base_offset, interpolated, loop_plan
 from streamt2v.config import at_path, to_flat
 from streamt2v.families import choose
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from streamt2v.media.sound import Carried
 
 
+NARROW = 64  # channels of the finest level; measured at 32, where a second thread brings an operation hardly anything
 LOOP_STEPS = 4
 """Frames of a loop are refined beside all that so many steps can mix into them; more would cost more than it shows."""
 
@@ -189,6 +190,34 @@ class Prepared:
     def stages(self) -> tuple[memory.Stage, ...]:
         """What the stages need."""
         return needs.stages(self.job.config, self.base_size if self.job.command == "refine" else None)
+
+    @property
+    def paired(self) -> bool:
+        """Whether base frames and refined ones are made by networks of their own, one after the other as they come."""
+        own = {"stream", "refine"} <= {*self.runs} and not self.family.pipeline
+        return own and self.around is None and not self.job.config.compile
+
+    def threads(self, kind: str, recorded: int | None = None) -> int:
+        """Return how many threads split a sum: of a run that goes on as many as before, as others round differently.
+
+        Narrow stages that are paired get half of the threads each on a CPU.
+        """
+        if recorded is not None and self.job.threads is None:
+            return recorded
+        narrow = self.paired and kind == "cpu" and all(stage.width <= NARROW for stage in self.stages)
+        return max(1, self._all_threads // 2) if narrow else self._all_threads
+
+    def side_by_side(self, kind: str, policy: memory.MemoryPolicy, free: int, threads: int) -> bool:
+        """Whether base frames are made while others are refined: where `free` bytes and the threads are enough for it.
+
+        No bit depends on it.
+        """
+        enough = 2 * threads <= self._all_threads and memory.needed(self.stages, policy, together=True) <= free
+        return kind == "cpu" and self.paired and policy.keep_networks and enough
+
+    @property
+    def _all_threads(self) -> int:
+        return devices.default_threads() if self.job.threads is None else self.job.threads
 
     def carried(self) -> Carried:
         """Return how the result carries the sound that it is given, or what its source has besides pictures."""

@@ -25,6 +25,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -147,6 +148,8 @@ class RunDirectory:
         self.path, self.resumed = path, False
         self._base, self._states = path / "base", path / "state"
         self._segments: list[_Segment] = []
+        self.joined = threading.RLock()
+        """Held while a chunk and the state after it are stored: no other state counts a chunk that has none yet."""
         # Not at once: a process killed while it started ffmpeg leaves a child that holds the lock until it is ffmpeg.
         # Of 120 kills among such starts 6 found the lock held, for up to 43 ms; of 120 others none.
         self._lock = FileLock(path / "lock", timeout=0.5, thread_local=False)
@@ -360,7 +363,8 @@ class RunDirectory:
         Raises:
             OutputError: it cannot be written; the state before it still is there.
         """
-        states.write(self._states, name, self.num_base_chunks, arrays, _plain(meta or {}))
+        with self.joined:
+            states.write(self._states, name, self.num_base_chunks, arrays, _plain(meta or {}))
 
     def load_state(self, name: str) -> State | None:
         """Return the newest whole state of that name that is not ahead of the base frames, or None.

@@ -19,6 +19,7 @@ from streamt2v.jobs.prepared import Prepared
 from streamt2v.jobs.run_directory import RunDirectory
 from streamt2v.media import frames, isolated, pictures
 from streamt2v.media.frames import Group
+from streamt2v.runs.beside import Beside
 from streamt2v.runs.watch import STREAM, Watch, look_at
 from streamt2v.stages.stream import StreamState
 from streamt2v.timeline import home_frames
@@ -28,10 +29,16 @@ class Base:
     """Groups of base frames from any one on, as often as asked; made once."""
 
     def __init__(
-        self, known: Prepared, making: Makers, directory: RunDirectory, networks: Networks, report: Watch
+        self,
+        known: Prepared,
+        making: Makers,
+        directory: RunDirectory,
+        networks: Networks,
+        report: Watch,
+        beside: Beside | None = None,
     ) -> None:
         self.known, self.making, self.directory, self.networks = known, making, directory, networks
-        self.report, self.device = report, networks.device.name
+        self.report, self.device, self.beside = report, networks.device.name, beside
         # Before any frame is read: the store drops what no state accounts for.
         self.stored = directory.resume_point("stream")
         report.stored(directory.num_base_frames)
@@ -45,6 +52,11 @@ class Base:
         yield from frames.numbered(self.directory.base_frames(start), start)
         if stored < self.known.num_frames:
             yield from frames.since(self._made(), max(start, stored))
+
+    def ahead(self, start: int) -> Iterator[Group]:
+        """Yield `groups`, some of which are made before they are asked for if another thread may do that."""
+        made = self.groups(start)
+        return made if self.beside is None else self.beside.ahead(made, self.report.waited)
 
     def source(self, start: int) -> Iterator[Group]:
         """Yield the frames of the source from one on, at their times; what is damaged is bridged, and said."""
@@ -119,9 +131,10 @@ class Base:
     def _store(self, index: int, new: Tensor, state: StreamState) -> Group:
         """Store the new frames of one chunk and the state after it; return the frames."""
         group = Group(self.directory.num_base_frames, frames.to_u8(new))
-        self.directory.append_base(index, group.frames)
         tensors = {"conditioning_frames": state.conditioning_frames, "anchor": state.anchor, **state.memory}
-        self.directory.save_state("stream", tensors, {"next_chunk": state.next_chunk})
+        with self.directory.joined:
+            self.directory.append_base(index, group.frames)
+            self.directory.save_state("stream", tensors, {"next_chunk": state.next_chunk})
         look_at(group, "base frames", self.directory, self.report)
         self.report.advance(STREAM, group.stop, index + 1, len(self.known.stream_plan))
         return group

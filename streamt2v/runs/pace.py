@@ -1,7 +1,7 @@
 """How far a job is and how long the rest takes: work counted in chunks, timed by the latest ones. Loads no torch."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -54,26 +54,41 @@ class _Work:
 class Pace:
     """Time left of a job with several kinds of work; all times are given, in seconds of one monotonic clock.
 
-    Time between two events belongs to the work that the second one tells of. The time left is estimated when a chunk
-    ends and counts down from there. What was not measured yet costs what an earlier run measured, times the ratio of
-    this run to that one in what was measured.
+    Time between two events of a thread belongs to the work that the second one tells of. The time left is estimated
+    when a chunk ends and counts down from there. What was not measured yet costs what an earlier run measured, times
+    the ratio of this run to that one in what was measured.
 
     Args:
         chunks: how many of each kind of work the job has.
         prior: seconds per chunk, as far as they are known.
         now: when the job begins.
+        beside: of the works that a second thread does beside all others.
+        trailing: how many chunks of these others are left when it ends, if they keep up with it.
     """
 
-    def __init__(self, chunks: Mapping[str, int], prior: Mapping[str, float], now: float) -> None:
+    def __init__(
+        self,
+        chunks: Mapping[str, int],
+        prior: Mapping[str, float],
+        now: float,
+        beside: Collection[str] = (),
+        trailing: float = 0.0,
+    ) -> None:
         self.works = {name: _Work(count, count, prior.get(name)) for name, count in chunks.items()}
-        self.last, self.share, self.idled = now, 0.0, 0.0
+        self.beside, self.trailing, self.share, self.idled = beside, trailing, 0.0, 0.0
+        self.last = dict.fromkeys((False, True), now)
+        """The last event of either thread; that of the second one under True."""
         self.end: float | None = None
         self.mark(now)
 
-    def idle(self, seconds: float) -> None:
-        """Let so much of the time since the last event belong to nothing, such as loading."""
-        self.last += seconds
-        self.idled += seconds
+    def idle(self, seconds: float, second: bool = False) -> None:
+        """Let so much of the time since the last event of a thread belong to nothing, such as loading."""
+        self.last[second] += seconds
+        self.idled += seconds if second or not self.beside else 0.0  # what the second one does meanwhile is not idle
+
+    def waited(self, now: float) -> None:
+        """Let all of it belong to nothing: the first thread waited for the second one."""
+        self.last[False] = now
 
     def skip(self, name: str, left: float) -> None:
         """Note that only `left` chunks of a kind are to be made: an earlier run made the others."""
@@ -83,10 +98,11 @@ class Pace:
         """Count the time since the last event for one kind of work, of which `left` chunks remain; None: as before."""
         work = self.works[name]
         left = work.left if left is None else left
-        work.seconds += now - self.last
-        work.total += now - self.last
+        second = name in self.beside
+        work.seconds += now - self.last[second]
+        work.total += now - self.last[second]
         work.done += max(0.0, work.left - left)
-        work.left, self.last = left, now
+        work.left, self.last[second] = left, now
         works = [work for work in self.works.values() if work.chunks]
         costs = [self._cost(work) for work in works]
         weighed = list(zip(costs if None not in costs else [1.0] * len(costs), works, strict=True))
@@ -100,9 +116,16 @@ class Pace:
             if work.done:
                 work.recent.append((work.done, work.seconds))
                 work.done = work.seconds = 0.0
-        rest = [(self._cost(work), work.left) for work in self.works.values() if work.left]
-        known = all(cost is not None for cost, _ in rest)
-        self.end = now + sum((cost or 0.0) * left for cost, left in rest) if known else None
+        rest = {name: (self._cost(work), work.left) for name, work in self.works.items() if work.left}
+        known = all(cost is not None for cost, _ in rest.values())
+        first, second, last = 0.0, 0.0, 0.0
+        for name, (cost, left) in rest.items():
+            if name in self.beside:
+                second += (cost or 0.0) * left
+            else:
+                first += (cost or 0.0) * left
+                last += (cost or 0.0) * min(left, self.trailing)
+        self.end = now + max(first, second + last) if known else None
 
     def left(self, now: float) -> float | None:
         """Return the seconds left by the last estimate; None where some work never was measured."""

@@ -1,8 +1,10 @@
 """A run: the makers of a family joined with the run directory and one output file.
 
 Frames are pulled: the output asks the refiner, the refiner asks the base video. So refined frames appear while the
-stream is still running, and memory does not grow with length. Every stage leaves its small state in the run directory,
-written after the frames it belongs to: a run that dies at any instant continues from there.
+stream is still running, and memory does not grow with length. Where cores and memory are enough, a second thread makes
+the next base frames meanwhile, and a third writes the last refined ones; what is kept on the disk, and in which order,
+does not change. Every stage leaves its small state in the run directory, written after the frames it belongs to: a run
+that dies at any instant continues from there.
 """
 
 import gc
@@ -27,6 +29,7 @@ from streamt2v.jobs.run_directory import RunDirectory
 from streamt2v.memory import MemoryPolicy
 from streamt2v.runs import interpolated, refined
 from streamt2v.runs.base import Base
+from streamt2v.runs.beside import Beside
 from streamt2v.runs.output import Finished, Output
 from streamt2v.runs.watch import Report, Watch
 
@@ -54,12 +57,11 @@ def make(known: Prepared, report: Report, loaded: Loaded | None = None) -> Resul
     device = devices.resolve(job.device)
     begun = job.resume and run_directory.exists(job.run_path)
     earlier = run_directory.recorded(job.run_path).recipe if begun else job.like or {}
-    # Sums split over other numbers of threads round differently: a run keeps the number it began with.
-    threads = devices.set_threads(earlier.get("threads") if job.threads is None else job.threads)
+    threads = devices.set_threads(known.threads(device.kind, earlier.get("threads")))
     devices.keep_freed_memory()
     devices.repeat_exactly(device)
     devices.limit_memory(device, None if job.memory is None else int(job.memory * 1e9))
-    policy = _policy(known, device, loaded, earlier, report)
+    policy, together = _policy(known, device, loaded, earlier, threads, report)
     cold = not _kept(known, loaded, device, policy)
     card = devices.card(device)
     recipe = {
@@ -86,8 +88,8 @@ def make(known: Prepared, report: Report, loaded: Loaded | None = None) -> Resul
                 directory.remove()
                 return there
             seen = devices.Glance(device.kind, 0, card)
-            prior = forecast.expected(job.config, seen, threads, policy)
-            watch = Watch(report, known, prior)
+            prior = forecast.expected(job.config, seen, threads, policy, together)
+            watch = Watch(report, known, prior, together)
             output, networks = _make(known, watch, directory, device, policy, loaded)
             watch.doing(f"writing {job.output.name}")
             output.finish()
@@ -127,10 +129,12 @@ def _make(
         here, prompts = _kept(known, loaded, device, policy), [turn.text for turn in known.timeline]
         networks = Networks(config, prompts, device, policy, here, report, directory, known.loras)
         try:
-            return _attempt(known, report, directory, networks), networks
+            with Beside() as streaming, Beside() as writing:
+                return _attempt(known, report, directory, networks, streaming, writing), networks
         except Exception as error:
             if not devices.is_out_of_memory(error):
                 raise
+        report.apart()
         here.clear()
         del networks  # only now, without the error and its frames, its tensors can be freed
         gc.collect()
@@ -143,12 +147,19 @@ def _make(
     raise MemoryLimitError(f"out of memory, also with {policy.describe()}", hint)
 
 
-def _attempt(known: Prepared, report: Watch, directory: RunDirectory, networks: Networks) -> Output:
+def _attempt(
+    known: Prepared,
+    report: Watch,
+    directory: RunDirectory,
+    networks: Networks,
+    streaming: Beside,
+    writing: Beside,
+) -> Output:
     """Produce every frame with one set of networks, from wherever the run directory stands."""
     making = makers.build(networks, known.chosen, known.refiner)
-    base = Base(known, making, directory, networks, report)
-    geometry = refined.Geometry.of(known)
-    output = Output(known, (geometry.fit.height, geometry.fit.width), directory, report, networks)
+    base = Base(known, making, directory, networks, report, streaming if report.together else None)
+    geometry, beside = refined.Geometry.of(known), writing if networks.policy.keep_networks else None
+    output = Output(known, (geometry.fit.height, geometry.fit.width), directory, report, networks, beside)
     for group in _groups(known, geometry, base, making, networks, report, output):
         output.append(group)
     output.check_whole()
@@ -193,20 +204,29 @@ def _made(
 
 
 def _policy(
-    known: Prepared, device: devices.Device, loaded: Loaded, earlier: Mapping[str, Any], report: Report
-) -> MemoryPolicy:
-    """What the memory allows; a run keeps the policy it began with, as other batches round differently."""
-    limit = known.job.memory
-    kept = [policy for policy in memory.ladder(device.kind) if asdict(policy) == earlier.get("memory")]
-    if limit is None and kept:
-        return kept[0]
+    known: Prepared,
+    device: devices.Device,
+    loaded: Loaded,
+    earlier: Mapping[str, Any],
+    threads: int,
+    report: Report,
+) -> tuple[MemoryPolicy, bool]:
+    """What the memory allows, and whether that is both stages at once.
+
+    A run keeps the policy it began with, as other batches round differently.
+    """
+    limit, kind = known.job.memory, device.kind
     free = loaded.free_memory(device) if limit is None else int(limit * 1e9)
-    policy = memory.choose(free, known.stages, device.kind)
-    need = memory.needed(known.stages, policy)
-    if caution := devices.caution(device.kind):
-        report.note(caution, warning=True)
-    report.note(f"memory: {policy.describe()}: up to {need / 1e9:.1f} of {free / 1e9:.1f} GB", warning=need > free)
-    return policy
+    kept = [policy for policy in memory.ladder(kind) if limit is None and asdict(policy) == earlier.get("memory")]
+    policy = kept[0] if kept else memory.choose(free, known.stages, kind)
+    together = known.side_by_side(kind, policy, free, threads)
+    if not kept:
+        need = memory.needed(known.stages, policy, together)
+        if caution := devices.caution(kind):
+            report.note(caution, warning=True)
+        described = policy.describe(together)
+        report.note(f"memory: {described}: up to {need / 1e9:.1f} of {free / 1e9:.1f} GB", warning=need > free)
+    return policy, together
 
 
 def _more_room(known: Prepared, device: devices.Device, untried: list[MemoryPolicy]) -> str:

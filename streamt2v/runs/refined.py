@@ -91,7 +91,7 @@ def groups(
     def enlarged(start: int) -> Iterator[Tensor]:
         if not networks.policy.keep_networks:
             base.finish()
-        source = base.groups(start) if around is None else base.around(around.frame(start))
+        source = base.ahead(start) if around is None else base.around(around.frame(start))
         first = list(islice(source, 1))  # the base video says first that it begins
         report.start(REFINE, known.num_frames, max(0, done - offset))
         for frame in frames.singly(group.frames for group in chain(first, source)):

@@ -1,9 +1,11 @@
 """What a run tells while it goes on, what it notices, and how fast it was."""
 
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Protocol
+from functools import wraps
+from typing import Concatenate, ParamSpec, Protocol
 
 from streamt2v import devices
 from streamt2v.families.networks import Networks
@@ -26,13 +28,29 @@ class Report(Protocol):
 
 
 BEGIN, STREAM, REFINE, INTERPOLATE = "begin", "stream", "refine", "interpolate"
+Given = ParamSpec("Given")
+
+
+def _in_turn(tell: Callable[Concatenate["Watch", Given], None]) -> Callable[Concatenate["Watch", Given], None]:
+    @wraps(tell)
+    def telling(watch: "Watch", /, *given: Given.args, **named: Given.kwargs) -> None:
+        with watch.lock:
+            tell(watch, *given, **named)
+
+    return telling
 
 
 class Watch:
-    """Follows one run: what its stages and networks tell is counted, timed, and passed on to a report."""
+    """Follows one run: what its stages and networks tell is counted, timed, and passed on to a report.
 
-    def __init__(self, report: Report, known: Prepared, prior: Mapping[str, float] | None) -> None:
-        self.report, self.known = report, known
+    Where base frames are made while others are refined (`together`), two threads tell: one after the other.
+    """
+
+    def __init__(
+        self, report: Report, known: Prepared, prior: Mapping[str, float] | None, together: bool = False
+    ) -> None:
+        self.report, self.known, self.together = report, known, together
+        self.lock, self._first = threading.RLock(), threading.get_ident()
         self.frames: dict[str, tuple[int, int]] = {}
         made, refined = known.job.command != "refine", len(known.refine_plan)
         later = len(known.stream_plan) - 1 if made else 0
@@ -46,27 +64,44 @@ class Watch:
                 costs[REFINE] = prior["refine_seconds_per_chunk"] + pixels / refined
             else:
                 costs[STREAM] += pixels / max(1, later)
-        self.pace = Pace(chunks, costs, time.monotonic())
+        second = (BEGIN, STREAM) if together else ()
+        self.pace = Pace(chunks, costs, time.monotonic(), second, forecast.trailing(known.job.config))
         self.stepping: set[str] = set()  # stages that tell of steps, and so know best what is left of them
 
+    @_in_turn
     def note(self, text: str, warning: bool = False) -> None:
         """Pass on a line."""
         self.report.note(text, warning)
 
+    @_in_turn
     def doing(self, text: str) -> None:
         """Tell what else is going on, such as loading."""
         self._tell(Status("doing", text))
 
+    @_in_turn
     def idle(self, seconds: float) -> None:
         """Let so much of the time since the last event count for no stage."""
-        self.pace.idle(seconds)
+        self.pace.idle(seconds, threading.get_ident() != self._first)
 
+    @_in_turn
+    def waited(self) -> None:
+        """Let the time that the refiner waited for base frames count for no stage."""
+        self.pace.waited(time.monotonic())
+
+    @_in_turn
+    def apart(self) -> None:
+        """Follow one thread from now on."""
+        self.together, self.pace.beside = False, ()
+        self.pace.waited(time.monotonic())
+
+    @_in_turn
     def pixels(self) -> None:
         """Let the time since the last event count for the last stage, whose frames were encoded, decoded or written."""
         begins, alone = self.pace.works[BEGIN].left > 0, self.pace.works[INTERPOLATE].chunks > 0
         last = INTERPOLATE if alone else REFINE if self.known.refine_plan else STREAM
         self.pace.passed(BEGIN if begins else last, time.monotonic())
 
+    @_in_turn
     def stored(self, frames: int) -> None:
         """Note that so many base frames are there already."""
         if frames and self.known.job.command != "refine":
@@ -74,6 +109,7 @@ class Watch:
             self.pace.skip(STREAM, sum(chunk.stop > frames for chunk in self.known.stream_plan[1:]))
             self.pace.mark(time.monotonic())
 
+    @_in_turn
     def start(self, stage: str, total_frames: int, done: int = 0) -> None:
         """Begin a stage, or continue it after `done` frames."""
         self.frames[stage] = done, total_frames
@@ -85,6 +121,7 @@ class Watch:
             self.pace.mark(time.monotonic())
         self._tell(Status("start", stage, done, total_frames))
 
+    @_in_turn
     def step(self, stage: str, chunk: int, step: int, steps: int, left: float | None = None) -> None:
         """Count a denoising step, from 1, of a chunk, from 0; `left` chunks of the stage remain, in parts of one."""
         chunks = len(self.known.refine_plan if stage == REFINE else self.known.stream_plan)
@@ -95,6 +132,7 @@ class Watch:
         done, total = self.frames.get(stage, (0, 0))
         self._tell(Status("step", stage, done, total, chunk + 1, chunks, step, steps))
 
+    @_in_turn
     def advance(self, stage: str, done: int, chunk: int, num_chunks: int) -> None:
         """Count a finished chunk, from 1: `done` frames of the stage exist."""
         now, first = time.monotonic(), stage == STREAM and chunk == 1
@@ -113,17 +151,18 @@ class Watch:
         import torch
 
         fixed, pixels = self.pace.idled + self.pace.works[BEGIN].total, networks.pixel_time.seconds
-        chunks = seconds - fixed - pixels
-        streamed = self.pace.works[STREAM].total if refined else chunks
+        streamed = self.pace.works[STREAM].total
+        chunks = streamed + self.pace.works[REFINE].total - pixels if self.together else seconds - fixed - pixels
+        streamed = streamed if refined else chunks
         measured = {
             "fixed_seconds": fixed,
             "stream_seconds_per_chunk": streamed / later,
-            "refine_seconds_per_chunk": (chunks - streamed) / max(1, refined),
+            "refine_seconds_per_chunk": max(0.0, chunks - streamed) / max(1, refined),
             "seconds_per_frame": pixels / job.config.num_frames,
             "peak_memory_bytes": devices.peak_memory(networks.device),
         }
         seen = devices.Glance(networks.device.kind, 0, devices.card(networks.device))
-        forecast.remember(job.config, seen, torch.get_num_threads(), networks.policy, measured)
+        forecast.remember(job.config, seen, torch.get_num_threads(), networks.policy, measured, self.together)
 
     def _tell(self, status: Status) -> None:
         left, memory = self.pace.left(time.monotonic()), devices.working_memory() / 2**20

@@ -13,6 +13,7 @@ import termios
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamt2v.cli import progress
+from streamt2v.jobs import run_directory
 from streamt2v.media import writing
 from streamt2v.runs import output
 from streamt2v.runs.pace import Status
@@ -38,6 +40,8 @@ def interrupt_after(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def counting(writer: writing.SegmentWriter, group: Any) -> writing.SegmentMark:
         if len(written) == groups:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            while True:  # in the main thread the signal ends this, in another one that ends with the run
+                time.sleep(0.01)
         written.append(len(group))
         return append(writer, group)
 
@@ -107,6 +111,55 @@ def test_sixty_columns_hold_all_that_matters() -> None:
     wide = progress.line("2/3 ball", status, 20.0, 9.0, 100)
     assert wide.startswith("2/3 ball: stream chunk 13/29, step 12/30  ━")
     assert wide.endswith(" 37%  1:00 left  540 MB")
+
+
+def test_frames_are_written_while_the_next_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first write does not end before the second group is there; a state is saved after its frames."""
+    given, order, second = output.Output.append, list[str](), threading.Event()
+    write, save = writing.SegmentWriter.append, run_directory.RunDirectory.save_state
+
+    def append(there: output.Output, finished: output.Finished) -> None:
+        order.append("made")
+        if order.count("made") == 2:
+            second.set()
+        given(there, finished)
+
+    def writes(writer: writing.SegmentWriter, group: Any) -> writing.SegmentMark:
+        assert second.wait(60)
+        order.append("written")
+        return write(writer, group)
+
+    def saves(run: run_directory.RunDirectory, name: str, *more: Any) -> None:
+        save(run, name, *more)
+        order.extend(["saved"] * (name == "output"))
+
+    monkeypatch.setattr(output, "SAVING", 1e9)  # a state after every group
+    monkeypatch.setattr(output.Output, "append", append)
+    monkeypatch.setattr(writing.SegmentWriter, "append", writes)
+    monkeypatch.setattr(run_directory.RunDirectory, "save_state", saves)
+    assert call("generate", "abc", "--frames", 40, "-o", tmp_path / "out.mp4", *TOY) == 0
+    assert order[:3] == ["made", "made", "written"]
+    assert [what for what in order if what != "made"] == ["written", "saved"] * order.count("made")
+
+
+def test_the_line_stays_with_a_stage_while_another_works_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    shown, lines = progress._Shown(Status("start", "stream", 0, 48)), list[str]()
+    told = [
+        ("stream", 0.1, 0.2),
+        ("refine", 0.2, 0.1),
+        ("stream", 0.3, 0.1),
+        ("refine", 0.4, 1.9),
+        ("refine", 0.5, 0.3),
+    ]
+    for stage, share, seconds in told:
+        clock.now += seconds
+        shown.tell(Status("step", stage, 0, 48, 1, 3, 1, 2, share, 60.0))
+        lines.append(shown.line("", 80))
+    assert [(one.split()[0], re.findall(r"\d+%", one)) for one in lines] == [
+        ("stream", ["10%"]), ("stream", ["20%"]), ("stream", ["30%"]), ("stream", ["40%"]), ("refine", ["50%"]),
+    ]  # fmt: skip
 
 
 class Terminal:

@@ -213,6 +213,20 @@ def test_a_nan_is_caught_in_its_chunk(
     _resumes(path, whole)
 
 
+TOGETHER = ["--threads", "2"]
+
+
+@pytest.mark.parametrize("at", [pytest.param(0, marks=pytest.mark.slow), 5, pytest.param(11, marks=pytest.mark.slow)])
+def test_a_nan_is_caught_in_the_other_thread(at: int, tmp_path: Path, whole: tuple[int, str]) -> None:
+    path, before = tmp_path / "out.mp4", crash.Denoising(False, at)
+    code, said = crash.run(*COMMAND, *TOGETHER, "-o", path, log=tmp_path / "log", before=before)
+    assert code == 7, said
+    assert "NaN" in said
+    assert "Traceback" not in said
+    assert _check_nothing_bad_is_stored(path) == {0: 0, 5: 1, 11: 3}[at]
+    _resumes(path, whole, [*COMMAND, *TOGETHER])
+
+
 @pytest.mark.parametrize(
     "picture", [pytest.param(0, marks=pytest.mark.slow), pytest.param(17, marks=pytest.mark.slow), 60]
 )
@@ -264,6 +278,17 @@ def test_too_little_memory_once_leads_down_the_ladder(
     (change,) = recipe["changes"]
     assert change["changed"] == ["memory.keep_networks"]
     assert not recipe["memory"]["keep_networks"]
+
+
+@pytest.mark.parametrize(("refiner", "at"), [pytest.param(False, 7, marks=pytest.mark.slow), (True, 3)])
+def test_two_stages_at_once_that_lack_memory_go_one_after_the_other(
+    refiner: bool, at: int, tmp_path: Path, whole: tuple[int, str]
+) -> None:
+    path, before = tmp_path / "out.mp4", crash.Denoising(refiner, at, torch.OutOfMemoryError)
+    child = crash.Run(*LOUD, *TOGETHER, "-o", path, log=tmp_path / "log", before=before)
+    assert child.wait() == 0, child.said
+    assert child.said.count("out of memory; going on with 32 bit, one stage at a time") == 1
+    assert digest(path) == whole
 
 
 @pytest.mark.parametrize(

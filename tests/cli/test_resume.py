@@ -43,6 +43,7 @@ class Work:
             "extend": ["extend", self.source, "--frames", 64, *TINY],
             "refine": ["refine", self.source, *REFINING],
         }
+        self.commands["side by side"] = [*self.commands["generate"], "--threads", 2]
         self._whole: dict[str, tuple[tuple[int, str], float]] = {}
 
     def whole(self, command: str) -> tuple[tuple[int, str], float]:
@@ -92,14 +93,14 @@ def _kill_at_random(work: Work, command: str, kills: int, folder: Path, seed: in
     print(f"{killed} kills of {command}, {len(outputs)} videos, all equal")
 
 
-@pytest.mark.parametrize(("command", "kills"), [("generate", 3), ("extend", 1), ("refine", 1)])
+@pytest.mark.parametrize(("command", "kills"), [("generate", 3), ("extend", 1), ("refine", 1), ("side by side", 3)])
 def test_killed_at_random_they_end_in_the_same_frames(command: str, kills: int, tmp_path: Path, work: Work) -> None:
     _kill_at_random(work, command, kills, tmp_path, seed=1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize(("command", "kills"), [("generate", 80), ("extend", 60), ("refine", 60)])
+@pytest.mark.parametrize(("command", "kills"), [("generate", 80), ("extend", 60), ("refine", 60), ("side by side", 80)])
 def test_killed_two_hundred_times(command: str, kills: int, tmp_path: Path, work: Work) -> None:
     _kill_at_random(work, command, kills, tmp_path, seed=2)
 
@@ -133,7 +134,23 @@ class Terminal:
         os.close(self.master)
 
 
-def _stop_at_random(work: Work, sent: signal.Signals, instants: int, folder: Path, resumed: int) -> None:
+def test_two_stages_at_once_make_the_same_video(tmp_path: Path, work: Work, capsys: pytest.CaptureFixture[str]) -> None:
+    """Base frames are made while others are refined; a run may begin with one thread and go on with two."""
+    path = tmp_path / "out.mp4"
+    assert call("generate", PROMPT, "--frames", FRAMES, *LOUD, "--threads", 2, "-v", "-o", path) == 0
+    assert "memory: 32 bit, all stages at once, guidance in one batch: up to" in capsys.readouterr().err
+    assert digest(path) == work.whole("generate")[0]
+    assert path.read_bytes() == (work.folder / "generate.mp4").read_bytes()
+    assert call(*work.commands["extend"], "--threads", 2, "-o", tmp_path / "longer.mp4") == 0
+    assert digest(tmp_path / "longer.mp4") == work.whole("extend")[0]
+    crash.killed("stream", 2, *work.commands["generate"], "-o", path, "--overwrite", log=tmp_path / "log")
+    assert call(*work.commands["side by side"], "--resume", "-o", path) == 0
+    assert digest(path) == work.whole("generate")[0]
+
+
+def _stop_at_random(
+    work: Work, sent: signal.Signals, instants: int, folder: Path, resumed: int, threads: int = 1
+) -> None:
     code = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}[sent]
     expected, seconds = work.whole("generate")
     rng, stopped, slowest, log = random.Random(int(sent)), 0, 0.0, folder / "log"
@@ -141,7 +158,7 @@ def _stop_at_random(work: Work, sent: signal.Signals, instants: int, folder: Pat
         if stopped == instants:
             break
         path, terminal = folder / f"{trial}.mp4", Terminal()
-        arguments = ["generate", PROMPT, "--frames", FRAMES, "-o", path, *LOUD]
+        arguments = ["generate", PROMPT, "--frames", FRAMES, "-o", path, *LOUD, "--threads", threads]
         child = crash.Run(*arguments, log=log, terminal=terminal.name).started()
         if child.wait(rng.uniform(0, seconds)) is None:
             began = time.monotonic()
@@ -164,16 +181,19 @@ def _stop_at_random(work: Work, sent: signal.Signals, instants: int, folder: Pat
     print(f"{stopped} stops by {sent.name}, the slowest took {slowest:.2f} s")
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_stopped_at_any_instant(sent: signal.Signals, tmp_path: Path, work: Work) -> None:
-    _stop_at_random(work, sent, 2, tmp_path, resumed=1)
+@pytest.mark.parametrize(
+    ("sent", "threads"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGHUP, 1), (signal.SIGINT, 2)]
+)
+def test_stopped_at_any_instant(sent: signal.Signals, threads: int, tmp_path: Path, work: Work) -> None:
+    _stop_at_random(work, sent, 2, tmp_path, resumed=1, threads=threads)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_stopped_at_twenty_instants(sent: signal.Signals, tmp_path: Path, work: Work) -> None:
-    _stop_at_random(work, sent, 20, tmp_path, resumed=20)
+def test_stopped_at_twenty_instants(sent: signal.Signals, threads: int, tmp_path: Path, work: Work) -> None:
+    _stop_at_random(work, sent, 20, tmp_path, resumed=20, threads=threads)
 
 
 def test_an_interruption_says_what_can_be_watched_and_how_to_go_on(tmp_path: Path, work: Work) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from streamt2v import devices, weights
+from streamt2v import devices, memory, weights
 from streamt2v.cli import look
 from streamt2v.cli.app import main
 from streamt2v.config import RunConfig, merge, preset, to_flat
@@ -200,13 +202,61 @@ def test_damaged_timings_are_forgotten(text: str, tmp_path: Path, monkeypatch: p
         return forecast.plan(Prepared(Job("generate", run, tmp_path / "out.mp4", device=device, **more)))
 
     assert plan(wish).seconds is None
-    found = plan(wish, threads=2)
+    found = plan(wish, threads=1)
     seen, measured = devices.Glance("cpu", found.free_bytes), dict.fromkeys(forecast.MEASURED, 2.0)
-    forecast.remember(wish, seen, 2, found.policy, measured)
-    assert plan(wish, threads=2).seconds == 2.0 + (1 + 1 + 24) * 2.0
-    assert plan(merge(to_flat(wish), {"initialize.num_inference_steps": 3}), threads=2).seconds is None
+    forecast.remember(wish, seen, 1, found.policy, measured)
+    assert plan(wish, threads=1).seconds == 2.0 + (1 + 1 + 24) * 2.0
+    assert plan(merge(to_flat(wish), {"initialize.num_inference_steps": 3}), threads=1).seconds is None
     assert plan(wish, threads=3).seconds is None
-    assert plan(wish, "mps", memory=16, threads=2).seconds is None
+    assert plan(wish, "mps", memory=16, threads=1).seconds is None
+
+
+def test_of_two_stages_at_once_the_longer_one_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STREAMT2V_HOME", str(tmp_path))
+    wish = merge(preset("demo"), {"prompt": "a red ball", "num_frames": 240, "refine.num_inference_steps": 3})
+
+    def plan(threads: int, gigabytes: float | None = None) -> forecast.Plan:
+        job = Job("generate", wish, tmp_path / "out.mp4", device="cpu", threads=threads, memory=gigabytes)
+        return forecast.plan(Prepared(job))
+
+    found, alone = plan(2), plan(1)
+    stream, refine = len(found.stream_chunks), len(found.refine_chunks)
+    assert (found.together, alone.together, plan(2, 0.1).together) == (True, False, False)
+    assert found.needed_bytes > alone.needed_bytes
+    assert "32 bit, all stages at once, guidance in one batch" in found.as_text()
+    for streaming, refining, frame in [(3.0, 1.0, 0.01), (1.0, 3.0, 0.01), (1.0, 1.0, 1.0)]:
+        measured = dict(zip(forecast.MEASURED, [5.0, streaming, refining, frame, 1e9], strict=True))
+        for plans, together in ((found, True), (alone, False)):
+            seen = devices.Glance("cpu", plans.free_bytes)
+            forecast.remember(wish, seen, 1, plans.policy, measured, together)
+        first, second = (stream - 1) * streaming, refine * refining + 240 * frame
+        assert plan(1).seconds == pytest.approx(5 + first + second)
+        # The last two and three chunks of the refiner lack one, two and three of three steps: two chunks.
+        assert plan(2).seconds == pytest.approx(5 + max(first + second * 2 / refine, second))
+
+
+@settings(deadline=None)
+@given(threads=st.integers(1, 64), recorded=st.none() | st.integers(1, 64), cores=st.integers(1, 64))
+def test_no_run_computes_with_more_threads_than_it_may(threads: int, recorded: int | None, cores: int) -> None:
+    """Nor splits its sums otherwise than it began."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", str(cores))
+        for asked in (None, threads):
+            for more in ({}, {"refine.enabled": False}, {"compile": True}, {"loop": "stream"}):
+                wish = merge(preset("demo"), {"prompt": "a red ball"}, more)
+                known = Prepared(Job("generate", wish, Path("out.mp4"), threads=asked))
+                own, allowed = known.threads("cpu", recorded), asked or cores
+                policy = memory.ladder("cpu")[0]
+                together = known.side_by_side("cpu", policy, 10**10, own)
+                if asked is None and recorded is not None:
+                    assert own == recorded
+                else:
+                    assert own == (allowed if more else max(1, allowed // 2))
+                assert together == (not more and 2 * own <= allowed)
+                assert not known.side_by_side("cpu", memory.ladder("cpu")[1], 10**10, own)
+                assert not known.side_by_side("cpu", policy, 10**8, own)
+                assert not known.side_by_side("cuda", policy, 10**11, own)
+                assert known.threads("cuda") == allowed
 
 
 def test_existing_output_is_kept(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

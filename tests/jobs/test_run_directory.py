@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import shutil
+import threading
 from fractions import Fraction
 from pathlib import Path
 
@@ -58,6 +59,21 @@ def check_whole(path: Path, expected_video: bytes) -> None:
         assert state.index == run.num_base_chunks == CHUNKS
         assert np.array_equal(stored(run), np.concatenate([picture(index) for index in range(CHUNKS)]))
         assert run.partial_path.read_bytes() == expected_video
+
+
+def test_no_state_counts_a_chunk_that_has_none_of_its_own_yet(tmp_path: Path) -> None:
+    """A run that died between the two would drop the chunk, and with it all that counts it."""
+    with RunDirectory.open(tmp_path / "run", RECIPE, resume=False) as run:
+        saving = threading.Thread(target=run.save_state, args=("output", {}))
+        with run.joined:
+            run.append_base(0, picture(0))
+            saving.start()
+            saving.join(0.2)
+            assert run.load_state("output") is None
+            run.save_state("stream", {})
+        saving.join(60)
+        states = [run.load_state(name) for name in ("stream", "output")]
+        assert [state.index for state in states if state] == [1, 1]
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,48 @@ def test_the_time_left_of_a_steady_run_falls_and_is_right(
         assert pace.end is not None and before <= at
 
 
+@settings(deadline=None)
+@given(
+    costs=st.tuples(COST, COST, COST), chunks=st.integers(4, 30), steps=st.integers(1, 4), known=st.booleans(),
+    random=st.randoms(use_true_random=False),
+)  # fmt: skip
+def test_of_two_threads_the_one_that_ends_last_counts(
+    costs: tuple[float, float, float], chunks: int, steps: int, known: bool, random: Random
+) -> None:
+    """The refiner makes each chunk after that of the stream, the last `steps` of them at the end; it waits for them."""
+    begin, stream, refine = costs
+    prior = {"begin": begin, "stream": stream, "refine": refine} if known else {}
+    trailing = (steps + 1) / 2
+    events = [(begin, "begin", 0.0)]
+    for chunk in range(chunks):
+        now = events[-1][0] + stream * random.uniform(0.97, 1.03)
+        events.append((now, "stream", chunks - chunk - 1.0))
+    ready = [at for at, *_ in events[1:]]
+    now, waits = begin, list[tuple[float, str, float]]()
+    for number in range(1, 2 * chunks + 1):  # in halves of a chunk
+        left = chunks - number / 2
+        arrives = ready[min(chunks - 1, number // 2)] if left >= trailing else ready[-1]
+        waits.append((max(now, arrives), "waited", 0.0))
+        now = max(now, arrives) + refine / 2
+        waits.append((now, "refine", left))
+    end = max(now, ready[-1])
+    pace = Pace({"begin": 1, "stream": chunks, "refine": chunks}, prior, 0.0, ("begin", "stream"), trailing)
+    told = list[tuple[float, float]]()
+    for at, name, left in sorted(events + waits, key=lambda event: event[0]):
+        if name == "waited":
+            pace.waited(at)
+            continue
+        pace.passed(name, at, left)
+        pace.mark(at)
+        if (said := pace.left(at)) is not None:
+            told.append((at, said))
+    assert pace.works["stream"].total == pytest.approx(ready[-1] - begin)
+    assert pace.works["refine"].total == pytest.approx(chunks * refine)
+    assert told[-1][1] == pytest.approx(0, abs=1e-6)
+    for at, said in told:
+        assert said == pytest.approx(end - at, rel=0.07, abs=max(stream, refine) * 1.6)
+
+
 def test_what_an_earlier_run_measured_counts_until_something_is_measured_here() -> None:
     pace = Pace({"stream": 4, "refine": 2}, {"stream": 10.0, "refine": 30.0}, 0.0)
     assert pace.left(0.0) == 100.0
