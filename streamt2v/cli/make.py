@@ -209,7 +209,7 @@ def _make(job: Job, progress: Progress, as_json: bool = False) -> Result:
         for notice in known.notices:
             report.note(notice, warning=True)
         length = f"{job.config.num_frames} frames at {job.config.output.fps:g} fps"
-        progress.say(f"{job.output}: {length}, model {job.config.model}, seed {job.config.seed}")
+        progress.say(f"{job.output}: {length}, model {job.maker}, seed {job.config.seed}")
         report.tell(Status("doing", "loading torch"))
         from streamt2v.runs import pipeline
 

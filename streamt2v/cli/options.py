@@ -1,5 +1,6 @@
 """Options that several commands share, declared once and grouped by what they are about."""
 
+import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -252,10 +253,16 @@ _MEANT = {
 
 def meant(said: str, arguments: list[str]) -> str:
     """Return a hint for a usage error that another word would mend, "" if none would."""
+    words = re.split(r"[\s:'\".]+", said)
     if "unexpected extra argument" in said:
-        words = [word for word in arguments[1:] if not word.startswith("-")]
-        return f'quote the prompt: streamt2v {arguments[0]} "{" ".join(words[:8])}"' if words else ""
-    found = [word for word in _MEANT if word in re.split(r"[\s:'\".]+", said)]
+        extra = said.rpartition("(")[2].rstrip(".)").split()
+        if arguments[0] not in ("generate", "plan"):
+            return "one at a time; what is written is named with -o" if extra else ""
+        began = 1 if not arguments[1].startswith("-") else max(1, arguments.index(extra[0]) - 1)
+        return f'quote the prompt: streamt2v {arguments[0]} "{" ".join([arguments[began], *extra][:8])}"'
+    found = [word for word in _MEANT if word in words]
+    if not found and "No such option" in said:
+        found = [near for word in words for near in difflib.get_close_matches(word, _MEANT, 1, 0.85)]
     return f"here that is {_MEANT[found[0]]}" if found else ""
 
 

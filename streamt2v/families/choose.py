@@ -48,6 +48,12 @@ def named(run: RunConfig) -> str:
     return run.initialize.picture_model if run.image else run.initialize.text_model
 
 
+def refiner_reads_text(run: RunConfig) -> bool:
+    """Whether what refines, if anything does, follows a prompt. Raises ConfigError where there is no such family."""
+    own = weights.family(run.model)
+    return run.refine.model != OWN or own.has("refine.text") or not own.has("refine.unet")
+
+
 def usual(run: RunConfig, quality: str | None = None, strength: str | None = None) -> list[dict[str, Any]]:
     """Return the presets of a run's family and of its refiner as layers of settings, the later one winning.
 

@@ -48,6 +48,7 @@ class Watch:
                 costs[STREAM] += pixels / max(1, later)
         self.pace = Pace(chunks, costs, time.monotonic())
         self.stepping: set[str] = set()  # stages that tell of steps, and so know best what is left of them
+        self.begun = dict[int, int]()  # steps of the chunks that the refiner works on by turns
 
     def note(self, text: str, warning: bool = False) -> None:
         """Pass on a line."""
@@ -86,13 +87,20 @@ class Watch:
         self._tell(Status("start", stage, done, total_frames))
 
     def step(self, stage: str, chunk: int, step: int, steps: int, left: float | None = None) -> None:
-        """Count a denoising step, from 1, of a chunk, from 0; `left` chunks of the stage remain, in parts of one."""
+        """Count a denoising step, from 1, of a chunk, from 0; `left` chunks of the stage remain, in parts of one.
+
+        Of chunks that are worked on by turns, for which alone `left` is given, the first that is not finished is shown.
+        """
         chunks = len(self.known.refine_plan if stage == REFINE else self.known.stream_plan)
         remaining = chunks - chunk - step / steps if left is None else left
         first = stage == STREAM and chunk == 0
         self.stepping.add(BEGIN if first else stage)
         self.pace.passed(BEGIN if first else stage, time.monotonic(), 1 - step / steps if first else remaining)
         done, total = self.frames.get(stage, (0, 0))
+        if left is not None:
+            self.begun = {one: made for one, made in self.begun.items() if made < steps} | {chunk: step}
+            chunk = min(self.begun)
+            step = self.begun[chunk]
         self._tell(Status("step", stage, done, total, chunk + 1, chunks, step, steps))
 
     def advance(self, stage: str, done: int, chunk: int, num_chunks: int) -> None:
@@ -106,9 +114,13 @@ class Watch:
         self._tell(Status("chunk", stage, done, self.known.num_frames, chunk, num_chunks))
 
     def remember(self, seconds: float, networks: Networks) -> None:
-        """Keep the speed of this run of so many seconds for `plan`; one that is short or resumed says too little."""
+        """Keep the speed of this run of so many seconds for `plan`; one that is short or resumed says too little.
+
+        Of what is only refined the speed is kept where the family never makes videos, which would tell it.
+        """
         job, refined, later = self.known.job, len(self.known.refine_plan), len(self.known.stream_plan) - 1
-        if job.command != "generate" or job.resume or not later or refined == 1:
+        alone = self.known.family.refines_only and self.known.made >= job.config.refine.chunk
+        if job.resume or not (alone or (job.command == "generate" and later and refined != 1)):
             return
         import torch
 
@@ -117,7 +129,7 @@ class Watch:
         streamed = self.pace.works[STREAM].total if refined else chunks
         measured = {
             "fixed_seconds": fixed,
-            "stream_seconds_per_chunk": streamed / later,
+            "stream_seconds_per_chunk": streamed / max(1, later),
             "refine_seconds_per_chunk": (chunks - streamed) / max(1, refined),
             "seconds_per_frame": pixels / job.config.num_frames,
             "peak_memory_bytes": devices.peak_memory(networks.device),

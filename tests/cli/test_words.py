@@ -173,7 +173,10 @@ def test_a_dry_run_of_variations_names_them(tmp_path: Path, capsys: pytest.Captu
     ("typed", "said"),
     [
         ("generate a red ball", 'quote the prompt: streamt2v generate "a red ball"'),
-        ("plan red ball --frames 24", 'quote the prompt: streamt2v plan "red ball'),
+        ("plan red ball --frames 24", 'quote the prompt: streamt2v plan "red ball"\n'),
+        ("plan --frames 24 a red ball", 'quote the prompt: streamt2v plan "a red ball"\n'),
+        ("refine a.mp4 b.mp4", "what is written is named with -o"),
+        ("generate x --lenght 10s", "here that is --duration"),
         ("generate x --length 10s", "here that is --duration"),
         ("generate x --cfg-scale 3", "here that is --guidance"),
         ("upscale x.mp4", "here that is refine"),
@@ -226,7 +229,7 @@ def test_info_is_ten_lines_and_all_is_all(tmp_path: Path, capsys: pytest.Capture
     assert call("info", path) == 0
     shown = capsys.readouterr().out
     assert len(shown.splitlines()) <= 10
-    for said in ("64x32, 20 frames at 8 fps, 2.5 s", "abc", "model toy", "seed      7", "1 threads"):
+    for said in ("64x32, 20 frames at 8 fps, 2.5 s", "abc", "model toy", "seed      7", "cpu, 1 thread\n"):
         assert said in shown
     assert call("info", path, "--all") == 0
     assert "recipe.config.stream.overlap = 8" in capsys.readouterr().out
