@@ -16,6 +16,7 @@ from streamt2v.errors import ConfigError
 from streamt2v.families.choose import OWN
 
 Command = TypeVar("Command", bound=Callable[..., None])
+Number = TypeVar("Number", int, float)
 ADVANCED = "Advanced"
 STEERING = "What is made"
 RUNNING = "How the run behaves"
@@ -56,7 +57,25 @@ def parse_rate(text: str | float) -> float:
         raise typer.BadParameter(f"{text!r} is not a frame rate such as 24, 29.97 or 30000/1001") from None
 
 
+def within(kind: Callable[[str], Number], low: Number, high: Number) -> Callable[[str | Number], Number]:
+    """Return a parser of numbers in a range, which would take half of a narrow terminal as a range of typer."""
+
+    def number(text: str | Number) -> Number:
+        try:
+            value = kind(str(text))
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise typer.BadParameter(
+                f"{str(text)!r} is no {'whole ' if kind is int else ''}number from {low} to {high}"
+            )
+        return value
+
+    return number
+
+
 names_of_weights = _completing(lambda: [*weights.families(), *weights.helpers(), *weights.pipelines()])
+_SIDE = within(int, 2, 16384)
 _MODELS = _completing(lambda: [OWN, *weights.pipelines()])
 _RATE = "Frames per second, such as 24 or 30000/1001. Default: "
 _OUTPUT = (
@@ -89,7 +108,7 @@ Frames = Annotated[
 Longer = Annotated[str | None, option("--frames", "-n", "Frames of the whole result, or a time: 10s, 2m, 1:20.")]
 Duration = Annotated[str | None, option("--duration", "The same as --frames with a time: 10s, 2m, 1:20.")]
 Count = Annotated[
-    int, option("--count", "Videos to make, with seeds that follow and numbered names.", min=1, max=10_000)
+    int, option("--count", "Videos to make, with seeds that follow and numbered names.", parser=within(int, 1, 10_000))
 ]
 DryRun = Annotated[bool, option("--dry-run", "Show the plan, as `streamt2v plan` does, and make nothing.")]
 Output = Annotated[Path | None, option("--output", "-o", _OUTPUT)]
@@ -100,12 +119,14 @@ At = Annotated[list[str] | None, _steering("--at", _AT, metavar="TIME PROMPT|PIC
 Lora = Annotated[list[str] | None, _steering("--lora", _LORA, metavar="FILE[:STRENGTH]")]
 Init = Annotated[str | None, _steering("--init", _INIT, autocompletion=_MODELS)]
 ImageInit = Annotated[str | None, _steering("--image-init", _IMAGE_INIT, autocompletion=_MODELS)]
-Interpolate = Annotated[int | None, _steering("--interpolate", _INTERPOLATE, min=1, max=64)]
+Interpolate = Annotated[int | None, _steering("--interpolate", _INTERPOLATE, parser=within(int, 1, 64))]
 Refiner = Annotated[str | None, _steering("--refiner", _REFINER, autocompletion=_MODELS)]
 Model = Annotated[str | None, option("--model", "-m", _MODEL, autocompletion=names_of_weights)]
 Device = Annotated[str, _running("--device", "auto, cpu, cuda, cuda:1, mps.")]
-Threads = Annotated[int | None, _running("--threads", "CPU threads. Default: all cores.", min=1)]
-Memory = Annotated[float | None, _running("--memory", "GB it may use. Default: all that is free.", min=0.1, max=1e6)]
+Threads = Annotated[int | None, _running("--threads", "CPU threads. Default: all cores.", parser=within(int, 1, 4096))]
+Memory = Annotated[
+    float | None, _running("--memory", "GB it may use. Default: all that is free.", parser=within(float, 0.1, 1e6))
+]
 Json = Annotated[bool, _running("--json", "Print JSON on stdout: events where videos are made, and the result last.")]
 Quiet = Annotated[bool, _running("--quiet", "-q", "Errors only.")]
 Verbose = Annotated[bool, _running("--verbose", "-v", "Report more about each step.")]
@@ -138,10 +159,10 @@ def placing(
         str | None, option("--size", "Box WxH that the video fits into. Default: the model's; 256x144 for demo.")
     ] = None,
     width: Annotated[
-        int | None, option("--width", "Width instead of --size; alone it keeps the shape.", min=2, max=16384)
+        int | None, option("--width", "Width instead of --size; alone it keeps the shape.", parser=_SIDE)
     ] = None,
     height: Annotated[
-        int | None, option("--height", "Height instead of --size; alone it keeps the shape.", min=2, max=16384)
+        int | None, option("--height", "Height instead of --size; alone it keeps the shape.", parser=_SIDE)
     ] = None,
     fit: Annotated[str | None, option("--fit", _FIT, autocompletion=_among(Fit))] = None,
     loop: Annotated[bool, _steering("--loop", "Make a loop: the last frame leads back to the first.")] = False,

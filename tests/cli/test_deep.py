@@ -121,7 +121,7 @@ VIDEOS = {
     "no prompt": (["generate", "", *LOUD], 2),
     "no multiple of the rate": (["interpolate", "in.mp4", "--fps", "9"], 2),
     "a loop of one frame": (["generate", PROMPT, "-n", "1", "--loop", *LOUD], 2),
-    "no such LoRA": (["generate", PROMPT, "--lora", "none.safetensors", *LOUD], 3),
+    "no such LoRA": (["generate", PROMPT, "--lora", "none.safetensors", *LOUD], 4),
     "no variations": (["generate", PROMPT, "--count", "0", *LOUD], 2),
     "a prompt that nothing reads": (["refine", "in.mp4", "--model", "restore", "--prompt", "a cat", "-o", "15.mp4"], 2),
     "no such length": (["generate", PROMPT, "-n", "soon", *LOUD], 2),

@@ -189,6 +189,10 @@ def test_a_dry_run_of_variations_names_them(tmp_path: Path, capsys: pytest.Captu
         ("plan x --size 99999x8", "--size is 99999"),
         ("plan x --set num_frames=0", "num_frames is 0"),
         ("plan x --size 8x8 --width 8", "leave one of them out"),
+        ("generate x --count 0", "'0' is no whole number from 1 to 10000"),
+        ("generate x --width 1.5", "'1.5' is no whole number from 2 to 16384"),
+        ("plan x --memory nan", "'nan' is no number from 0.1 to"),
+        ("plan x --threads 0", "'0' is no whole number from 1"),
     ],
 )
 def test_errors_speak_of_what_was_typed(typed: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,9 +248,11 @@ def test_help_has_two_levels(capsys: pytest.CaptureFixture[str]) -> None:
     assert "streamt2v generate --help-all" in short
     assert all(name in whole for name in ("--overlap", "--overwrite", "--frames"))
     assert "--help-all" not in whole.splitlines()[-1]
-    for command in ("generate", "refine", "extend", "batch", "plan"):
+    for command in ("generate", "refine", "extend", "batch", "plan", "interpolate"):
         assert call(command, "--help-all") == 0
-        panels = re.findall(r"╭─ ([A-Z][^─]*?) ─", capsys.readouterr().out)
+        shown = capsys.readouterr().out
+        assert "<=" not in shown  # a range as typer shows it leaves no room for the words
+        panels = re.findall(r"╭─ ([A-Z][^─]*?) ─", shown)
         order = ["Arguments", "Options", options.STEERING, options.ADVANCED, options.RUNNING]
         assert panels == [name for name in order if name in panels]
 
