@@ -1,5 +1,6 @@
 """Options that several commands share, declared once and grouped by what they are about."""
 
+import contextlib
 import difflib
 import re
 import sys
@@ -61,15 +62,10 @@ def within(kind: Callable[[str], Number], low: Number, high: Number) -> Callable
     """Return a parser of numbers in a range, which would take half of a narrow terminal as a range of typer."""
 
     def number(text: str | Number) -> Number:
-        try:
-            value = kind(str(text))
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            raise typer.BadParameter(
-                f"{str(text)!r} is no {'whole ' if kind is int else ''}number from {low} to {high}"
-            )
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(str(text))) <= high:
+                return value
+        raise typer.BadParameter(f"{str(text)!r} is no {'whole ' if kind is int else ''}number from {low} to {high}")
 
     return number
 
@@ -281,9 +277,7 @@ def meant(said: str, arguments: list[str]) -> str:
             return "one at a time; what is written is named with -o" if extra else ""
         began = 1 if not arguments[1].startswith("-") else max(1, arguments.index(extra[0]) - 1)
         return f'quote the prompt: streamt2v {arguments[0]} "{" ".join([arguments[began], *extra][:8])}"'
-    found = [word for word in _MEANT if word in words]
-    if not found and "No such option" in said:
-        found = [near for word in words for near in difflib.get_close_matches(word, _MEANT, 1, 0.85)]
+    found = [near for word in words for near in difflib.get_close_matches(word, _MEANT, 1, 0.85)]
     return f"here that is {_MEANT[found[0]]}" if found else ""
 
 

@@ -49,9 +49,9 @@ def named(run: RunConfig) -> str:
 
 
 def refiner_reads_text(run: RunConfig) -> bool:
-    """Whether what refines, if anything does, follows a prompt. Raises ConfigError where there is no such family."""
-    own = weights.family(run.model)
-    return run.refine.model != OWN or own.has("refine.text") or not own.has("refine.unet")
+    """Whether what refines, if anything does, follows a prompt; so do models that are not listed."""
+    own = weights.families().get(run.model)
+    return run.refine.model != OWN or own is None or own.has("refine.text") or not own.has("refine.unet")
 
 
 def usual(run: RunConfig, quality: str | None = None, strength: str | None = None) -> list[dict[str, Any]]:

@@ -68,7 +68,7 @@ def command(recipe: Mapping[str, Any]) -> str:
     else:
         given["output.fps"] = run.output.fps
         words.append(str((recipe.get("source") or {}).get("name", "VIDEO")))
-        words += ["--prompt", run.prompt] if _follows(run, verb) else []
+        words += ["--prompt", run.prompt] if verb == "extend" or choose.refiner_reads_text(run) else []
     if not run.refine.enabled:
         words.append("--no-refine")
     sizes = [key for key in ("output.width", "output.height") if key in given]
@@ -86,14 +86,6 @@ def command(recipe: Mapping[str, Any]) -> str:
             words += _set(key, value)
     words += ["--", words.pop(2)] if words[2].startswith("-") else []
     return shlex.join(words)
-
-
-def _follows(run: RunConfig, verb: str) -> bool:
-    """Whether the command that made a video takes a prompt; so does one whose family is no longer here."""
-    try:
-        return verb != "refine" or choose.refiner_reads_text(run)
-    except StreamT2VError:
-        return True
 
 
 def _set(key: str, value: Any) -> list[str]:

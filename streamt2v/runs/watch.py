@@ -114,12 +114,9 @@ class Watch:
         self._tell(Status("chunk", stage, done, self.known.num_frames, chunk, num_chunks))
 
     def remember(self, seconds: float, networks: Networks) -> None:
-        """Keep the speed of this run of so many seconds for `plan`; one that is short or resumed says too little.
-
-        Of what is only refined the speed is kept where the family never makes videos, which would tell it.
-        """
+        """Keep the speed of this run of so many seconds for `plan`; one that is short or resumed says too little."""
         job, refined, later = self.known.job, len(self.known.refine_plan), len(self.known.stream_plan) - 1
-        alone = self.known.family.refines_only and self.known.made >= job.config.refine.chunk
+        alone = self.known.family.refines_only and self.known.made >= job.config.refine.chunk  # else `bench` tells
         if job.resume or not (alone or (job.command == "generate" and later and refined != 1)):
             return
         import torch
