@@ -488,6 +488,12 @@ def usual(name: str) -> dict[str, Any]:
     return to_flat(merge(preset(name)))
 
 
+def maker(command: str, settings: Mapping[str, Any]) -> str:
+    """Name the model that makes the frames, by {dotted key: value}: no family where frames only come between others."""
+    only_between = command == "refine" and settings.get("refine.enabled") is False
+    return str((settings.get("output.interpolator") if only_between else "") or settings.get("model"))
+
+
 def to_flat(config: RunConfig) -> dict[str, Any]:
     """Return {dotted key: value} of every leaf, in order."""
     return {key: value for key, _, value in _leaves(config)}

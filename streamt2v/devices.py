@@ -149,7 +149,7 @@ def describe(device: Device) -> str:
     if device.kind == "cuda":
         facts = torch.cuda.get_device_properties(device.name)
         return f"{facts.name} ({device.name}), {facts.total_memory / 2**30:.0f} GiB"
-    return f"{device.name}, {usable_cpus()} cores, {free_memory() / 2**30:.1f} GiB free"
+    return f"{device.name}, cores: {usable_cpus()}, {free_memory() / 2**30:.1f} GiB free"
 
 
 def usable_cpus() -> int:

@@ -56,7 +56,7 @@ class JobReport:
         """Report that the job begins."""
         run = job.config
         facts |= {"output": str(job.output), "frames": run.num_frames, "fps": run.output.fps}
-        facts |= {"seed": run.seed, "model": run.model, "host": socket.gethostname(), "pid": os.getpid()}
+        facts |= {"seed": run.seed, "model": job.maker, "host": socket.gethostname(), "pid": os.getpid()}
         self.send(event("start", job=self.job, **facts))
 
     def tell(self, status: Status) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from streamt2v import devices, memory
 from streamt2v.batch import events
 from streamt2v.batch.events import Event, Tell, event
-from streamt2v.batch.here import attempt, still_loaded
+from streamt2v.batch.here import attempt
 from streamt2v.batch.tasks import Task
 from streamt2v.errors import ConfigError, Terminated
 from streamt2v.families.choose import OWN, named
@@ -107,7 +107,7 @@ def _remotely(task: Task, folder: Path, queue: Any) -> Event:
         sent[:] = [queue.actor.put_nowait.remote(told)]  # not awaited: Ray lends out the cores of a waiting task
 
     os.chdir(folder)  # so that relative paths mean the same
-    outcome = attempt(task, tell, still_loaded())
+    outcome = attempt(task, tell)
     ray.get(sent)  # the earlier ones have arrived by then
     return outcome
 

@@ -69,21 +69,20 @@ def _in_short(facts: dict[str, Any]) -> list[tuple[str, str]]:
     asked = recipe["config"] if isinstance(recipe.get("config"), dict) else {}
     later = sum(str(key).startswith("prompts.") for key in asked)
     merged = [f"LoRA {value}" for key, value in asked.items() if str(key).startswith("loras.")]
-    steps = f"{asked.get('stream.num_inference_steps')} in the stream"
-    steps += f", {asked.get('refine.num_inference_steps')} in the refiner" * bool(asked.get("refine.enabled"))
+    command, threads, refined = recipe.get("command"), recipe.get("threads"), bool(asked.get("refine.enabled"))
+    steps = [f"{asked.get('stream.num_inference_steps')} in the stream"] * (command != "refine")
+    steps += [f"{asked.get('refine.num_inference_steps')} in the refiner"] * refined
+    by = [f"{command if steps else 'interpolate'}, model {config.maker(str(command), asked)}", *merged]
     source = recipe.get("source") if isinstance(recipe.get("source"), dict) else {}
     version = recipe.get("streamt2v") or recipe.get("version")  # the second while it grows
     rows += [
         ("prompt", str(asked.get("prompt")) + f" (and {later} later ones)" * bool(later)),
         ("avoids", str(asked.get("negative_prompt") or "")),
-        (
-            "made by",
-            ", ".join([f"{recipe.get('command')}, model {asked.get('model')}", *merged, f"streamt2v {version}"]),
-        ),
+        ("made by", ", ".join([*by, f"streamt2v {version}"])),
         ("from", str((source or {}).get("name") or asked.get("image") or "")),
         ("seed", str(asked.get("seed"))),
-        ("steps", steps),
-        ("on", f"{recipe.get('card') or recipe.get('device')}, {recipe.get('threads')} threads"),
+        ("steps", ", ".join(steps)),
+        ("on", f"{recipe.get('card') or recipe.get('device')}, {threads} thread{'s' * (threads != 1)}"),
     ]
     return [(key, said[:500]) for key, said in rows if said] + [("more", "--all shows every setting")]
 

@@ -111,7 +111,9 @@ def extend(
 def interpolate(
     source: Annotated[Path, argument("The video to put frames into.")],
     output: options.Output = None,
-    factor: Annotated[int | None, option("--factor", "Frames for every one that is there.", min=2, max=64)] = None,
+    factor: Annotated[
+        int | None, option("--factor", "Frames for every one that is there.", parser=options.within(int, 2, 64))
+    ] = None,
     fps: Annotated[
         float | None, option("--fps", "The new rate, a multiple of the source's.", parser=options.parse_rate)
     ] = None,
@@ -209,7 +211,7 @@ def _make(job: Job, progress: Progress, as_json: bool = False) -> Result:
         for notice in known.notices:
             report.note(notice, warning=True)
         length = f"{job.config.num_frames} frames at {job.config.output.fps:g} fps"
-        progress.say(f"{job.output}: {length}, model {job.config.model}, seed {job.config.seed}")
+        progress.say(f"{job.output}: {length}, model {job.maker}, seed {job.config.seed}")
         report.tell(Status("doing", "loading torch"))
         from streamt2v.runs import pipeline
 
@@ -448,7 +450,10 @@ def plan(
     options.talking,
     without=("seed", "negative", "at", "timeline", "until", "loop", "lora"),  # the time hangs on none of these
 )
-def bench(frames: Annotated[int, option("--frames", "-n", "Length to plan for.")] = 1200, **given: Any) -> None:
+def bench(
+    frames: Annotated[str, option("--frames", "-n", "Length to plan for, in frames or as a time.")] = "1200",
+    **given: Any,
+) -> None:
     """Measure this machine: make a short video, discard it, and show what a long one will take.
 
     From then on `plan` knows the time for the same model, sizes and steps.

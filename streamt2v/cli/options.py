@@ -1,5 +1,7 @@
 """Options that several commands share, declared once and grouped by what they are about."""
 
+import contextlib
+import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +17,7 @@ from streamt2v.errors import ConfigError
 from streamt2v.families.choose import OWN
 
 Command = TypeVar("Command", bound=Callable[..., None])
+Number = TypeVar("Number", int, float)
 ADVANCED = "Advanced"
 STEERING = "What is made"
 RUNNING = "How the run behaves"
@@ -55,7 +58,20 @@ def parse_rate(text: str | float) -> float:
         raise typer.BadParameter(f"{text!r} is not a frame rate such as 24, 29.97 or 30000/1001") from None
 
 
+def within(kind: Callable[[str], Number], low: Number, high: Number) -> Callable[[str | Number], Number]:
+    """Return a parser of numbers in a range, which would take half of a narrow terminal as a range of typer."""
+
+    def number(text: str | Number) -> Number:
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(str(text))) <= high:
+                return value
+        raise typer.BadParameter(f"{str(text)!r} is no {'whole ' if kind is int else ''}number from {low} to {high}")
+
+    return number
+
+
 names_of_weights = _completing(lambda: [*weights.families(), *weights.helpers(), *weights.pipelines()])
+_SIDE = within(int, 2, 16384)
 _MODELS = _completing(lambda: [OWN, *weights.pipelines()])
 _RATE = "Frames per second, such as 24 or 30000/1001. Default: "
 _OUTPUT = (
@@ -88,7 +104,7 @@ Frames = Annotated[
 Longer = Annotated[str | None, option("--frames", "-n", "Frames of the whole result, or a time: 10s, 2m, 1:20.")]
 Duration = Annotated[str | None, option("--duration", "The same as --frames with a time: 10s, 2m, 1:20.")]
 Count = Annotated[
-    int, option("--count", "Videos to make, with seeds that follow and numbered names.", min=1, max=10_000)
+    int, option("--count", "Videos to make, with seeds that follow and numbered names.", parser=within(int, 1, 10_000))
 ]
 DryRun = Annotated[bool, option("--dry-run", "Show the plan, as `streamt2v plan` does, and make nothing.")]
 Output = Annotated[Path | None, option("--output", "-o", _OUTPUT)]
@@ -99,12 +115,14 @@ At = Annotated[list[str] | None, _steering("--at", _AT, metavar="TIME PROMPT|PIC
 Lora = Annotated[list[str] | None, _steering("--lora", _LORA, metavar="FILE[:STRENGTH]")]
 Init = Annotated[str | None, _steering("--init", _INIT, autocompletion=_MODELS)]
 ImageInit = Annotated[str | None, _steering("--image-init", _IMAGE_INIT, autocompletion=_MODELS)]
-Interpolate = Annotated[int | None, _steering("--interpolate", _INTERPOLATE, min=1, max=64)]
+Interpolate = Annotated[int | None, _steering("--interpolate", _INTERPOLATE, parser=within(int, 1, 64))]
 Refiner = Annotated[str | None, _steering("--refiner", _REFINER, autocompletion=_MODELS)]
 Model = Annotated[str | None, option("--model", "-m", _MODEL, autocompletion=names_of_weights)]
 Device = Annotated[str, _running("--device", "auto, cpu, cuda, cuda:1, mps.")]
-Threads = Annotated[int | None, _running("--threads", "CPU threads. Default: all cores.", min=1)]
-Memory = Annotated[float | None, _running("--memory", "GB it may use. Default: all that is free.", min=0.1, max=1e6)]
+Threads = Annotated[int | None, _running("--threads", "CPU threads. Default: all cores.", parser=within(int, 1, 4096))]
+Memory = Annotated[
+    float | None, _running("--memory", "GB it may use. Default: all that is free.", parser=within(float, 0.1, 1e6))
+]
 Json = Annotated[bool, _running("--json", "Print JSON on stdout: events where videos are made, and the result last.")]
 Quiet = Annotated[bool, _running("--quiet", "-q", "Errors only.")]
 Verbose = Annotated[bool, _running("--verbose", "-v", "Report more about each step.")]
@@ -137,10 +155,10 @@ def placing(
         str | None, option("--size", "Box WxH that the video fits into. Default: the model's; 256x144 for demo.")
     ] = None,
     width: Annotated[
-        int | None, option("--width", "Width instead of --size; alone it keeps the shape.", min=2, max=16384)
+        int | None, option("--width", "Width instead of --size; alone it keeps the shape.", parser=_SIDE)
     ] = None,
     height: Annotated[
-        int | None, option("--height", "Height instead of --size; alone it keeps the shape.", min=2, max=16384)
+        int | None, option("--height", "Height instead of --size; alone it keeps the shape.", parser=_SIDE)
     ] = None,
     fit: Annotated[str | None, option("--fit", _FIT, autocompletion=_among(Fit))] = None,
     loop: Annotated[bool, _steering("--loop", "Make a loop: the last frame leads back to the first.")] = False,
@@ -252,10 +270,14 @@ _MEANT = {
 
 def meant(said: str, arguments: list[str]) -> str:
     """Return a hint for a usage error that another word would mend, "" if none would."""
+    words = re.split(r"[\s:'\".]+", said)
     if "unexpected extra argument" in said:
-        words = [word for word in arguments[1:] if not word.startswith("-")]
-        return f'quote the prompt: streamt2v {arguments[0]} "{" ".join(words[:8])}"' if words else ""
-    found = [word for word in _MEANT if word in re.split(r"[\s:'\".]+", said)]
+        extra = said.rpartition("(")[2].rstrip(".)").split()
+        if arguments[0] not in ("generate", "plan"):
+            return "one at a time; what is written is named with -o" if extra else ""
+        began = 1 if not arguments[1].startswith("-") else max(1, arguments.index(extra[0]) - 1)
+        return f'quote the prompt: streamt2v {arguments[0]} "{" ".join([arguments[began], *extra][:8])}"'
+    found = [near for word in words for near in difflib.get_close_matches(word, _MEANT, 1, 0.85)]
     return f"here that is {_MEANT[found[0]]}" if found else ""
 
 

@@ -58,13 +58,19 @@ def line(name: str, status: Status, since: float, elapsed: float, width: int) ->
         tail.append(memory)
         room -= len(memory) + 2
     if named and title and room > 6:
-        title = title[: min(24, room - 3)].rstrip(" -")
-        named, room = f"{named} {title}", room - len(title) - 1
+        title = _cut(title, min(24, room - 3))
+        named, room = f"{named} {title}".rstrip(), room - len(title) - 1
     head = f"{named}: {head}" if named else head
     room = 0 if status.kind == "doing" and not status.share else room
     full = round(min(MOST_BAR, room) * status.share)
     bar = ["━" * full + "╌" * (min(MOST_BAR, room) - full)] if room >= FEWEST_BAR else []
     return "  ".join([head, *bar, *tail])[: width - 1]
+
+
+def _cut(title: str, most: int) -> str:
+    """Cut a name at one of its words, which dashes part; "" where too little would be left to know it by."""
+    cut = title if len(title) <= most else title[: most + 1].rpartition("-")[0]
+    return cut if len(cut) >= min(8, len(title)) else ""
 
 
 class _Shown:

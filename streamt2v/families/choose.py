@@ -48,6 +48,12 @@ def named(run: RunConfig) -> str:
     return run.initialize.picture_model if run.image else run.initialize.text_model
 
 
+def refiner_reads_text(run: RunConfig) -> bool:
+    """Whether what refines, if anything does, follows a prompt; so do models that are not listed."""
+    own = weights.families().get(run.model)
+    return run.refine.model != OWN or own is None or own.has("refine.text") or not own.has("refine.unet")
+
+
 def usual(run: RunConfig, quality: str | None = None, strength: str | None = None) -> list[dict[str, Any]]:
     """Return the presets of a run's family and of its refiner as layers of settings, the later one winning.
 

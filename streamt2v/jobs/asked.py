@@ -9,7 +9,7 @@ from typing import Any
 from streamt2v import config, devices, weights
 from streamt2v.config import RunConfig
 from streamt2v.errors import ConfigError, FieldError
-from streamt2v.families.choose import OWN, named, usual
+from streamt2v.families.choose import OWN, named, refiner_reads_text, usual
 from streamt2v.jobs import again
 from streamt2v.jobs.recipe import Source
 from streamt2v.timeline import parse_at, parse_time, read_timeline, settings_at
@@ -49,7 +49,7 @@ _ARGUMENTS: Mapping[str, tuple[Any, float | None, float | None]] = {
 def said_by_option(message: str, typed: Sequence[str]) -> str:
     """Return a message about a setting in the words of its option, unless the setting itself was typed."""
     names = {key: f"--{name.replace('_', '-')}" for name, keys in _SETTINGS.items() for key in keys}
-    names |= {"output.width": "--size", "output.height": "--size", "model": "--model"}
+    names |= {"output.width": "--size", "output.height": "--size", "model": "--model", "prompt": "--prompt"}
     key, verb, rest = message.partition(" is ")
     known = key in names and not any(word.startswith(f"{key}=") for word in typed)
     return f"{names[key]}{verb}{rest}" if known and names[key] in typed else message
@@ -252,12 +252,13 @@ def resolve(
     if source is not None:
         given.setdefault("num_frames", source.frames * factor)
     asked = {**from_file, **given}
-    chosen = model or asked.get("model") or usual_model(command, source, device)
+    refines = asked.get("refine.enabled") is not False
+    chosen = model or asked.get("model") or usual_model(command if refines else "", source, device)
     given["model"] = chosen
     if "seed" not in asked:
         stored = again.recorded_seed(resume_from) if resume_from else seed_of_row
         given["seed"] = secrets.randbelow(2**31) if stored is None else stored
-    if asked.get("refine.enabled") is False and not {"output.width", "output.height"} & set(asked):
+    if not refines and not {"output.width", "output.height"} & set(asked):
         # Unrefined frames keep their own size unless one is asked for.
         given["output.width"] = given["output.height"] = 0
     tables = (quality, strength)
@@ -295,4 +296,10 @@ def resolve(
     if until is not None:
         last = config.merge(*layers, from_file, given).num_frames - 1
         given[f"pictures.{last}"] = str(until)
-    return config.merge(*layers, from_file, given)
+    run = config.merge(*layers, from_file, given)
+    if command == "refine" and not refiner_reads_text(run):
+        typed = [key for key in asked if key in ("prompt", "negative_prompt") or key.startswith("prompts.")]
+        if typed:  # the prompts of the source's recipe only travel on
+            said = f"{typed[0]} is {asked[typed[0]]!r}, what refines here reads no text"
+            raise ConfigError(said, "leave it out, or name a --model or a --refiner that reads one")
+    return run

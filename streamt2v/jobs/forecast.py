@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,16 +60,17 @@ class Plan:
     def as_text(self) -> str:
         """Return the plan as a few lines for people."""
         base, stream, refine = f"{self.base_width}x{self.base_height}", self.stream_chunks, "no"
+        weighs = self.weights_bytes / 1e6
         lines = [
-            f"model    {self.model}, {self.weights_bytes / 1e6:.0f} MB of weights",
+            f"model    {self.model}, {weighs:.{0 if weighs > 10 else 1}f} MB of weights",
             f"video    {self.num_frames} frames at {self.fps:g} fps, {self.num_frames / self.fps:.1f} s"
             + ("" if self.made == self.num_frames else f"; {self.made} are made, the others interpolated"),
         ]
         if stream:
             lines.append(f"start    {'the family itself' if self.initializer == choose.OWN else self.initializer}")
-        first = f"stream   {len(stream)} chunks at {base}, the first of {stream[0].size} frames" if stream else ""
+        first = f"stream   {_chunks(stream)} at {base}, the first of {stream[0].size} frames" if stream else ""
         if self.refine_chunks:
-            refine = f"{len(self.refine_chunks)} chunks of up to {self.refine_chunks[0].size} frames, into {self._box}"
+            refine = f"{_chunks(self.refine_chunks)} of up to {self.refine_chunks[0].size} frames, into {self._box}"
         lines += [first or f"source   {base}", f"refine   {refine}"]
         for prompt in self.prompts[1:]:
             asked = "" if prompt.asked == prompt.frame else f" (asked for at {prompt.asked})"
@@ -86,7 +87,8 @@ class Plan:
         if caution := devices.caution(self.device):
             lines.append(f"         {caution}")
         if self.measured is None:
-            lines.append("time     unknown until the first run on this machine; `streamt2v bench` measures it")
+            measures = "; `streamt2v bench` measures it" if stream else ""
+            lines.append(f"time     unknown until the first run on this machine{measures}")
         else:
             start, chunk, refined, frame, _ = (self.measured[name] for name in MEASURED)
             begun = f": {start:.3g} s to load and begin, {chunk:.3g} s a chunk" if stream else ""
@@ -104,6 +106,10 @@ class Plan:
         size = f"refined to {self._box}" if self.refine_chunks else "not refined"
         time = "time unknown" if self.seconds is None else f"about {spoken(self.seconds)}"
         return f"{self.num_frames} frames at {self.fps:g} fps, {size}; {time}; up to {self.needed_bytes / 1e9:.1f} GB"
+
+
+def _chunks(plan: Sequence[Chunk]) -> str:
+    return f"{len(plan)} chunk{'s' * (len(plan) > 1)}"
 
 
 def plan(known: Prepared) -> Plan:
@@ -127,7 +133,7 @@ def plan(known: Prepared) -> Plan:
         last = trailing(config) / len(known.refine_plan) if together else 1.0
         seconds = (measured["fixed_seconds"] if stream else 0.0) + max(made + min(1.0, last) * refined, refined)
     return Plan(
-        model=config.model,
+        model=job.maker,
         num_frames=config.num_frames,
         made=known.made,
         fps=config.output.fps,

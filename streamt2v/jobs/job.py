@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from streamt2v import devices, files
-from streamt2v.config import RunConfig
+from streamt2v.config import RunConfig, maker, to_flat
 from streamt2v.jobs import run_directory
 
 _REFINED = ("enabled", "model", "solver", "chunk", "overlap", "num_inference_steps", "reuse_interval")
@@ -50,6 +50,11 @@ class Job:
     def run_path(self) -> Path:
         """The run directory, beside the output."""
         return run_directory.directory_for(self.output)
+
+    @property
+    def maker(self) -> str:
+        """The model that makes the frames."""
+        return maker(self.command, to_flat(self.config))
 
     def local(self) -> dict[str, Any]:
         """Return what `resumed` needs besides the recipe; it stays on this machine.
@@ -114,6 +119,6 @@ class Result:
             fps=config.output.fps,
             seconds=round(seconds, 2),
             seed=config.seed,
-            model=config.model,
+            model=job.maker,
             peak_memory_mb=round(devices.peak_memory(device) / 2**20, 1),
         )

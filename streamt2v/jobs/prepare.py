@@ -113,8 +113,8 @@ def _check_text(text: str) -> None:
 
 def _check_unread(config: RunConfig, family: weights.Family, section: str) -> None:
     """Refuse what was asked for in a section of the settings, "" for all, and would change nothing."""
-    refiner_reads = config.refine.model != choose.OWN or family.has("refine.text")
-    if not section and config.prompts and not family.reads_text and not (config.refine.enabled and refiner_reads):
+    refined = config.refine.enabled and choose.refiner_reads_text(config)
+    if not section and config.prompts and not family.reads_text and not refined:
         raise ConfigError(f"model {family.name} reads no text: a later prompt would change nothing", "leave it out")
     foreign = config.refine.model != choose.OWN
     defaults = to_flat(merge(*choose.usual(config))) if foreign else usual(family.preset)

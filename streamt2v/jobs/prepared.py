@@ -54,8 +54,10 @@ class Prepared:
 
     @property
     def num_values(self) -> int:
-        """Parameters of the family's networks."""
+        """Parameters of the family's networks; where frames only come between others, of what makes those."""
         name = self.family.pipeline
+        if self.job.command == "refine" and not self.job.config.refine.enabled:
+            return sum(file.num_values for file in self.helpers)
         return sum(folders.values(name).values() if name else (file.num_values for file in self.family.files))
 
     @property
@@ -231,7 +233,8 @@ class Prepared:
 
     def recipe(self) -> dict[str, Any]:
         """Return what decides the frames: a run may only be resumed by a job with an equal recipe."""
-        config, source, used = self.job.config, self.job.source, [*self.family.used(self.runs), *self.helpers]
+        config, source = self.job.config, self.job.source
+        used = [*(self.family.used(self.runs) if self.runs else ()), *self.helpers]
         settings = to_flat(config)
         return {
             "command": self.job.command,

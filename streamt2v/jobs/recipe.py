@@ -70,9 +70,14 @@ def inspect_source(path: Path) -> Source:
 
 
 def _only_refined(recipe: Mapping[str, Any]) -> bool:
-    """Whether the model that a recipe names makes no frames: what it refined came from elsewhere, and still does."""
-    family = weights.families().get(str(recipe["config"].get("model")))
-    return family is not None and family.refines_only
+    """Whether no model made what a recipe refined or interpolated: it came from elsewhere, and still does.
+
+    A video that is only interpolated keeps the prompt of its source, and one from elsewhere has none.
+    """
+    settings = recipe["config"]
+    family = weights.families().get(str(settings.get("model")))
+    between = recipe.get("command") == "refine" and settings.get("refine.enabled") is False
+    return (family is not None and family.refines_only) or (between and not settings.get("prompt"))
 
 
 def recipe_of(comment: str) -> dict[str, Any]:

@@ -67,7 +67,8 @@ def command(recipe: Mapping[str, Any]) -> str:
         words.append(run.prompt)
     else:
         given["output.fps"] = run.output.fps
-        words += [str((recipe.get("source") or {}).get("name", "VIDEO")), "--prompt", run.prompt]
+        words.append(str((recipe.get("source") or {}).get("name", "VIDEO")))
+        words += ["--prompt", run.prompt] if verb == "extend" or choose.refiner_reads_text(run) else []
     if not run.refine.enabled:
         words.append("--no-refine")
     sizes = [key for key in ("output.width", "output.height") if key in given]

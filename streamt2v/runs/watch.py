@@ -67,6 +67,7 @@ class Watch:
         second = (BEGIN, STREAM) if together else ()
         self.pace = Pace(chunks, costs, time.monotonic(), second, forecast.trailing(known.job.config))
         self.stepping: set[str] = set()  # stages that tell of steps, and so know best what is left of them
+        self.begun = dict[int, int]()  # steps of the chunks that the refiner works on by turns
 
     @_in_turn
     def note(self, text: str, warning: bool = False) -> None:
@@ -123,13 +124,20 @@ class Watch:
 
     @_in_turn
     def step(self, stage: str, chunk: int, step: int, steps: int, left: float | None = None) -> None:
-        """Count a denoising step, from 1, of a chunk, from 0; `left` chunks of the stage remain, in parts of one."""
+        """Count a denoising step, from 1, of a chunk, from 0; `left` chunks of the stage remain, in parts of one.
+
+        Of chunks that are worked on by turns, for which alone `left` is given, the first that is not finished is shown.
+        """
         chunks = len(self.known.refine_plan if stage == REFINE else self.known.stream_plan)
         remaining = chunks - chunk - step / steps if left is None else left
         first = stage == STREAM and chunk == 0
         self.stepping.add(BEGIN if first else stage)
         self.pace.passed(BEGIN if first else stage, time.monotonic(), 1 - step / steps if first else remaining)
         done, total = self.frames.get(stage, (0, 0))
+        if left is not None:
+            self.begun = {one: made for one, made in self.begun.items() if made < steps} | {chunk: step}
+            chunk = min(self.begun)
+            step = self.begun[chunk]
         self._tell(Status("step", stage, done, total, chunk + 1, chunks, step, steps))
 
     @_in_turn
@@ -146,7 +154,8 @@ class Watch:
     def remember(self, seconds: float, networks: Networks) -> None:
         """Keep the speed of this run of so many seconds for `plan`; one that is short or resumed says too little."""
         job, refined, later = self.known.job, len(self.known.refine_plan), len(self.known.stream_plan) - 1
-        if job.command != "generate" or job.resume or not later or refined == 1:
+        alone = self.known.family.refines_only and self.known.made >= job.config.refine.chunk  # else `bench` tells
+        if job.resume or not (alone or (job.command == "generate" and later and refined != 1)):
             return
         import torch
 
@@ -156,7 +165,7 @@ class Watch:
         streamed = streamed if refined else chunks
         measured = {
             "fixed_seconds": fixed,
-            "stream_seconds_per_chunk": streamed / later,
+            "stream_seconds_per_chunk": streamed / max(1, later),
             "refine_seconds_per_chunk": max(0.0, chunks - streamed) / max(1, refined),
             "seconds_per_frame": pixels / job.config.num_frames,
             "peak_memory_bytes": devices.peak_memory(networks.device),

@@ -725,6 +725,7 @@ def thirty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tu
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_thirty_jobs_killed_at_random(thirty: tuple[Path, dict[str, tuple[int, str]]], tmp_path: Path) -> None:
     path, whole = thirty
     chance, made, kills = random.Random(20), dict[str, int](), 0

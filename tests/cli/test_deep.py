@@ -21,7 +21,10 @@ from typing import Any
 
 import pytest
 
+from streamt2v import weights
 from streamt2v.jobs.run_directory import directory_for
+from streamt2v.weights import header
+from tests import loras
 from tests.cli.helpers import PROMPT, SCHEMA, TINY, digest, wait_for
 from tests.cli.test_audio import heard, tone
 
@@ -72,11 +75,14 @@ def run(folder: Path, *arguments: object, columns: int = 0) -> tuple[int, str, s
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a short unrefined video, a sound, a file of jobs and a file that is no video."""
+    """A folder with a short unrefined video, a sound, a LoRA, a file of jobs and a file that is no video."""
     folder = tmp_path_factory.mktemp("deep")
     (folder / "rows.jsonl").write_text(ROWS)
     (folder / "text.mp4").write_text("no video")
     tone(folder / "tone.wav", 6)
+    shapes = {key: row.shape for key, row in header.read_index(weights.family("demo").path("stream.unet"))[1].items()}
+    convolutions = [name for name in loras.layers(shapes) if name.endswith("conv1")]
+    loras.written(folder / "style.safetensors", loras.tensors(shapes, "kohya", convolutions))
     code, out, err = run(
         folder, "generate", PROMPT, "-n", "2s", "--audio", "tone.wav", "-o", "in.mp4", *TINY, "--no-refine"
     )
@@ -104,12 +110,21 @@ VIDEOS = {
     "an unknown word": (["generate", "a zebra", "-n", "8", "-o", "6.mp4", *LOUD, "--no-refine"], 0),
     "refine": (["refine", "in.mp4", "-o", "7.mp4", *LOUD[2:]], 0),
     "extend": (["extend", "in.mp4", "--duration", "3s", "-o", "8.mp4", *LOUD], 0),
+    "frames between": (["interpolate", "in.mp4", "-o", "11.mp4", "--threads", "1"], 0),
+    "a loop": (["generate", PROMPT, "-n", "20", "--loop", "-o", "12.mp4", *LOUD, "--no-refine"], 0),
+    "a LoRA": (["generate", PROMPT, "-n", "8", "--lora", "style.safetensors:9", "-o", "13.mp4", *LOUD], 0),
+    "every other frame is made": (["generate", PROMPT, "-n", "15", "--interpolate", "2", "-o", "14.mp4", *LOUD], 0),
     "variations": (["generate", PROMPT, "-n", "8", "--count", "2", "-o", "9.mp4", *LOUD, "--no-refine"], 0),
     "variations that are there": (["generate", PROMPT, "--count", "2", "-o", "9.mp4", *LOUD], 5),
     "a batch": (["batch", "rows.jsonl", "--out-dir", "videos", *LOUD, "--no-refine", "--shard", "1/2"], 0),
     "a batch, planned": (["batch", "rows.jsonl", "--out-dir", "videos", *LOUD, "--no-refine", "--dry-run"], 0),
     "variations, planned": (["generate", PROMPT, "--count", "3", "-o", "10.mp4", *LOUD, "--dry-run"], 0),
     "no prompt": (["generate", "", *LOUD], 2),
+    "no multiple of the rate": (["interpolate", "in.mp4", "--fps", "9"], 2),
+    "a loop of one frame": (["generate", PROMPT, "-n", "1", "--loop", *LOUD], 2),
+    "no such LoRA": (["generate", PROMPT, "--lora", "none.safetensors", *LOUD], 4),
+    "no variations": (["generate", PROMPT, "--count", "0", *LOUD], 2),
+    "a prompt that nothing reads": (["refine", "in.mp4", "--model", "restore", "--prompt", "a cat", "-o", "15.mp4"], 2),
     "no such length": (["generate", PROMPT, "-n", "soon", *LOUD], 2),
     "two lengths": (["generate", PROMPT, "-n", "3", "--duration", "3s", *LOUD], 2),
     "no such option": (["generate", PROMPT, "--frmaes", "3"], 2),
@@ -141,11 +156,13 @@ def test_every_line_of_json_is_an_event(folder: Path) -> None:
     assert not (folder / "10-1.mp4").exists()
     assert sorted(path.name for path in (folder / "videos").iterdir()) == ["a.mp4"]
     assert {digest(folder / name)[0] for name in ("1.mp4", "9-1.mp4", "9-2.mp4", "videos/a.mp4")} == {8}
-    assert [digest(folder / f"{number}.mp4")[0] for number in (2, 3, 5, 7, 8)] == [16, 24, 24, 16, 24]
+    lengths = {2: 16, 3: 24, 5: 24, 7: 16, 8: 24, 11: 32, 12: 20, 13: 8, 14: 15}
+    assert {number: digest(folder / f"{number}.mp4")[0] for number in lengths} == lengths
+    assert digest(folder / "13.mp4") != digest(folder / "1.mp4")
     assert digest(folder / "9-1.mp4") != digest(folder / "9-2.mp4")
     assert heard(folder / "4.webm")[0] == pytest.approx(9 / 8, abs=0.1)
     assert heard(folder / "7.mp4") == (pytest.approx(2, abs=0.1), pytest.approx(440, abs=5))
-    assert heard(folder / "8.mp4")[1] == pytest.approx(440, abs=5)
+    assert heard(folder / "8.mp4")[1] == heard(folder / "11.mp4")[1] == pytest.approx(440, abs=5)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +170,8 @@ def test_every_line_of_json_is_an_event(folder: Path) -> None:
     [
         ["plan", PROMPT, "--duration", "2m"], ["generate", PROMPT, "-n", "1:20", "--dry-run"], ["info", "in.mp4"],
         ["refine", "in.mp4", "--dry-run", "--device", "cpu"], ["verify", "in.mp4"], ["weights", "list"],
+        ["interpolate", "in.mp4", "--fps", "24", "--dry-run"], ["info", "in.mp4", "--all"],
+        ["generate", PROMPT, "-n", "60", "--loop", "--lora", "style.safetensors", "--dry-run"],
         ["extend", "in.mp4", "--duration", "1m", "--dry-run"], ["evaluate", "in.mp4", "--flow-size", "64"],
     ],
     ids=lambda command: " ".join(command[:1] + [word for word in command if word[0] == "-"]),
@@ -190,6 +209,7 @@ def test_a_terminal_sees_one_line_until_the_end(columns: int, folder: Path) -> N
     commands = {
         "generate": (["generate", PROMPT, "-n", "40", "-o", f"t{columns}.mp4", *options], said),
         "refine": (["refine", "in.mp4", "-o", f"r{columns}.mp4", *LOUD[2:]], said),
+        "interpolate": (["interpolate", "in.mp4", "-o", f"i{columns}.mp4", "--factor", "4"], said),
         "batch": (["batch", "rows.jsonl", "--out-dir", f"v{columns}", *options], "2 made, 0 already there, 0 failed"),
     }
     for name, (command, last) in commands.items():

@@ -108,6 +108,10 @@ def test_sixty_columns_hold_all_that_matters() -> None:
     )
     writing = progress.line("", Status("doing", "writing " + "a" * 80, share=1.0), 0.0, 9.0, 60)
     assert writing.endswith("aaa  100%  0:09 so far")
+    long = progress.line("2/3 a-blue-star-over-the-city", status, 0.0, 9.0, 100)
+    assert long.startswith("2/3 a-blue-star-over-the: stream")  # cut at a word
+    narrow = progress.line("2/3 a-blue-star-over-the-city", status, 0.0, 9.0, 62)
+    assert narrow.startswith("2/3: stream")  # not "2/3 a: stream"
     wide = progress.line("2/3 ball", status, 20.0, 9.0, 100)
     assert wide.startswith("2/3 ball: stream chunk 13/29, step 12/30  ━")
     assert wide.endswith(" 37%  1:00 left  540 MB")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from streamt2v import weights
+from streamt2v.jobs import shown
 from streamt2v.jobs.recipe import describe_video
 from streamt2v.media import reading
 from streamt2v.media.frames import resize, to_float
@@ -63,6 +64,50 @@ def test_it_makes_no_videos_and_refuses_what_it_does_not_read(
     assert "makes no videos" in capsys.readouterr().err
     assert weights.default_family() != "restore"
     footage = made(tmp_path / "in.mp4", 3)
+    for option, text in (("--prompt", "a cat"), ("--negative", "fog")):
+        assert call("refine", footage, "-o", tmp_path / "out.mp4", option, text, "-q") == 2
+        assert f"{option} is '{text}', what refines here reads no text" in capsys.readouterr().err
     for setting in ("refine.guidance_scale=3", "refine.posterior=published"):
         assert call("refine", footage, "-o", tmp_path / "out.mp4", "--set", setting, "-q") == 2
         assert "has no use for it" in capsys.readouterr().err
+
+
+def test_prompts_of_a_source_travel_on_where_the_refiner_reads_none(tmp_path: Path) -> None:
+    own, out = tmp_path / "own.mp4", tmp_path / "out.mp4"
+    assert generate(own, 17, "--no-refine") == 0
+    assert call("refine", own, "-o", out, "--size", "64x32", "-q", "--model", "restore") == 0
+    recipe = describe_video(out)["recipe"]
+    assert recipe["config"]["prompt"] == PROMPT
+    assert "--prompt" not in shown.command(recipe)  # which would be refused
+
+
+def test_footage_with_frames_between_its_own_names_what_made_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    footage, smooth, again = made(tmp_path / "in.mp4", 9), tmp_path / "smooth.mp4", tmp_path / "again.mp4"
+    assert call("interpolate", footage, "-o", smooth, "--dry-run") == 0
+    assert "model    interpolate-small, 0.3 MB" in capsys.readouterr().out
+    assert call("interpolate", footage, "-o", smooth) == 0
+    assert "18 frames at 16 fps, model interpolate-small" in capsys.readouterr().err
+    assert model_of(smooth) == weights.default_family()
+    assert call("info", smooth) == 0
+    said = capsys.readouterr().out
+    assert "interpolate, model interpolate-small" in said and "steps" not in said
+    assert call("refine", smooth, "-o", again, "--size", "64x32", "-q") == 0
+    assert model_of(again) == "restore"  # it is still footage
+
+
+def test_a_plan_of_footage_knows_the_time_after_the_first_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STREAMT2V_HOME", str(tmp_path / "home"))
+    footage, out = made(tmp_path / "in.mp4", 24), tmp_path / "out.mp4"
+    options = ["--size", "48x32", "--threads", 1, "-o", out]
+    assert call("refine", footage, *options, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "time     unknown until the first run on this machine\n" in said  # bench makes videos, this model none
+    assert "refine   1 chunk of up" in said
+    assert call("refine", footage, *options, "-q") == 0
+    capsys.readouterr()
+    assert call("refine", footage, *options, "--overwrite", "--dry-run") == 0
+    assert "time     about " in capsys.readouterr().out

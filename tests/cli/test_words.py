@@ -173,7 +173,10 @@ def test_a_dry_run_of_variations_names_them(tmp_path: Path, capsys: pytest.Captu
     ("typed", "said"),
     [
         ("generate a red ball", 'quote the prompt: streamt2v generate "a red ball"'),
-        ("plan red ball --frames 24", 'quote the prompt: streamt2v plan "red ball'),
+        ("plan red ball --frames 24", 'quote the prompt: streamt2v plan "red ball"\n'),
+        ("plan --frames 24 a red ball", 'quote the prompt: streamt2v plan "a red ball"\n'),
+        ("refine a.mp4 b.mp4", "what is written is named with -o"),
+        ("generate x --lenght 10s", "here that is --duration"),
         ("generate x --length 10s", "here that is --duration"),
         ("generate x --cfg-scale 3", "here that is --guidance"),
         ("upscale x.mp4", "here that is refine"),
@@ -186,6 +189,10 @@ def test_a_dry_run_of_variations_names_them(tmp_path: Path, capsys: pytest.Captu
         ("plan x --size 99999x8", "--size is 99999"),
         ("plan x --set num_frames=0", "num_frames is 0"),
         ("plan x --size 8x8 --width 8", "leave one of them out"),
+        ("generate x --count 0", "'0' is no whole number from 1 to 10000"),
+        ("generate x --width 1.5", "'1.5' is no whole number from 2 to 16384"),
+        ("plan x --memory nan", "'nan' is no number from 0.1 to"),
+        ("plan x --threads 0", "'0' is no whole number from 1"),
     ],
 )
 def test_errors_speak_of_what_was_typed(typed: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,7 +233,7 @@ def test_info_is_ten_lines_and_all_is_all(tmp_path: Path, capsys: pytest.Capture
     assert call("info", path) == 0
     shown = capsys.readouterr().out
     assert len(shown.splitlines()) <= 10
-    for said in ("64x32, 20 frames at 8 fps, 2.5 s", "abc", "model toy", "seed      7", "1 threads"):
+    for said in ("64x32, 20 frames at 8 fps, 2.5 s", "abc", "model toy", "seed      7", "cpu, 1 thread\n"):
         assert said in shown
     assert call("info", path, "--all") == 0
     assert "recipe.config.stream.overlap = 8" in capsys.readouterr().out
@@ -241,9 +248,11 @@ def test_help_has_two_levels(capsys: pytest.CaptureFixture[str]) -> None:
     assert "streamt2v generate --help-all" in short
     assert all(name in whole for name in ("--overlap", "--overwrite", "--frames"))
     assert "--help-all" not in whole.splitlines()[-1]
-    for command in ("generate", "refine", "extend", "batch", "plan"):
+    for command in ("generate", "refine", "extend", "batch", "plan", "interpolate"):
         assert call(command, "--help-all") == 0
-        panels = re.findall(r"╭─ ([A-Z][^─]*?) ─", capsys.readouterr().out)
+        shown = capsys.readouterr().out
+        assert "<=" not in shown  # a range as typer shows it leaves no room for the words
+        panels = re.findall(r"╭─ ([A-Z][^─]*?) ─", shown)
         order = ["Arguments", "Options", options.STEERING, options.ADVANCED, options.RUNNING]
         assert panels == [name for name in order if name in panels]
 

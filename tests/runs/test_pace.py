@@ -2,12 +2,14 @@
 
 import itertools
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamt2v.runs.pace import Pace
+from streamt2v.runs.pace import Pace, Status
+from streamt2v.runs.watch import Watch
 
 COST = st.floats(0.01, 1000)
 
@@ -107,3 +109,22 @@ def test_loading_and_what_was_made_before_do_not_count() -> None:
     assert pace.left(52.0) == pytest.approx(6)
     assert (pace.idled, pace.works["stream"].total) == (50.0, 2.0)
     assert pace.share == pytest.approx(8 / 11)
+
+
+@given(chunks=st.integers(1, 12), steps=st.integers(1, 4))
+def test_of_chunks_that_are_refined_by_turns_the_first_unfinished_is_shown(chunks: int, steps: int) -> None:
+    """The refiner goes diagonally: a step of the leftmost chunk that can."""
+    told, made = list[Status](), [0] * chunks
+    known = SimpleNamespace(
+        job=SimpleNamespace(command="refine"), stream_plan=(), refine_plan=range(chunks), made=chunks
+    )
+    watch = Watch(SimpleNamespace(tell=told.append), known, None)  # type: ignore[arg-type]
+    while made[-1] < steps:
+        ready = (one for one in range(chunks) if made[one] < steps and (one == 0 or made[one - 1] > made[one]))
+        one = next(ready)
+        made[one] += 1
+        watch.step("refine", one, made[one], steps, chunks - sum(made) / steps)
+    shown = [(status.chunk, status.step) for status in told]
+    assert shown == sorted(shown)
+    assert shown[-1] == (chunks, steps)
+    assert len(watch.begun) <= steps + 1
