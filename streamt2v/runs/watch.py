@@ -64,8 +64,8 @@ class Watch:
                 costs[REFINE] = prior["refine_seconds_per_chunk"] + pixels / refined
             else:
                 costs[STREAM] += pixels / max(1, later)
-        second = (BEGIN, STREAM) if together else ()
-        self.pace = Pace(chunks, costs, time.monotonic(), second, forecast.trailing(known.job.config))
+        second, trailing = ((BEGIN, STREAM), forecast.trailing(known.job.config)) if together else ((), 0.0)
+        self.pace = Pace(chunks, costs, time.monotonic(), second, trailing)
         self.stepping: set[str] = set()  # stages that tell of steps, and so know best what is left of them
         self.begun = dict[int, int]()  # steps of the chunks that the refiner works on by turns
 
