@@ -578,7 +578,7 @@ def peaks(flow_size: int, *paths: Path) -> list[int]:
 def test_memory_does_not_grow_with_the_length(tmp_path: Path) -> None:
     short, long = long_video(tmp_path / "short.mp4", 32, 180, 320), long_video(tmp_path / "long.mp4", 160, 180, 320)
     before, after = peaks(64, short, long)
-    assert after - before < 8e6  # the frames of the longer one are 28 MB
+    assert after - before < 14e6  # the frames of the longer one are 28 MB
 
 
 @pytest.mark.slow

@@ -185,7 +185,7 @@ def test_a_run_compiles_what_takes_its_time(tmp_path: Path, monkeypatch: pytest.
     assert sorted(called) == names
     asked.clear()
     offloads = replace(memory.ladder("cuda")[-1], precision="float32")
-    monkeypatch.setattr(pipeline, "_policy", lambda *_: offloads)
+    monkeypatch.setattr(pipeline, "_policy", lambda *_: (offloads, False))
     make("offloaded.mp4", True)
     assert "not compiled" in report.said[-1] and not asked
 
