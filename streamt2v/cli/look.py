@@ -59,7 +59,7 @@ def _in_short(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what most people want to know of a video, in at most ten lines."""
     video, recipe, rows = facts["video"], facts["recipe"], list[tuple[str, str]]()
     if "unfinished" in facts:
-        rows.append(("growing", facts["unfinished"]))
+        rows.append(("growing", facts["unfinished"] if video else "nothing can be watched yet"))
     if video:
         seconds = video["frames"] / video["fps"]
         size = f"{video['width']}x{video['height']}"
@@ -190,6 +190,8 @@ def preview(
     with Progress() as progress:
         progress.doing(f"reading {source.name}")
         seen = look(source)
+        if seen.found is None:
+            raise VideoError(f"nothing of {named} can be watched yet", f"streamt2v resume {named} goes on with it")
         from streamt2v.media import preview
 
         for target in targets:

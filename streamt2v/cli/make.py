@@ -67,7 +67,7 @@ def generate(
 def refine(
     source: Annotated[Path, argument("The video to refine.")],
     output: options.Output = None,
-    prompt: Annotated[str | None, option("--prompt", "What the video shows. Default: its own prompts.")] = None,
+    prompt: Annotated[str | None, option("--prompt", "What the video shows. Default: its own prompts, if any.")] = None,
     fps: options.SourceFps = None,
     guidance: Annotated[float | None, options.advanced("--guidance", "--cfg", "Guidance; 1 is off.")] = None,
     dry_run: options.DryRun = False,
@@ -220,12 +220,17 @@ def _make(job: Job, progress: Progress, as_json: bool = False) -> Result:
 
 def _end(job: Job, result: Result, progress: Progress, as_json: bool) -> None:
     """Say what was made and what can be done with it, then print the result."""
-    seconds, speed = result.frames / result.fps, result.frames / max(result.seconds, 0.01)
+    seconds = result.frames / result.fps
     size = f", {job.output.stat().st_size / 1e6:.2g} MB" if job.output.is_file() else ""
-    took = f"in {clock(result.seconds)} at {speed:.3g} frames/s, seed {result.seed}"
-    progress.say(f"{result.width}x{result.height}, {result.frames} frames ({seconds:.4g} s){size} {took}")
+    took = f"in {clock(result.seconds)}"
+    if job.command != "extend" and not job.resume:  # else some of the frames were there
+        took += f" at {result.frames / max(result.seconds, 0.01):.3g} frames/s"
+    made = f"{result.width}x{result.height}, {result.frames} frames ({seconds:.4g} s){size}"
+    progress.say(f"{made} {took}, seed {result.seed}")
     name = shlex.quote(result.output if result.output[0] != "-" else f"./{result.output}")
-    others = [*["refine"] * (job.command != "refine"), f"extend --frames {2 * result.frames}"]
+    others = ["refine"] * (job.command != "refine")
+    if job.config.prompt or job.config.image:  # else nobody knows what to show next
+        others.append(f"extend --frames {2 * result.frames}")
     others.append("rerun" if job.source is None else f"rerun --source {shlex.quote(str(job.source))}")
     progress.say(f"next: streamt2v preview {name}; or {', '.join(others)}")
     _tell(result, as_json)
@@ -437,7 +442,7 @@ def plan(
     threads, memory = given.pop("threads"), given.pop("memory")
     length: dict[str, Any] = {"frames": frames, "duration": duration, "fps": fps}
     resolved = asked.resolve(prompt=options.read_prompt(prompt), **length, **given)
-    prepare.check_wishes(resolved)
+    prepare.check_wishes(resolved, prompt_needed=prompt is not None)  # the plan of all is the same
     job = Job("generate", resolved, Path(), threads=threads, memory=memory, device=given["device"])
     _tell_plan(job, json_output, Progress())
 

@@ -152,7 +152,8 @@ def knows(*groups: Callable[..., None], without: Sequence[str] = ()) -> Callable
 
 def placing(
     size: Annotated[
-        str | None, option("--size", "Box WxH that the video fits into. Default: the model's; 256x144 for demo.")
+        str | None,
+        option("--size", "Box WxH to fit into. Default: the model's; 256x144 for demo, 1280x720 for footage."),
     ] = None,
     width: Annotated[
         int | None, option("--width", "Width instead of --size; alone it keeps the shape.", parser=_SIDE)

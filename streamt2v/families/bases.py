@@ -59,9 +59,7 @@ def build(networks: Networks) -> Makers:
         sampling = Sampling.of(run.initialize, networks.policy.batched_guidance)
         known = None
         if picture is not None:
-            shape = (picture.shape[-2], picture.shape[-1])
-            known = frames.apply_fit(picture[None], frames.fit_into(shape, run.stream.size, "cover"))
-            known = known.to(networks.device.name)
+            known = frames.fill(picture[None], run.stream.size).to(networks.device.name)
             sampling = replace(sampling, guidance_scale=run.initialize.image_guidance_scale)
         said = words(prompt)  # the text encoder goes before the others come
         stage, stepped = networks.once("streamer", streamer), networks.stepped(0, sampling.num_inference_steps)

@@ -23,7 +23,7 @@ from streamt2v.errors import ConfigError, WeightsError
 from streamt2v.families.choose import Chosen
 from streamt2v.families.makers import First
 from streamt2v.families.networks import Networks, Watching
-from streamt2v.media.frames import apply_fit, fit_into, to_u8
+from streamt2v.media.frames import fill, to_u8
 from streamt2v.memory import MemoryPolicy
 from streamt2v.weights.folders import ADAPTER, OURS, read_index
 
@@ -296,9 +296,7 @@ def from_pipeline(
     size = own.size or _working_size(pipeline, base)
     wanted |= _sides(size)
     if picture is not None:
-        shape = (picture.shape[-2], picture.shape[-1])
-        fitted = apply_fit(picture.unsqueeze(0), fit_into(shape, size or base, "cover"))
-        wanted["image"] = Image.fromarray(to_u8(fitted)[0])
+        wanted["image"] = Image.fromarray(to_u8(fill(picture[None], size or base))[0])
     scale = own.guidance_scale if picture is None else own.image_guidance_scale
     made = _to_frames(_call(pipeline, wanted, own.num_inference_steps, scale, generator)[0][0])
     if len(made) < num_frames:

@@ -66,8 +66,7 @@ def build(networks: Networks) -> Makers:
     def first(prompt: str, picture: Tensor | None) -> Tensor:
         known, own = dict[str, Tensor](), run.initialize
         if picture is not None:
-            shape = (picture.shape[-2], picture.shape[-1])
-            fitted = frames.apply_fit(picture[None], frames.fit_into(shape, run.stream.size, "cover"))
+            fitted = frames.fill(picture[None], run.stream.size)
             known = from_picture(bases.base(networks, name), fitted.to(networks.device.name), run.stream.chunk)
             known = {part: noised(latents, networks, index) for index, (part, latents) in enumerate(known.items())}
         scale = own.guidance_scale if picture is None else own.image_guidance_scale

@@ -36,8 +36,7 @@ def build(networks: Networks) -> Makers:
 
     def first(prompt: str, picture: Tensor | None) -> Tensor:
         assert picture is not None  # checked before the run: the family reads no text
-        shape = (picture.shape[-2], picture.shape[-1])
-        fitted = frames.apply_fit(picture[None], frames.fit_into(shape, run.stream.size, "cover"))[0]
+        fitted = frames.fill(picture[None], run.stream.size)[0]
         own = run.initialize
         sampling = _sampling(networks, own.num_inference_steps, (FIRST_GUIDANCE, own.image_guidance_scale))
         stage = _streamer(networks, fitted.to(networks.device.name), sampling, None)

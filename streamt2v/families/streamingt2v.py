@@ -33,8 +33,7 @@ def build(networks: Networks) -> Makers:
         stepped = networks.stepped(0, sampling.num_inference_steps)
         if picture is None:
             return from_text(models, text, sampling, noise, num_frames, stepped, whole)
-        shape = (picture.shape[-2], picture.shape[-1])
-        fitted = frames.apply_fit(picture.unsqueeze(0).to(device), frames.fit_into(shape, run.stream.size, "cover"))
+        fitted = frames.fill(picture[None].to(device), run.stream.size)
         sampling = replace(sampling, guidance_scale=run.initialize.image_guidance_scale)
         unet = networks.load("initialize.image")
         return from_image(models, unet, fitted[0], text, sampling, noise, num_frames, stepped, whole)

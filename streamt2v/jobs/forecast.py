@@ -46,8 +46,8 @@ class Plan:
     loras: Mapping[int, str]
     base_height: int
     base_width: int
-    box_height: int
-    box_width: int
+    height: int
+    width: int
     weights_bytes: int
     device: str
     free_bytes: int
@@ -70,7 +70,7 @@ class Plan:
             lines.append(f"start    {'the family itself' if self.initializer == choose.OWN else self.initializer}")
         first = f"stream   {_chunks(stream)} at {base}, the first of {stream[0].size} frames" if stream else ""
         if self.refine_chunks:
-            refine = f"{_chunks(self.refine_chunks)} of up to {self.refine_chunks[0].size} frames, into {self._box}"
+            refine = f"{_chunks(self.refine_chunks)} of up to {self.refine_chunks[0].size} frames, into {self._size}"
         lines += [first or f"source   {base}", f"refine   {refine}"]
         for prompt in self.prompts[1:]:
             asked = "" if prompt.asked == prompt.frame else f" (asked for at {prompt.asked})"
@@ -92,18 +92,19 @@ class Plan:
         else:
             start, chunk, refined, frame, _ = (self.measured[name] for name in MEASURED)
             begun = f": {start:.3g} s to load and begin, {chunk:.3g} s a chunk" if stream else ""
-            refining = f"{refined:.3g} s a chunk of the refiner, " if self.refine_chunks else ""
+            refining = "and beside that " * self.together
+            refining += f"{refined:.3g} s a chunk of the refiner, " if self.refine_chunks else ""
             lines.append(f"time     about {spoken(self.seconds or 0)}{begun},")
             lines.append(f"         {refining}{frame:.3g} s a frame for its pixels")
         return "\n".join(lines)
 
     @property
-    def _box(self) -> str:
-        return f"{self.box_width}x{self.box_height}"
+    def _size(self) -> str:
+        return f"{self.width}x{self.height}"
 
     def as_line(self) -> str:
         """Return the plan in one line, for a list of them."""
-        size = f"refined to {self._box}" if self.refine_chunks else "not refined"
+        size = f"refined to {self._size}" if self.refine_chunks else "not refined"
         time = "time unknown" if self.seconds is None else f"about {spoken(self.seconds)}"
         return f"{self.num_frames} frames at {self.fps:g} fps, {size}; {time}; up to {self.needed_bytes / 1e9:.1f} GB"
 
@@ -145,8 +146,8 @@ def plan(known: Prepared) -> Plan:
         loras=config.loras,
         base_height=base[0],
         base_width=base[1],
-        box_height=config.output.height or base[0],
-        box_width=config.output.width or base[1],
+        height=known.fit.height,
+        width=known.fit.width,
         weights_bytes=2 * known.num_values,
         device=kind,
         free_bytes=free,

@@ -37,6 +37,8 @@ def check(known: Prepared) -> Prepared:
     job = known.job
     _check_text(str(job.output))
     follows = job.command == "generate" or known.family.reads_text
+    if job.command == "extend" and not job.config.prompt.strip() and known.family.reads_text:
+        raise ConfigError(f"what {job.source} shows is not written in it", 'say it: --prompt "a red ball over the sea"')
     check_wishes(job.config, prompt_needed=follows and job.command != "refine")
     devices.check(job.device)
     devices.check_limit()
@@ -291,9 +293,9 @@ def _source_notices(known: Prepared) -> list[str]:
     if job.command == "extend" and abs(found.width / found.height * stream.height / stream.width - 1) > 0.02:
         shapes = f"{found.width}x{found.height}, model {job.config.model} makes {stream.width}x{stream.height}"
         notices.append(f"{job.source} is {shapes}: what does not fit into that shape is cut off")
-    if job.command == "refine" and output.width and (found.width > output.width or found.height > output.height):
-        box = f"{output.width}x{output.height}"
-        notices.append(f"{job.source} is {found.width}x{found.height}, the result fits into {box}; --size changes it")
+    if found.width > known.fit.width or found.height > known.fit.height:
+        size = f"{known.fit.width}x{known.fit.height}"
+        notices.append(f"{job.source} is {found.width}x{found.height}, the result is {size}; --size changes it")
     fps = output.fps / output.interpolate
     if found.has_audio and job.audio is None and abs(found.fps - fps) > 1e-6:
         notices.append(f"the sound keeps its speed, the picture changes from {found.fps:g} to {fps:g} fps")

@@ -18,6 +18,7 @@ from streamt2v.timeline import Prompt, made_plans, prompt_at, turns
 from streamt2v.weights import folders, hub, lora
 
 if TYPE_CHECKING:
+    from streamt2v.media.shape import Fit
     from streamt2v.media.sound import Carried
 
 
@@ -144,6 +145,14 @@ class Prepared:
         """(H, W) of the base video."""
         refined = self.source if self.job.command == "refine" else None
         return self.job.config.stream.size if refined is None else (refined.height, refined.width)
+
+    @cached_property
+    def fit(self) -> Fit:
+        """Where the base video lies in the output: in the box that the run asks for, 0 being its own size."""
+        from streamt2v.media import shape
+
+        (height, width), output = self.base_size, self.job.config.output
+        return shape.fit_into((height, width), (output.height or height, output.width or width), output.fit)
 
     @cached_property
     def timeline(self) -> tuple[Prompt, ...]:

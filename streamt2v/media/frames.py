@@ -1,4 +1,4 @@
-"""Frames: uint8 arrays to float tensors and back, resizing, fitting into a box, letterboxing, splitting a stream.
+"""Frames: uint8 arrays to float tensors and back, resizing, letterboxing, splitting a stream.
 
 uint8 frames are numpy arrays [F,H,W,3] in RGB, float frames are tensors [F,3,H,W] in [-1,1]. A frame stream is an
 iterator of uint8 arrays of any length: the only thing that crosses stages.
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from streamt2v.devices import send
-from streamt2v.errors import ConfigError, NumericsError
+from streamt2v.errors import NumericsError
+from streamt2v.media import shape
 
 Frames: TypeAlias = npt.NDArray[np.uint8]
 
@@ -38,9 +38,6 @@ class Group(NamedTuple):
         """Drop the frames before number `first`."""
         start = min(max(first, self.start), self.stop)
         return Group(start, self.frames[start - self.start :])
-
-
-FitMode: TypeAlias = Literal["contain", "cover", "pad"]
 
 
 def to_float(frames: Frames, device: torch.device | str = "cpu") -> Tensor:
@@ -107,65 +104,18 @@ def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
     return wide.clamp_(-1.0, 1.0).to(frames.dtype)
 
 
-@dataclass(frozen=True)
-class Fit:
-    """Where a source lands in an output: the source is scaled to the content size and placed at (top, left).
-
-    `height`, `width` (output, even) and `content_height`, `content_width` are pixels. `top` and `left` are >= 0 where
-    bars are needed and <= 0 where the content is cropped.
-    """
-
-    height: int
-    width: int
-    content_height: int
-    content_width: int
-    top: int
-    left: int
-
-
-def _nearest_even(numerator: int, denominator: int) -> int:
-    """Round a positive fraction to the nearest even integer, at least 2."""
-    return max(2, 2 * ((numerator + denominator) // (2 * denominator)))
-
-
-def fit_into(source: tuple[int, int], box: tuple[int, int], mode: FitMode = "contain") -> Fit:
-    """Plan how frames of one size go into a box; every output size is even, because yuv420p needs it.
-
-    `contain` keeps the aspect ratio (within one pixel) and shrinks the output; `pad` does the same and adds bars up to
-    the box; `cover` fills the box and crops the middle of the longer side. An odd box loses one pixel.
-
-    Args:
-        source: (H, W) of the source, >= 1.
-        box: (H, W) of the box, >= 2.
-        mode: contain, cover or pad.
-
-    Raises:
-        ConfigError: a size is too small or the mode is unknown.
-    """
-    (source_h, source_w), (box_h, box_w) = source, (box[0] - box[0] % 2, box[1] - box[1] % 2)
-    if min(source) < 1 or min(box) < 2:
-        raise ConfigError(f"cannot fit {source_w}x{source_h} frames into a {box[1]}x{box[0]} box")
-    wide = source_w * box_h > source_h * box_w  # the source is wider than the box
-    if mode == "cover":
-        content_h = box_h if wide else -(-source_h * box_w // source_w)
-        content_w = -(-source_w * box_h // source_h) if wide else box_w
-        return Fit(box_h, box_w, content_h, content_w, (box_h - content_h) // 2, (box_w - content_w) // 2)
-    content_h = _nearest_even(source_h * box_w, source_w) if wide else box_h
-    content_w = box_w if wide else _nearest_even(source_w * box_h, source_h)
-    if mode == "contain":
-        return Fit(content_h, content_w, content_h, content_w, 0, 0)
-    if mode == "pad":
-        return Fit(box_h, box_w, content_h, content_w, (box_h - content_h) // 2, (box_w - content_w) // 2)
-    raise ConfigError(f"unknown fit {mode!r}", "use contain, cover or pad")
-
-
-def apply_fit(frames: Tensor, fit: Fit) -> Tensor:
+def apply_fit(frames: Tensor, fit: shape.Fit) -> Tensor:
     """Scale, crop and pad with black float frames [F,3,h,w] into the output [F,3,fit.height,fit.width] of a plan."""
     content = resize(frames, (fit.content_height, fit.content_width))
     top, left = max(0, -fit.top), max(0, -fit.left)
     content = content[..., top : top + fit.height, left : left + fit.width]
     amounts = _margins(content, (fit.height, fit.width), max(0, fit.top), max(0, fit.left))
     return functional.pad(content, amounts, value=-1.0)
+
+
+def fill(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """Scale float frames [F,3,h,w] to fill a size (H, W), which is even, and crop the middle of the longer side."""
+    return apply_fit(frames, shape.fit_into((frames.shape[-2], frames.shape[-1]), size, "cover"))
 
 
 def letterbox(frames: Tensor, canvas: tuple[int, int]) -> Tensor:

@@ -125,8 +125,7 @@ class Base:
 
     def _fitted(self, images: Tensor) -> Tensor:
         """Scale and crop frames to the size of the base video."""
-        size = (images.shape[-2], images.shape[-1])
-        return frames.apply_fit(images, frames.fit_into(size, self.known.job.config.stream.size, "cover"))
+        return frames.fill(images, self.known.job.config.stream.size)
 
     def _store(self, index: int, new: Tensor, state: StreamState) -> Group:
         """Store the new frames of one chunk and the state after it; return the frames."""

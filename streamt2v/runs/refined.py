@@ -11,7 +11,7 @@ from streamt2v.chunks import Chunk, covering
 from streamt2v.families.makers import Enlarged, Refine
 from streamt2v.families.networks import Networks
 from streamt2v.jobs.prepared import Prepared
-from streamt2v.media import frames
+from streamt2v.media import frames, shape
 from streamt2v.media.frames import Frames, Group
 from streamt2v.runs.base import Base
 from streamt2v.runs.output import Finished
@@ -23,13 +23,12 @@ class Geometry:
     """Sizes from base frames to output frames: the visible content, and where it lies in the output."""
 
     base: tuple[int, int]
-    fit: frames.Fit
+    fit: shape.Fit
 
     @classmethod
     def of(cls, known: Prepared) -> "Geometry":
-        """Fit the base video into the box that the run asks for; 0 is its own size."""
-        base, output = known.base_size, known.job.config.output
-        return cls(base, frames.fit_into(base, (output.height or base[0], output.width or base[1]), output.fit))
+        """Take the sizes from what is known of a run."""
+        return cls(known.base_size, known.fit)
 
     @property
     def content(self) -> tuple[int, int]:
@@ -50,7 +49,7 @@ class Geometry:
     def output(self, content: Tensor) -> Frames:
         """Turn content [F, 3, H, W] into output frames; `pad` adds its bars here, so that no network sees them."""
         fit = self.fit
-        bars = frames.Fit(fit.height, fit.width, *self.content, max(0, fit.top), max(0, fit.left))
+        bars = shape.Fit(fit.height, fit.width, *self.content, max(0, fit.top), max(0, fit.left))
         return frames.to_u8(frames.apply_fit(content, bars))
 
 
@@ -59,9 +58,7 @@ def kept(geometry: Geometry, base: Base, done: int) -> Iterator[Finished]:
     if done >= base.known.kept:
         return
     for start, group in base.source(done):
-        images = frames.to_float(group)
-        content = frames.fit_into((images.shape[-2], images.shape[-1]), geometry.content, "cover")
-        yield Finished(Group(start, geometry.output(frames.apply_fit(images, content))))
+        yield Finished(Group(start, geometry.output(frames.fill(frames.to_float(group), geometry.content))))
 
 
 def unrefined(geometry: Geometry, base: Base, done: int) -> Iterator[Finished]:

@@ -64,6 +64,18 @@ def test_the_ending_says_what_was_made_and_what_comes_next(tmp_path: Path, capsy
     assert capsys.readouterr().err == ""
 
 
+def test_footage_is_not_offered_to_be_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    footage, refined, longer = made(tmp_path / "in.mp4", 16), tmp_path / "refined.mp4", tmp_path / "longer.mp4"
+    assert call("refine", footage, "-o", refined, "--size", "64x32", *TOY[2:]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == f"next: streamt2v preview {refined}; or rerun --source {footage}"
+    assert call("extend", footage, "--frames", 24, "-o", longer, *TOY) == 2
+    assert 'is not written in it\n  say it: --prompt "' in capsys.readouterr().err
+    assert call("extend", footage, "--frames", 24, "-o", longer, *TOY, "--prompt", "abc") == 0
+    ending = capsys.readouterr().err.splitlines()[-2:]
+    assert "frames/s" not in ending[0]  # most frames were there
+    assert "extend --frames 48" in ending[1]
+
+
 @pytest.mark.parametrize(
     ("groups", "said"), [(0, "16 frames are kept, none can be watched yet"), (2, "16 of 40 frames can be watched: ")]
 )
@@ -79,6 +91,10 @@ def test_ctrl_c_says_what_can_be_watched_and_how_to_go_on(
     assert said in shown[0]
     assert groups == 0 or Path(shown[0].partition("watched: ")[2]).is_file()
     assert shown[1] == f"  streamt2v resume {path} continues"
+    assert call("info", path) == 0
+    assert ("nothing can be watched yet" in capsys.readouterr().out) == (groups == 0)
+    assert call("preview", path) == (3 if groups == 0 else 0)
+    assert ("streamt2v resume" in capsys.readouterr().err) == (groups == 0)
     assert call("resume", path) == 0
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"next: streamt2v preview {path}")
 

@@ -119,7 +119,7 @@ def test_a_dry_run_of_refine_plans_the_refiner_alone(
     capsys.readouterr()
     assert call(*refining, "--json") == 0
     found = result(capsys)
-    assert (found["num_frames"], found["stream_chunks"], found["box_width"]) == (20, [], 64)
+    assert (found["num_frames"], found["stream_chunks"], found["width"]) == (20, [], 64)
     assert found["refine_chunks"][-1]["stop"] == 20
     measured = dict.fromkeys(forecast.MEASURED, 1.0) | {"fixed_seconds": 1000.0, "stream_seconds_per_chunk": 1000.0}
     monkeypatch.setattr(forecast, "expected", lambda *_: measured)
@@ -224,6 +224,17 @@ def test_plan_warns_of_unknown_words_and_speaks_in_minutes(
     assert "does not know the word zebra" in said.err
     assert re.search(r"time +about 12 min:", said.out)
     assert re.findall(r"(\d[\d.]*) measured of [\d.]+ GB|(\d+) MB when", said.out) == [("0.5", "")]
+
+
+def test_a_plan_needs_no_prompt_and_says_the_size_of_the_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("plan", *TOY, "--frames", 600, "--size", "100x32") == 0
+    assert "frames, into 64x32\n" in capsys.readouterr().out
+    assert call("refine", made(tmp_path / "in.mp4", 16), "--size", "90x90", "--dry-run") == 0
+    assert "into 90x46" in capsys.readouterr().out  # 2:1, even
+    assert call("refine", tmp_path / "in.mp4", "--size", "90x90", "--fit", "pad", "--dry-run") == 0
+    assert "into 90x90" in capsys.readouterr().out
 
 
 def test_info_is_ten_lines_and_all_is_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from streamt2v.errors import ConfigError, NumericsError
-from streamt2v.media import frames
+from streamt2v.media import frames, shape
 
 
 def all_levels() -> frames.Frames:
@@ -62,31 +62,31 @@ def test_resize_does_not_alias() -> None:
 @pytest.mark.parametrize(
     ("source", "box", "mode", "expected"),
     [
-        ((144, 256), (720, 1280), "contain", frames.Fit(720, 1280, 720, 1280, 0, 0)),
-        ((100, 100), (720, 1280), "contain", frames.Fit(720, 720, 720, 720, 0, 0)),
-        ((100, 100), (720, 1280), "pad", frames.Fit(720, 1280, 720, 720, 0, 280)),
-        ((100, 100), (720, 1280), "cover", frames.Fit(720, 1280, 1280, 1280, -280, 0)),
-        ((90, 160), (101, 101), "contain", frames.Fit(56, 100, 56, 100, 0, 0)),
+        ((144, 256), (720, 1280), "contain", shape.Fit(720, 1280, 720, 1280, 0, 0)),
+        ((100, 100), (720, 1280), "contain", shape.Fit(720, 720, 720, 720, 0, 0)),
+        ((100, 100), (720, 1280), "pad", shape.Fit(720, 1280, 720, 720, 0, 280)),
+        ((100, 100), (720, 1280), "cover", shape.Fit(720, 1280, 1280, 1280, -280, 0)),
+        ((90, 160), (101, 101), "contain", shape.Fit(56, 100, 56, 100, 0, 0)),
     ],
 )
-def test_fits(source: tuple[int, int], box: tuple[int, int], mode: frames.FitMode, expected: frames.Fit) -> None:
-    assert frames.fit_into(source, box, mode) == expected
+def test_fits(source: tuple[int, int], box: tuple[int, int], mode: shape.FitMode, expected: shape.Fit) -> None:
+    assert shape.fit_into(source, box, mode) == expected
 
 
 def test_fit_refuses_nonsense() -> None:
     with pytest.raises(ConfigError, match="1x1"):
-        frames.fit_into((10, 10), (1, 1))
+        shape.fit_into((10, 10), (1, 1))
     with pytest.raises(ConfigError, match="stretch"):
-        frames.fit_into((10, 10), (10, 10), "stretch")  # type: ignore[arg-type]
+        shape.fit_into((10, 10), (10, 10), "stretch")  # type: ignore[arg-type]
 
 
 def test_apply_fit_pads_with_black_and_crops_the_middle() -> None:
     columns = torch.linspace(-0.5, 0.5, 8).expand(1, 3, 4, 8)
-    padded = frames.apply_fit(columns, frames.fit_into((4, 8), (8, 8), "pad"))
+    padded = frames.apply_fit(columns, shape.fit_into((4, 8), (8, 8), "pad"))
     assert torch.all(padded[..., :2, :] == -1)
     assert torch.all(padded[..., 6:, :] == -1)
     assert torch.equal(padded[..., 2:6, :], columns)
-    covered = frames.apply_fit(columns, frames.fit_into((4, 8), (4, 4), "cover"))
+    covered = frames.apply_fit(columns, shape.fit_into((4, 8), (4, 4), "cover"))
     assert torch.equal(covered, columns[..., 2:6])
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamt2v.media import frames
+from streamt2v.media import frames, shape
 
 sizes = st.tuples(st.integers(1, 4000), st.integers(1, 4000))
 boxes = st.tuples(st.integers(2, 4000), st.integers(2, 4000))
@@ -13,8 +13,8 @@ small = st.tuples(st.integers(1, 12), st.integers(1, 12))
 
 
 @given(sizes, boxes, st.sampled_from(["contain", "cover", "pad"]))
-def test_a_fit_is_even_and_inside_the_box(source: tuple[int, int], box: tuple[int, int], mode: frames.FitMode) -> None:
-    fit = frames.fit_into(source, box, mode)
+def test_a_fit_is_even_and_inside_the_box(source: tuple[int, int], box: tuple[int, int], mode: shape.FitMode) -> None:
+    fit = shape.fit_into(source, box, mode)
     assert fit.height % 2 == fit.width % 2 == 0
     assert 2 <= fit.height <= box[0]
     assert 2 <= fit.width <= box[1]
@@ -26,7 +26,7 @@ def test_a_fit_is_even_and_inside_the_box(source: tuple[int, int], box: tuple[in
 def test_contain_touches_the_box_and_keeps_the_aspect_within_a_pixel(
     source: tuple[int, int], box: tuple[int, int]
 ) -> None:
-    fit = frames.fit_into(source, box, "contain")
+    fit = shape.fit_into(source, box, "contain")
     even = (box[0] // 2 * 2, box[1] // 2 * 2)
     assert fit.height == even[0] or fit.width == even[1]
     exact_h, exact_w = fit.width * source[0] / source[1], fit.height * source[1] / source[0]
@@ -36,7 +36,7 @@ def test_contain_touches_the_box_and_keeps_the_aspect_within_a_pixel(
 
 @given(sizes, boxes)
 def test_cover_leaves_no_bar_and_crops_one_axis_only(source: tuple[int, int], box: tuple[int, int]) -> None:
-    fit = frames.fit_into(source, box, "cover")
+    fit = shape.fit_into(source, box, "cover")
     assert fit.content_height >= fit.height
     assert fit.content_width >= fit.width
     assert fit.content_height == fit.height or fit.content_width == fit.width
@@ -45,8 +45,8 @@ def test_cover_leaves_no_bar_and_crops_one_axis_only(source: tuple[int, int], bo
 
 
 @given(small, small, st.sampled_from(["contain", "cover", "pad"]))
-def test_applying_a_fit_gives_its_size(source: tuple[int, int], extra: tuple[int, int], mode: frames.FitMode) -> None:
-    fit = frames.fit_into(source, (1 + extra[0], 1 + extra[1]), mode)
+def test_applying_a_fit_gives_its_size(source: tuple[int, int], extra: tuple[int, int], mode: shape.FitMode) -> None:
+    fit = shape.fit_into(source, (1 + extra[0], 1 + extra[1]), mode)
     assert frames.apply_fit(torch.zeros(1, 3, *source), fit).shape == (1, 3, fit.height, fit.width)
 
 

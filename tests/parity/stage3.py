@@ -18,7 +18,7 @@ from streamt2v.chunks import Chunk, refinement_plan
 from streamt2v.config import RefineConfig
 from streamt2v.diffusion import blend, guidance
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig, sdedit_grid
-from streamt2v.media import frames
+from streamt2v.media import frames, shape
 from streamt2v.models import encoders
 from streamt2v.models.clip import CLIPTextConfig, CLIPTextModel
 from streamt2v.models.text import clean_prompt
@@ -429,7 +429,7 @@ def vae_pixels(report: Report, file: str, facts: Facts, tensors: Tensors, _: Set
     shown = frames.to_u8(tensors["vid_in"][0].transpose(0, 1))
     report.same(file, "bytes are within a level", levels_apart(shown, tensors["vid_bytes"])[0] <= 1, True)
     source = frames.to_float(tensors["src"][None].numpy())
-    fit = frames.fit_into(source.shape[-2:], (height, width), "pad")
+    fit = shape.fit_into(source.shape[-2:], (height, width), "pad")
     report.same(file, "fitted size", [fit.content_height, fit.content_width, 3], facts["fit_shape"])
     fitted = frames.to_u8(frames.resize(source, (fit.content_height, fit.content_width)))
     report.same(file, "fitted pixels: mean below a level", levels_apart(fitted, tensors["fit"][None])[1] < 1, True)
