@@ -285,8 +285,10 @@ class Refiner:
         """Return the source's latents of a chunk [1, C, F, h, w] for a network that sees them."""
         if not self.denoiser.sees_source:
             return None
-        frames = [self.state.clean[frame] for frame in range(chunk.start, chunk.stop)]
-        return torch.stack(frames).transpose(0, 1).unsqueeze(0)
+        frames, clean = range(chunk.start, chunk.stop), self.state.clean
+        clip = torch.stack([clean[frame] for frame in frames])
+        clean.update(zip(frames, clip, strict=True))  # now parts of it: a second clip would be an eighth of all memory
+        return clip.transpose(0, 1).unsqueeze(0)
 
     def _clean_estimate(self, predict: Predict, latents: Tensor, step: int) -> Tensor:
         """Predict the clean latents of one chunk from its input: [F, C, h, w] -> [F, C, h, w]."""
