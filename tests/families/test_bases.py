@@ -259,8 +259,12 @@ def test_a_killed_run_goes_on_and_gives_the_same_frames(
 
 
 @pytest.mark.parametrize(
-    ("name", "how"), [("wan", PLAIN), ("wan", REFINED), ("ltx", REFINED), ("dit", REFINED), ("helios", PLAIN)]
-)
+    ("name", "how"),
+    [
+        ("wan", REFINED), ("dit", REFINED),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in [("wan", PLAIN), ("ltx", REFINED), ("helios", PLAIN)]),
+    ],
+)  # fmt: skip
 def test_what_is_held_does_not_grow_with_the_video(
     name: str, how: list[str], folders: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
