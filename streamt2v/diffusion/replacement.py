@@ -14,29 +14,35 @@ class Held:
     latents: Tensor
 
 
-def put_in_place(clean: Tensor, held: Held, carry: float = 0.0, carry_back: float = 0.0) -> Tensor:
+def put_in_place(clean: Tensor, held: Held, carry: float = 0.0, lead: bool = False) -> Tensor:
     """Return estimates of x_0 with the held frames in place, and that change carried on to the frames beside them.
 
     The change of a held frame, d = known - clean, tells where the network would jump. A new frame at distance k from
-    the last held one before it gets carry^k d on top, and carry_back^k d from the next held one after it: a cheap
-    stand-in for reconstruction guidance, which needs the network's gradient.
+    the last held one before it gets carry^k d on top: a cheap stand-in for reconstruction guidance, which needs the
+    network's gradient. What comes later has to be met, so all of the way leads there: n frames from the last held one,
+    and k before the next, a new frame gets n / (n + k) of the next one's d.
 
     Args:
         clean: estimates [B, C, F, h, w].
         held: 1 to F of these frames.
         carry: 0 (held frames only) to 1 (all frames after a held one move as it does).
-        carry_back: the same for the frames before a held one.
+        lead: whether new frames lead to the next held one; before the first one, they lead from frame -1 on.
 
     Source: arXiv 2204.03458 section 3.1: the replacement method, and reconstruction guidance.
     """
     places, known, placed = held.places, held.latents.to(clean), clean.clone()
+
+    def change(index: int) -> Tensor:
+        return known[:, :, index] - clean[:, :, places[index]]
+
     for frame in range(clean.shape[2]):  # one by one: a list of places would be copied to the device
         after = bisect(places, frame)
-        if frame in places:
+        last = places[after - 1] if after else -1
+        if frame == last:
             placed[:, :, frame] = known[:, :, after - 1]
             continue
-        for index, share in ((after - 1, carry), (after, carry_back)):
-            if share and 0 <= index < len(places):
-                change = known[:, :, index] - clean[:, :, places[index]]
-                placed[:, :, frame] += share ** abs(frame - places[index]) * change
+        if carry and after:
+            placed[:, :, frame] += carry ** (frame - last) * change(after - 1)
+        if lead and after < len(places):
+            placed[:, :, frame] += (frame - last) / (places[after] - last) * change(after)
     return placed

@@ -146,7 +146,7 @@ def denoise(
             carry, last = sampling.replacement_carry, step == len(timesteps) - 1
             # In the last step the network alone decides how what was shown goes on: what was carried leaves no trace.
             # What comes later has to be led to, until the end: it would be jumped to.
-            x0 = replacement.put_in_place(x0, held, 0.0 if last else carry, carry)
+            x0 = replacement.put_in_place(x0, held, 0.0 if last else carry, lead=carry > 0)
             epsilon = None
         latents = ddim(latents, x0, alpha_bars, step, sampling, noise, epsilon)
         if observe is not None:

@@ -231,16 +231,17 @@ def test_what_replacement_changes_is_carried_on(carry: float) -> None:
     torch.testing.assert_close(replacement.put_in_place(clean, moved, carry), clean + 1)  # all known
 
 
-@given(st.sets(st.integers(0, 7), min_size=1), *[st.sampled_from([0.0, 0.5, 1.0])] * 2)
-def test_new_frames_follow_the_held_ones_on_both_sides(places: set[int], carry: float, carry_back: float) -> None:
+@given(st.sets(st.integers(0, 7), min_size=1), st.sampled_from([0.0, 0.5, 1.0]), st.booleans())
+def test_new_frames_follow_the_held_ones_on_both_sides(places: set[int], carry: float, lead: bool) -> None:
     clean, held = torch.zeros(1, 1, 8, 1, 1), sorted(places)
     known = torch.tensor([float(2 + place) for place in held]).view(1, 1, -1, 1, 1)
-    placed = replacement.put_in_place(clean, replacement.Held(tuple(held), known), carry, carry_back).flatten()
+    placed = replacement.put_in_place(clean, replacement.Held(tuple(held), known), carry, lead).flatten()
     for frame in range(8):
         if frame in places:
             assert placed[frame] == 2 + frame
             continue
         before, after = [p for p in held if p < frame][-1:], [p for p in held if p > frame][:1]
+        last = max([-1, *before])
         expected = sum(carry ** (frame - place) * (2 + place) for place in before)
-        expected += sum(carry_back ** (place - frame) * (2 + place) for place in after)
+        expected += lead * sum((frame - last) / (place - last) * (2 + place) for place in after)
         assert float(placed[frame]) == pytest.approx(expected)
