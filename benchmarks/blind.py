@@ -2,6 +2,7 @@
 
     python benchmarks/blind.py CLIPS FOLDER                          # writes FOLDER/01.png ... 20.png
     python benchmarks/blind.py CLIPS FOLDER --answers right left ... # the preferred sides, in order
+    python benchmarks/blind.py CLIPS FOLDER --shown cityCC0.mpg      # FOLDER/refined.webp, Lanczos on the left: README.md
 
 CLIPS are those of refine_real.py, halved: each once as it is and once at crf 30, and four a second time. A pair is the
 busiest part of the same frame, enlarged twice without smoothing. With answers, writes DATE-refine-blind.json.
@@ -68,7 +69,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=20261128)
     parser.add_argument("--answers", nargs=20, choices=["left", "right"])
+    parser.add_argument("--shown", metavar="CLIP")
     asked = parser.parse_args()
+    if asked.shown:
+        shown = pair(next(asked.clips.rglob(asked.shown)), 0, 0, "right")
+        shown.save(asked.folder / "refined.webp", quality=75, method=6)
+        return
     wanted = pairs(asked.seed)
     if asked.answers:
         rows = [
