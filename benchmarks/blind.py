@@ -2,7 +2,7 @@
 
     python benchmarks/blind.py CLIPS FOLDER                          # writes FOLDER/01.png ... 20.png
     python benchmarks/blind.py CLIPS FOLDER --answers right left ... # the preferred sides, in order
-    python benchmarks/blind.py CLIPS FOLDER --shown cityCC0.mpg      # FOLDER/refined.webp, Lanczos on the left: README.md
+    python benchmarks/blind.py CLIPS FOLDER --shown cityCC0.mpg      # FOLDER/refined.webp, the picture of README.md
 
 CLIPS are those of refine_real.py, halved: each once as it is and once at crf 30, and four a second time. A pair is the
 busiest part of the same frame, enlarged twice without smoothing. With answers, writes DATE-refine-blind.json.

@@ -63,8 +63,9 @@ class Denoiser:
     """The refiner network's `run` (or its compiled form), its schedule and what it is told of every chunk.
 
     `run` takes latents, timestep, text, None for CAM, features of the deep layers or None and, where the network
-    `sees_source`, the source's clean latents; it returns its prediction and its features. `batched` as in
-    `denoise.Sampling`; `place` is where features wait while other chunks have their turn, None: where they are made.
+    `sees_source`, the source's clean latents and whether features will be asked for; it returns its prediction and its
+    features. `batched` as in `denoise.Sampling`; `place` is where features wait while other chunks have their turn,
+    None: where they are made.
     """
 
     run: Callable[..., tuple[Tensor, Tensor]]
@@ -88,7 +89,7 @@ class Denoiser:
         def run(latents: Tensor, timestep: int, rows: slice, deep: Tensor | None) -> tuple[Tensor, Tensor]:
             # As a tensor: for every new plain number compiled code would be compiled again.
             time = torch.full((1,), timestep, device=latents.device)
-            beside = () if source is None else (source,)
+            beside = () if source is None else (source, kept is not None)
             return self.run(latents, time, text.rows(rows), None, deep, *beside)
 
         return reusing(run, kept, lambda _: reuses, self.place)

@@ -59,6 +59,7 @@ def test_everything_it_is_told_counts() -> None:
         assert all(changed[max(0, frame - 3) : frame + 4])
 
 
+@torch.inference_mode()  # frame by frame only where nothing is learned
 def test_pieces_batches_and_reuse_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     made, (noisy, source) = network(), clips(2, 5)
     told = Conditioning((), torch.tensor([[1.0], [2.0]]))
@@ -70,7 +71,13 @@ def test_pieces_batches_and_reuse_change_nothing(monkeypatch: pytest.MonkeyPatch
         one = made(noisy[rows], times[rows], told.rows(rows), source[rows])
         assert torch.allclose(one, whole[rows], atol=1e-4)
     monkeypatch.setattr(restorer, "CELLS_AT_ONCE", 3 * 8 * 16)
-    assert torch.allclose(made(noisy, times, told, source), whole, atol=1e-5)
+    passed, features = made.run(noisy, times, told, None, None, source)
+    assert torch.allclose(passed, whole, atol=1e-5)
+    assert torch.allclose(features, deep, atol=1e-4)
+    assert torch.equal(made.run(noisy, times, told, None, features, source)[0], passed)
+    unkept, none = made.run(noisy, times, told, None, None, source, keep=False)
+    assert torch.equal(unkept, passed)
+    assert none.numel() == 0
 
 
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(0, 2))

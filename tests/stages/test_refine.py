@@ -41,7 +41,7 @@ class Looking(Toy):
 
     def run(  # type: ignore[override]
         self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, cam: None, deep: Tensor | None,
-        source: Tensor,
+        source: Tensor, keep: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         assert source.shape == latents.shape
         output, deep = super().run(latents, timestep, conditioning, cam, deep)
