@@ -62,6 +62,14 @@ def pair(path: Path, crf: int, later: int, side: str) -> Image.Image:
     return picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST)
 
 
+def found(clips: Path, name: str) -> Path:
+    """Return a clip by its name, anywhere in a folder."""
+    path = next(clips.rglob(name), None)
+    if path is None:
+        raise SystemExit(f"{name} is not in {clips}: see docs/photographs.md")
+    return path
+
+
 def main() -> None:
     """Write the pairs, or compare answers with them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -71,8 +79,9 @@ def main() -> None:
     parser.add_argument("--answers", nargs=20, choices=["left", "right"])
     parser.add_argument("--shown", metavar="CLIP")
     asked = parser.parse_args()
+    asked.folder.mkdir(parents=True, exist_ok=True)
     if asked.shown:
-        shown = pair(next(asked.clips.rglob(asked.shown)), 0, 0, "right")
+        shown = pair(found(asked.clips, asked.shown), 0, 0, "right")
         shown.save(asked.folder / "refined.webp", quality=75, method=6)
         return
     wanted = pairs(asked.seed)
@@ -86,10 +95,8 @@ def main() -> None:
         out.write_text(json.dumps({"seed": asked.seed, "preferred by crf": won, "pairs": rows}, indent=1) + "\n")
         print(won)
         return
-    asked.folder.mkdir(parents=True, exist_ok=True)
     for number, (name, crf, later, side) in enumerate(wanted, 1):
-        path = next(asked.clips.rglob(name))
-        pair(path, crf, later, side).save(asked.folder / f"{number:02}.png")
+        pair(found(asked.clips, name), crf, later, side).save(asked.folder / f"{number:02}.png")
         print(f"{number}/{len(wanted)}", flush=True)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -191,7 +192,9 @@ def preview(
         progress.doing(f"reading {source.name}")
         seen = look(source)
         if seen.found is None:
-            raise VideoError(f"nothing of {named} can be watched yet", f"streamt2v resume {named} goes on with it")
+            raise VideoError(
+                f"nothing of {named} can be watched yet", f"streamt2v watch {shlex.quote(str(named))} waits"
+            )
         from streamt2v.media import preview
 
         for target in targets:

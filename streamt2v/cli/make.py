@@ -222,14 +222,14 @@ def _end(job: Job, result: Result, progress: Progress, as_json: bool) -> None:
     """Say what was made and what can be done with it, then print the result."""
     seconds = result.frames / result.fps
     size = f", {job.output.stat().st_size / 1e6:.2g} MB" if job.output.is_file() else ""
-    took = f"in {clock(result.seconds)}"
-    if job.command != "extend" and not job.resume:  # else some of the frames were there
-        took += f" at {result.frames / max(result.seconds, 0.01):.3g} frames/s"
-    made = f"{result.width}x{result.height}, {result.frames} frames ({seconds:.4g} s){size}"
-    progress.say(f"{made} {took}, seed {result.seed}")
+    took, fresh = f"in {clock(result.seconds)}", job.command != "extend" and not job.resume  # else some were there
+    took += f" at {result.frames / max(result.seconds, 0.01):.3g} frames/s" * fresh
+    progress.say(
+        f"{result.width}x{result.height}, {result.frames} frames ({seconds:.4g} s){size} {took}, seed {result.seed}"
+    )
     name = shlex.quote(result.output if result.output[0] != "-" else f"./{result.output}")
     others = ["refine"] * (job.command != "refine")
-    if job.config.prompt or job.config.image:  # else nobody knows what to show next
+    if job.command != "refine" or job.config.prompt:  # else it has to be said what is shown
         others.append(f"extend --frames {2 * result.frames}")
     others.append("rerun" if job.source is None else f"rerun --source {shlex.quote(str(job.source))}")
     progress.say(f"next: streamt2v preview {name}; or {', '.join(others)}")
@@ -442,7 +442,7 @@ def plan(
     threads, memory = given.pop("threads"), given.pop("memory")
     length: dict[str, Any] = {"frames": frames, "duration": duration, "fps": fps}
     resolved = asked.resolve(prompt=options.read_prompt(prompt), **length, **given)
-    prepare.check_wishes(resolved, prompt_needed=prompt is not None)  # the plan of all is the same
+    prepare.check_wishes(resolved, prompt_needed=prompt is not None)  # every first prompt has the same plan
     job = Job("generate", resolved, Path(), threads=threads, memory=memory, device=given["device"])
     _tell_plan(job, json_output, Progress())
 

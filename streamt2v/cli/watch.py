@@ -32,8 +32,7 @@ def watch(
     output = run_directory.output_of(whole)
     single = output != whole or not whole.is_dir()
     if single and seen.state_of(output) == "gone":
-        hint = "name the output of a run; what was just begun is there some seconds later"
-        raise InputError(f"{place} is no video, no unfinished run and no folder", hint)
+        raise InputError(f"{place} is no video, no unfinished run and no folder", "a new run takes some seconds")
     from streamt2v.watching.serve import Server
 
     try:

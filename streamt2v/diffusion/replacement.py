@@ -19,16 +19,16 @@ def put_in_place(clean: Tensor, held: Held, carry: float = 0.0, lead: bool = Fal
 
     The change of a held frame, d = known - clean, tells where the network would jump. A new frame at distance k from
     the last held one before it gets carry^k d on top: a cheap stand-in for reconstruction guidance, which needs the
-    network's gradient. What comes later has to be met, so all of the way leads there: n frames from the last held one,
+    network's gradient. What comes later has to be met, so the whole way leads there: n frames after the last held one,
     and k before the next, a new frame gets n / (n + k) of the next one's d.
 
     Args:
         clean: estimates [B, C, F, h, w].
         held: 1 to F of these frames.
         carry: 0 (held frames only) to 1 (all frames after a held one move as it does).
-        lead: whether new frames lead to the next held one; before the first one, they lead from frame -1 on.
+        lead: whether new frames lead to the next held one; before the first, the way counts from frame -1.
 
-    Source: arXiv 2204.03458 section 3.1: the replacement method, and reconstruction guidance.
+    Source: arXiv 2204.03458 section 3.1: the replacement method, and reconstruction guidance. To lead is our own idea.
     """
     places, known, placed = held.places, held.latents.to(clean), clean.clone()
 

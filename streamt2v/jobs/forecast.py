@@ -59,18 +59,18 @@ class Plan:
 
     def as_text(self) -> str:
         """Return the plan as a few lines for people."""
-        base, stream, refine = f"{self.base_width}x{self.base_height}", self.stream_chunks, "no"
-        weighs = self.weights_bytes / 1e6
+        base, size = f"{self.base_width}x{self.base_height}", f"{self.width}x{self.height}"
+        stream, refine, weighs = self.stream_chunks, "no", self.weights_bytes / 1e6
         lines = [
             f"model    {self.model}, {weighs:.{0 if weighs > 10 else 1}f} MB of weights",
-            f"video    {self.num_frames} frames at {self.fps:g} fps, {self.num_frames / self.fps:.1f} s"
+            f"video    {size}, {self.num_frames} frames at {self.fps:g} fps, {self.num_frames / self.fps:.1f} s"
             + ("" if self.made == self.num_frames else f"; {self.made} are made, the others interpolated"),
         ]
         if stream:
             lines.append(f"start    {'the family itself' if self.initializer == choose.OWN else self.initializer}")
         first = f"stream   {_chunks(stream)} at {base}, the first of {stream[0].size} frames" if stream else ""
         if self.refine_chunks:
-            refine = f"{_chunks(self.refine_chunks)} of up to {self.refine_chunks[0].size} frames, into {self._size}"
+            refine = f"{_chunks(self.refine_chunks)} of up to {self.refine_chunks[0].size} frames, into {size}"
         lines += [first or f"source   {base}", f"refine   {refine}"]
         for prompt in self.prompts[1:]:
             asked = "" if prompt.asked == prompt.frame else f" (asked for at {prompt.asked})"
@@ -98,13 +98,9 @@ class Plan:
             lines.append(f"         {refining}{frame:.3g} s a frame for its pixels")
         return "\n".join(lines)
 
-    @property
-    def _size(self) -> str:
-        return f"{self.width}x{self.height}"
-
     def as_line(self) -> str:
         """Return the plan in one line, for a list of them."""
-        size = f"refined to {self._size}" if self.refine_chunks else "not refined"
+        size = f"refined to {self.width}x{self.height}" if self.refine_chunks else "not refined"
         time = "time unknown" if self.seconds is None else f"about {spoken(self.seconds)}"
         return f"{self.num_frames} frames at {self.fps:g} fps, {size}; {time}; up to {self.needed_bytes / 1e9:.1f} GB"
 

@@ -86,8 +86,8 @@ def check_wishes(config: RunConfig, prompt_needed: bool = True) -> None:
     A picture is enough for a model that reads no text.
     """
     prompts, reads_text = (config.prompt, *config.prompts.values()), weights.family(config.model).reads_text
-    prompt_needed = prompt_needed and (reads_text or not config.image)
-    if prompt_needed and not all(text.strip() for text in prompts):
+    needed = prompts[0 if prompt_needed and (reads_text or not config.image) else 1 :]
+    if not all(text.strip() for text in needed):
         raise ConfigError("the prompt is empty", 'try "a red ball bouncing over the sea at sunset"')
     for text in (*prompts, config.negative_prompt):
         _check_text(text)
@@ -293,7 +293,7 @@ def _source_notices(known: Prepared) -> list[str]:
     if job.command == "extend" and abs(found.width / found.height * stream.height / stream.width - 1) > 0.02:
         shapes = f"{found.width}x{found.height}, model {job.config.model} makes {stream.width}x{stream.height}"
         notices.append(f"{job.source} is {shapes}: what does not fit into that shape is cut off")
-    if found.width > known.fit.width or found.height > known.fit.height:
+    if known.fit.width * known.fit.height < 0.95 * found.width * found.height:  # not for the pixel of an odd side
         size = f"{known.fit.width}x{known.fit.height}"
         notices.append(f"{job.source} is {found.width}x{found.height}, the result is {size}; --size changes it")
     fps = output.fps / output.interpolate

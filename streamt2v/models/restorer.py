@@ -187,7 +187,7 @@ class Restorer(nn.Module):
 
     def forward(self, latents: Tensor, timestep: Tensor | float, conditioning: Conditioning, source: Tensor) -> Tensor:
         """Predict clean latents; see `run`."""
-        return self.run(latents, timestep, conditioning, None, None, source)[0]
+        return self.run(latents, timestep, conditioning, None, None, source, keep=False)[0]
 
     def run(
         self, latents: Tensor, timestep: Tensor | float, conditioning: Conditioning, cam: None, deep: Tensor | None,
@@ -202,7 +202,7 @@ class Restorer(nn.Module):
             cam: None; the network knows no CAM.
             deep: features of an earlier step; given, only the last block is computed.
             source: clean latents of the source, of one clip or of each.
-            keep: whether the features will be asked for; of a large clip they are as large as it is, and else not kept.
+            keep: whether the features will be asked for; if not, a large clip returns an empty tensor, for memory.
         """
         batch, _, frames, height, width = latents.shape
         scales = cast(Tensor, conditioning.pooled).float().to(latents.device)  # weights may lie on the host
@@ -217,17 +217,17 @@ class Restorer(nn.Module):
             deep = self._deep(noisy, given, embedding, frames) if deep is None else deep
             clean = self._clean(last(deep, embedding, frames), given, least)
         else:
-            shape = (len(given) if keep else 0, *self.config.block_out_channels, height, width)
-            features = latents.new_empty(shape, dtype=last.conv1.weight.dtype) if deep is None else deep
-            features = features.contiguous(memory_format=torch.channels_last)
-            clean = torch.empty_like(given)
+            clean, features = torch.empty_like(given), deep
+            if features is None:
+                shape = (len(given) if keep else 0, *self.config.block_out_channels, height, width)
+                features = latents.new_empty(shape, dtype=last.conv1.weight.dtype)
+                features = features.contiguous(memory_format=torch.channels_last)
             for row in range(batch):
                 clip, told = slice(row * frames, (row + 1) * frames), embedding[row : row + 1]
+                x = iter(features[clip].split(1))
                 if deep is None:
-                    x = self._passing(noisy[clip], given[clip], told)
-                    x = _copied(x, features[clip].split(1)) if keep else x
-                else:
-                    x = iter(deep[clip].split(1))
+                    passing = self._passing(noisy[clip], given[clip], told)
+                    x = _copied(passing, x) if keep else passing
                 for number, made in enumerate(last.passing(x, told), clip.start):
                     clean[number] = self._clean(made, given[number : number + 1], least[row])[0]
             deep = features

@@ -115,17 +115,16 @@ class Base:
         reach = max(chunk.start + run.stream.chunk, chunk.stop + home)
         for asked, path in run.made_pictures.items():
             if chunk.new_start <= (number := asked - self.known.base_offset) < reach:
-                yield number, self._fitted(frames.to_float(pictures.read(Path(path))[None], self.device))[0]
+                yield (
+                    number,
+                    frames.fill(frames.to_float(pictures.read(Path(path))[None], self.device), run.stream.size)[0],
+                )
         coming = range(end, min(reach, end + home))
         if coming:
             begin = self.source(0) if self.known.kept else frames.numbered(self.directory.base_frames(0), 0)
             shown = islice(frames.singly(group.frames for group in begin), len(coming))
             for number, frame in zip(coming, shown, strict=True):
-                yield number, self._fitted(frames.to_float(frame, self.device))[0]
-
-    def _fitted(self, images: Tensor) -> Tensor:
-        """Scale and crop frames to the size of the base video."""
-        return frames.fill(images, self.known.job.config.stream.size)
+                yield number, frames.fill(frames.to_float(frame, self.device), run.stream.size)[0]
 
     def _store(self, index: int, new: Tensor, state: StreamState) -> Group:
         """Store the new frames of one chunk and the state after it; return the frames."""
@@ -152,4 +151,4 @@ class Base:
             first = self.making.first(job.config.prompt, picture).to(self.device)
             if chosen is not None:
                 devices.release_memory(self.networks.device)
-        return self._fitted(first)
+        return frames.fill(first, self.known.job.config.stream.size)

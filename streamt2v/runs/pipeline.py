@@ -158,7 +158,7 @@ def _attempt(
     """Produce every frame with one set of networks, from wherever the run directory stands."""
     making = makers.build(networks, known.chosen, known.refiner)
     base = Base(known, making, directory, networks, report, streaming if report.together else None)
-    geometry, beside = refined.Geometry.of(known), writing if networks.policy.keep_networks else None
+    geometry, beside = refined.Geometry(known.base_size, known.fit), writing if networks.policy.keep_networks else None
     output = Output(known, (geometry.fit.height, geometry.fit.width), directory, report, networks, beside)
     for group in _groups(known, geometry, base, making, networks, report, output):
         output.append(group)

@@ -25,11 +25,6 @@ class Geometry:
     base: tuple[int, int]
     fit: shape.Fit
 
-    @classmethod
-    def of(cls, known: Prepared) -> "Geometry":
-        """Take the sizes from what is known of a run."""
-        return cls(known.base_size, known.fit)
-
     @property
     def content(self) -> tuple[int, int]:
         """(H, W) of the part of the picture that will be seen."""

@@ -63,9 +63,8 @@ class Denoiser:
     """The refiner network's `run` (or its compiled form), its schedule and what it is told of every chunk.
 
     `run` takes latents, timestep, text, None for CAM, features of the deep layers or None and, where the network
-    `sees_source`, the source's clean latents and whether features will be asked for; it returns its prediction and its
-    features. `batched` as in `denoise.Sampling`; `place` is where features wait while other chunks have their turn,
-    None: where they are made.
+    `sees_source`, the source's clean latents and whether to keep features; it returns prediction and features.
+    `batched` as in `denoise.Sampling`; `place` is where features wait for other chunks, None: where they are made.
     """
 
     run: Callable[..., tuple[Tensor, Tensor]]
@@ -288,7 +287,9 @@ class Refiner:
             return None
         frames, clean = range(chunk.start, chunk.stop), self.state.clean
         clip = torch.stack([clean[frame] for frame in frames])
-        clean.update(zip(frames, clip, strict=True))  # now parts of it: a second clip would be an eighth of all memory
+        if len(self.timesteps) == 1:
+            # Now parts of it: a second clip would be an eighth of all memory. Of several steps each would keep a clip.
+            clean.update(zip(frames, clip, strict=True))
         return clip.transpose(0, 1).unsqueeze(0)
 
     def _clean_estimate(self, predict: Predict, latents: Tensor, step: int) -> Tensor:

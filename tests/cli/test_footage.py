@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from streamt2v import weights
 from streamt2v.jobs import shown
@@ -33,6 +34,18 @@ def test_footage_is_restored_and_own_videos_are_refined_by_their_family(tmp_path
     assert model_of(tmp_path / "asked.mp4") == "demo"
     assert call("refine", out, "-o", tmp_path / "twice.mp4", "--size", "64x32", "-q") == 0
     assert model_of(tmp_path / "twice.mp4") == "restore"
+
+
+def test_a_smaller_result_is_announced_and_an_odd_side_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    for number in range(2):
+        Image.new("RGB", (121, 91), (90, 40 * number, 20)).save(odd / f"{number}.png")
+    for size, announced in (("121x91", False), ("80x60", True)):
+        assert call("refine", odd, "-o", tmp_path / f"{size}.mp4", "--size", size) == 0
+        assert ("--size changes it" in capsys.readouterr().err) == announced
 
 
 def test_a_killed_run_of_footage_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

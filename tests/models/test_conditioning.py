@@ -218,6 +218,23 @@ def test_replacement_keeps_the_conditioning_frames_in_place() -> None:
     assert torch.equal(latents(True, 0), latents(False, 0))
 
 
+def test_a_chunk_leads_to_what_comes_later_until_its_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, place = list[tuple[float, bool]](), replacement.put_in_place
+
+    def recording(clean: Tensor, held: replacement.Held, carry: float, lead: bool) -> Tensor:
+        asked.append((carry, lead))
+        return place(clean, held, carry, lead)
+
+    monkeypatch.setattr(replacement, "put_in_place", recording)
+    noise, held = torch.randn(1, 4, 6, 2, 2), replacement.Held((0, 5), torch.randn(1, 4, 2, 2, 2))
+    given = ChunkNoise(noise, lambda step: torch.zeros_like(noise))
+    for carry, wanted in ((0.5, [(0.5, True), (0.5, True), (0.0, True)]), (0.0, [(0.0, False)] * 3)):
+        asked.clear()
+        sampling = Sampling(3, 1.0, replacement=True, replacement_carry=carry)
+        denoise(lambda latents, timestep, rows: latents * 0, NoiseSchedule(DEMO_SCHEDULE), given, sampling, held=held)
+        assert asked == wanted
+
+
 @pytest.mark.parametrize("carry", [0.0, 0.5, 1.0])
 def test_what_replacement_changes_is_carried_on(carry: float) -> None:
     clean, known = torch.randn(2, 4, 6, 3, 3), torch.randn(2, 4, 2, 3, 3)

@@ -37,13 +37,18 @@ class Toy:
 
 
 class Looking(Toy):
-    """A network whose output depends on the source, too."""
+    """A network whose output depends on the source, too; it is told whether its features are `kept`."""
+
+    def __init__(self, kept: bool) -> None:
+        super().__init__()
+        self.kept = kept
 
     def run(  # type: ignore[override]
         self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, cam: None, deep: Tensor | None,
         source: Tensor, keep: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         assert source.shape == latents.shape
+        assert keep == self.kept
         output, deep = super().run(latents, timestep, conditioning, cam, deep)
         return output + source.cumsum(2).cos(), deep
 
@@ -57,7 +62,7 @@ def refiner(
     kind: type[Refiner] = Refiner,
 ) -> Refiner:
     schedule = NoiseSchedule(ScheduleConfig(prediction="v"))
-    run = Looking().run if looks else Toy().run
+    run = Looking(config.reuse_interval > 1).run if looks else Toy().run
     denoiser = Denoiser(run, schedule, lambda chunk: Conditioning(()), sees_source=looks)
     source = torch.randn(num_frames, 2, 1, 2, generator=torch.Generator().manual_seed(1))
     plan = refinement_plan(num_frames, config.chunk, config.overlap)
@@ -97,6 +102,20 @@ def test_memory_is_constant_in_length() -> None:
     assert most_held(1200, False) == most_held(240, False) <= (5 * 24, 0)
     # The source's latents are kept for as long as the noisy ones, for a network that looks at them.
     assert most_held(1200, True) == most_held(240, True) == most_held(240, False)[:1] * 2
+
+
+def test_one_step_holds_each_frame_of_the_source_once_while_the_network_runs() -> None:
+    made, held = refiner(240, config(24, 8, 1), looks=True), list[int]()
+    run = made.denoiser.run
+
+    def counting(*given: Any) -> tuple[Tensor, Tensor]:
+        parts = [part.untyped_storage() for part in (*made.state.clean.values(), given[5])]
+        held.append(sum({part.data_ptr(): part.nbytes() for part in parts}.values()))
+        return run(*given)
+
+    made.denoiser = replace(made.denoiser, run=counting)
+    all_frames(made)
+    assert set(held) == {24 * 2 * 1 * 2 * 4}
 
 
 def test_first_frames_come_early() -> None:
