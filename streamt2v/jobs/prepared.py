@@ -14,11 +14,11 @@ from streamt2v.families import choose
 from streamt2v.jobs import needs
 from streamt2v.jobs.job import Job
 from streamt2v.jobs.recipe import Source, inspect_source
+from streamt2v.media import shape
 from streamt2v.timeline import Prompt, made_plans, prompt_at, turns
 from streamt2v.weights import folders, hub, lora
 
 if TYPE_CHECKING:
-    from streamt2v.media.shape import Fit
     from streamt2v.media.sound import Carried
 
 
@@ -147,10 +147,8 @@ class Prepared:
         return self.job.config.stream.size if refined is None else (refined.height, refined.width)
 
     @cached_property
-    def fit(self) -> Fit:
+    def fit(self) -> shape.Fit:
         """Where the base video lies in the output: in the box that the run asks for, 0 being its own size."""
-        from streamt2v.media import shape
-
         (height, width), output = self.base_size, self.job.config.output
         return shape.fit_into((height, width), (output.height or height, output.width or width), output.fit)
 

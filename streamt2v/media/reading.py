@@ -437,7 +437,12 @@ def _to_rgb(frame: VideoFrame, reading: _Reading) -> Frames:
             interpolation=EXACT,
         ).to_ndarray()
         rgb = scaled if plain else colour.convert(scaled, primaries, transfer)
-    return shape.upright(rgb, reading.turns, reading.mirrored)
+    return upright(rgb, reading.turns, reading.mirrored)
+
+
+def upright(picture: Frames, turns: int, mirrored: bool) -> Frames:
+    """Mirror and rotate a picture [H,W,C] as `shape.orientation` says."""
+    return np.ascontiguousarray(np.rot90(picture[:, ::-1] if mirrored else picture, turns))
 
 
 def _luma_chroma(frame: VideoFrame, size: tuple[int, int], full: bool) -> colour.Values:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, TypeAlias
-
-import numpy as np
-import numpy.typing as npt
 
 from streamt2v.errors import ConfigError
 
@@ -32,13 +30,8 @@ def orientation(matrix: bytes) -> tuple[int, bool]:
     if mirrored:
         a, b = -a, -b
     # Of x' = a x + c y and y' = b x + d y, with y down: a turn by an angle has a = d = cos, b = -c = sin clockwise.
-    clockwise = np.degrees(np.arctan2(b - c, a + d)) if (a, b, c, d) != (0, 0, 0, 0) else 0.0
+    clockwise = math.degrees(math.atan2(b - c, a + d))
     return round(-clockwise / 90) % 4, mirrored
-
-
-def upright(picture: npt.NDArray[np.uint8], turns: int, mirrored: bool) -> npt.NDArray[np.uint8]:
-    """Mirror and rotate a picture [H,W,C] as `orientation` says."""
-    return np.ascontiguousarray(np.rot90(picture[:, ::-1] if mirrored else picture, turns))
 
 
 def squared(height: int, width: int, pixel: Fraction | None) -> tuple[int, int]:

@@ -199,7 +199,7 @@ def test_a_loop_of_another_length_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert "use 60 or 62" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("how", [[], ["--loop"], ["--no-refine"]])
+@pytest.mark.parametrize("how", [["--loop"], ["--no-refine"], pytest.param([], marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_with_the_same_frames(
     how: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,7 +93,7 @@ def _kill_at_random(work: Work, command: str, kills: int, folder: Path, seed: in
     print(f"{killed} kills of {command}, {len(outputs)} videos, all equal")
 
 
-@pytest.mark.parametrize(("command", "kills"), [("generate", 2), ("extend", 1), ("refine", 1), ("side by side", 2)])
+@pytest.mark.parametrize(("command", "kills"), [("generate", 1), ("extend", 1), ("refine", 1), ("side by side", 1)])
 def test_killed_at_random_they_end_in_the_same_frames(command: str, kills: int, tmp_path: Path, work: Work) -> None:
     _kill_at_random(work, command, kills, tmp_path, seed=1)
 
@@ -181,9 +181,7 @@ def _stop_at_random(
     print(f"{stopped} stops by {sent.name}, the slowest took {slowest:.2f} s")
 
 
-@pytest.mark.parametrize(
-    ("sent", "threads"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGHUP, 1), (signal.SIGINT, 2)]
-)
+@pytest.mark.parametrize(("sent", "threads"), [(signal.SIGTERM, 1), (signal.SIGHUP, 1), (signal.SIGINT, 2)])
 def test_stopped_at_any_instant(sent: signal.Signals, threads: int, tmp_path: Path, work: Work) -> None:
     _stop_at_random(work, sent, 2, tmp_path, resumed=1, threads=threads)
 

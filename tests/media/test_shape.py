@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamt2v.media import isolated, pictures, shape
+from streamt2v.media import isolated, pictures, reading, shape
 from tests.media.makers import X264, corners, ffmpeg, refine, where
 
 # Clockwise turn, mirrored first or not, and where red and blue of the top left and bottom right then are.
@@ -73,7 +73,7 @@ def test_any_matrix_has_an_orientation(data: bytes) -> None:
     turns, mirrored = shape.orientation(data)
     assert 0 <= turns < 4
     picture = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
-    assert sorted(shape.upright(picture, turns, mirrored).flat) == sorted(picture.flat)
+    assert sorted(reading.upright(picture, turns, mirrored).flat) == sorted(picture.flat)
 
 
 @pytest.mark.parametrize("pixel", ["16/11", "12/11", "10/11", "4/3", "64/45", "8/9", "1/2", "2/1", "40/33"])
