@@ -5,7 +5,7 @@ Peaks were counted on the networks of the published sizes (tensors without data,
 cut into slices of rows.
 The VAE works on one frame at a time and holds 6 features of its size; a temporal decoder on several, and holds 8. A
 restoration network works on a few frames at a time where it is widest; what its stage holds of a chunk was measured:
-RESTORING_LATENTS times the latents.
+RESTORING_LATENTS times the latents, and AHEAD_LATENTS times those of frames that several steps keep besides.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 UNET_FEATURES, FEATURES_BESIDE_FEED_FORWARD, CAM_FEATURES, VAE_FEATURES = 14, 6.5, 4, 6
-TEMPORAL_VAE_FEATURES, RESTORING_LATENTS = 8, 4
+TEMPORAL_VAE_FEATURES, RESTORING_LATENTS, AHEAD_LATENTS = 8, 4, 2
 LIBRARY_UNET_FEATURES = 15.5
 INTERPOLATING_VALUES = 280  # of 16 bit, for every pixel of a frame between two: 130 of 32 bit, and the frames
 FEED_FORWARD_WIDTH = 16  # inside of a gated feed-forward: projection 8, gate 4, product 4 times as wide as its input
@@ -81,6 +81,8 @@ class Stage:
     """Features of its finest level that a UNet holds."""
     restoring: int = 0
     """Channels of the latents of a restoration network on pixels, which has no features of the kind above; else 0."""
+    ahead: float = 0.0
+    """Frames that such a network works on at once besides those of a chunk, in chunks."""
     token_values: int = 0
     """Values for each cell, here a token, at the peak of a transformer, which has no such features either."""
     written: int = 0
@@ -96,7 +98,10 @@ class Stage:
         unet = max(self.unet_features * finest, FEATURES_BESIDE_FEED_FORWARD * finest + feed_forward)
         kept = 0 if self.waits and policy.encoders_on_host else self.kept
         kept *= self.kept_width * self.cells * (2 if self.guided else 1)
-        unet += self.cam * CAM_FEATURES * self.width * cells + RESTORING_LATENTS * self.restoring * cells
+        unet += (
+            self.cam * CAM_FEATURES * self.width * cells
+            + self.restoring * (RESTORING_LATENTS + AHEAD_LATENTS * self.ahead) * cells
+        )
         decoder: float = self.vae_features * self.frame_values
         if self.wide_codec and policy.feed_forward_rows < MANY_ROWS:
             decoder = decoder * TILE_SHARE

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -192,9 +191,7 @@ def preview(
         progress.doing(f"reading {source.name}")
         seen = look(source)
         if seen.found is None:
-            raise VideoError(
-                f"nothing of {named} can be watched yet", f"streamt2v watch {shlex.quote(str(named))} waits"
-            )
+            raise VideoError(f"nothing of {named} can be watched yet", "wait for its first chunk, or resume it")
         from streamt2v.media import preview
 
         for target in targets:

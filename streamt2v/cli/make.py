@@ -220,13 +220,11 @@ def _make(job: Job, progress: Progress, as_json: bool = False) -> Result:
 
 def _end(job: Job, result: Result, progress: Progress, as_json: bool) -> None:
     """Say what was made and what can be done with it, then print the result."""
-    seconds = result.frames / result.fps
     size = f", {job.output.stat().st_size / 1e6:.2g} MB" if job.output.is_file() else ""
     took, fresh = f"in {clock(result.seconds)}", job.command != "extend" and not job.resume  # else some were there
     took += f" at {result.frames / max(result.seconds, 0.01):.3g} frames/s" * fresh
-    progress.say(
-        f"{result.width}x{result.height}, {result.frames} frames ({seconds:.4g} s){size} {took}, seed {result.seed}"
-    )
+    made = f"{result.width}x{result.height}, {result.frames} frames ({result.frames / result.fps:.4g} s){size}"
+    progress.say(f"{made} {took}, seed {result.seed}")
     name = shlex.quote(result.output if result.output[0] != "-" else f"./{result.output}")
     others = ["refine"] * (job.command != "refine")
     if job.command != "refine" or job.config.prompt:  # else it has to be said what is shown

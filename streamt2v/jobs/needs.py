@@ -32,7 +32,8 @@ def stages(config: RunConfig, source: tuple[int, int] | None = None) -> tuple[me
         stage = _stage(config, "refine", ["unet", "vae"], min(refine.chunk, config.made), canvas)
         kept = memory.chunks_kept(refine.num_inference_steps, refine.reuse_interval, refine.chunk, refine.overlap)
         chunks = count(config.made, refine.chunk, refine.overlap)
-        found.append(replace(stage, guided=refine.guidance_scale != 1, waits=True, kept=min(kept, chunks)))
+        ahead = min((refine.num_inference_steps - 1) * (1 - refine.overlap / refine.chunk), chunks - 1)
+        found.append(replace(stage, guided=refine.guidance_scale != 1, waits=True, kept=min(kept, chunks), ahead=ahead))
     if output.interpolate > 1:
         pixels = (output.height or base[0]) * (output.width or base[1])
         values = sum(file.num_values for file in weights.interpolator(output.interpolator).files)

@@ -94,7 +94,7 @@ def test_ctrl_c_says_what_can_be_watched_and_how_to_go_on(
     assert call("info", path) == 0
     assert ("nothing can be watched yet" in capsys.readouterr().out) == (groups == 0)
     assert call("preview", path) == (3 if groups == 0 else 0)
-    assert ("streamt2v watch" in capsys.readouterr().err) == (groups == 0)
+    assert ("or resume it" in capsys.readouterr().err) == (groups == 0)
     assert call("resume", path) == 0
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"next: streamt2v preview {path}")
 
