@@ -29,11 +29,12 @@ def stages(config: RunConfig, source: tuple[int, int] | None = None) -> tuple[me
         box = (output.height or base[0], output.width or base[1])
         scale = min(box[0] / base[0], box[1] / base[1])
         canvas = box if output.fit == "cover" else (round(base[0] * scale), round(base[1] * scale))
-        stage = _stage(config, "refine", ["unet", "vae"], min(refine.chunk, config.made), canvas)
-        kept = memory.chunks_kept(refine.num_inference_steps, refine.reuse_interval, refine.chunk, refine.overlap)
-        chunks = count(config.made, refine.chunk, refine.overlap)
-        ahead = min((refine.num_inference_steps - 1) * (1 - refine.overlap / refine.chunk), chunks - 1)
-        found.append(replace(stage, guided=refine.guidance_scale != 1, waits=True, kept=min(kept, chunks), ahead=ahead))
+        steps, chunk = refine.num_inference_steps, min(refine.chunk, config.made)
+        stage = _stage(config, "refine", ["unet", "vae"], chunk, canvas)
+        kept = memory.chunks_kept(steps, refine.reuse_interval, refine.chunk, refine.overlap)
+        kept = min(kept, count(config.made, refine.chunk, refine.overlap))
+        ahead = min((steps - 1) * (refine.chunk - refine.overlap), config.made - chunk) / chunk
+        found.append(replace(stage, guided=refine.guidance_scale != 1, waits=True, kept=kept, ahead=ahead))
     if output.interpolate > 1:
         pixels = (output.height or base[0]) * (output.width or base[1])
         values = sum(file.num_values for file in weights.interpolator(output.interpolator).files)
