@@ -91,7 +91,9 @@ class StreamConfig(SamplingConfig):
     )
     reuse_interval: int = _reuse_interval()
     replacement: bool = _value(False, "hold the conditioning frames in place at every step (replacement method)")
-    replacement_carry: float = _value(0.0, "with replacement: share of its change carried on; 0: nor led to", 0, 1)
+    replacement_carry: float = _value(
+        0.0, "with replacement: share of its change carried on; 0 also stops leading", 0, 1
+    )
     replacement_lead: int = _value(
         1, "chunks that are made at once where they lead to known frames: to a picture, or home in a loop", 1, 2
     )

@@ -98,10 +98,8 @@ class Stage:
         unet = max(self.unet_features * finest, FEATURES_BESIDE_FEED_FORWARD * finest + feed_forward)
         kept = 0 if self.waits and policy.encoders_on_host else self.kept
         kept *= self.kept_width * self.cells * (2 if self.guided else 1)
-        unet += (
-            self.cam * CAM_FEATURES * self.width * cells
-            + self.restoring * (RESTORING_LATENTS + AHEAD_LATENTS * self.ahead) * cells
-        )
+        unet += self.cam * CAM_FEATURES * self.width * cells
+        unet += self.restoring * (RESTORING_LATENTS + AHEAD_LATENTS * self.ahead) * cells
         decoder: float = self.vae_features * self.frame_values
         if self.wide_codec and policy.feed_forward_rows < MANY_ROWS:
             decoder = decoder * TILE_SHARE

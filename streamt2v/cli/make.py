@@ -440,7 +440,7 @@ def plan(
     threads, memory = given.pop("threads"), given.pop("memory")
     length: dict[str, Any] = {"frames": frames, "duration": duration, "fps": fps}
     resolved = asked.resolve(prompt=options.read_prompt(prompt), **length, **given)
-    prepare.check_wishes(resolved, prompt_needed=prompt is not None)  # every first prompt has the same plan
+    prepare.check_wishes(resolved, prompt_needed=prompt is not None)  # the plan is the same for any
     job = Job("generate", resolved, Path(), threads=threads, memory=memory, device=given["device"])
     _tell_plan(job, json_output, Progress())
 

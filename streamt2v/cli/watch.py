@@ -32,7 +32,7 @@ def watch(
     output = run_directory.output_of(whole)
     single = output != whole or not whole.is_dir()
     if single and seen.state_of(output) == "gone":
-        raise InputError(f"{place} is no video, no unfinished run and no folder", "a new run takes some seconds")
+        raise InputError(f"{place} is no video, no unfinished run and no folder", "a new run appears within seconds")
     from streamt2v.watching.serve import Server
 
     try:

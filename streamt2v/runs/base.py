@@ -115,10 +115,8 @@ class Base:
         reach = max(chunk.start + run.stream.chunk, chunk.stop + home)
         for asked, path in run.made_pictures.items():
             if chunk.new_start <= (number := asked - self.known.base_offset) < reach:
-                yield (
-                    number,
-                    frames.fill(frames.to_float(pictures.read(Path(path))[None], self.device), run.stream.size)[0],
-                )
+                picture = frames.to_float(pictures.read(Path(path))[None], self.device)
+                yield number, frames.fill(picture, run.stream.size)[0]
         coming = range(end, min(reach, end + home))
         if coming:
             begin = self.source(0) if self.known.kept else frames.numbered(self.directory.base_frames(0), 0)
