@@ -37,7 +37,7 @@ from streamt2v.models.interpolator import Interpolator
 from streamt2v.runs import interpolated
 from streamt2v.training import photographs
 from streamt2v.training.photographs import FilmMaker
-from streamt2v.training.refiner import JUDGED_OF
+from streamt2v.training.restorer import JUDGED_OF
 
 HERE = Path(__file__).parent
 REAL = ("bikes.mp4", "carphone_pristine.mp4", "vtest.avi", "bigbuckbunny.mp4")

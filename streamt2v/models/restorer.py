@@ -63,6 +63,11 @@ class RestorerConfig(Table):
         if self.blocks < 1:
             raise ConfigError("a restoration network has at least one block")
 
+    @property
+    def factor(self) -> int:
+        """Side of the blocks of pixels that are packed into a latent cell."""
+        return math.isqrt(self.out_channels // 3)
+
     def accepts(self, height: int, width: int) -> bool:
         """Tell whether latents of height x width come back with their own size: all do."""
         return height > 0 and width > 0

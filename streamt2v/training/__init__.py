@@ -17,6 +17,7 @@ PARTS = [
     "image_to_video",
     "dit",
     "refiner",
+    "restore",
     "interpolate",
 ]
 

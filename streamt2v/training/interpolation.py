@@ -24,7 +24,7 @@ from streamt2v.models.interpolator import Interpolator, InterpolatorConfig, merg
 from streamt2v.training import bundle, photographs
 from streamt2v.training.engine import Job
 from streamt2v.training.photographs import Camera, FilmMaker
-from streamt2v.training.refiner import Films, films_of
+from streamt2v.training.restorer import Films, films_of
 
 if TYPE_CHECKING:
     from streamt2v.training.parts import Workshop

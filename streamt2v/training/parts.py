@@ -25,6 +25,7 @@ from streamt2v.training.engine import Job
 from streamt2v.training.interpolation import interpolate_job
 from streamt2v.training.losses import pixel_effect
 from streamt2v.training.refiner import refiner_job
+from streamt2v.training.restorer import restore_job
 from streamt2v.training.sheets import image_sheet, models, spacetime_sheet, streaming_sheet, text_sheet
 from streamt2v.training.world import vae
 from streamt2v.training.world.captions import build_tokenizer
@@ -457,5 +458,6 @@ JOBS: dict[str, Callable[[Workshop], Job]] = {
     "image_to_video": image_to_video_job,
     "dit": dit_job,
     "refiner": refiner_job,
+    "restore": restore_job,
     "interpolate": interpolate_job,
 }

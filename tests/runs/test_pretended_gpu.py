@@ -29,7 +29,7 @@ from streamt2v.media.frames import Frames
 from streamt2v.memory import MemoryPolicy
 from streamt2v.models.cam import ConditionalAttention
 from streamt2v.runs import output, pipeline
-from streamt2v.training import interpolation, parts, refiner
+from streamt2v.training import interpolation, parts, restorer
 from streamt2v.training.loop import train
 from streamt2v.training.parts import Workshop
 from streamt2v.weights import published
@@ -454,7 +454,7 @@ FEWER = [part for part in parts.JOBS if part not in ("cam", "joint")]
 @pytest.mark.parametrize("jobs", [FEWER, pytest.param(list(parts.JOBS), marks=slow)], ids=["fewer", "all"])
 def test_every_part_trains_as_on_a_cpu(jobs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Workshop, "many", lambda shop, count: count)  # a GPU takes more at once
-    for judge in (refiner.Judge, interpolation.Judge):
+    for judge in (restorer.Judge, interpolation.Judge):
         monkeypatch.setattr(judge, "gains", lambda *given: {})  # slow, and asked for nothing here
     (tmp_path / "cpu").mkdir()
     for part in jobs:

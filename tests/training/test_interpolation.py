@@ -12,7 +12,7 @@ from streamt2v.models.interpolator import warp
 from streamt2v.training import interpolation, photographs
 from streamt2v.training.interpolation import Triplets, TripletSource
 from streamt2v.training.photographs import Film
-from streamt2v.training.refiner import Films
+from streamt2v.training.restorer import Films
 
 PATCH = 32
 

@@ -12,7 +12,7 @@ from PIL import Image
 from streamt2v.diffusion.schedules import NoiseSchedule
 from streamt2v.errors import WeightsError
 from streamt2v.media.frames import to_float, to_u8
-from streamt2v.training import photographs, refiner
+from streamt2v.training import photographs, restorer
 from streamt2v.training.photographs import Camera, Film, FilmMaker, Wear
 
 
@@ -139,8 +139,8 @@ def test_patches_show_the_same_place_of_both_on_the_grid_of_cells(
     wear = Wear(2, rule="box", chroma=False)
     monkeypatch.setattr(Wear, "draw", lambda camera, drawn: wear)
     generator = torch.Generator().manual_seed(2)
-    patches = refiner.PatchSource(refiner.Films(tmp_path, noise_film, 3), generator).draw(8)
-    size = (8, 3, refiner.PATCH_FRAMES, refiner.PATCH, refiner.PATCH)
+    patches = restorer.PatchSource(restorer.Films(tmp_path, noise_film, 3), generator).draw(8)
+    size = (8, 3, restorer.PATCH_FRAMES, restorer.PATCH, restorer.PATCH)
     assert patches.truth.shape == patches.source.shape == size and patches.truth.abs().max() <= 1
     assert patches.scales.tolist() == [2] * 8
     for truth, source in zip(patches.truth, patches.source, strict=True):
@@ -156,9 +156,9 @@ def test_films_are_made_once_and_more_as_they_are_needed(tmp_path: Path) -> None
         made.append(at)
         return noise_film(at)
 
-    films = refiner.Films(tmp_path / "films", make, first=2, most=4, draws_a_film=3)
+    films = restorer.Films(tmp_path / "films", make, first=2, most=4, draws_a_film=3)
     assert [films.some() for _ in range(10)] == [2, 2, 2, 3, 3, 3, 4, 4, 4, 4] and made == [0, 1, 2, 3]
-    assert refiner.Films(tmp_path / "films", make, first=2, most=4).some() == 4 and len(made) == 4
+    assert restorer.Films(tmp_path / "films", make, first=2, most=4).some() == 4 and len(made) == 4
     with films.opened(3) as film:
         assert np.array_equal(film.get_tensor("truth").numpy(), noise_film(3).truth)
 
@@ -174,6 +174,8 @@ def test_frames_of_a_film_are_bytes() -> None:
 class Told(torch.nn.Module):
     """A network that knows the truth, and tells a part of it."""
 
+    config = restorer.RESTORER
+
     def __init__(self, truth: torch.Tensor, part: float) -> None:
         super().__init__()
         self.conv_out = torch.nn.Conv2d(1, 1, 1)
@@ -187,16 +189,16 @@ def test_the_loss_counts_decibels_of_every_row_alike() -> None:
     generator = torch.Generator().manual_seed(0)
     truth = torch.rand(4, 3, 5, 16, 16, generator=generator)
     error = torch.randn(truth.shape, generator=generator)
-    schedule = NoiseSchedule(refiner.REFINER_SCHEDULE)
+    schedule = NoiseSchedule(restorer.SCHEDULE)
 
     def loss(size: float, part: float) -> float:
-        patches = refiner.Patches(truth, truth + size * error, torch.full((4,), 2.0))
-        network = Told(refiner.pack(truth), part)
-        return float(refiner.refiner_loss(network, patches, schedule, generator))  # type: ignore[arg-type]
+        patches = restorer.Patches(truth, truth + size * error, torch.full((4,), 2.0))
+        network = Told(restorer.pack(truth), part)
+        return float(restorer.restoring_loss(network, patches, schedule, generator))  # type: ignore[arg-type]
 
     assert loss(0.1, 0.0) == 0
     for size in (0.03, 0.3):  # half of the error is left, whatever its size: a quarter of its square
-        assert loss(size, 0.5) == pytest.approx((1 + refiner.FLICKER) * np.log(0.25), rel=0.05)
+        assert loss(size, 0.5) == pytest.approx((1 + restorer.FLICKER) * np.log(0.25), rel=0.05)
     assert loss(0.1, -0.5) > 0
     assert abs(loss(1e-4, 0.5)) < 0.01  # what eight bits do not show
 
@@ -205,27 +207,27 @@ def test_sources_as_good_as_the_truth_count_little() -> None:
     generator = torch.Generator().manual_seed(0)
     truth = torch.rand(2, 3, 5, 16, 16, generator=generator)
     error = torch.randn(truth.shape, generator=generator) * torch.tensor([0.1, 0.002]).view(2, 1, 1, 1, 1)
-    packed = refiner.pack(truth)
-    schedule = NoiseSchedule(refiner.REFINER_SCHEDULE)
+    packed = restorer.pack(truth)
+    schedule = NoiseSchedule(restorer.SCHEDULE)
 
     def loss(moved: int) -> float:
         """One row gets an error of a level more, everywhere."""
         wrong = error.clone()
         wrong[moved] += 1 / 127.5
         network = Told(packed, 0.0)
-        network.forward = lambda noisy, time, told, source: packed + refiner.pack(wrong)  # type: ignore[method-assign]
-        patches = refiner.Patches(truth, truth + error, torch.full((2,), 2.0))
-        return float(refiner.refiner_loss(network, patches, schedule, torch.Generator().manual_seed(1)))  # type: ignore[arg-type]
+        network.forward = lambda noisy, time, told, source: packed + restorer.pack(wrong)  # type: ignore[method-assign]
+        patches = restorer.Patches(truth, truth + error, torch.full((2,), 2.0))
+        return float(restorer.restoring_loss(network, patches, schedule, torch.Generator().manual_seed(1)))  # type: ignore[arg-type]
 
     assert 0 < loss(0) < loss(1) < 0.1
 
 
 @pytest.mark.usefixtures("small_films")
 def test_the_judge_tells_kinds_of_wear_apart() -> None:
-    judge = refiner.Judge([picture()], count=1)
-    schedule = NoiseSchedule(refiner.REFINER_SCHEDULE)
-    fresh = refiner.fresh()
-    assert judge.gains(fresh, schedule) == dict.fromkeys(refiner.JUDGED, 0.0)
+    judge = restorer.Judge([picture()], count=1)
+    schedule = NoiseSchedule(restorer.SCHEDULE)
+    fresh = restorer.fresh()
+    assert judge.gains(fresh, schedule) == dict.fromkeys(restorer.JUDGED, 0.0)
     for parameter in fresh.conv_out.parameters():
         torch.nn.init.constant_(parameter, 1.0)
     gains = judge.gains(fresh, schedule)

@@ -26,7 +26,7 @@ from streamt2v.training import (
     losses,
     parts,
     photographs,
-    refiner,
+    restorer,
     sheets,
 )
 from streamt2v.training.batches import Ring
@@ -98,6 +98,7 @@ def test_every_part_trains_on_what_the_parts_before_it_left(tmp_path: Path) -> N
     networks = ["vae", "text", "vision", "unet", "cam", "apm", "image_to_video", "refiner", "pixels"]
     networks += ["dit", "interpolator"]
     assert files == {f"{name}.safetensors" for name in networks}
+    assert {path.name for path in (tmp_path / "restore").iterdir()} == {"refiner.safetensors", "pixels.safetensors"}
     assert (tmp_path / "tokenizer.json").is_file()
     table = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
     assert [row["part"] for row in table] == list(JOBS)
@@ -131,10 +132,10 @@ def test_the_folder_of_the_transformer_is_a_model(tmp_path: Path) -> None:
     assert call("generate", *given, "-o", tmp_path / "other.mp4") == 4
 
 
-def test_the_refiner_reports_every_kind_of_wear(tmp_path: Path) -> None:
+def test_the_refiner_of_footage_reports_every_kind_of_wear(tmp_path: Path) -> None:
     lines: list[str] = []
-    train("refiner", minutes=None, steps=1, out=tmp_path, log=lines.append)
-    assert all(f"{kind} " in lines[-1] for kind in refiner.JUDGED)
+    train("restore", minutes=None, steps=1, out=tmp_path, log=lines.append)
+    assert all(f"{kind} " in lines[-1] for kind in restorer.JUDGED)
 
 
 def test_the_interpolator_reports_both_distances(tmp_path: Path) -> None:

@@ -65,7 +65,8 @@ def _columns(latents: Tensor, scenes: Scenes, start: Tensor) -> Rows:
     return {"latents": latents.half(), "start": start, **vars(scenes)}
 
 
-def _scenes(rows: Rows) -> Scenes:
+def scenes_of(rows: Rows) -> Scenes:
+    """The scenes that a table holds."""
     return Scenes(**{name: rows[name] for name in Scenes.__dataclass_fields__})
 
 
@@ -129,10 +130,10 @@ class WorldSource:
         latents = rows["latents"].float()
         size = (latents.shape[3], latents.shape[4])
         frames = rows["start"][:, None] + torch.arange(latents.shape[2], device=self.device)
-        return Batch(latents, captions, subject_mask(_scenes(rows), frames, *size, framed(*size)))
+        return Batch(latents, captions, subject_mask(scenes_of(rows), frames, *size, framed(*size)))
 
     def _captions(self, rows: Rows) -> list[str]:
-        return [compose(labels, self.generator) for labels in _scenes(rows).labels().tolist()]
+        return [compose(labels, self.generator) for labels in scenes_of(rows).labels().tolist()]
 
     def images(self, count: int) -> Batch:
         """Single frames of scenes that mostly differ."""
@@ -152,7 +153,7 @@ class WorldSource:
         index = torch.stack([first, first + 1], 1).flatten()
         for name, column in rows.items():
             column[: 2 * pairs] = ring[name][index]
-        captions[: 2 * pairs] = list(self._paired_captions(_scenes(rows), pairs))
+        captions[: 2 * pairs] = list(self._paired_captions(scenes_of(rows), pairs))
         places = torch.arange(2 * pairs, device=self.device).view(pairs, 2)
         return replace(self._batch(rows, captions), pairs=places)
 
@@ -172,7 +173,7 @@ class WorldSource:
         batch = self._batch(rows, self._captions(rows))
         shown, latents = self._conditioning(rows, batch.latents)
         back = torch.randint(0, 200, (count, 1), generator=self.generator).to(self.device)
-        anchors = render(_scenes(rows), rows["start"][:, None] - back)[:, 0]
+        anchors = render(scenes_of(rows), rows["start"][:, None] - back)[:, 0]
         return replace(batch, latents=latents, shown=shown, anchors=anchors)
 
     def pieces(self, count: int, size: tuple[int, int], length: int, continued: bool) -> Batch:
@@ -188,19 +189,19 @@ class WorldSource:
         if not continued:
             return batch
         back = torch.randint(0, 200, (count, 1), generator=self.generator).to(self.device)
-        return replace(batch, anchors=self._drawn(_scenes(rows), rows["start"][:, None] - back, size)[:, 0])
+        return replace(batch, anchors=self._drawn(scenes_of(rows), rows["start"][:, None] - back, size)[:, 0])
 
     def pictured(self, count: int) -> Batch:
         """Clips as from `clips`, with all of their frames as pixels."""
         rows = self._early.draw(count, fresh=count / 16)
         frames = rows["start"][:, None] + torch.arange(CLIP_FRAMES, device=self.device)
-        return replace(self._batch(rows, self._captions(rows)), shown=render(_scenes(rows), frames))
+        return replace(self._batch(rows, self._captions(rows)), shown=render(scenes_of(rows), frames))
 
     def first_frames(self, count: int) -> Batch:
         """Clips that start anywhere, with their first frame as anchor: a picture to start from."""
         rows = self._late.draw(count, fresh=count / 16)
         batch = self._batch(rows, self._captions(rows))
-        return replace(batch, anchors=render(_scenes(rows), rows["start"][:, None])[:, 0])
+        return replace(batch, anchors=render(scenes_of(rows), rows["start"][:, None])[:, 0])
 
     def _conditioning(self, rows: Rows, latents: Tensor) -> tuple[Tensor, Tensor]:
         """The first frames of clips as CAM will meet them, and the latents to learn after them.
@@ -214,7 +215,7 @@ class WorldSource:
         Returns:
             Pixels [B, COND_FRAMES, 3, H, W] in [-1, 1], latents of the whole chunk [B, C, F, h, w].
         """
-        generator, scenes = self.generator, _scenes(rows)
+        generator, scenes = self.generator, scenes_of(rows)
 
         def chance(p: float) -> bool:
             return bool(torch.rand((), generator=generator) < p)

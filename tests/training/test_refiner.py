@@ -1,0 +1,57 @@
+"""Pairs of the demo's refiner: both sides of a patch show the same place, as the whole pictures do."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamt2v.media.frames import resize
+from streamt2v.training import refiner
+from streamt2v.training.world.drawing import render
+from streamt2v.training.world.scenes import sample_scenes
+
+SMALL = torch.rand(1, 3, 72, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@settings(max_examples=12, deadline=None)
+@given(scale=st.sampled_from(sorted(set(refiner.SCALES))), place=st.tuples(st.floats(0, 1), st.floats(0, 1)))
+def test_a_part_is_enlarged_as_in_the_whole_picture(scale: int, place: tuple[float, float]) -> None:
+    size = (min(40, 72 * scale), 40)
+    top, left = (
+        int(at * (whole - -(-extent // scale))) for at, whole, extent in zip(place, (72, 128), size, strict=True)
+    )
+    whole = resize(SMALL, (72 * scale, 128 * scale))[..., scale * top :, scale * left :]
+    part = refiner.enlarged_part(SMALL, scale, top, left, size)
+    assert torch.allclose(part, whole[..., : size[0], : size[1]], atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [2, 6])
+def test_a_part_is_rendered_as_in_the_whole_picture(scale: int) -> None:
+    scenes, start = sample_scenes(1, torch.Generator().manual_seed(3)), torch.tensor([5])
+    part = refiner.true_part(scenes, start, scale, 30, 50, (40, 24))
+    whole = render(scenes, refiner.frames_from(start), 72 * scale, 128 * scale)
+    assert torch.allclose(part, whole[..., 30 * scale :, 50 * scale :][..., :40, :24], atol=1e-4)
+
+
+class Exact:
+    """A codec that loses nothing."""
+
+    device = torch.device("cpu")
+
+
+def test_patches_show_one_place_in_source_and_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the codec loses nothing and nothing disturbs it, the source made small is the truth made small."""
+    monkeypatch.setattr(refiner, "encode", lambda vae, frames: frames.transpose(1, 2))
+    monkeypatch.setattr(refiner, "decode", lambda vae, latents: latents.transpose(1, 2).clamp(-1, 1))
+    monkeypatch.setattr(refiner, "normal_like", lambda values, generator: torch.zeros_like(values))
+    patches = refiner.DrawnPatches(Exact(), torch.Generator().manual_seed(1), first=4).draw(6)
+    assert patches.truth.shape == patches.source.shape == (6, 3, refiner.PATCH_FRAMES, refiner.PATCH, refiner.PATCH)
+
+    def small(clips: torch.Tensor) -> torch.Tensor:
+        return resize(clips.transpose(1, 2).flatten(0, 1), (16, 16))
+
+    apart, elsewhere = (
+        float((small(patches.truth) - small(other)).abs().mean())
+        for other in (patches.source, patches.source.roll(1, 0))
+    )
+    assert 0 < 20 * apart < elsewhere
