@@ -82,7 +82,7 @@ def concatenated_job(shop: Workshop) -> Job:
     if shop.resume is not None:
         bundle.read(shop.resume, "concatenated", network)
     else:
-        network.load_state_dict(parts.widened(shop, parts.MERGERS))
+        network.load_state_dict(parts.widened(shop, SIZES.in_channels, parts.MERGERS))
     network.to(shop.device)
     lesson = shop.lesson()
     apm = (shop.frozen("apm", AppearanceTokens(DIM, 2 * DIM, denoisers.IMAGE_TOKENS, DIM)), lesson.vision)

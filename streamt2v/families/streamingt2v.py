@@ -118,8 +118,20 @@ def from_text(
     def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
         return models.unet(latents, timestep, conditioning.rows(rows))  # type: ignore[no-any-return]
 
+    return _sampled(models, predict, sampling, noise, num_frames, observe, loop)
+
+
+def _sampled(
+    models: StreamModels,
+    predict: Predict,
+    sampling: Sampling,
+    noise: NoiseOfChunk,
+    num_frames: int,
+    observe: Observe | None,
+    rolling: bool,
+) -> Tensor:
     chunk, schedule = Chunk(0, 0, num_frames, 0), models.schedule
-    network = loops.rolled(predict, schedule.timesteps(sampling.num_inference_steps).tolist()) if loop else predict
+    network = loops.rolled(predict, schedule.timesteps(sampling.num_inference_steps).tolist()) if rolling else predict
     latents = denoise(network, schedule, noise(chunk), sampling, observe)
     return decode_latents(models.vae, latents[0].transpose(0, 1))
 
@@ -139,7 +151,8 @@ def from_image(
     """Sample the first chunk from a picture [3, H, W] in [-1, 1] the way SVD does: frames [F, 3, H, W] in [-1, 1].
 
     The picture's latents are concatenated to every frame's noisy latents, its CLIP embedding joins the text as one
-    more token. The unconditional branch sees zeros for both.
+    more token. The unconditional branch sees zeros for both. A network with one more channel is told there that the
+    clip is a loop, and closes it by itself; the frames of others are rolled.
 
     Source: arXiv 2311.15127 section 4.2 (image-to-video by concatenation and CLIP context).
     """
@@ -149,13 +162,11 @@ def from_image(
     tokens = torch.cat([text.tokens, torch.cat([torch.zeros_like(embedding), embedding])], dim=1)
     conditioning = unet.prepare(TextContext(tokens, text.pooled))
     concatenated = latent[:, :, None].expand(-1, -1, num_frames, -1, -1)  # [1, C, F, h, w]
-
     pictures = torch.cat([torch.zeros_like(concatenated), concatenated])
+    told = pictures[:, : unet.config.in_channels - 2 * latent.shape[1]]  # [2, 1 or 0, F, h, w]
+    pictures = torch.cat([pictures, torch.full_like(told, float(loop))], dim=1)
 
     def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
         return unet(torch.cat([latents, pictures[rows]], dim=1), timestep, conditioning.rows(rows))  # type: ignore[no-any-return]
 
-    chunk, schedule = Chunk(0, 0, num_frames, 0), models.schedule
-    network = loops.rolled(predict, schedule.timesteps(sampling.num_inference_steps).tolist()) if loop else predict
-    latents = denoise(network, schedule, noise(chunk), sampling, observe)
-    return decode_latents(models.vae, latents[0].transpose(0, 1))
+    return _sampled(models, predict, sampling, noise, num_frames, observe, loop and not told.shape[1])

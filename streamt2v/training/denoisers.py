@@ -50,7 +50,8 @@ BASE = UNet3DConfig(
     pooled_text_dim=DIM,
     frame_codes=True,
 )
-IMAGE_TO_VIDEO = replace(BASE, in_channels=8, text_tokens=MAX_TOKENS + 1, image_tokens=0, cam=False)
+IMAGE_TO_VIDEO = replace(BASE, in_channels=9, text_tokens=MAX_TOKENS + 1, image_tokens=0, cam=False)
+"""Noisy latents, those of the picture, and a plane that says whether the clip is a loop: 1 everywhere, or 0."""
 CAM = CamConfig(
     replace(BASE, cam=False, image_tokens=0), cond_embed_channels=(16, 32, 48, 64), num_cond_frames=COND_FRAMES
 )
@@ -291,11 +292,16 @@ def importance(frames: int, length: int) -> Tensor:
     return counts
 
 
-def image_to_video_loss(unet: UNet3D, batch: Batch, lesson: Lesson) -> Tensor:
+def image_to_video_loss(unet: UNet3D, batch: Batch, lesson: Lesson, loop: bool = False) -> Tensor:
     """Loss of the picture-to-video denoiser: a batch whose anchors are its first frames.
 
     The first frame's latents are concatenated to every frame's, its embedding to the text. In one case of ten text and
-    picture are dropped together, in one of ten the text alone.
+    picture are dropped together, in one of ten the text alone, and in one of seven the latents alone: then the
+    embedding decides what is seen, as it does where a prior drew it. The network is told whether the clips are loops;
+    of these the change from the last frame to the first counts like any other.
+
+    Source: arXiv 2404.09172 (LoopAnimate: loops in training), but with exact loops: clips played forth and back would
+    show motions that their captions do not name.
     """
     latents, generator = batch.latents, lesson.generator
     assert batch.anchors is not None
@@ -304,17 +310,21 @@ def image_to_video_loss(unet: UNet3D, batch: Batch, lesson: Lesson) -> Tensor:
     chance = torch.rand(len(batch), generator=generator)
     context = lesson.context(batch.captions, [p < 0.2 for p in chance.tolist()])
     kept = (chance >= 0.1).float().to(latents.device)
+    shown = kept * ((chance < 0.2) | (chance >= 0.2 + 1 / 7)).to(kept)
     with torch.no_grad():
         embedding = embed_image(lesson.vision, batch.anchors)[:, None] * kept[:, None, None]
     strength = 0.1 * float(torch.rand((), generator=generator))
     first = latents[:, :, :1] + strength * normal_like(latents[:, :, :1], generator)
-    concatenated = (first * kept.view(-1, 1, 1, 1, 1)).expand_as(latents)
-    noisy = torch.cat([_schedule().add_noise(latents, noise, timesteps), concatenated], dim=1)
+    concatenated = (first * shown.view(-1, 1, 1, 1, 1)).expand_as(latents)
+    told = torch.full_like(latents[:, :1], float(loop))
+    noisy = torch.cat([_schedule().add_noise(latents, noise, timesteps), concatenated, told], dim=1)
     joint = TextContext(torch.cat([context.tokens, embedding], dim=1), context.pooled)
     prediction = unet(noisy, timesteps, unet.prepare(joint))
     target = _schedule().velocity(latents, noise, timesteps)
     loss = weighted_error(prediction, target, batch.mask, channels=lesson.channels)
-    return loss + flicker_error(prediction, target, batch.mask, channels=lesson.channels)
+    prediction, target = (torch.cat([t, t[:, :, :1]], dim=2) if loop else t for t in (prediction, target))
+    mask = torch.cat([batch.mask, batch.mask[:, :1]], dim=1) if loop else batch.mask
+    return loss + flicker_error(prediction, target, mask, channels=lesson.channels)
 
 
 def spacetime_loss(network: SpacetimeTransformer, batch: Batch, lesson: Lesson) -> Tensor:

@@ -366,18 +366,22 @@ def align_mergers(unet: UNet3D) -> None:
 
 
 def image_to_video_job(shop: Workshop) -> Job:
-    """A copy of the base that also sees the latents of its first frame."""
+    """A copy of the base that also sees the latents of its first frame; one batch in five is of loops."""
     network = UNet3D(denoisers.IMAGE_TO_VIDEO)
     if shop.resume is not None:
         bundle.read(shop.resume, "image_to_video", network)
     else:
-        network.load_state_dict(widened(shop, MERGERS, MIXING))
+        network.load_state_dict(widened(shop, denoisers.IMAGE_TO_VIDEO.in_channels, MERGERS, MIXING))
     shop.faster(network.to(shop.device))
     lesson = shop.lesson()
-    source = shop.source(lesson.vae)
-    batch = shop.many(4)
+    source, batch, turn = shop.source(lesson.vae), shop.many(4), count()
+
+    def loss(progress: float) -> torch.Tensor:
+        loop = next(turn) % 5 == 4
+        return denoisers.image_to_video_loss(network, source.first_frames(batch, loop), lesson, loop)
+
     return Job(
-        lambda progress: denoisers.image_to_video_loss(network, source.first_frames(batch), lesson),
+        loss,
         list(network.parameters()),
         lambda folder: bundle.write(folder, "image_to_video", network, denoiser=True),
         adam=_rims(network) + bundle.parameters_in(network, "frame_codes"),
@@ -432,11 +436,12 @@ def dit_job(shop: Workshop) -> Job:
     )
 
 
-def widened(shop: Workshop, *without: str) -> dict[str, torch.Tensor]:
-    """The base's weights, less some, with input channels for other latents that start at zero."""
+def widened(shop: Workshop, channels: int, *without: str) -> dict[str, torch.Tensor]:
+    """The base's weights, less some, with so many input channels: those added start at zero."""
     start = shop.finished("unet", UNet3D(denoisers.BASE)).cpu().state_dict()
     state = {key: value for key, value in start.items() if not any(part in key for part in without)}
-    state["conv_in.weight"] = torch.cat([start["conv_in.weight"], torch.zeros_like(start["conv_in.weight"])], 1)
+    entry = start["conv_in.weight"]
+    state["conv_in.weight"] = torch.cat([entry, entry.new_zeros(len(entry), channels - entry.shape[1], 3, 3)], 1)
     return state
 
 

@@ -18,13 +18,16 @@ from streamt2v.diffusion import replacement
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule
 from streamt2v.errors import ConfigError
+from streamt2v.families.streamingt2v import from_image
 from streamt2v.models.apm import AppearanceTokens, TokenMixing
 from streamt2v.models.cam import CamConfig, ConditionalAttention, init_from_unet
 from streamt2v.models.encoders import encode_frames
 from streamt2v.models.unet3d import CamMerger, TextContext, UNet3D, UNet3DConfig
 from streamt2v.stages.denoise import BOTH, ChunkNoise, Sampling, denoise
+from streamt2v.stages.loops import stride
 from streamt2v.stages.stream import Streamer, StreamModels, chunk_noise, predictor
 from streamt2v.training.losses import DEMO_SCHEDULE
+from streamt2v.training.world.encoders import build_vision
 from streamt2v.training.world.vae import build_vae
 
 SIZES = UNet3DConfig(
@@ -171,6 +174,25 @@ def test_concatenation_gives_a_wider_denoiser_the_frames_latents_beside_its_own(
     joined[:, 4:, :3] = clean.transpose(0, 1)
     found = predictor(models, denoiser, None, frames)(latents, 700, BOTH)
     torch.testing.assert_close(found, models.unet(joined, 700, denoiser))
+
+
+@pytest.mark.parametrize("channels", [8, 9])
+def test_a_network_with_a_channel_for_it_is_told_of_a_loop_and_others_are_rolled(channels: int) -> None:
+    unet, seen = UNet3D(replace(SIZES, in_channels=channels, cross_attention_dim=128)).eval(), list[Tensor]()
+    unet.register_forward_pre_hook(lambda network, given: seen.append(given[0]))
+    models = StreamModels(unet, NoiseSchedule(DEMO_SCHEDULE), build_vae().eval(), image_encoder=build_vision().eval())
+    context, picture = TextContext(torch.randn(2, 5, 128), torch.randn(2, 6)), torch.rand(3, 16, 16)
+    noise = chunk_noise(SeededDraws(0), 5, (4, 2, 2))
+    for loop in (False, True):
+        from_image(models, unet, picture, context, Sampling(2, 2.0), noise, 5, loop=loop)
+    clip, loop = torch.stack(seen[:2]), torch.stack(seen[2:])
+    torch.testing.assert_close(clip[:, :, 4:8], loop[:, :, 4:8])  # the picture
+    assert torch.equal(clip[0, :, :4], loop[0, :, :4])  # the noise
+    if channels == 9:
+        assert (clip[:, :, 8] == 0).all() and (loop[:, :, 8] == 1).all()
+    else:  # the second step sees the frames from another one on
+        assert not torch.allclose(clip[1, :, :4], loop[1, :, :4], atol=0.1)
+        assert torch.allclose(clip[1, :, :4], loop[1, :, :4].roll(stride(5), 2), atol=0.5)
 
 
 @pytest.mark.parametrize("known_frames", [1, 3])

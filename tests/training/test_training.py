@@ -1,6 +1,8 @@
 """Training: the optimizer learns, every part makes a step and a file, a run goes on where it stopped."""
 
 import json
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -17,6 +19,7 @@ from streamt2v.diffusion.schedules import NoiseSchedule
 from streamt2v.errors import ConfigError, NumericsError, OutputError, WeightsError
 from streamt2v.media import reading
 from streamt2v.models.dit import SpacetimeTransformer
+from streamt2v.models.unet3d import TextContext
 from streamt2v.training import (
     PARTS,
     batches,
@@ -388,6 +391,64 @@ def test_a_small_spacetime_transformer_learns(tmp_path: Path) -> None:
     )
     result = engine.run(job, tmp_path, None, 150, lambda line: None, given.generator)
     assert result["loss"] < result["first_loss"] / 2
+
+
+class Recorder:
+    """Stands for a picture-to-video network: it keeps what it sees and returns what it is told to."""
+
+    def __init__(self, answer: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        self.answer, self.tokens, self.seen = answer, torch.empty(0), torch.empty(0)
+
+    def prepare(self, text: TextContext) -> None:
+        self.tokens = text.tokens
+
+    def __call__(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: None) -> torch.Tensor:
+        self.seen = noisy
+        return self.answer(noisy, timesteps)
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_a_picture_is_dropped_with_the_text_or_but_for_its_embedding(loop: bool) -> None:
+    network, batch, given = Recorder(lambda noisy, at: noisy[:, :4]), piece(420, 2, continued=True), lesson()
+    batch = replace(batch, latents=batch.latents + 3)
+    denoisers.image_to_video_loss(network, batch, given, loop)  # type: ignore[arg-type]
+    assert network.seen.shape[1] == denoisers.IMAGE_TO_VIDEO.in_channels
+    assert (network.seen[:, 8] == loop).all()
+    assert network.tokens.shape[1] == denoisers.IMAGE_TO_VIDEO.text_tokens
+    empty = given.text.encode([""]).tokens[0]
+    text = (network.tokens[:, :-1] - empty).abs().amax((1, 2)) > 1e-3
+    embedding, latents = network.tokens[:, -1].abs().amax(1) > 0, network.seen[:, 4:8].abs().amax((1, 2, 3, 4)) > 0
+    found = Counter(zip(text.tolist(), embedding.tolist(), latents.tolist(), strict=True))
+    shares = {
+        (False, False, False): 0.1,
+        (False, True, True): 0.1,
+        (True, True, False): 1 / 7,
+        (True, True, True): 0.66,
+    }
+    assert set(found) == set(shares)
+    assert all(abs(found[case] / 420 - share) < 0.06 for case, share in shares.items())
+
+
+def test_the_end_of_a_loop_counts_as_a_change() -> None:
+    """An error of 1 in the last of four frames: one of three changes is wrong in a clip, two of four in a loop."""
+    batch = replace(piece(2, 4, continued=True), mask=torch.zeros(2, 4, 3, 4))
+    schedule, wrong = NoiseSchedule(losses.DEMO_SCHEDULE), torch.tensor([0.0, 0, 0, 1]).view(1, 1, 4, 1, 1)
+    network = Recorder(lambda noisy, at: losses.towards(schedule, batch.latents, noisy[:, :4], at) + wrong)
+    for loop, wanted in ((False, 1 / 4 + 0.5 / 3), (True, 1 / 4 + 0.5 * 2 / 4)):
+        loss = denoisers.image_to_video_loss(network, batch, lesson(), loop)  # type: ignore[arg-type]
+        assert float(loss) == pytest.approx(wanted, rel=1e-3)
+
+
+def test_loops_repeat_exactly() -> None:
+    source = small_source()
+    batch = source.first_frames(4, loop=True)
+    rows = source._loops.rows
+    scenes = Scenes(**{name: rows[name] for name in Scenes.__dataclass_fields__})
+    assert (scenes.period == clips.CLIP_FRAMES).all()
+    first, again = (clips.render(scenes, rows["start"][:, None] + frame)[:, 0] for frame in (0, clips.CLIP_FRAMES))
+    torch.testing.assert_close(first, again, rtol=0, atol=2e-3)
+    assert batch.latents.shape == (4, 4, clips.CLIP_FRAMES, 9, 16)
+    assert not len(source._late)
 
 
 def test_a_ring_grows_and_then_forgets_the_oldest(tmp_path: Path) -> None:

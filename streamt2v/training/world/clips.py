@@ -90,6 +90,7 @@ class WorldSource:
         self._images = ring("images", self._make_images, 60_000, 2048)
         self._early = ring("clips", lambda count: self._make_clips(count, late=0.2), 3000, 128)
         self._late = ring("chunks", lambda count: self._make_clips(count, late=1.0), 3000, 128)
+        self._loops = ring("loops", lambda count: self._make_clips(count, late=1.0, loop=True), 3000, 128)
         self._long = {
             size: ring(
                 f"long_{size[0]}x{size[1]}", partial(self._make_clips, late=0.3, length=LONGEST, size=size), 1500, 32
@@ -99,7 +100,7 @@ class WorldSource:
 
     def save(self) -> None:
         """Keep what was rendered for a later run."""
-        for ring in (self._images, self._early, self._late, *self._long.values()):
+        for ring in (self._images, self._early, self._late, self._loops, *self._long.values()):
             ring.save()
 
     def _make_images(self, count: int) -> Rows:
@@ -109,10 +110,13 @@ class WorldSource:
         start = torch.where(torch.arange(count, device=self.device) % 2 == 0, start, early)
         return _columns(encode(self.vae, render(scenes, start[:, None])), scenes, start)
 
-    def _make_clips(self, count: int, late: float, length: int = CLIP_FRAMES, size: tuple[int, int] = SIZE) -> Rows:
+    def _make_clips(
+        self, count: int, late: float, length: int = CLIP_FRAMES, size: tuple[int, int] = SIZE, loop: bool = False
+    ) -> Rows:
         """Clips and their mirror images, side by side; a share `late` of the pairs starts at a random frame."""
         count = max(1, count // 2)
         one = sample_scenes(count, self.generator)
+        one = one.looping(length) if loop else one
         order = torch.arange(2 * count).view(2, count).T.flatten()
         scenes = join_scenes([one, one.mirrored()]).take(order).to(self.device)
         start = torch.randint(0, LATEST, (count,), generator=self.generator)
@@ -197,9 +201,12 @@ class WorldSource:
         frames = rows["start"][:, None] + torch.arange(CLIP_FRAMES, device=self.device)
         return replace(self._batch(rows, self._captions(rows)), shown=render(scenes_of(rows), frames))
 
-    def first_frames(self, count: int) -> Batch:
-        """Clips that start anywhere, with their first frame as anchor: a picture to start from."""
-        rows = self._late.draw(count, fresh=count / 16)
+    def first_frames(self, count: int, loop: bool = False) -> Batch:
+        """Clips that start anywhere, with their first frame as anchor: a picture to start from.
+
+        The last frame of a `loop` leads back to the first: the world repeats exactly after that many frames.
+        """
+        rows = (self._loops if loop else self._late).draw(count, fresh=count / 16)
         batch = self._batch(rows, self._captions(rows))
         return replace(batch, anchors=render(scenes_of(rows), rows["start"][:, None])[:, 0])
 
