@@ -57,7 +57,9 @@ class SamplingConfig:
 class InitializeConfig(SamplingConfig):
     """Stage 1: prompt, or picture and prompt, to the first chunk."""
 
-    text_model: str = _value("own", "what starts from a prompt: own, a name of weights.toml, hub:OWNER/NAME, a folder")
+    text_model: str = _value(
+        "own", "what starts from a prompt: own, prior, a name of weights.toml, hub:OWNER/NAME, a folder"
+    )
     picture_model: str = _value("own", "what starts from a picture, named in the same way")
     text_to_image: str = _value(
         "", "what draws the picture if none is given (prior and decoder joined by +); empty: the model's usual choice"

@@ -18,7 +18,7 @@ from streamt2v.batch.events import Event, Tell, event
 from streamt2v.batch.here import attempt
 from streamt2v.batch.tasks import Task
 from streamt2v.errors import ConfigError, Terminated
-from streamt2v.families.choose import OWN, named
+from streamt2v.families.choose import foreign
 from streamt2v.jobs import needs
 from streamt2v.weights import hub
 
@@ -124,7 +124,7 @@ def _placed(task: Task, has_gpu: bool) -> tuple[Task, dict[str, float]]:
     seen, free, _ = devices.glance()  # assuming that all GPUs are like this machine's
     stages = needs.stages(job.config)
     wanted = job.memory * 1e9 if job.memory else memory.needed(stages, memory.choose(free, stages, "cuda"))
-    if seen != "cuda" or free < 2 * wanted or named(job.config) != OWN:
+    if seen != "cuda" or free < 2 * wanted or foreign(job.config):
         return task, {"num_cpus": 1, "num_gpus": 1}
     jobs_at_once = int(free // wanted)
     # Each job gets a fixed share, so that it does not take more while it is alone.

@@ -14,7 +14,7 @@ import typer
 from streamt2v import config, weights
 from streamt2v.config import Fit, Quality, Strength
 from streamt2v.errors import ConfigError
-from streamt2v.families.choose import OWN
+from streamt2v.families.choose import OWN, PRIOR
 
 Command = TypeVar("Command", bound=Callable[..., None])
 Number = TypeVar("Number", int, float)
@@ -73,12 +73,16 @@ def within(kind: Callable[[str], Number], low: Number, high: Number) -> Callable
 names_of_weights = _completing(lambda: [*weights.families(), *weights.helpers(), *weights.pipelines()])
 _SIDE = within(int, 2, 16384)
 _MODELS = _completing(lambda: [OWN, *weights.pipelines()])
+_STARTS = _completing(lambda: [OWN, PRIOR, *weights.pipelines()])
 _RATE = "Frames per second, such as 24 or 30000/1001. Default: "
 _OUTPUT = (
     "The file to write: .mp4, .webm, .mov (ProRes), .gif or .webp; without an ending, a folder of PNGs. Default: "
     "date, prompt and seed."
 )
-_INIT = "The model of the first frames: own, modelscope, animatediff, svd, hub:OWNER/NAME or a pipeline's folder."
+_INIT = (
+    "The model of the first frames: own, prior (own, from a picture's embedding that is drawn first), modelscope, "
+    "animatediff, svd, hub:OWNER/NAME or a pipeline's folder."
+)
 _IMAGE_INIT = "The model that draws the picture --init starts from: sdxl, hub:OWNER/NAME, a folder, or PRIOR+DECODER."
 _REFINER = "The model that refines: own, i2vgen-xl, wan, hub:OWNER/NAME or a folder. Default: set by the model."
 _INTERPOLATE = "Make only every Nth frame and interpolate the others. Default: 1, all are made."
@@ -113,7 +117,7 @@ SourceFps = Annotated[float | None, option("--fps", f"{_RATE}the source's.", par
 Image = Annotated[Path | None, _steering("--image", "Start from this picture.")]
 At = Annotated[list[str] | None, _steering("--at", _AT, metavar="TIME PROMPT|PICTURE")]
 Lora = Annotated[list[str] | None, _steering("--lora", _LORA, metavar="FILE[:STRENGTH]")]
-Init = Annotated[str | None, _steering("--init", _INIT, autocompletion=_MODELS)]
+Init = Annotated[str | None, _steering("--init", _INIT, autocompletion=_STARTS)]
 ImageInit = Annotated[str | None, _steering("--image-init", _IMAGE_INIT, autocompletion=_MODELS)]
 Interpolate = Annotated[int | None, _steering("--interpolate", _INTERPOLATE, parser=within(int, 1, 64))]
 Refiner = Annotated[str | None, _steering("--refiner", _REFINER, autocompletion=_MODELS)]

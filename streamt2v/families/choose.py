@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from streamt2v.config import RunConfig
 
 
-OWN = "own"
+OWN, PRIOR = "own", "prior"
+"""The family's own networks make the first frames: from what is given, or from an embedding that its prior draws."""
 MODELSCOPE, I2VGEN = "TextToVideoSDPipeline", "I2VGenXLPipeline"
 REFINER = "i2vgen-xl"
 """The name, and the preset, of I2VGen-XL as a refiner."""
@@ -44,8 +45,18 @@ class Chosen:
 
 
 def named(run: RunConfig) -> str:
-    """Return the setting that decides who makes the first frames: `own` is the family itself."""
+    """Return the setting that decides who makes the first frames: `own` and `prior` are the family itself."""
     return run.initialize.picture_model if run.image else run.initialize.text_model
+
+
+def foreign(run: RunConfig) -> bool:
+    """Whether a third-party model makes the first frames."""
+    return named(run) not in (OWN, PRIOR)
+
+
+def pictured(run: RunConfig) -> bool:
+    """Whether the family's own first frames come from a picture, or from the embedding of one."""
+    return bool(run.image) or named(run) == PRIOR
 
 
 def refiner_reads_text(run: RunConfig) -> bool:
@@ -105,7 +116,7 @@ def choose(run: RunConfig, note: hub.Note = lambda text: None) -> Chosen | None:
         WeightsError: a folder that is no pipeline, or files that cannot be had.
     """
     name = named(run)
-    if name == OWN:
+    if not foreign(run):
         return None
     folder = locate(name, note)
     kind, _ = read_index(folder)

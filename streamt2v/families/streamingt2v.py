@@ -2,19 +2,21 @@
 
 from dataclasses import replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from streamt2v.chunks import Chunk
+from streamt2v.devices import send
 from streamt2v.families import choose, sdedit
 from streamt2v.families.makers import Makers
 from streamt2v.families.networks import Networks
 from streamt2v.media import frames
 from streamt2v.models.encoders import decode_latents, embed_image, encode_frames, latent_size
 from streamt2v.models.unet3d import TextContext, UNet3D
-from streamt2v.stages import loops, stream
-from streamt2v.stages.denoise import Observe, Predict, Sampling, denoise
+from streamt2v.stages import loops, prior, stream
+from streamt2v.stages.denoise import ChunkNoise, Observe, Predict, Sampling, denoise
 from streamt2v.stages.stream import NoiseOfChunk, Streamer, StreamModels, StreamState, chunk_noise
 from streamt2v.timeline import prompt_at, turns
 
@@ -31,12 +33,15 @@ def build(networks: Networks) -> Makers:
         models, text, noise = _models(networks), _texts(networks, prompt), _noise(networks, num_frames)
         sampling = Sampling.of(run.initialize, policy.batched_guidance)
         stepped = networks.stepped(0, sampling.num_inference_steps)
-        if picture is None:
+        if not choose.pictured(run):
             return from_text(models, text, sampling, noise, num_frames, stepped, whole)
-        fitted = frames.fill(picture[None].to(device), run.stream.size)
+        if picture is None:
+            seen = _imagined(networks, text, sampling)
+        else:
+            seen = look(models, frames.fill(picture[None].to(device), run.stream.size))
         sampling = replace(sampling, guidance_scale=run.initialize.image_guidance_scale)
         unet = networks.load("initialize.image")
-        return from_image(models, unet, fitted[0], text, sampling, noise, num_frames, stepped, whole)
+        return from_image(models, unet, seen, text, sampling, noise, num_frames, stepped, whole)
 
     def extend(state: StreamState, prompt: str, chunk: Chunk) -> Tensor:
         def streamer() -> Streamer:
@@ -81,6 +86,32 @@ def _noise(networks: Networks, num_frames: int) -> NoiseOfChunk:
     return chunk_noise(networks.draws, num_frames, shape, networks.device.name)
 
 
+class Seen(NamedTuple):
+    """What the picture-to-video network knows of a picture: its embedding [1, D]; its latents [1, C, h, w], if any."""
+
+    embedding: Tensor
+    latents: Tensor | None = None
+
+
+@torch.inference_mode()
+def look(models: StreamModels, picture: Tensor) -> Seen:
+    """See a picture [1, 3, H, W] in [-1, 1]."""
+    assert models.image_encoder is not None  # the family ships one, checked when its files are listed
+    return Seen(embed_image(models.image_encoder, picture), encode_frames(models.vae, picture))
+
+
+def _imagined(networks: Networks, text: TextContext, sampling: Sampling) -> Seen:
+    """Draw the embedding of a picture that the text may describe."""
+    network, schedule = networks.load("initialize.prior"), networks.schedule("initialize.prior")
+    assert text.pooled is not None  # the prior was trained on it
+
+    def noise(*step: int) -> Tensor:
+        drawn = networks.draws.normal("prior", step, (1, network.config.image_dim, 1, 1, 1))
+        return send(drawn, networks.device.name)
+
+    return Seen(prior.embeddings(network, schedule, text.pooled[:, None], sampling, ChunkNoise(noise(), noise)))
+
+
 @torch.inference_mode()
 def _ring(networks: Networks) -> Tensor:
     """Sample a whole loop from text as a ring of windows: frames [N, 3, H, W] in [-1, 1]."""
@@ -118,21 +149,20 @@ def from_text(
     def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
         return models.unet(latents, timestep, conditioning.rows(rows))  # type: ignore[no-any-return]
 
-    return _sampled(models, predict, sampling, noise, num_frames, observe, loop)
+    return _sampled(models, predict, sampling, noise(Chunk(0, 0, num_frames, 0)), observe, loop)
 
 
 def _sampled(
     models: StreamModels,
     predict: Predict,
     sampling: Sampling,
-    noise: NoiseOfChunk,
-    num_frames: int,
+    noise: ChunkNoise,
     observe: Observe | None,
     rolling: bool,
 ) -> Tensor:
-    chunk, schedule = Chunk(0, 0, num_frames, 0), models.schedule
-    network = loops.rolled(predict, schedule.timesteps(sampling.num_inference_steps).tolist()) if rolling else predict
-    latents = denoise(network, schedule, noise(chunk), sampling, observe)
+    timesteps = models.schedule.timesteps(sampling.num_inference_steps).tolist()
+    network = loops.rolled(predict, timesteps) if rolling else predict
+    latents = denoise(network, models.schedule, noise, sampling, observe)
     return decode_latents(models.vae, latents[0].transpose(0, 1))
 
 
@@ -140,7 +170,7 @@ def _sampled(
 def from_image(
     models: StreamModels,
     unet: UNet3D,
-    image: Tensor,
+    seen: Seen,
     text: TextContext,
     sampling: Sampling,
     noise: NoiseOfChunk,
@@ -148,25 +178,26 @@ def from_image(
     observe: Observe | None = None,
     loop: bool = False,
 ) -> Tensor:
-    """Sample the first chunk from a picture [3, H, W] in [-1, 1] the way SVD does: frames [F, 3, H, W] in [-1, 1].
+    """Sample the first chunk from a picture the way SVD does, or from its embedding: frames [F, 3, H, W] in [-1, 1].
 
     The picture's latents are concatenated to every frame's noisy latents, its CLIP embedding joins the text as one
-    more token. The unconditional branch sees zeros for both. A network with one more channel is told there that the
-    clip is a loop, and closes it by itself; the frames of others are rolled.
+    more token. The unconditional branch sees zeros for both, the other one zeros for latents that nobody knows. A
+    network with one more channel is told there that the clip is a loop, and closes it by itself; the frames of others
+    are rolled.
 
-    Source: arXiv 2311.15127 section 4.2 (image-to-video by concatenation and CLIP context).
+    Sources: arXiv 2311.15127 section 4.2 (image-to-video by concatenation and CLIP context), 2204.06125 (the embedding
+    alone, as a prior draws it).
     """
-    latent = encode_frames(models.vae, image.unsqueeze(0), None)  # [1, C, h, w]
-    assert models.image_encoder is not None  # the family ships one, checked when its files are listed
-    embedding = embed_image(models.image_encoder, image.unsqueeze(0)).unsqueeze(1)  # [1, 1, D]
+    given, embedding = noise(Chunk(0, 0, num_frames, 0)), seen.embedding.unsqueeze(1)  # [1, 1, D]
     tokens = torch.cat([text.tokens, torch.cat([torch.zeros_like(embedding), embedding])], dim=1)
     conditioning = unet.prepare(TextContext(tokens, text.pooled))
-    concatenated = latent[:, :, None].expand(-1, -1, num_frames, -1, -1)  # [1, C, F, h, w]
-    pictures = torch.cat([torch.zeros_like(concatenated), concatenated])
-    told = pictures[:, : unet.config.in_channels - 2 * latent.shape[1]]  # [2, 1 or 0, F, h, w]
+    pictures = torch.zeros_like(given.initial).repeat(2, 1, 1, 1, 1)  # [2, C, F, h, w]
+    if seen.latents is not None:
+        pictures[1] = seen.latents[0, :, None]
+    told = pictures[:, : unet.config.in_channels - 2 * pictures.shape[1]]  # [2, 1 or 0, F, h, w]
     pictures = torch.cat([pictures, torch.full_like(told, float(loop))], dim=1)
 
     def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
         return unet(torch.cat([latents, pictures[rows]], dim=1), timestep, conditioning.rows(rows))  # type: ignore[no-any-return]
 
-    return _sampled(models, predict, sampling, noise, num_frames, observe, loop and not told.shape[1])
+    return _sampled(models, predict, sampling, given, observe, rolling=loop and not told.shape[1])

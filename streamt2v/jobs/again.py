@@ -120,7 +120,7 @@ def rerun(path: Path, source: Path | None, given: Mapping[str, str | None]) -> A
     if command not in ("generate", "refine", "extend"):
         raise InputError(f"{path} carries no recipe", "only videos made by streamt2v can be made again")
     settings = dict(recipe["config"])
-    trusted = {"", choose.OWN, *weights.families(), *weights.pipelines()}
+    trusted = {"", choose.OWN, choose.PRIOR, *weights.families(), *weights.pipelines()}
     asked: dict[str, str | None] = {**dict.fromkeys(filter(_is_file, settings)), **given}
     for key, value in asked.items():
         if value is not None:

@@ -9,7 +9,7 @@ from typing import Any
 from streamt2v import config, devices, weights
 from streamt2v.config import RunConfig
 from streamt2v.errors import ConfigError, FieldError
-from streamt2v.families.choose import OWN, named, refiner_reads_text, usual
+from streamt2v.families.choose import foreign, refiner_reads_text, usual
 from streamt2v.jobs import again
 from streamt2v.jobs.recipe import Source
 from streamt2v.timeline import parse_at, parse_time, read_timeline, settings_at
@@ -267,7 +267,7 @@ def resolve(
     layers = usual(config.merge(*layers, from_file, given), *((None, None) if preset else tables))
     if preset:
         layers.append(config.preset(preset, *tables))
-    if named(config.merge(*layers, from_file, given)) != OWN:
+    if foreign(config.merge(*layers, from_file, given)):
         # Steps and guidance of a preset are made for the family's own networks.
         keys = ("num_inference_steps", "guidance_scale", "image_guidance_scale")
         layers.append({f"initialize.{key}": 0 for key in keys})

@@ -206,7 +206,8 @@ _REFINED = (
 def _key(config: RunConfig, seen: devices.Glance, threads: int, policy: memory.MemoryPolicy, together: bool) -> str:
     """Return what the times depend on: of the memory policy only what makes them many times longer."""
     own, settings = config.initialize, to_flat(config)
-    scales = [own.image_guidance_scale if config.image else own.guidance_scale, config.stream.guidance_scale]
+    scales = [own.image_guidance_scale if choose.pictured(config) else own.guidance_scale]
+    scales += [config.stream.guidance_scale]
     names = [*_TIMED, *(_REFINED if config.refine.enabled else ())]
     parts = [seen.kind, seen.card, threads, policy.offload, choose.named(config), *(settings[name] for name in names)]
     parts += ["together"] * together

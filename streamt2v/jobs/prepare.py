@@ -40,6 +40,8 @@ def check(known: Prepared) -> Prepared:
     if job.command == "extend" and not job.config.prompt.strip() and known.family.reads_text:
         raise ConfigError(f"what {job.source} shows is not written in it", 'say it: --prompt "a red ball over the sea"')
     check_wishes(job.config, prompt_needed=follows and job.command != "refine")
+    if job.command == "generate" and choose.named(job.config) == choose.PRIOR:
+        _check_prior(known)
     devices.check(job.device)
     devices.check_limit()
     if job.command == "refine":
@@ -180,12 +182,23 @@ def _check_initializer(known: Prepared) -> list[str]:
             f"model {family.name} starts from a picture and reads no text",
             "give one with --image, or use --init svd, for which one is drawn",
         )
-    if not own.num_inference_steps or not (own.image_guidance_scale if run.image else own.guidance_scale):
+    scales = [own.image_guidance_scale] * choose.pictured(run) + [own.guidance_scale] * (not run.image)
+    if not own.num_inference_steps or not all(scales):
         raise ConfigError(
             "initialize.num_inference_steps or a guidance scale is 0, which only a third-party model understands",
             "name one with --init, or set them to at least 1",
         )
     return notices
+
+
+def _check_prior(known: Prepared) -> None:
+    """Refuse a prior where there is none, and where there is a picture already."""
+    family = known.family
+    if not family.has("initialize.prior"):
+        raise ConfigError(f"the model {family.name} has no prior (prior.safetensors)", "leave --init prior out")
+    if known.job.config.image:
+        said = "--init prior draws the embedding of a picture from the prompt, and --image gives a picture"
+        raise ConfigError(said, "leave one of them out")
 
 
 def _check_loras(known: Prepared) -> list[str]:
@@ -199,7 +212,9 @@ def _check_loras(known: Prepared) -> list[str]:
     elif chosen is not None:
         own = "" if known.drawing.get(chosen.name) in reached else chosen.name
     else:
-        pictured = run.image and family.has("initialize.image") and family.path("initialize.image") not in reached
+        pictured = (
+            choose.pictured(run) and family.has("initialize.image") and family.path("initialize.image") not in reached
+        )
         own = "a network of its own" if pictured else ""
     return [f"the first frames are made by {own}, which no --lora changes"] if own else []
 
@@ -226,7 +241,7 @@ def _check_loop(known: Prepared) -> None:
     if run.made < 2:
         raise ConfigError("a loop of 1 frame is a picture", f"give --frames {2 * factor} or more")
     if run.loop == "ring":
-        if job.command != "generate" or run.image or not own:
+        if job.command != "generate" or choose.pictured(run) or not own:
             raise ConfigError("loop=ring begins with text alone, and with the model's own networks", "use --loop")
         if not factor * run.stream.chunk <= run.num_frames <= limit:
             said = f"from {factor * run.stream.chunk} to {limit} frames ({RING_SECONDS} s)"

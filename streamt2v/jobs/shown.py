@@ -54,7 +54,7 @@ def command(recipe: Mapping[str, Any]) -> str:
     run, verb, _ = known
     flat, given = config.to_flat(run), _differing(run)
     given |= {key: flat[key] for key in _ALWAYS}
-    if choose.named(run) != choose.OWN:  # for which the command line has other defaults than the preset
+    if choose.foreign(run):  # for which the command line has other defaults than the preset
         given |= {key: value for key, value in flat.items() if key.startswith("initialize.")}
     words = ["streamt2v", verb]
     if verb == "refine" and not run.refine.enabled:

@@ -15,6 +15,7 @@ PARTS = [
     "apm",
     "joint",
     "image_to_video",
+    "prior",
     "dit",
     "refiner",
     "restore",

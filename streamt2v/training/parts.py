@@ -24,6 +24,7 @@ from streamt2v.training.denoisers import Lesson, OwnStates, TextSource, own_stat
 from streamt2v.training.engine import Job
 from streamt2v.training.interpolation import interpolate_job
 from streamt2v.training.losses import pixel_effect
+from streamt2v.training.prior import prior_job
 from streamt2v.training.refiner import refiner_job
 from streamt2v.training.restorer import restore_job
 from streamt2v.training.sheets import image_sheet, models, spacetime_sheet, streaming_sheet, text_sheet
@@ -88,13 +89,16 @@ class Workshop:
         """Load a finished part that is only used."""
         return bundle.freeze(self.finished(name, network), self.device)
 
+    def text(self) -> TextSource:
+        """The finished text encoder."""
+        tokenizer = build_tokenizer()
+        return TextSource(tokenizer, self.frozen("text", build_text(len(tokenizer))))
+
     def lesson(self) -> Lesson:
         """The finished networks that the denoisers learn with."""
-        tokenizer = build_tokenizer()
-        text = TextSource(tokenizer, self.frozen("text", build_text(len(tokenizer))))
         codec, vision = self.frozen("vae", vae.build_vae()), self.frozen("vision", build_vision())
         latents = encode(codec, vae.held_out(16)[:, None])[:, :, 0]
-        return Lesson(text, codec, vision, pixel_effect(codec, latents), self.generator)
+        return Lesson(self.text(), codec, vision, pixel_effect(codec, latents), self.generator)
 
     def source(self, decoder: Any) -> WorldSource:
         """Batches of the drawn world; their examples are kept beside the weights."""
@@ -461,6 +465,7 @@ JOBS: dict[str, Callable[[Workshop], Job]] = {
     "apm": apm_job,
     "joint": joint_job,
     "image_to_video": image_to_video_job,
+    "prior": prior_job,
     "dit": dit_job,
     "refiner": refiner_job,
     "restore": restore_job,

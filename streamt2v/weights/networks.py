@@ -27,6 +27,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 NETWORKS: Mapping[str, tuple[str, str]] = {
     "UNet3D": ("streamt2v.models.unet3d", "UNet3DConfig"),
     "SpacetimeTransformer": ("streamt2v.models.dit", "SpacetimeConfig"),
+    "EmbeddingPrior": ("streamt2v.models.prior", "PriorConfig"),
     "Restorer": ("streamt2v.models.restorer", "RestorerConfig"),
     "PixelCodec": ("streamt2v.models.restorer", "PixelCodecConfig"),
     "Interpolator": ("streamt2v.models.interpolator", "InterpolatorConfig"),

@@ -18,7 +18,7 @@ from streamt2v.diffusion import replacement
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule
 from streamt2v.errors import ConfigError
-from streamt2v.families.streamingt2v import from_image
+from streamt2v.families.streamingt2v import from_image, look
 from streamt2v.models.apm import AppearanceTokens, TokenMixing
 from streamt2v.models.cam import CamConfig, ConditionalAttention, init_from_unet
 from streamt2v.models.encoders import encode_frames
@@ -181,7 +181,7 @@ def test_a_network_with_a_channel_for_it_is_told_of_a_loop_and_others_are_rolled
     unet, seen = UNet3D(replace(SIZES, in_channels=channels, cross_attention_dim=128)).eval(), list[Tensor]()
     unet.register_forward_pre_hook(lambda network, given: seen.append(given[0]))
     models = StreamModels(unet, NoiseSchedule(DEMO_SCHEDULE), build_vae().eval(), image_encoder=build_vision().eval())
-    context, picture = TextContext(torch.randn(2, 5, 128), torch.randn(2, 6)), torch.rand(3, 16, 16)
+    context, picture = TextContext(torch.randn(2, 5, 128), torch.randn(2, 6)), look(models, torch.rand(1, 3, 16, 16))
     noise = chunk_noise(SeededDraws(0), 5, (4, 2, 2))
     for loop in (False, True):
         from_image(models, unet, picture, context, Sampling(2, 2.0), noise, 5, loop=loop)

@@ -29,6 +29,7 @@ from streamt2v.training import (
     losses,
     parts,
     photographs,
+    prior,
     restorer,
     sheets,
 )
@@ -74,6 +75,7 @@ def micro_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vae, "WIDTHS", (4, 4, 8, 8))
     monkeypatch.setattr(vae, "held_out", few_held_out)
     monkeypatch.setattr(parts, "image_accuracy", lambda *args: {})
+    monkeypatch.setattr(prior, "recovered", partial(prior.recovered, count=4))
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +100,7 @@ def test_every_part_trains_on_what_the_parts_before_it_left(tmp_path: Path) -> N
         assert result["steps"] == 2
         assert lines[-1].startswith("done: 2 steps")
     files = {path.name for path in tmp_path.glob("*.safetensors")}
-    networks = ["vae", "text", "vision", "unet", "cam", "apm", "image_to_video", "refiner", "pixels"]
+    networks = ["vae", "text", "vision", "unet", "cam", "apm", "image_to_video", "prior", "refiner", "pixels"]
     networks += ["dit", "interpolator"]
     assert files == {f"{name}.safetensors" for name in networks}
     assert {path.name for path in (tmp_path / "restore").iterdir()} == {"refiner.safetensors", "pixels.safetensors"}

@@ -142,11 +142,15 @@ def image_accuracy(vision: CLIPVisionModelWithProjection, codes: Tensor, count: 
     scenes = sample_scenes(count, generator)
     frames = torch.randint(0, 200, (count, 1), generator=generator)
     pixels = render(scenes.to(codes.device), frames)[:, 0]
-    embeddings = embed_image(vision, pixels)
+    return nearest_codes(embed_image(vision, pixels), scenes.labels(), codes)
+
+
+def nearest_codes(embeddings: Tensor, labels: Tensor, codes: Tensor) -> dict[str, float]:
+    """Share of embeddings [B, DIM] nearest to the codes of their labels [B, 6], per attribute that one frame shows."""
     result, offset = {}, 0
     for column, (name, size) in enumerate(zip(ATTRIBUTES, _SIZES, strict=True)):
         if column != UNSEEN:
             guess = (embeddings @ codes[offset : offset + size].T).argmax(1).cpu()
-            result[name] = float((guess == scenes.labels()[:, column]).float().mean())
+            result[name] = float((guess == labels[:, column]).float().mean())
         offset += size
     return result
