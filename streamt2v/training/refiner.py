@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 REFINER = RestorerConfig(out_channels=192, blocks=8)
 SCALES = (10, 10, 10, 2, 4, 5, 6, 8, 12, 15)
 """How many times small pictures are enlarged; 10 makes 1280x720."""
-PATCH = 128
-"""Side of a patch, a multiple of that of a cell."""
+PATCH = 256
+"""Side of a patch, a multiple of that of a cell: with less around them, lights could not be known by their form."""
 AROUND = 3
 """Pixels of the small picture around a patch that enlarging it looks at."""
 
@@ -62,19 +62,20 @@ class DrawnPatches:
 
     def draw(self, count: int) -> Patches:
         """Draw patches of various scales, half of them where the light is."""
-        picks = torch.randint(len(SCALES), (count,), generator=self.generator).tolist()
-        return self.patches(self.clips.draw(count, fresh=count / 8), [SCALES[pick] for pick in picks])
+        scale = SCALES[int(torch.randint(len(SCALES), (), generator=self.generator))]
+        return self.patches(self.clips.draw(count, fresh=count / 8), count, scale)
 
-    def patches(self, rows: Rows, scales: list[int]) -> Patches:
-        """Return a patch of every clip, `scales` times as large as in the small picture."""
-        clips = [{name: column[at : at + 1] for name, column in rows.items()} for at in range(len(scales))]
-        pairs = zip(*map(self._pair, clips, scales), strict=True)
-        truth, source = (torch.cat(parts).transpose(1, 2) for parts in pairs)
-        return Patches(truth, source, torch.tensor(scales, device=truth.device).float())
+    def patches(self, rows: Rows, count: int, scale: int) -> Patches:
+        """Return a patch of every clip, `scale` times as large as in the small picture."""
+        pairs = [self._pair({name: column[at : at + 1] for name, column in rows.items()}, scale) for at in range(count)]
+        truth, source = (torch.cat(parts).transpose(1, 2) for parts in zip(*pairs, strict=True))
+        return Patches(truth, source, torch.full((count,), float(scale), device=truth.device))
 
     def _pair(self, row: Rows, scale: int) -> tuple[Tensor, Tensor]:
-        """Return truth and source [1, F, 3, PATCH, PATCH] of a clip at some place."""
-        scenes, start, side = scenes_of(row), row["start"], -(-PATCH // scale)
+        """Return truth and source [1, F, 3, H, W] of a clip at some place."""
+        scenes, start = scenes_of(row), row["start"]
+        size = min(PATCH, scale * SIZE[0]), min(PATCH, scale * SIZE[1])
+        side = torch.tensor([-(-extent // scale) for extent in size])
         room = torch.tensor(SIZE) - side
         corner = torch.rand(2, generator=self.generator) * (room + 1)
         if torch.rand((), generator=self.generator) < 0.5:
@@ -82,8 +83,8 @@ class DrawnPatches:
             light = torch.tensor([y * SIZE[0], x / ASPECT * SIZE[1]])
             corner = light - side * torch.rand(2, generator=self.generator)
         top, left = corner.long().clamp(torch.zeros_like(room), room).tolist()
-        truth = true_part(scenes, start, scale, top, left, (PATCH, PATCH))
-        return truth, enlarged_part(row["small"][0].float() / 127.5 - 1, scale, top, left, (PATCH, PATCH))[None]
+        truth = true_part(scenes, start, scale, top, left, size)
+        return truth, enlarged_part(row["small"][0].float() / 127.5 - 1, scale, top, left, size)[None]
 
 
 def frames_from(start: Tensor) -> Tensor:
@@ -121,10 +122,10 @@ def enlarged_part(small: Tensor, scale: int, top: int, left: int, size: tuple[in
 class Examples:
     """Pairs that training does not see, around lights, and what the refiner makes of them."""
 
-    def __init__(self, vae: Any, count: int = 6) -> None:
+    def __init__(self, vae: Any, count: int = 8) -> None:
         generator = torch.Generator().manual_seed(77)
         source = DrawnPatches(vae, generator, first=count)
-        self.patches = source.patches(source.clips.draw(count, 0.0), [10] * count)
+        self.patches = source.patches(source.clips.draw(count, 0.0), count, 10)
 
     @torch.no_grad()
     def report(self, network: Restorer, schedule: NoiseSchedule, path: Path) -> str:
@@ -144,8 +145,8 @@ def refiner_job(shop: Workshop) -> Job:
     network = shop.resumed("refiner", Restorer(REFINER))
     vae = shop.lesson().vae
     source = DrawnPatches(vae, shop.generator, shop.out / "state" / "rings", max(2, int(256 * shop.first)))
-    examples, schedule = Examples(vae, max(2, int(6 * shop.first))), NoiseSchedule(SCHEDULE)
-    batch = shop.many(8)
+    examples, schedule = Examples(vae, max(2, int(8 * shop.first))), NoiseSchedule(SCHEDULE)
+    batch = shop.many(3)
 
     def loss(progress: float) -> Tensor:
         with torch.autocast("cpu", enabled=False):  # pictures are made in full precision
