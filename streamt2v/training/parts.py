@@ -20,6 +20,7 @@ from streamt2v.models.dit import SpacetimeTransformer
 from streamt2v.models.unet3d import UNet3D
 from streamt2v.training import bundle, denoisers
 from streamt2v.training.batches import Batch
+from streamt2v.training.critic import Critic
 from streamt2v.training.denoisers import Lesson, OwnStates, TextSource, own_states, streamed
 from streamt2v.training.engine import Job
 from streamt2v.training.interpolation import interpolate_job
@@ -27,7 +28,7 @@ from streamt2v.training.losses import pixel_effect
 from streamt2v.training.prior import prior_job
 from streamt2v.training.refiner import refiner_job
 from streamt2v.training.restorer import restore_job
-from streamt2v.training.sheets import image_sheet, models, spacetime_sheet, streaming_sheet, text_sheet
+from streamt2v.training.sheets import decoder_sheet, image_sheet, models, spacetime_sheet, streaming_sheet, text_sheet
 from streamt2v.training.world import vae
 from streamt2v.training.world.captions import build_tokenizer
 from streamt2v.training.world.clips import CLIP_FRAMES, LONGEST, SIZES, WorldSource, encode
@@ -237,7 +238,8 @@ def _mistakes(unet: UNet3D, draw: Callable[[], Batch], lesson: Lesson, capacity:
 def decoder_job(shop: Workshop) -> Job:
     """The VAE's decoder alone, half on clean latents and half on what the base makes of them, which it learns to mend.
 
-    The encoder, and so the latent space that all denoisers know, stays as it is.
+    A critic sees to it that edges are drawn where latents leave them open. The encoder, and so the latent space that
+    all denoisers know, stays as it is.
     """
     network = shop.finished("vae", vae.build_vae(), continued=True)
     unet = shop.frozen("unet", UNet3D(denoisers.BASE))
@@ -245,6 +247,7 @@ def decoder_job(shop: Workshop) -> Job:
     source = shop.source(lesson.vae)
     trained = bundle.parameters_in(network, "decoder.", "post_quant_conv.")
     bundle.train_only(network, trained)
+    critic = Critic().to(shop.device)
     mistakes = _mistakes(unet, lambda: source.pictured(2), lesson, capacity=64)
 
     def loss(progress: float) -> torch.Tensor:
@@ -253,14 +256,16 @@ def decoder_job(shop: Workshop) -> Job:
         assert clips.shown is not None and clips.own is not None
         latents = torch.cat([clips.latents[:, :, frames[0]], clips.own[:, :, frames[1]]])
         pixels, masks = (torch.cat([clip[:, frame] for frame in frames]) for clip in (clips.shown, clips.mask))
-        return vae.decoder_loss(network, latents, pixels, masks[:, None])
+        made = network.decode(latents).sample.float()
+        error = vae.picture_error(made, pixels, masks[:, None])
+        return critic.loss(error, made, pixels, network.decoder.conv_out.weight)
 
     return Job(
         loss,
-        trained,
+        [*trained, *critic.parameters()],
         lambda folder: bundle.write(folder, "vae", network),
-        lambda folder: f"PSNR {vae.psnr(network, vae.held_out().to(shop.device)):.2f} dB",
-        adam=bundle.parameters_in(network, "conv_out.weight"),
+        lambda folder: decoder_sheet(folder / "decoder.png", network, vae.held_out().to(shop.device)),
+        adam=[*bundle.parameters_in(network, "conv_out.weight"), *critic.parameters()],
         learning_rate=5e-4,
         average=0.998,
         samples=8,

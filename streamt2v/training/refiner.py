@@ -17,9 +17,10 @@ from streamt2v.media.frames import resize
 from streamt2v.models.restorer import Restorer, RestorerConfig
 from streamt2v.training import bundle
 from streamt2v.training.batches import Ring, Rows
+from streamt2v.training.critic import Critic
 from streamt2v.training.engine import Job
 from streamt2v.training.restorer import PATCH_FRAMES, SCHEDULE, Patches, log_error, restored, restoring_loss, save
-from streamt2v.training.sheets import write_sheet
+from streamt2v.training.sheets import sharpness, write_sheet
 from streamt2v.training.world.clips import LATEST, SIZE, decode, encode, normal_like, scenes_of
 from streamt2v.training.world.drawing import render
 from streamt2v.training.world.scenes import ASPECT, Scenes, positions, sample_scenes
@@ -119,6 +120,15 @@ def enlarged_part(small: Tensor, scale: int, top: int, left: int, size: tuple[in
     return wide[..., y : y + size[0], x : x + size[1]]
 
 
+def in_threes(clips: Tensor) -> Tensor:
+    """Lay every three frames that follow each other into one picture: [B, 3, F, H, W] to [B (F - 2), 9, H, W].
+
+    So a critic sees flicker, too.
+    """
+    frames = clips.transpose(1, 2)
+    return torch.cat([frames[:, at : clips.shape[2] - 2 + at] for at in range(3)], 2).flatten(0, 1)
+
+
 class Examples:
     """Pairs that training does not see, around lights, and what the refiner makes of them."""
 
@@ -134,10 +144,7 @@ class Examples:
         made = restored(network, self.patches, schedule)
         write_sheet(path, torch.stack([clips[:, :, 2] for clips in (source, made, truth)]))
         gain = 4.343 * float((log_error(source - truth) - log_error(made - truth)).mean())
-        before, after, true = (
-            float(clips.diff(dim=3).abs().mean() + clips.diff(dim=4).abs().mean()) for clips in (source, made, truth)
-        )
-        return f"{gain:+.2f} dB, sharpness {after / true:.2f}, before {before / true:.2f}"
+        return f"{gain:+.2f} dB, sharpness {sharpness(made, truth):.2f}, before {sharpness(source, truth):.2f}"
 
 
 def refiner_job(shop: Workshop) -> Job:
@@ -146,19 +153,20 @@ def refiner_job(shop: Workshop) -> Job:
     vae = shop.lesson().vae
     source = DrawnPatches(vae, shop.generator, shop.out / "state" / "rings", max(2, int(256 * shop.first)))
     examples, schedule = Examples(vae, max(2, int(8 * shop.first))), NoiseSchedule(SCHEDULE)
-    batch = shop.many(3)
+    batch, critic = shop.many(3), Critic(9).to(shop.device)
 
     def loss(progress: float) -> Tensor:
         with torch.autocast("cpu", enabled=False):  # pictures are made in full precision
             patches = source.draw(batch)
-        return restoring_loss(network, patches, schedule, shop.generator)
+        error, made = restoring_loss(network, patches, schedule, shop.generator)
+        return critic.loss(error, in_threes(made.float()), in_threes(patches.truth), network.conv_out.weight)
 
     return Job(
         loss,
-        list(network.parameters()),
+        [*network.parameters(), *critic.parameters()],
         lambda folder: save(folder, network),
         lambda folder: examples.report(network, schedule, folder / "refiner.png"),
-        adam=bundle.parameters_in(network, "conv_out", "embed"),
+        adam=[*bundle.parameters_in(network, "conv_out", "embed"), *critic.parameters()],
         learning_rate=1e-3,
         average=0.999,
         samples=batch,

@@ -167,8 +167,16 @@ def pack(clips: Tensor, factor: int = RESTORER.factor) -> Tensor:
     return functional.pixel_unshuffle(clips.transpose(1, 2), factor).transpose(1, 2)
 
 
-def restoring_loss(network: Restorer, patches: Patches, schedule: NoiseSchedule, generator: torch.Generator) -> Tensor:
-    """Return what is lost against the source, in logarithms of the squared error of each row: in decibels.
+def unpack(latents: Tensor, factor: int) -> Tensor:
+    """Latents [B, C, F, h, w] to pixels [B, 3, F, H, W]."""
+    return functional.pixel_shuffle(latents.transpose(1, 2), factor).transpose(1, 2)
+
+
+def restoring_loss(
+    network: Restorer, patches: Patches, schedule: NoiseSchedule, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return what is lost against the source, in logarithms of the squared error of each row: in decibels; and what is
+    made, [B, 3, F, H, W].
 
     So rows weigh alike whether their sources are a little or far from the truth; in levels those that nobody can
     restore would drown the others. But a row whose source is as good as the truth counts little: a tenth of a level
@@ -186,12 +194,13 @@ def restoring_loss(network: Restorer, patches: Patches, schedule: NoiseSchedule,
     timesteps, faithful = timesteps.to(truth.device), faithful.to(truth.device)
     noisy = schedule.add_noise(truth.lerp(source, left), noise, timesteps)
     conditioning = Conditioning((), patches.scales.log2().view(-1, 1))
-    error, given = network(noisy, timesteps, conditioning, source) - truth, source - truth
+    made = network(noisy, timesteps, conditioning, source)
+    error, given = made - truth, source - truth
     gains = log_error(given) - log_error(error)
     steady = log_error(given.diff(dim=2)) - log_error(error.diff(dim=2))
     harm = given.float().square().flatten(1).mean(1)
     weight = torch.where(faithful, 1.0, NOISY_WEIGHT) * harm / (harm + SLIGHT)
-    return -(weight * (gains + FLICKER * steady)).sum() / weight.sum()
+    return -(weight * (gains + FLICKER * steady)).sum() / weight.sum(), unpack(made, network.config.factor)
 
 
 def log_error(error: Tensor) -> Tensor:
@@ -237,7 +246,7 @@ def restored(network: Restorer, patches: Patches, schedule: NoiseSchedule) -> Te
         schedule.add_noise(source, noise, time), time, Conditioning((), patches.scales.log2().view(-1, 1)), source
     )
     network.train()
-    return functional.pixel_shuffle(made.transpose(1, 2), network.config.factor).transpose(1, 2)
+    return unpack(made, network.config.factor)
 
 
 def fresh() -> Restorer:
@@ -281,7 +290,7 @@ def restore_job(shop: Workshop) -> Job:
     def loss(progress: float) -> Tensor:
         with torch.autocast("cpu", enabled=False):  # pictures are made in full precision
             patches = source.draw(batch).to(shop.device)
-        return restoring_loss(network, patches, schedule, shop.generator)
+        return restoring_loss(network, patches, schedule, shop.generator)[0]
 
     def report(folder: Path) -> str:
         gains = judge.gains(network, schedule)

@@ -29,8 +29,9 @@ from streamt2v.stages.stream import NoiseOfChunk, Streamer, StreamModels, Stream
 from streamt2v.training.denoisers import AppearanceModule, Lesson, TextSource, sampled
 from streamt2v.training.losses import DEMO_SCHEDULE
 from streamt2v.training.world.captions import EXAMPLES, canonical
-from streamt2v.training.world.clips import CLIP_FRAMES, LATENT_SIZE, decode
+from streamt2v.training.world.clips import CLIP_FRAMES, LATENT_SIZE, decode, encode
 from streamt2v.training.world.scenes import sample_scenes
+from streamt2v.training.world.vae import psnr
 
 OVERLAP = 8
 
@@ -96,6 +97,20 @@ def image_sheet(path: Path, unet: UNet3D, lesson: Lesson) -> str:
     frames = decode(lesson.vae, sampled(denoise, noise, 12, generator, 12))[:, 0]
     write_sheet(path, frames.unflatten(0, (4, -1)))
     return ""
+
+
+def sharpness(made: Tensor, true: Tensor) -> float:
+    """Return the mean gradient of pictures [..., H, W] over that of the true ones."""
+    edges = [clips.diff(dim=-1).abs().mean() + clips.diff(dim=-2).abs().mean() for clips in (made, true)]
+    return float(edges[0] / edges[1])
+
+
+@torch.no_grad()
+def decoder_sheet(path: Path, vae: Any, frames: Tensor) -> str:
+    """Write frames [N, 3, H, W] in [-1, 1] and below them what the VAE makes of them; return how near that comes."""
+    made = decode(vae, encode(vae, frames[:, None]))[:, 0]
+    write_sheet(path, torch.stack([frames[:8], made[:8]]))
+    return f"PSNR {psnr(vae, frames):.2f} dB, sharpness {sharpness(made, frames):.2f}"
 
 
 def text_sheet(path: Path, models: StreamModels, text: TextSource) -> str:

@@ -194,7 +194,7 @@ def test_the_loss_counts_decibels_of_every_row_alike() -> None:
     def loss(size: float, part: float) -> float:
         patches = restorer.Patches(truth, truth + size * error, torch.full((4,), 2.0))
         network = Told(restorer.pack(truth), part)
-        return float(restorer.restoring_loss(network, patches, schedule, generator))  # type: ignore[arg-type]
+        return float(restorer.restoring_loss(network, patches, schedule, generator)[0])  # type: ignore[arg-type]
 
     assert loss(0.1, 0.0) == 0
     for size in (0.03, 0.3):  # half of the error is left, whatever its size: a quarter of its square
@@ -217,7 +217,7 @@ def test_sources_as_good_as_the_truth_count_little() -> None:
         network = Told(packed, 0.0)
         network.forward = lambda noisy, time, told, source: packed + restorer.pack(wrong)  # type: ignore[method-assign]
         patches = restorer.Patches(truth, truth + error, torch.full((2,), 2.0))
-        return float(restorer.restoring_loss(network, patches, schedule, torch.Generator().manual_seed(1)))  # type: ignore[arg-type]
+        return float(restorer.restoring_loss(network, patches, schedule, torch.Generator().manual_seed(1))[0])  # type: ignore[arg-type]
 
     assert 0 < loss(0) < loss(1) < 0.1
 

@@ -57,3 +57,11 @@ def test_patches_show_one_place_in_source_and_truth(scale: int, height: int, mon
         for other in (patches.source, patches.source.roll(1, 0))
     )
     assert 0 < 10 * apart < elsewhere
+
+
+def test_frames_lie_in_threes() -> None:
+    clips = torch.arange(2 * 3 * 5).view(2, 3, 5, 1, 1).expand(-1, -1, -1, 2, 2).float()
+    threes = refiner.in_threes(clips)
+    assert threes.shape == (6, 9, 2, 2)
+    assert torch.equal(threes[1], clips[0, :, 1:4].transpose(0, 1).flatten(0, 1))
+    assert torch.equal(threes[3], clips[1, :, :3].transpose(0, 1).flatten(0, 1))

@@ -104,12 +104,11 @@ def vae_loss(vae: Any, pixels: Tensor, mask: Tensor, generator: torch.Generator)
     mean = vae.encode(pixels).latent_dist.mean.float()
     white = (mean - mean.mean((0, 2, 3), keepdim=True)) / (mean.std((0, 2, 3), keepdim=True) + 1e-4)
     latents, pixels, mask = altered(disturbed(white, generator), pixels, mask, generator)
-    return decoder_loss(vae, latents, pixels, mask) + 1e-4 * mean.square().mean()
+    return picture_error(vae.decode(latents).sample.float(), pixels, mask) + 1e-4 * mean.square().mean()
 
 
-def decoder_loss(vae: Any, latents: Tensor, pixels: Tensor, mask: Tensor) -> Tensor:
-    """L1 + 2 MSE + 0.5 gradient L1, heavier on the subject; latents [B, C, h, w], pixels [B, 3, H, W], any mask."""
-    decoded = vae.decode(latents).sample.float()
+def picture_error(decoded: Tensor, pixels: Tensor, mask: Tensor) -> Tensor:
+    """L1 + 2 MSE + 0.5 gradient L1 of pictures [B, 3, H, W], heavier on the subject; mask [B, 1, h, w] of any size."""
     error = decoded - pixels
     weight = 1 + 2 * functional.interpolate(mask, pixels.shape[-2:], mode="bilinear")
     detail = torch.stack([functional.l1_loss(decoded.diff(dim=d), pixels.diff(dim=d)) for d in (2, 3)]).sum()
