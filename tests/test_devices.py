@@ -141,6 +141,30 @@ def test_channels_come_last_on_a_cpu_and_change_nothing() -> None:
     torch.testing.assert_close(network(images), plain, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("vendor", "amx", "avx512", "narrow"),
+    [
+        ("AuthenticAMD", False, True, True),
+        ("AuthenticAMD", False, False, False),
+        ("GenuineIntel", True, True, True),
+        ("GenuineIntel", False, True, False),  # 1.85 times as slow there, as was measured
+        ("", False, True, True),
+    ],
+)
+def test_bfloat16_is_for_processors_that_are_faster_with_it(
+    vendor: str, amx: bool, avx512: bool, narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.delenv("PROCESSOR_IDENTIFIER", raising=False)
+    monkeypatch.setattr(devices, "_text", lambda path: f"processor\t: 0\nvendor_id\t: {vendor}\n")
+    assert devices.has_bfloat16(devices.Device("cpu")) == narrow
+    monkeypatch.setattr(devices, "_text", lambda path: "")
+    monkeypatch.setenv("PROCESSOR_IDENTIFIER", f"Family 6 Model 143, {vendor}")
+    assert devices.has_bfloat16(devices.Device("cpu")) == narrow
+    assert devices.has_bfloat16(devices.Device("cuda:0")) and not devices.has_bfloat16(devices.Device("mps"))
+
+
 def test_a_card_has_a_name_and_other_devices_have_none() -> None:
     with pretended("A", "B"):
         assert devices.card(devices.resolve("cuda:1")) == "B"
