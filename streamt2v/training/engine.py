@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from streamt2v import files
+from streamt2v.devices import Device, has_bfloat16
 from streamt2v.errors import NumericsError, WeightsError
 from streamt2v.training.optimizer import Muon
 
@@ -52,7 +53,10 @@ class Job:
     """Examples in one loss, for the log."""
     device: str = "cpu"
     half: bool = False
-    """Run the loss in bfloat16 on a CPU too: this pays for wide convolutions on large pictures. A GPU always does."""
+    """Run the loss in bfloat16 on a CPU that is faster in it: this pays for wide convolutions on large pictures.
+
+    A GPU always does.
+    """
     keep: Callable[[], None] = field(default=lambda: None)
     """Called when the state is saved, to save the examples that were made as well."""
 
@@ -210,6 +214,8 @@ def run(
     if done.steps:
         log(f"going on after {done.steps} steps, {done.seconds / 3600:.2f} h, loss {done.smooth:.4f}")
     before, steps_before = done.seconds, done.steps
+    device = Device(job.device)
+    narrow = device.kind == "cuda" or (job.half and has_bfloat16(device))
     start = last_report = time.monotonic()
     while True:
         now, step = time.monotonic(), done.steps - steps_before
@@ -217,7 +223,7 @@ def run(
         progress = max(by_time, step / steps if steps else 0.0)
         if progress >= 1:
             break
-        done.add(_step(job, optimizer, progress, rate_factor(step, progress, steady)), job.samples)
+        done.add(_step(job, optimizer, progress, rate_factor(step, progress, steady), narrow), job.samples)
         average.update()
         done.seconds = before + now - start
         if step + 1 in (20, 100):
@@ -238,12 +244,12 @@ def run(
     return done.result()
 
 
-def _step(job: Job, optimizer: Muon, progress: float, factor: float) -> float:
-    """Take one step with `factor` times the job's learning rate; returns the loss before it."""
+def _step(job: Job, optimizer: Muon, progress: float, factor: float, narrow: bool) -> float:
+    """Take one step with `factor` times the job's learning rate, in bfloat16 if `narrow`; returns the loss before it."""
     kind = torch.device(job.device).type
     for group in optimizer.param_groups:
         group["lr"] = job.learning_rate * factor * (5.0 if group["quick"] else 1.0)
-    with torch.autocast(kind, torch.bfloat16, enabled=job.half or kind == "cuda"):
+    with torch.autocast(kind, torch.bfloat16, enabled=narrow):
         loss = job.loss(progress)
     value = float(loss.detach())
     if not math.isfinite(value):
