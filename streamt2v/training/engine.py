@@ -245,7 +245,7 @@ def run(
 
 
 def _step(job: Job, optimizer: Muon, progress: float, factor: float, narrow: bool) -> float:
-    """Take one step with `factor` times the job's learning rate, in bfloat16 if `narrow`; returns the loss before it."""
+    """Take one step with `factor` times the job's learning rate, in bfloat16 if `narrow`; return the loss before it."""
     kind = torch.device(job.device).type
     for group in optimizer.param_groups:
         group["lr"] = job.learning_rate * factor * (5.0 if group["quick"] else 1.0)
