@@ -434,8 +434,8 @@ def shape(kind: int, x: Tensor, y: Tensor, pixel: Tensor) -> tuple[Tensor, Tenso
         ribs = 1 - 0.10 * torch.cos(15 * y).clamp(min=0)
         heart = torch.exp(-((x / 0.52) ** 2) - ((y - 0.20) / 0.74) ** 2) * ribs
         return soft(0.85 * side, 0.18), heart * (1 - 0.75 * torch.sigmoid((y.abs() - 0.92) * 14)), 0.85 * side
-    hollow = ((x - 0.50) ** 2 + (y + 0.12) ** 2 + 1e-6).sqrt()
-    outside = torch.maximum(r - 1.12, 0.80 - hollow)
+    hollow = (x * x + (y + 0.64) ** 2 + 1e-6).sqrt()  # open above, as it looks in a mirror: no word names a side
+    outside = torch.maximum(r - 1.12, 0.86 - hollow)
     return soft(outside, 0.20), 0.95 * torch.sigmoid(-9 * (outside + 0.12)), outside
 
 
