@@ -8,12 +8,14 @@ import pickle
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch starts: small networks only lose by more
 
 import pytest
+import typer
 
 from streamt2v import config, files, weights
 from streamt2v.errors import StreamT2VError
@@ -94,6 +96,14 @@ def built_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(networks, "load_module", copied)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_are_described_once() -> Iterator[None]:
+    """A process runs one command line, and here more than a thousand: typer reads all signatures for each of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", cache(typer.main.get_command))
         yield
 
 
