@@ -158,13 +158,19 @@ def test_an_extended_video_depends_on_its_source_and_its_seed(source: Path, tmp_
     assert new_frames("d.mp4", "--prompt", "a blue star") != plain
 
 
+@pytest.fixture(scope="module")
+def extended(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str]:
+    path = tmp_path_factory.mktemp("extended") / "whole.mp4"
+    assert call("extend", source, "--frames", 50, *EXTEND, "-o", path) == 0
+    return digest(path)
+
+
 @pytest.mark.parametrize("group", [2, 4])
 def test_an_interrupted_extension_resumes_to_the_same_frames(
-    group: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    group: int, source: Path, extended: tuple[int, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, path = tmp_path / "whole.mp4", tmp_path / "out.mp4"
+    path = tmp_path / "out.mp4"
     arguments = ["extend", source, "--frames", 50, *EXTEND]
-    assert call(*arguments, "-o", whole) == 0
     append, written = writing.SegmentWriter.append, []
 
     def stop(writer: writing.SegmentWriter, frames: Frames) -> writing.SegmentMark:
@@ -177,7 +183,7 @@ def test_an_interrupted_extension_resumes_to_the_same_frames(
         patched.setattr(writing.SegmentWriter, "append", stop)
         assert call(*arguments, "-o", path) == 130
     assert call(*arguments, "-o", path, "--resume") == 0
-    assert digest(path) == digest(whole)
+    assert digest(path) == extended
 
 
 @pytest.mark.parametrize(

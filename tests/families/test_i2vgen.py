@@ -30,6 +30,7 @@ from streamt2v.weights import folders, published
 from tests import pipelines
 
 PROMPT, SIZE = "a ball", (16, 24)
+SHORT = {"refine.chunk": 6, "refine.overlap": 3}
 
 
 class Silent:
@@ -42,6 +43,12 @@ class Silent:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pipelines.i2vgen(tmp_path_factory.mktemp("i2vgen") / "folder")
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> Tensor:
+    """Eight frames, refined in two chunks."""
+    return refined(folder, clip(8), **SHORT)
 
 
 def networks(folder: Path, **settings: Any) -> Networks:
@@ -166,15 +173,14 @@ def test_a_run_continued_from_any_state_gives_the_same_frames(folder: Path, chun
     "sparing",
     [{"feed_forward_rows": 40}, {"batched_guidance": False}, {"keep_networks": False, "encoders_on_host": True}],
 )
-def test_every_plan_for_memory_gives_the_same_frames(folder: Path, sparing: dict[str, Any]) -> None:
-    settings = {"refine.chunk": 6, "refine.overlap": 3}
-    frames, made = clip(8), networks(folder, **settings)
+def test_every_plan_for_memory_gives_the_same_frames(folder: Path, sparing: dict[str, Any], plain: Tensor) -> None:
+    frames, made = clip(8), networks(folder, **SHORT)
     made.policy = replace(made.policy, **sparing)
     chosen = choose.refiner(made.run)
     assert chosen is not None
     groups = i2vgen.refiner(made, chosen)(enlarged(frames, made))
     found = torch.cat([frame for group in groups for frame in group.frames])
-    assert torch.allclose(found, refined(folder, frames, **settings), atol=1e-3)
+    assert torch.allclose(found, plain, atol=1e-3)
     if not made.policy.keep_networks:
         assert folder / "text_encoder" not in made.here
 
@@ -210,9 +216,8 @@ def test_the_sizes_that_are_planned_for_are_the_published_ones() -> None:
         ("refine.guidance_stop", 0.9), ("refine.cut_range", "published"), ("negative_prompt", "blue"),
     ],
 )  # fmt: skip
-def test_every_setting_changes_the_frames(folder: Path, key: str, value: object) -> None:
-    frames, settings = clip(8), {"refine.chunk": 6, "refine.overlap": 3}
-    assert not torch.equal(refined(folder, frames, **settings), refined(folder, frames, **settings, **{key: value}))
+def test_every_setting_changes_the_frames(folder: Path, key: str, value: object, plain: Tensor) -> None:
+    assert not torch.equal(plain, refined(folder, clip(8), **SHORT, **{key: value}))
 
 
 def test_each_chunk_is_told_its_own_picture(folder: Path) -> None:

@@ -192,12 +192,11 @@ def test_sound_and_picture_stay_together(name: str, tmp_path: Path, unrefined: N
         ffmpeg(*(plain if part == "{}" else part for part in copied), source)
     assert refine(source, out) == 0
     found = isolated.probe(out)
-    apart = np.array(beep_times(source)) - np.array(flash_times(source))
-    again = np.array(beep_times(out)) - np.array(flash_times(out))
+    due, shown = np.array(flash_times(source)), np.array(flash_times(out))
+    apart, again = np.array(beep_times(source)) - due, np.array(beep_times(out)) - shown
     assert len(again) == len(apart) > 0
     assert np.abs(again - apart).max() < 1 / float(found.fps) + 0.005
-    lasting = flash_times(source)[-1] - flash_times(source)[0]
-    assert gaps([flash_times(out)[-1] - flash_times(out)[0]], [lasting])[0] < 1.5 / float(found.fps)
+    assert gaps([shown[-1] - shown[0]], [due[-1] - due[0]])[0] < 1.5 / float(found.fps)
     assert found.frames == isolated.probe(source).frames
     assert call("verify", out) == 0
 
