@@ -147,18 +147,18 @@ FAST = ("in the header", "half way, saying nothing", "hung half way")
 @pytest.mark.parametrize(
     "when", [when if when in FAST else pytest.param(when, marks=pytest.mark.slow) for when in SCRIPT_ENDS]
 )
-def test_the_last_copy_dies_or_hangs(when: str, tmp_path: Path, whole: tuple[int, str]) -> None:
+def test_the_last_copy_dies_or_hangs(when: str, tmp_path: Path, short: tuple[int, str]) -> None:
     script, (ends, said) = tmp_path / "ffmpeg", SCRIPT_ENDS[when]
     # Asked for its version, before the work, it is as good as any.
     script.write_text(f'#!/bin/sh\n[ "$1" = -version ] && exit 0\nfor last; do :; done\n{ends}\n')
     script.chmod(0o755)
     path = tmp_path / "out.mp4"
     patience = 1.0 if when.startswith("hung") else 60.0
-    child = crash.Run(*COMMAND, "-o", path, log=tmp_path / "log", before=crash.Encoder(script, patience))
+    child = crash.Run(*SHORT, "-o", path, log=tmp_path / "log", before=crash.Encoder(script, patience))
     assert child.wait() == 5
     assert said in child.said
     assert not path.exists()
-    _resumes(path, whole)
+    _resumes(path, short, SHORT)
 
 
 @pytest.mark.parametrize("segment", [0, pytest.param(1, marks=pytest.mark.slow)])

@@ -177,9 +177,9 @@ def test_a_loop_that_is_made_has_frames_between_its_ends(
     monkeypatch.setattr(interpolated, "is_cut", lambda *_: False)  # one step makes frames as different as scenes
     path, made = tmp_path / "out.mp4", tmp_path / "made.mp4"
     options = [*how, *([] if "--refine-steps" in how else ["--no-refine"]), *LOSSLESS]
-    assert generate(path, 60, "--interpolate", 2, *options) == generate(made, 30, *options) == 0
+    assert generate(path, 48, "--interpolate", 2, *options) == generate(made, 24, *options) == 0
     known, found = levels(made), levels(path)
-    assert len(found) == 60
+    assert len(found) == 48
     assert found[::2] == pytest.approx(known, abs=1.5)
     assert found[-1] == pytest.approx((known[-1] + known[0]) / 2, abs=1.5)
 
@@ -205,7 +205,7 @@ def test_a_stopped_run_goes_on_with_the_same_frames(
 ) -> None:
     options = ["--interpolate", 3, *how]
     whole, path = tmp_path / "whole.mp4", tmp_path / "out.mp4"
-    assert generate(whole, 99, *options) == 0
+    assert generate(whole, 75, *options) == 0
     monkeypatch.setattr(output, "SAVING", 1)
     append, calls = output.Output.append, list[int]()
 
@@ -216,7 +216,7 @@ def test_a_stopped_run_goes_on_with_the_same_frames(
             raise NumericsError("stopped")
 
     monkeypatch.setattr(output.Output, "append", stopping)
-    assert generate(path, 99, *options) == 7
+    assert generate(path, 75, *options) == 7
     assert call("resume", path, "-q") == 7
     assert call("resume", path, "-q") == 0
     assert digest(path) == digest(whole)
