@@ -155,7 +155,7 @@ def test_a_chunk_of_ltx_is_that_of_the_library(
 def test_a_long_call_of_helios_is_one_call_a_chunk(pyramid: bool, chunks: int) -> None:
     torch.manual_seed(5)
     pipeline = helios.make(pipelines.helios_parts(pyramid), {"is_distilled": True} if pyramid else {}, 24)
-    said, size = words(), (64, 128)
+    said, size = words(), (64, 128) if chunks == 1 else (64, 64)  # a square is half the work
     more: dict[str, Any] = {"num_inference_steps": 3}
     if pyramid:
         more = {"pyramid_num_inference_steps_list": [1, 1, 1], "is_amplify_first_chunk": True}
