@@ -489,7 +489,7 @@ def test_what_is_no_video_of_ours_is_kept(tmp_path: Path, capsys: pytest.Capture
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str]:
     """What the second of the next test's jobs makes by itself."""
     path = tmp_path_factory.mktemp("alone") / "out.mp4"
-    assert call("generate", PROMPTS[1], "--frames", 40, "-o", path, *TINY) == 0
+    assert call("generate", PROMPTS[1], "--frames", 26, "-o", path, *TINY) == 0
     return digest(path)
 
 
@@ -497,7 +497,7 @@ class Two:
     """A batch of two jobs that is stopped and given again."""
 
     def __init__(self, folder: Path) -> None:
-        rows = [{"prompt": prompt, "frames": 40} for prompt in PROMPTS[:2]]
+        rows = [{"prompt": prompt, "frames": 26} for prompt in PROMPTS[:2]]
         self.path, self.out = jsonl(folder / "jobs.jsonl", rows), folder / "out"
         self.command = ["batch", self.path, "--out-dir", self.out, *TINY, "--json"]
 

@@ -128,11 +128,11 @@ def test_it_is_refined_by_i2vgen_xl_unless_asked_otherwise(
     assert (usual.refine.model, usual.refine.chunk, usual.refine.overlap) == ("i2vgen-xl", 38, 12)
     assert (usual.refine.num_inference_steps, usual.refine.noise_level, usual.refine.solver) == (29, 926, "ddim")
     assert asked.resolve(model=MODEL, refiner="own").refine == config.RefineConfig()
-    given = ["--frames", 20, "-o", tmp_path / "a.mp4", *SMALL, *OTHER]
+    given = ["--frames", 12, "-o", tmp_path / "a.mp4", *SMALL, *OTHER]
     assert call("generate", PROMPT, "--image", picture, "--init", "own", *given, "--refiner", "i2vgen-xl") == 4
     assert "i2vgen-xl" in capsys.readouterr().err
-    made = make(tmp_path / "b.mp4", picture, 20, *OTHER, "--refiner", folder_of("i2vgen"))
-    assert made[0] == 20
+    made = make(tmp_path / "b.mp4", picture, 12, *OTHER, "--refiner", folder_of("i2vgen"))
+    assert made[0] == 12
     assert call("rerun", tmp_path / "b.mp4", "--image", picture, "-q") == 2
     assert "--refiner" in capsys.readouterr().err
     assert call("rerun", tmp_path / "b.mp4", "--image", picture, "--refiner", folder_of("i2vgen"), "-q") == 0
@@ -189,7 +189,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_frames(
 def test_a_killed_run_goes_on_and_gives_the_same_frames(
     folder: Path, picture: Path, tmp_path: Path, folder_of: FolderOf
 ) -> None:
-    frames, more = 40, ["--refiner", folder_of("i2vgen"), *OTHER]
+    frames, more = 26, ["--refiner", folder_of("i2vgen"), *OTHER]
     whole, path = make(tmp_path / "whole.mp4", picture, frames, *more), tmp_path / "out.mp4"
     before = crash.Listed(folder / "weights.toml", crash.Signalled("output", 1))
     child = crash.Run(*arguments(path, picture, frames, *more), log=tmp_path / "log", before=before)
@@ -200,13 +200,13 @@ def test_a_killed_run_goes_on_and_gives_the_same_frames(
 
 def test_it_extends_any_video(picture: Path, tmp_path: Path) -> None:
     source, path = tmp_path / "in.mp4", tmp_path / "out.mp4"
-    make(source, picture, 30, *PLAIN)
+    make(source, picture, 25, *PLAIN)
     options = [*SMALL, *PLAIN]
-    assert call("extend", source, "--frames", 50, "-o", path, *options) == 0
+    assert call("extend", source, "--frames", 43, "-o", path, *options) == 0
     known, longer = (np.concatenate(list(reading.read_frames(file))) for file in (source, path))
-    assert len(longer) == 50
-    assert float(np.abs(longer[:30].astype(int) - known).mean()) < 2  # encoded once more
-    assert call("extend", source, "--frames", 50, "-o", tmp_path / "b.mp4", *options, "--seed", 8) == 0
+    assert len(longer) == 43
+    assert float(np.abs(longer[:25].astype(int) - known).mean()) < 2  # encoded once more
+    assert call("extend", source, "--frames", 43, "-o", tmp_path / "b.mp4", *options, "--seed", 8) == 0
     assert digest(tmp_path / "b.mp4") != digest(path)
 
 
