@@ -1,26 +1,22 @@
 """What all tests share: one thread, tests that need what is not here are skipped, and where recorded tensors lie."""
 
-import copy
 import gc
-import io
 import os
-import pickle
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch starts: small networks only lose by more
 
 import pytest
 import typer
 
-from streamt2v import config, files, weights
+from streamt2v import config, weights
 from streamt2v.errors import StreamT2VError
 from streamt2v.media import isolated
-from streamt2v.weights import catalog, hub, networks
+from streamt2v.weights import catalog, hub
 from tests import forked
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -48,54 +44,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-class Copies:
-    """Copies of a network. `copy.deepcopy` looks at everything in it one by one: that was a quarter of a small run."""
-
-    def __init__(self, network: object) -> None:
-        import torch
-
-        tensors, written = list[object](), io.BytesIO()
-
-        class Pickler(pickle.Pickler):
-            def persistent_id(self, thing: object) -> int | None:
-                if not isinstance(thing, torch.Tensor):
-                    return None
-                tensors.append(thing)
-                return len(tensors) - 1
-
-        Pickler(written).dump(network)
-        self.tensors, self.pickled = tensors, written.getvalue()
-
-    def make(self) -> object:
-        """Return one more, with tensors of its own; what shares one in the network shares one in its copy."""
-        memo: dict[int, object] = {}
-
-        class Unpickler(pickle.Unpickler):
-            def persistent_load(unpickler, number: int) -> object:
-                return copy.deepcopy(self.tensors[number], memo)
-
-        return Unpickler(io.BytesIO(self.pickled)).load()
-
-
 @pytest.fixture(scope="session", autouse=True)
-def built_once() -> Iterator[None]:
-    """Each network is built from its file once: that is half of a small run. Every run gets a copy."""
-    load, build, kept = networks.load_module, networks.build, dict[object, Copies]()
+def networks_are_built_once() -> Iterator[None]:
+    from tests import copies  # with torch, for which the process that hands out the tests has no use
 
-    def copied(path: Path, device: Any, dtype: Any) -> object:
-        import torch
-
-        # A pretended GPU keeps account of every tensor that is made; and some tests let building fail.
-        real = torch.cuda.is_available() or networks.build is not build
-        if real or str(device) != "cpu" or not path.is_file():
-            return load(path, device, dtype)
-        key = path, files.stamp(path), dtype
-        if key not in kept:
-            kept[key] = Copies(load(path, device, dtype))
-        return kept[key].make()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(networks, "load_module", copied)
+    with copies.built_once():
         yield
 
 
@@ -166,10 +119,16 @@ def toy_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     config.presets.cache_clear()
 
 
-def pytest_collection_finish() -> None:
-    """What was imported stays: every look for garbage among the modules of torch and diffusers takes half a second."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is imported stays: every look for garbage among the modules of torch and diffusers takes half a second."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

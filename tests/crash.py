@@ -1,7 +1,8 @@
 """Runs of the command line that can be killed, starved or lied to: forks of one process that has imported everything.
 
-Importing torch takes seconds, a tiny run about one: so a server imports once, and every run is a fork of it with its
-own session. What goes wrong in a run is a picklable function called in it beforehand, such as `Failing(7, errno.EIO)`.
+Importing torch takes seconds, a tiny run about one, of which a third builds networks: so a server imports and builds
+once (tests/ready.py), and every run is a fork of it with its own session. What goes wrong in a run is a picklable
+function called in it beforehand, such as `Failing(7, errno.EIO)`.
 """
 
 import gc
@@ -29,10 +30,10 @@ from streamt2v.media.frames import Frames
 from streamt2v.models.unet3d import UNet3D
 from streamt2v.models.vae import AutoencoderKL
 from streamt2v.runs import pipeline  # noqa: F401
-from streamt2v.weights import catalog
+from streamt2v.weights import catalog, networks
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["pytest", "tests.crash"])
+_server.set_forkserver_preload(["pytest", "tests.crash", "tests.ready"])
 
 
 class Run:
@@ -135,6 +136,7 @@ def _enter(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
     torch.set_num_threads(1)
+    networks.load_module = sys.modules["tests.ready"].given  # which the server imported, and nobody else
     gc.freeze()
     os.fsync = lambda descriptor: None  # what was written outlives its process
     if before is not None:
