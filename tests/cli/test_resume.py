@@ -27,9 +27,10 @@ from streamt2v.media import reading, writing
 from tests import crash
 from tests.cli.helpers import PROMPT, TINY, call, digest, generate, made, result
 
-FRAMES = 48
-LOUD = [argument for argument in TINY if argument != "--quiet"]
-REFINING = ["--refine-steps", "2", "--size", "96x64", "--seed", "4", "--threads", "1", "--quiet"]
+FRAMES = 40  # four chunks, refined in two
+SMALL = ["--size", "40x24"]  # as small as the base video: what is refined is soon made again
+LOUD = [*(argument for argument in TINY if argument != "--quiet"), *SMALL]
+REFINING = ["--refine-steps", "2", "--size", "48x32", "--seed", "4", "--threads", "1", "--quiet"]
 
 
 class Work:
@@ -37,10 +38,10 @@ class Work:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.source = folder, folder / "source.mp4"
-        assert generate(self.source, 40, "--no-refine", "--size", "80x48") == 0
+        assert generate(self.source, 32, "--no-refine", *SMALL) == 0
         self.commands = {
-            "generate": ["generate", PROMPT, "--frames", FRAMES, *TINY],
-            "extend": ["extend", self.source, "--frames", 64, *TINY],
+            "generate": ["generate", PROMPT, "--frames", FRAMES, *TINY, *SMALL],
+            "extend": ["extend", self.source, "--frames", 56, *TINY, *SMALL],
             "refine": ["refine", self.source, *REFINING],
         }
         self.commands["side by side"] = [*self.commands["generate"], "--threads", 2]
@@ -81,7 +82,7 @@ def _kill_at_random(work: Work, command: str, kills: int, folder: Path, seed: in
     while killed < kills:
         outputs.append(path := folder / f"{len(outputs)}.mp4")
         child = crash.Run(*work.commands[command], "-o", path, log=log)
-        while child.started().wait(rng.uniform(0, seconds)) is None:
+        while child.started().wait(rng.uniform(0, seconds) if killed < kills else 280) is None:
             killed += child.kill()
             if path.exists():  # killed between the last rename and the end
                 again.verify(path)
@@ -283,13 +284,13 @@ def test_resume_refuses_other_settings_and_accepts_a_finished_run(
 def test_resume_anyway_is_recorded(tmp_path: Path, work: Work, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.mp4"
     crash.killed("stream", 2, *work.commands["generate"], "-o", path, log=tmp_path / "log")
-    assert generate(path, FRAMES, "--resume", "--guidance", 3) == 5
+    assert generate(path, FRAMES, *SMALL, "--resume", "--guidance", 3) == 5
     assert "--resume-anyway" in capsys.readouterr().err
     settings = (["--set", "stream.overlap=4"], ["--set", "refine.reuse_interval=2"])
-    for fixed in (["--chunk", 12], ["--size", "40x24"], ["--no-refine"], *settings):
-        assert generate(path, FRAMES, "--resume-anyway", *fixed) in (2, 5)
-    assert generate(path, FRAMES + 8, "--resume-anyway") == 5
-    assert generate(path, FRAMES, "--resume-anyway", "--guidance", 3) == 0
+    for fixed in (["--chunk", 12], ["--size", "80x48"], ["--no-refine"], *settings):
+        assert generate(path, FRAMES, *SMALL, "--resume-anyway", *fixed) in (2, 5)
+    assert generate(path, FRAMES + 8, *SMALL, "--resume-anyway") == 5
+    assert generate(path, FRAMES, *SMALL, "--resume-anyway", "--guidance", 3) == 0
     capsys.readouterr()
     assert call("info", path, "--json") == 0
     (change,) = result(capsys)["recipe"]["changes"]
