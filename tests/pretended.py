@@ -27,6 +27,7 @@ from unittest import mock
 import safetensors
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -37,7 +38,8 @@ PACKAGE = "/streamt2v/"
 # Beside pixel-wise operations, those that take a number of the CPU for a tensor of the GPU.
 TAKE_A_NUMBER = {"fill_", "masked_fill", "masked_fill_", "_foreach_mul", "_foreach_mul_", "_foreach_add_"}
 COUNT_RESULTS = {"nonzero", "argwhere", "masked_select", "_unique2", "unique_consecutive", "unique_dim"}
-PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.device}
+PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
+NAMED = {"to", "cpu", "cuda", "numpy", "__array__", "tolist", "new_tensor"}  # these ask for a place by what they are
 LOOKS = {"_local_scalar_dense", "item", "equal", "allclose", "is_nonzero"}
 
 
@@ -45,9 +47,12 @@ def tensors(values: Iterable[Any]) -> list[Tensor]:
     """The tensors among arguments or results, lists of them included; torch's own search takes most of a run."""
     found = list[Tensor]()
     for value in values:
-        if type(value) in (list, tuple):
+        kind = type(value)
+        if kind is Tensor or kind is Parameter:
+            found.append(value)
+        elif kind is list or kind is tuple:
             found += tensors(value)
-        elif type(value) not in PLAIN and isinstance(value, Tensor):
+        elif kind not in PLAIN and isinstance(value, Tensor):
             found.append(value)
     return found
 
@@ -129,7 +134,8 @@ class _Rules(TorchDispatchMode):
         where = self.common(name, joins, given)
         if self.landing and not is_view:
             for tensor in given:
-                if getattr(tensor.untyped_storage(), "landing", -1) == self.waits.total():
+                landed = getattr(tensor.untyped_storage(), "landing", None)
+                if landed is not None and landed == self.waits.total():  # to count them takes longer than the rest
                     raise RuntimeError(f"{name} looks at a copy that is still on its way down ({asker()})")
         if where != CPU and name in LOOKS:
             self.waits.add("a number looked at")
@@ -198,6 +204,8 @@ class _Names(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (name := getattr(func, "__name__", "")) == "__get__":
             return self.attribute(func, args)
+        if not kwargs and name not in NAMED:
+            return func(*args)
         kwargs = dict(kwargs or {})
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
             return self.moved(args[0], *(args[1:] if func is Tensor.to else (name,)), **kwargs)
@@ -218,12 +226,12 @@ class _Names(TorchFunctionMode):
 
     @staticmethod
     def attribute(func: Any, args: Any) -> Any:
-        asked, tensor = func.__self__, args[0]
-        if asked is Tensor.device:
+        asked, tensor = ASKED.get(func.__self__), args[0]
+        if asked is None:
+            return func(*args)
+        if asked == "device":
             return func(*args) if tensor.is_meta else place(tensor)
-        if asked in (Tensor.is_cuda, Tensor.is_cpu):
-            return place(tensor).type == ("cuda" if asked is Tensor.is_cuda else "cpu")
-        return func(*args)
+        return place(tensor).type == asked
 
     def made(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """A new tensor on a named device."""
@@ -261,6 +269,7 @@ class _Names(TorchFunctionMode):
 
 
 _GENERATOR = torch.Generator
+ASKED = {Tensor.device: "device", Tensor.is_cuda: "cuda", Tensor.is_cpu: "cpu"}
 
 
 class _Generator(torch.Generator):

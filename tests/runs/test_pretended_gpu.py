@@ -1,6 +1,5 @@
 """On a pretended GPU: nothing is on two devices, frames are those of a CPU, and the host waits for what is stated."""
 
-import copy
 import os
 import shutil
 from collections.abc import Callable
@@ -32,10 +31,11 @@ from streamt2v.runs import output, pipeline
 from streamt2v.training import interpolation, parts, restorer
 from streamt2v.training.loop import train
 from streamt2v.training.parts import Workshop
-from streamt2v.weights import published
+from streamt2v.weights import networks, published
 from tests import loras
 from tests.checkpoints import tiny_layouts
 from tests.cli.helpers import PROMPT, call, made
+from tests.copies import Copies
 from tests.pretended import Waits, pretended, unseen
 from tests.training.test_training import micro_networks as micro_networks
 from tests.training.test_training import two_photographs as two_photographs
@@ -75,16 +75,29 @@ def as_a_gpu_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(random_networks, "random_network", drawn_once)
 
 
-DRAWN: dict[tuple[Path, torch.dtype], torch.nn.Module] = {}
+MADE: dict[tuple[Path, torch.dtype], Copies] = {}
+
+
+def once(path: Path, dtype: torch.dtype, make: Callable[[], torch.nn.Module], device: str) -> torch.nn.Module:
+    """Copies of a network that was made once: that was half of a run."""
+    with unseen():
+        if (path, dtype) not in MADE:
+            MADE[path, dtype] = Copies(make())
+        network: torch.nn.Module = MADE[path, dtype].make()
+    return network.to(device)
 
 
 def drawn_once(path: Path, part: published.Part, device: str, dtype: torch.dtype) -> torch.nn.Module:
-    """Copies of a network that was drawn once: that was half of a run."""
-    with unseen():
-        if (path, dtype) not in DRAWN:
-            DRAWN[path, dtype] = draw(path, part, "cpu", dtype)
-        network = copy.deepcopy(DRAWN[path, dtype])
-    return network.to(device)
+    return once(path, dtype, lambda: draw(path, part, "cpu", dtype), device)
+
+
+@pytest.fixture
+def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of networks are read once, too, where nobody looks at how that goes on a GPU."""
+    load = networks.load_module
+    monkeypatch.setattr(
+        networks, "load_module", lambda path, device, dtype: once(path, dtype, lambda: load(path, "cpu", dtype), device)
+    )
 
 
 def make(
@@ -193,6 +206,7 @@ def stopped(path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         make(path, POLICIES["two passes"], device)
 
 
+@pytest.mark.usefixtures("loaded_once")
 def test_a_run_goes_on_on_another_gpu_of_the_same_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -273,12 +287,14 @@ def waits_of_two_more_steps(folder: Path, policy: MemoryPolicy, **given: Any) ->
     return Waits(counts[1] - counts[0])
 
 
+@pytest.mark.usefixtures("loaded_once")
 @pytest.mark.parametrize(("name", "model"), [("all loaded", "demo"), ("on the host", "streamingt2v")])
 def test_a_denoising_step_waits_for_nothing(name: str, model: str, tmp_path: Path) -> None:
     more = waits_of_two_more_steps(tmp_path, POLICIES[name], model=model)
     assert not more, more.report()
 
 
+@pytest.mark.usefixtures("loaded_once")
 def test_a_chunk_waits_for_what_is_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One more chunk of the stream, and one more group of the refiner: what the host waits for, and why."""
     monkeypatch.setattr(output, "SAVING", 1e9)  # a state after every group
@@ -353,6 +369,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.usefixtures("loaded_once")
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fault = FAULTS[name]
@@ -362,6 +379,7 @@ def test_a_planted_fault_is_found(name: str, tmp_path: Path, monkeypatch: pytest
     assert not devices.is_out_of_memory(caught.value)
 
 
+@pytest.mark.usefixtures("loaded_once")
 def test_a_planted_wait_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     combine = guidance.combine
 
@@ -371,7 +389,7 @@ def test_a_planted_wait_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return made
 
     monkeypatch.setattr(guidance, "combine", curious)
-    more = waits_of_two_more_steps(tmp_path, POLICIES["all loaded"])
+    more = waits_of_two_more_steps(tmp_path, POLICIES["all loaded"], **{"refine.enabled": False})
     assert {where.partition(":")[0] for _, where in more} == {"stages/denoise.py"}
 
 
