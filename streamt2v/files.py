@@ -195,12 +195,13 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path, data: bytes | memoryview) -> None:
-    """Write a whole file atomically and durably."""
-    with replacing(path) as temporary, output_errors(path, len(data)):
+def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a whole file of parts, one after the other, atomically and durably."""
+    with replacing(path) as temporary, output_errors(path, sum(map(len, parts))):
         descriptor = os.open(temporary, _WRITE | os.O_EXCL, 0o666)
         try:
-            _write_all(descriptor, data)
+            for data in parts:
+                _write_all(descriptor, data)
         finally:
             os.close(descriptor)
 

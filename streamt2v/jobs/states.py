@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,23 +27,21 @@ class State:
     meta: dict[str, Any]
 
     def torch(self) -> dict[str, Tensor]:
-        """Return the arrays as CPU tensors (bfloat16 ones come back as the float32 they were stored in)."""
+        """Hand over the arrays as CPU tensors (bfloat16 ones come back as the float32 they were stored in)."""
         from torch import from_numpy
 
         # Copied into torch's aligned memory: MKL may round differently on other alignments, as its manual says.
-        return {name: from_numpy(array).clone() for name, array in self.arrays.items()}
+        return {name: from_numpy(self.arrays.pop(name)).clone() for name in [*self.arrays]}
 
 
 def write(folder: Path, name: str, index: int, arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
     """Write a state of a name beside the older ones, and remove those but one; see `RunDirectory.save_state`."""
-    from safetensors.numpy import save
-
     plain = {key: _array(value) for key, value in arrays.items()}
     header = {"index": str(index), "meta": json.dumps(meta)}
     header["sha256"] = _digest(plain, header)
     older = _of(folder, name)
     serial = 1 + (_serial(older[-1]) if older else 0)
-    files.write_bytes(folder / f"{name}-{serial:06d}.safetensors", save(plain, metadata=header))
+    files.write_bytes(folder / f"{name}-{serial:06d}.safetensors", *_parts(plain, header))
     with files.output_errors(folder):
         for path in older[: 1 - KEPT]:
             path.unlink(missing_ok=True)
@@ -78,12 +76,31 @@ def _array(value: Any) -> npt.NDArray[Any]:
     return np.asarray(value, order="C")
 
 
+def _bytes(array: npt.NDArray[Any]) -> memoryview:
+    """View an array's bytes: a state of a refiner can be as large as all else in memory, and is never copied."""
+    return array.reshape(-1).view("u1").data
+
+
+def _parts(arrays: Mapping[str, npt.NDArray[Any]], header: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """Yield a safetensors file: length of the table, table, arrays; the widest first, so that all are aligned."""
+    table, end = dict[str, Any](__metadata__=header), 0
+    ordered = sorted(arrays.items(), key=lambda item: (-item[1].itemsize, item[0]))
+    for name, array in ordered:
+        kind = "BOOL" if array.dtype == bool else f"{array.dtype.kind.upper()}{8 * array.itemsize}"
+        begin, end = end, end + array.nbytes
+        table[name] = {"dtype": kind, "shape": array.shape, "data_offsets": [begin, end]}
+    written = json.dumps(table).encode()
+    written += b" " * (-len(written) % 8)
+    yield len(written).to_bytes(8, "little") + written
+    yield from (_bytes(array) for _, array in ordered)
+
+
 def _digest(arrays: Mapping[str, npt.NDArray[Any]], header: Mapping[str, str]) -> str:
     """Hash a state; safetensors itself loads flipped bits without complaint."""
     digest = hashlib.sha256(f"{header['index']} {header['meta']}".encode())
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        digest.update(arrays[name].tobytes())
+        digest.update(_bytes(arrays[name]))
     return digest.hexdigest()
 
 

@@ -24,7 +24,7 @@ from streamt2v.devices import send
 from streamt2v.diffusion import blend, solvers
 from streamt2v.diffusion.noise import Draws
 from streamt2v.diffusion.schedules import NoiseSchedule
-from streamt2v.errors import ConfigError, NumericsError
+from streamt2v.errors import ConfigError, NumericsError, ResumeError
 from streamt2v.models.restorer import RestorerConfig
 from streamt2v.models.unet3d import Conditioning, TextContext
 from streamt2v.stages.denoise import Predict, guided, reusing
@@ -114,28 +114,27 @@ class RefineState:
     whole: dict[int, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the state as named tensors, for a file."""
+        """Return the state as named tensors, for a file: those of frames and chunks one by one, as they are."""
         named = {"steps_done": torch.tensor(self.steps_done), "counts": torch.tensor([self.finished, self.encoded])}
-        for name in _STACKS:
-            values: dict[int, Tensor] = getattr(self, name)
-            if values:
-                named[name] = torch.stack(list(values.values()))
-                named[f"{name}.slots"] = torch.tensor(list(values))
+        for name in _HELD:
+            named |= {f"{name}.{number}": tensor for number, tensor in getattr(self, name).items()}
         return named
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], device: str = "cpu") -> "RefineState":
-        """Rebuild a state from `tensors`."""
-        stacks = {
-            name: dict(zip(tensors[f"{name}.slots"].tolist(), tensors[name].to(device), strict=True))
-            for name in _STACKS
-            if name in tensors
-        }
+        """Rebuild a state from `tensors`, taking them out of there. Raises ResumeError where older code wrote them."""
+        if "latents.slots" in tensors:
+            raise ResumeError("the refiner's state is of an earlier version", "start again with --overwrite")
         finished, encoded = tensors["counts"].tolist()
-        return cls(tensors["steps_done"].tolist(), finished, encoded, **stacks)
+        state = cls(tensors["steps_done"].tolist(), finished, encoded)
+        for key in [*tensors]:
+            name, _, number = key.partition(".")
+            if name in _HELD:
+                getattr(state, name)[int(number)] = tensors.pop(key).to(device)
+        return state
 
 
-_STACKS = ("latents", "previous", "pending", "clean", "whole")
+_HELD = ("latents", "previous", "pending", "clean", "whole")
 
 
 def noise_grid(schedule: NoiseSchedule, settings: RefineConfig) -> tuple[Tensor, Tensor]:

@@ -1,20 +1,25 @@
 """The run directory: whatever write a run dies at, opening it again gives a state and frames that agree."""
 
 import errno
+import json
 import multiprocessing
 import os
 import shutil
 import threading
+import tracemalloc
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from streamt2v import files
 from streamt2v.errors import BusyError, OutputError, ResumeError
-from streamt2v.jobs import run_directory
+from streamt2v.jobs import run_directory, states
 from streamt2v.jobs.run_directory import RunDirectory
 from streamt2v.media import writing
 from tests.crash import Trap
@@ -334,11 +339,45 @@ def test_states_round_trip_every_dtype_and_shape(tmp_path: Path) -> None:
         state = run.load_state("refine")
         assert state is not None
         assert state.meta == {"step": 3, "names": ["a"]}
-        for name, tensor in tensors.items():
-            assert torch.equal(state.torch()[name].to(tensor.dtype), tensor)
-            assert state.torch()[name].shape == tensor.shape
         assert np.array_equal(state.arrays["bytes"], picture(0)[:, ::-1])
+        found = state.torch()
+        assert found.keys() == {*tensors, "bytes"} and not state.arrays  # handed over: nothing is held twice
+        for name, tensor in tensors.items():
+            assert torch.equal(found[name].to(tensor.dtype), tensor)
+            assert found[name].shape == tensor.shape
         assert run.load_state("stream") is None
+
+
+@given(
+    st.dictionaries(
+        st.text(max_size=5),
+        st.tuples(st.sampled_from(["?", "u1", "i2", "f2", "f4", "i8", "f8"]), st.lists(st.integers(0, 3), max_size=3)),
+    ),
+    st.text(max_size=9),
+)
+def test_a_state_is_a_file_as_the_library_writes_it(kinds: dict[str, tuple[str, list[int]]], text: str) -> None:
+    arrays = {name: np.ones(shape, kind) for name, (kind, shape) in kinds.items() if name != "__metadata__"}
+    data = b"".join(states._parts(arrays, {"meta": text}))
+    assert len(data) % 8 == sum(array.nbytes for array in arrays.values()) % 8
+    loaded = safetensors.numpy.load(data)
+    assert loaded.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert loaded[name].dtype == array.dtype and np.array_equal(loaded[name], array)
+    table = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert table["__metadata__"] == {"meta": text}
+    assert all(row["data_offsets"][0] % arrays[name].itemsize == 0 for name, row in table.items() if name in arrays)
+
+
+def test_a_state_is_written_from_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No copy of its own: a refiner's state can be as large as all else in memory."""
+    held = {"frames": np.zeros(1 << 24, np.uint8), "turned": np.zeros((2, 3)).T}
+    with RunDirectory.open(tmp_path / "run.streamt2v", RECIPE, resume=False) as run:
+        run.save_state("refine", {})  # what is imported by then is not counted
+        tracemalloc.start()
+        run.save_state("refine", held)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert most < 1 << 20
 
 
 def test_two_states_are_kept_and_a_damaged_one_is_passed_over(tmp_path: Path) -> None:
