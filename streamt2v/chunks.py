@@ -1,7 +1,7 @@
 """Chunk plans: which frames each chunk of a stage covers. Integers only; no other file adds frame numbers.
 
 A plan is a tuple of records. Every frame of the video belongs to at least one chunk and is produced exactly once:
-the last chunk shifts back (overlapping more) instead of frames being cut off or invented.
+the last chunk shifts back (overlapping more) or is shorter, instead of frames being cut off or invented.
 """
 
 from bisect import bisect_left, bisect_right
@@ -86,8 +86,8 @@ def streaming_plan(
     return tuple(chunks)
 
 
-def refinement_plan(num_frames: int, size: int, overlap: int) -> tuple[Chunk, ...]:
-    """Plan the refinement stage: chunks of exactly `size` frames, the last one shifted back to end with the video.
+def refinement_plan(num_frames: int, size: int, overlap: int, shift_back: bool = True) -> tuple[Chunk, ...]:
+    """Plan the refinement stage: chunks of `size` frames, the last one shifted back to end with the video, or shorter.
 
     A video shorter than a chunk is one chunk of its own length.
 
@@ -97,8 +97,8 @@ def refinement_plan(num_frames: int, size: int, overlap: int) -> tuple[Chunk, ..
     chunks = [_first(num_frames, size, overlap, "refinement")]
     while chunks[-1].stop < num_frames:
         previous = chunks[-1]
-        start = min(previous.start + size - overlap, num_frames - size)
-        chunks.append(Chunk(len(chunks), start, start + size, previous.stop))
+        start = min(previous.stop - overlap, num_frames - size if shift_back else num_frames)
+        chunks.append(Chunk(len(chunks), start, min(start + size, num_frames), previous.stop))
     return tuple(chunks)
 
 
@@ -164,6 +164,11 @@ def length(num_chunks: int, size: int, overlap: int) -> int:
 def count(num_frames: int, size: int, overlap: int) -> int:
     """Return how many chunks cover so many frames, without their plan."""
     return 1 + max(0, -(-(num_frames - size) // (size - overlap)))
+
+
+def amount(plan: Sequence[Chunk]) -> float:
+    """Return how many chunks of the first one's size the chunks of a plan make up: the last one may be shorter."""
+    return sum(chunk.size for chunk in plan) / plan[0].size if plan else 0.0
 
 
 def packed(num_frames: int, per_latent: int) -> int:

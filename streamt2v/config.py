@@ -143,6 +143,7 @@ class RefineConfig(SamplingConfig):
     )
     chunk: int = _value(24, "frames refined at once", 1, 1024)
     overlap: int = _value(8, "frames shared by neighbouring chunks", 0, 1023)
+    shift_back: bool = _value(True, "the last chunk is as long as others, from an earlier frame on; else it is shorter")
     num_inference_steps: int = _value(30, "denoising steps", 1, 1000)
     noise_level: int = _value(600, "timestep t' up to which the clip is noised, of 1000", 1, 1000)
     guidance_rescale: float = _rescale(0.2)

@@ -56,7 +56,8 @@ def made_plans(
 ) -> tuple[tuple[Chunk, ...], tuple[Chunk, ...]]:
     """Return the same chunks in frames of the base video, which has `num_frames`."""
     first = base_plan(run, num_frames, kept) if command != "refine" else ()
-    second = refinement_plan(num_frames, run.refine.chunk, run.refine.overlap) if run.refine.enabled else ()
+    refine = run.refine
+    second = refinement_plan(num_frames, refine.chunk, refine.overlap, refine.shift_back) if refine.enabled else ()
     return first, second
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamt2v import chunks
-from streamt2v.chunks import count, covering, loop_plan, middles, refinement_plan, seams, snap, streaming_plan
+from streamt2v.chunks import amount, count, covering, loop_plan, middles, refinement_plan, seams, snap, streaming_plan
 from streamt2v.errors import ConfigError
 
 frames = st.integers(1, 400)
@@ -85,6 +85,18 @@ def test_refinement_plan_covers_every_frame_with_whole_chunks(num_frames: int, s
     assert plan[0].start == 0
     strides = {after.start - before.start for before, after in pairwise(plan[:-1])}
     assert strides <= {size - overlap}
+
+
+@given(frames, sizes)
+def test_a_last_chunk_may_be_shorter(num_frames: int, sizes: tuple[int, int]) -> None:
+    plan, shifted = (refinement_plan(num_frames, *sizes, shift_back) for shift_back in (False, True))
+    assert [chunk.new_start for chunk in plan] == [chunk.new_start for chunk in shifted]
+    assert plan[:-1] == shifted[:-1]
+    assert plan[-1].stop == num_frames
+    assert all(after.start == before.stop - sizes[1] for before, after in pairwise(plan))
+    assert sum(chunk.size for chunk in plan) == num_frames + sizes[1] * (len(plan) - 1)
+    assert amount(shifted) == len(shifted)
+    assert amount(plan) * plan[0].size == pytest.approx(sum(chunk.size for chunk in plan))
 
 
 @given(frames, sizes)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamt2v import devices, files, memory
-from streamt2v.chunks import Chunk, length
+from streamt2v.chunks import Chunk, amount, length
 from streamt2v.config import RunConfig, parse_lora, to_flat
 from streamt2v.errors import ConfigError, OutputError
 from streamt2v.families import choose
@@ -125,7 +125,7 @@ def plan(known: Prepared) -> Plan:
     (stream, refine), base, seconds = known.plans, known.base_size, None
     if measured is not None:
         made = max(0, len(stream) - 1) * measured["stream_seconds_per_chunk"]
-        refined = len(known.refine_plan) * measured["refine_seconds_per_chunk"]  # of a loop, all the way round
+        refined = amount(known.refine_plan) * measured["refine_seconds_per_chunk"]  # of a loop, all the way round
         refined += config.num_frames * measured["seconds_per_frame"]
         last = trailing(config) / len(known.refine_plan) if together else 1.0
         seconds = (measured["fixed_seconds"] if stream else 0.0) + max(made + min(1.0, last) * refined, refined)

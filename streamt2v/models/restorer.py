@@ -11,8 +11,9 @@ Shapes: B batch, F frames, N = B*F (frames innermost), C channels, h, w latent c
 # mypy: disable-error-code="no-any-return, no-untyped-call"
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
@@ -85,34 +86,41 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor, frames: int) -> Tensor:
         """Transform x [N, C, h, w] with the embeddings [N, E]."""
-        return self._added(shift_frames(x, frames, self.shifted), x, embedding)
+        gain, shift = self._told(embedding)
+        return self._added(torch.addcmul(shift, self.conv1(shift_frames(x, frames, self.shifted)), gain), x)
 
     def passing(self, clip: Iterable[Tensor], embedding: Tensor) -> Iterator[Tensor]:
         """Transform the frames [1, C, h, w] of a clip as they come, with the clip's embedding [1, E]."""
-        for before, x, after in neighbours(clip):
-            yield self._added(shifted(before, x, after, self.shifted), x, embedding)
+        gain, shift = self._told(embedding)
+        # What a convolution yields is scaled by its weights: once for the clip, not at every cell of every frame.
+        weight = self.conv1.weight * gain.transpose(0, 1)
+        bias = cast(Tensor, self.conv1.bias) * gain.flatten() + shift.flatten()
 
-    def _added(self, seen: Tensor, x: Tensor, embedding: Tensor) -> Tensor:
+        def passed(before: Tensor, x: Tensor, after: Tensor) -> Tensor:
+            return self._added(F.conv2d(shifted(before, x, after, self.shifted), weight, bias, padding=1), x)
+
+        return starmap(passed, neighbours(clip))
+
+    def _told(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """Return gain and shift [N, C, 1, 1] by embeddings."""
         gain, shift = self.embedding(embedding)[:, :, None, None].chunk(2, 1)
+        return 1 + gain, shift
+
+    def _added(self, y: Tensor, x: Tensor) -> Tensor:
         # In place, as such layers spend as much time on moving numbers as on computing them.
-        y = F.leaky_relu(torch.addcmul(shift, self.conv1(seen), 1 + gain), 0.1, inplace=True)
-        return self.conv2(y).add_(x)
+        return self.conv2(F.leaky_relu(y, 0.1, inplace=True)).add_(x)
 
 
 def neighbours(frames: Iterable[Item]) -> Iterator[tuple[Item, Item, Item]]:
-    """Yield each frame between the one before and the one after; at an end, where there is none, itself again."""
+    """Yield each frame between the one before and the one after; at an end, where there is none, itself again.
+
+    Two are held while it waits.
+    """
     coming = iter(frames)
     before = here = next(coming)
     for after in coming:
-        yield before, here, after
-        before, here = here, after
+        yield before, (before := here), (here := after)
     yield before, here, here
-
-
-def _copied(frames: Iterable[Tensor], into: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield tensors after the others were copied into them."""
-    for frame, place in zip(frames, into, strict=True):
-        yield place.copy_(frame)
 
 
 def shift_frames(x: Tensor, frames: int, channels: int) -> Tensor:
@@ -190,13 +198,15 @@ class Restorer(nn.Module):
         weight = self.conv_out.weight
         return Conditioning((), torch.full((2, 1), math.log2(scale), device=weight.device))
 
-    def forward(self, latents: Tensor, timestep: Tensor | float, conditioning: Conditioning, source: Tensor) -> Tensor:
+    def forward(
+        self, latents: Tensor, timestep: Tensor | float, conditioning: Conditioning, source: Tensor | Sequence[Tensor]
+    ) -> Tensor:
         """Predict clean latents; see `run`."""
         return self.run(latents, timestep, conditioning, None, None, source, keep=False)[0]
 
     def run(
         self, latents: Tensor, timestep: Tensor | float, conditioning: Conditioning, cam: None, deep: Tensor | None,
-        source: Tensor, keep: bool = True,
+        source: Tensor | Sequence[Tensor], keep: bool = True,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Predict clean latents, and return them with the features [N, C, h, w] before the last block.
 
@@ -206,7 +216,7 @@ class Restorer(nn.Module):
             conditioning: result of `prepare`, or log2 of the scale [B, 1] as its `pooled`.
             cam: None; the network knows no CAM.
             deep: features of an earlier step; given, only the last block is computed.
-            source: clean latents of the source, of one clip or of each.
+            source: clean latents of the source: of one clip or of each, or frames [C, h, w], for all clips the same.
             keep: whether the features will be asked for; if not, a large clip returns an empty tensor, for memory.
         """
         batch, _, frames, height, width = latents.shape
@@ -215,26 +225,29 @@ class Restorer(nn.Module):
         embedding = self._embedding(timestep, scales)
         threshold = 0.0 if self.training else CORING
         least = threshold * (2 - 2**scales).clamp(min=0)[:, :, None, None]
-        noisy, given = (as_frames(clip) for clip in (latents, source.expand_as(latents)))  # each [N, C, h, w]
+        noisy = as_frames(latents)  # [N, C, h, w]
+        shown = as_frames(source.expand_as(latents)) if isinstance(source, Tensor) else [*source] * batch
+        given = [frame.unsqueeze(0) for frame in shown]  # N times [1, C, h, w]
         last = cast(Residual, self.blocks[-1])
-        if torch.is_grad_enabled() or len(given) * height * width <= CELLS_AT_ONCE:
+        if torch.is_grad_enabled() or len(noisy) * height * width <= CELLS_AT_ONCE:
             embedding, least = (each.repeat_interleave(frames, 0) for each in (embedding, least))
-            deep = self._deep(noisy, given, embedding, frames) if deep is None else deep
-            clean = self._clean(last(deep, embedding, frames), given, least)
+            clip = torch.cat(given)
+            deep = self._deep(noisy, clip, embedding, frames) if deep is None else deep
+            clean = self._clean(last(deep, embedding, frames), clip, least)
         else:
-            clean, features = torch.empty_like(given), deep
+            clean, features = torch.empty_like(noisy), deep
             if features is None:
-                shape = (len(given) if keep else 0, *self.config.block_out_channels, height, width)
+                shape = (len(noisy) if keep else 0, *self.config.block_out_channels, height, width)
                 features = latents.new_empty(shape, dtype=last.conv1.weight.dtype)
                 features = features.contiguous(memory_format=torch.channels_last)
             for row in range(batch):
-                clip, told = slice(row * frames, (row + 1) * frames), embedding[row : row + 1]
-                x = iter(features[clip].split(1))
+                part, told = slice(row * frames, (row + 1) * frames), embedding[row : row + 1]
+                x = iter(features[part].split(1))
                 if deep is None:
-                    passing = self._passing(noisy[clip], given[clip], told)
-                    x = _copied(passing, x) if keep else passing
-                for number, made in enumerate(last.passing(x, told), clip.start):
-                    clean[number] = self._clean(made, given[number : number + 1], least[row])[0]
+                    passing = self._passing(noisy[part], given[part], told)
+                    x = map(Tensor.copy_, x, passing) if keep else passing
+                for number, made in enumerate(last.passing(x, told), part.start):
+                    clean[number] = self._clean(made, given[number], least[row])[0]
             deep = features
         return clean.unflatten(0, (batch, frames)).transpose(1, 2), deep
 
@@ -249,13 +262,14 @@ class Restorer(nn.Module):
             x = block(x, embedding, frames)
         return x
 
-    def _passing(self, noisy: Tensor, given: Tensor, embedding: Tensor) -> Iterator[Tensor]:
-        """Yield the same, of a large clip frame by frame: each layer holds three frames then, not all of them."""
-        noises = (other - frame for other, frame in zip(noisy.split(1), given.split(1), strict=True))
-        shown = zip(noises, neighbours(map(self._parts, given.split(1))), strict=True)
-        x: Iterator[Tensor] = (
-            self._first(noise, detail, before[0], after[0], tone) for noise, (before, (detail, tone), after) in shown
-        )
+    def _passing(self, noisy: Tensor, given: Sequence[Tensor], embedding: Tensor) -> Iterator[Tensor]:
+        """Yield the same, of a large clip frame by frame: each layer holds a few frames then, not all of them."""
+
+        def first(noisy: Tensor, frame: Tensor, shown: tuple[tuple[Tensor, Tensor], ...]) -> Tensor:
+            (before, _), (detail, tone), (after, _) = shown
+            return self._first(noisy - frame, detail, before, after, tone)
+
+        x: Iterator[Tensor] = map(first, noisy.split(1), given, neighbours(map(self._parts, given)))
         for block in self.blocks[:-1]:
             x = cast(Residual, block).passing(x, embedding)
         return x

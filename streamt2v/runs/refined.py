@@ -94,8 +94,8 @@ def groups(
 
     asked = Enlarged(enlarged, geometry.content, geometry.scale, known.refine_plan, around, prompt_of, state)
     for made in refine(asked):
-        shown = [_output(geometry, frame, networks) for frame in made.frames]
-        group = Group(offset + made.start - lead, np.concatenate(shown)).since(done)
+        shown = np.concatenate([_output(geometry, frame, networks) for frame in made.frames])
+        group = Group(offset + made.start - lead, shown).since(done)
         group = Group(group.start, group.frames[: max(0, known.made - group.start)])
         if len(group.frames):
             yield Finished(group, made.state)

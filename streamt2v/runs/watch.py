@@ -8,6 +8,7 @@ from functools import wraps
 from typing import Concatenate, ParamSpec, Protocol
 
 from streamt2v import devices
+from streamt2v.chunks import amount
 from streamt2v.families.networks import Networks
 from streamt2v.jobs import forecast
 from streamt2v.jobs.prepared import Prepared
@@ -153,7 +154,7 @@ class Watch:
 
     def remember(self, seconds: float, networks: Networks) -> None:
         """Keep the speed of this run of so many seconds for `plan`; one that is short or resumed says too little."""
-        job, refined, later = self.known.job, len(self.known.refine_plan), len(self.known.stream_plan) - 1
+        job, refined, later = self.known.job, amount(self.known.refine_plan), len(self.known.stream_plan) - 1
         alone = self.known.family.refines_only and self.known.made >= job.config.refine.chunk  # else `bench` tells
         if job.resume or not (alone or (job.command == "generate" and later and refined != 1)):
             return
@@ -166,7 +167,7 @@ class Watch:
         measured = {
             "fixed_seconds": fixed,
             "stream_seconds_per_chunk": streamed / max(1, later),
-            "refine_seconds_per_chunk": max(0.0, chunks - streamed) / max(1, refined),
+            "refine_seconds_per_chunk": max(0.0, chunks - streamed) / max(1.0, refined),
             "seconds_per_frame": pixels / job.config.num_frames,
             "peak_memory_bytes": devices.peak_memory(networks.device),
         }

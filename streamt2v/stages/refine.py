@@ -77,9 +77,9 @@ class Denoiser:
     """Frames at the beginning of a later chunk that never own themselves, at most its overlap."""
 
     def predictor(
-        self, chunk: Chunk, source: Tensor | None, kept: dict[int, Tensor] | None = None, reuses: bool = False
+        self, chunk: Chunk, source: list[Tensor] | None, kept: dict[int, Tensor] | None = None, reuses: bool = False
     ) -> Predict:
-        """Return the network with the text and the source's latents [1, C, F, h, w] of a chunk, if it sees them.
+        """Return the network with the text and the source's latents, F times [C, h, w], of a chunk, if it sees them.
 
         Its deep features are taken from `kept`, or kept there.
         """
@@ -212,13 +212,16 @@ class Refiner:
 
     def _admit(self) -> None:
         """Take in the new frames of the next chunk: encode them and add noise up to the start level."""
-        state = self.state
+        state, places = self.state, list[Tensor]()
         new = range(state.encoded, self.plan[covering(self.plan, state.encoded)[0]].stop)
-        for frame in new:  # one by one: a part would keep the latents of all of them in memory
+        for frame in new:
             clean = self.encode(frame, frame + 1)[0]
-            state.latents[frame] = self._start(clean, self._noise("refine.start", (frame,), clean))
+            # One by one, as a part would keep all of them in memory, but side by side: else what encoding takes and
+            # frees again would lie between them, and be too small for anything.
+            places = places or [torch.empty_like(clean) for _ in new for _ in range(1 + self.denoiser.sees_source)]
+            state.latents[frame] = places.pop().copy_(self._start(clean, self._noise("refine.start", (frame,), clean)))
             if self.denoiser.sees_source:
-                state.clean[frame] = clean
+                state.clean[frame] = places.pop().copy_(clean)
         state.encoded = new.stop
 
     def _noise(self, purpose: str, address: tuple[int, ...], like: Tensor) -> Tensor:
@@ -280,16 +283,10 @@ class Refiner:
         # Scaled one by one: a second clip of full size would be a tenth of all memory.
         return torch.stack([self.state.latents[frame] / scale for frame in range(chunk.start, chunk.stop)])
 
-    def _source(self, chunk: Chunk) -> Tensor | None:
-        """Return the source's latents of a chunk [1, C, F, h, w] for a network that sees them."""
-        if not self.denoiser.sees_source:
-            return None
-        frames, clean = range(chunk.start, chunk.stop), self.state.clean
-        clip = torch.stack([clean[frame] for frame in frames])
-        if len(self.timesteps) == 1:
-            # Now parts of it: a second clip would be an eighth of all memory. Of several steps each would keep a clip.
-            clean.update(zip(frames, clip, strict=True))
-        return clip.transpose(0, 1).unsqueeze(0)
+    def _source(self, chunk: Chunk) -> list[Tensor] | None:
+        """Return the source's latents of a chunk for a network that sees them, frame by frame: never a second time."""
+        frames = range(chunk.start, chunk.stop)
+        return [self.state.clean[frame] for frame in frames] if self.denoiser.sees_source else None
 
     def _clean_estimate(self, predict: Predict, latents: Tensor, step: int) -> Tensor:
         """Predict the clean latents of one chunk from its input: [F, C, h, w] -> [F, C, h, w]."""

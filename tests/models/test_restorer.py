@@ -75,6 +75,9 @@ def test_pieces_batches_and_reuse_change_nothing(monkeypatch: pytest.MonkeyPatch
     assert torch.allclose(passed, whole, atol=1e-5)
     assert torch.allclose(features, deep, atol=1e-4)
     assert torch.equal(made.run(noisy, times, told, None, features, source)[0], passed)
+    frames = [frame[0] for frame in source[:1].unbind(2)]
+    one, other = (made(noisy[:1], 10, told.rows(slice(1)), given) for given in (source[:1], frames))
+    assert torch.equal(one, other)
     unkept, none = made.run(noisy, times, told, None, None, source, keep=False)
     assert torch.equal(unkept, passed)
     assert none.numel() == 0

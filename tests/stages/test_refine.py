@@ -15,6 +15,7 @@ from streamt2v.chunks import Chunk, refinement_plan
 from streamt2v.config import RefineConfig
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from streamt2v.errors import ResumeError
 from streamt2v.memory import chunks_kept
 from streamt2v.models.unet3d import Conditioning
 from streamt2v.stages.refine import Denoiser, Refiner, RefineState
@@ -45,12 +46,11 @@ class Looking(Toy):
 
     def run(  # type: ignore[override]
         self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, cam: None, deep: Tensor | None,
-        source: Tensor, keep: bool,
+        source: list[Tensor], keep: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        assert source.shape == latents.shape
         assert keep == self.kept
         output, deep = super().run(latents, timestep, conditioning, cam, deep)
-        return output + source.cumsum(2).cos(), deep
+        return output + torch.stack(source, 1).cumsum(1).cos(), deep
 
 
 def refiner(
@@ -65,7 +65,7 @@ def refiner(
     run = Looking(config.reuse_interval > 1).run if looks else Toy().run
     denoiser = Denoiser(run, schedule, lambda chunk: Conditioning(()), sees_source=looks)
     source = torch.randn(num_frames, 2, 1, 2, generator=torch.Generator().manual_seed(1))
-    plan = refinement_plan(num_frames, config.chunk, config.overlap)
+    plan = refinement_plan(num_frames, config.chunk, config.overlap, config.shift_back)
     return kind(denoiser, plan, config, SeededDraws(seed), lambda start, stop: source[start:stop], state)
 
 
@@ -83,10 +83,12 @@ shapes = st.integers(1, 9).flatmap(
 
 
 @settings(max_examples=60, deadline=None)
-@given(shapes, st.integers(1, 3), st.booleans())
-def test_sweep_and_diagonal_are_bit_identical(shape: tuple[int, int, int, int], interval: int, looks: bool) -> None:
+@given(shapes, st.integers(1, 3), st.booleans(), st.booleans())
+def test_sweep_and_diagonal_are_bit_identical(
+    shape: tuple[int, int, int, int], interval: int, looks: bool, shift_back: bool
+) -> None:
     num_frames, chunk, overlap, steps = shape
-    setup = config(chunk, overlap, steps, reuse_interval=interval)
+    setup = config(chunk, overlap, steps, reuse_interval=interval, shift_back=shift_back)
     diagonal = all_frames(refiner(num_frames, setup, looks=looks))
     sweep = all_frames(refiner(num_frames, setup, looks=looks, kind=Sweep))
     assert len(diagonal) == num_frames
@@ -104,18 +106,19 @@ def test_memory_is_constant_in_length() -> None:
     assert most_held(1200, True) == most_held(240, True) == most_held(240, False)[:1] * 2
 
 
-def test_one_step_holds_each_frame_of_the_source_once_while_the_network_runs() -> None:
-    made, held = refiner(240, config(24, 8, 1), looks=True), list[int]()
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_network_sees_the_frames_that_are_kept_and_no_copies(steps: int) -> None:
+    made, chunks = refiner(240, config(24, 8, steps), looks=True), list[list[int]]()
     run = made.denoiser.run
 
-    def counting(*given: Any) -> tuple[Tensor, Tensor]:
-        parts = [part.untyped_storage() for part in (*made.state.clean.values(), given[5])]
-        held.append(sum({part.data_ptr(): part.nbytes() for part in parts}.values()))
+    def looking(*given: Any) -> tuple[Tensor, Tensor]:
+        kept = {id(tensor): frame for frame, tensor in made.state.clean.items()}
+        chunks.append([kept[id(tensor)] for tensor in given[5]])
         return run(*given)
 
-    made.denoiser = replace(made.denoiser, run=counting)
+    made.denoiser = replace(made.denoiser, run=looking)
     all_frames(made)
-    assert set(held) == {24 * 2 * 1 * 2 * 4}
+    assert sorted(chunks) == sorted([*range(chunk.start, chunk.stop)] for chunk in made.plan for _ in range(steps))
 
 
 def test_first_frames_come_early() -> None:
@@ -172,14 +175,14 @@ def test_deep_features_of_both_branches_wait_where_they_are_told_to() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    shapes, st.integers(0, 6), st.integers(1, 3), st.sampled_from([600, 3]), st.booleans(),
+    shapes, st.integers(0, 6), st.integers(1, 3), st.sampled_from([600, 3]), st.booleans(), st.booleans(),
 )  # fmt: skip
 def test_resume_after_any_group_is_exact(
-    shape: tuple[int, int, int, int], groups: int, interval: int, level: int, looks: bool
+    shape: tuple[int, int, int, int], groups: int, interval: int, level: int, looks: bool, shift_back: bool
 ) -> None:
     """Also where the grid visits a timestep twice, as it has fewer than there are steps."""
     num_frames, chunk, overlap, steps = shape
-    setup = config(chunk, overlap, steps, reuse_interval=interval, noise_level=level)
+    setup = config(chunk, overlap, steps, reuse_interval=interval, noise_level=level, shift_back=shift_back)
     whole = all_frames(refiner(num_frames, setup, looks=looks))
     first = refiner(num_frames, setup, looks=looks)
     done = [group for _, group in zip(range(groups), first.run(), strict=False)]
@@ -190,11 +193,17 @@ def test_resume_after_any_group_is_exact(
     assert torch.equal(torch.cat([*done, *again.run()]), whole)
 
 
+def test_a_state_of_frames_in_one_piece_is_refused() -> None:
+    tensors = {"latents": torch.zeros(2, 3), "latents.slots": torch.arange(2)}
+    with pytest.raises(ResumeError, match="earlier version"):
+        RefineState.from_tensors(tensors)
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"num_inference_steps": 4}, {"noise_level": 400}, {"stochastic": False}, {"start_scale": "published"},
-        {"chunk": 8}, {"overlap": 3}, {"cut_range": "published"}, {"reuse_interval": 2},
+        {"chunk": 8}, {"overlap": 3}, {"cut_range": "published"}, {"reuse_interval": 2}, {"shift_back": False},
     ],
 )  # fmt: skip
 def test_every_setting_changes_the_result(change: dict[str, Any]) -> None:
