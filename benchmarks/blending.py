@@ -43,14 +43,14 @@ def blended(way: str) -> Iterator[None]:
         clean = torch.empty(0)
         for chunk in refiner.plan:
             known = clean[len(clean) - (chunk.new_start - chunk.start) :]
-            clean = torch.cat([known, refiner.encode(chunk.new_start, chunk.stop)])
+            clean = torch.stack([*known, *map(refiner.encode, range(chunk.new_start, chunk.stop))])
             text = refiner.denoiser.text(chunk)
             alone = Refiner(
                 replace(refiner.denoiser, text=lambda _, text=text: text),
                 [Chunk(0, 0, chunk.size, 0)],
                 refiner.settings,
                 _OfChunk(refiner.draws, chunk, way == "shared"),
-                lambda start, stop, clean=clean: clean[start:stop],
+                clean.__getitem__,
             )
             refined = torch.cat(list(together(alone)))[chunk.new_start - chunk.start :]
             refiner.state.finished = chunk.stop

@@ -167,5 +167,5 @@ class Networks:
         denoiser = Denoiser(way(unet), schedule, lambda chunk: text, batched, sees_source=looks)
         plan = refinement_plan(refine.chunk, refine.chunk, refine.overlap)
         return lambda: torch.cat(
-            list(Refiner(denoiser, plan, refine, SeededDraws(0), lambda a, b: latents[a:b]).run())
+            list(Refiner(denoiser, plan, refine, SeededDraws(0), latents.__getitem__).run())
         )  # fmt: skip

@@ -132,12 +132,12 @@ def refine(networks: Networks, name: str, given: Enlarged) -> Iterator[Refined]:
     kept = CONTEXT + model.lookahead
     source, waiting = _Source(model, fitted, start, num_frames), dict[int, Tensor]()
 
-    def encode(start: int, stop: int) -> Tensor:
-        if start not in waiting:
-            group = range(start, plan[covering(plan, start)[0]].stop)
+    def encode(number: int) -> Tensor:
+        if number not in waiting:
+            group = range(number, plan[covering(plan, number)[0]].stop)
             with networks.pixel_time.running():
-                waiting.update(zip(group, source.encode(group)[:, None], strict=True))
-        return waiting.pop(start)
+                waiting.update(zip(group, source.encode(group), strict=True))
+        return waiting.pop(number)
 
     def run(latents: Tensor, time: Tensor, words: Words, *_: object) -> tuple[Tensor, Tensor]:
         velocity = model.velocity(latents, time[0], 0, words, None)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from streamt2v.chunks import Chunk
@@ -74,10 +73,7 @@ def refined(
     model = load()
     vae = model.vae
 
-    def encode(start: int, stop: int) -> Tensor:
-        return torch.cat([encode_frame(frame) for frame in range(start, stop)])
-
-    def encode_frame(number: int) -> Tensor:
+    def encode(number: int) -> Tensor:
         nonlocal first
         frame, first = (next(source, None) if first is None else first), None
         if frame is None:
@@ -91,7 +87,7 @@ def refined(
             pixels = frames.letterbox(frame, model.canvas)
             latents = encode_frames(vae, pixels, noise)
             model.look(number, pixels, latents)
-        return latents
+        return latents[0]
 
     def decode(latent: Tensor) -> Tensor:
         with networks.pixels():

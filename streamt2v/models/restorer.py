@@ -86,40 +86,29 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor, frames: int) -> Tensor:
         """Transform x [N, C, h, w] with the embeddings [N, E]."""
-        gain, shift = self._told(embedding)
-        return self._added(torch.addcmul(shift, self.conv1(shift_frames(x, frames, self.shifted)), gain), x)
+        return self._added(shift_frames(x, frames, self.shifted), x, embedding)
 
     def passing(self, clip: Iterable[Tensor], embedding: Tensor) -> Iterator[Tensor]:
         """Transform the frames [1, C, h, w] of a clip as they come, with the clip's embedding [1, E]."""
-        gain, shift = self._told(embedding)
-        # What a convolution yields is scaled by its weights: once for the clip, not at every cell of every frame.
-        weight = self.conv1.weight * gain.transpose(0, 1)
-        bias = cast(Tensor, self.conv1.bias) * gain.flatten() + shift.flatten()
 
         def passed(before: Tensor, x: Tensor, after: Tensor) -> Tensor:
-            return self._added(F.conv2d(shifted(before, x, after, self.shifted), weight, bias, padding=1), x)
+            return self._added(shifted(before, x, after, self.shifted), x, embedding)
 
-        return starmap(passed, neighbours(clip))
+        return starmap(passed, neighbours(clip))  # holds nothing while it waits, as the variables of a loop would
 
-    def _told(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """Return gain and shift [N, C, 1, 1] by embeddings."""
+    def _added(self, seen: Tensor, x: Tensor, embedding: Tensor) -> Tensor:
         gain, shift = self.embedding(embedding)[:, :, None, None].chunk(2, 1)
-        return 1 + gain, shift
-
-    def _added(self, y: Tensor, x: Tensor) -> Tensor:
         # In place, as such layers spend as much time on moving numbers as on computing them.
-        return self.conv2(F.leaky_relu(y, 0.1, inplace=True)).add_(x)
+        y = F.leaky_relu(torch.addcmul(shift, self.conv1(seen), 1 + gain), 0.1, inplace=True)
+        return self.conv2(y).add_(x)
 
 
 def neighbours(frames: Iterable[Item]) -> Iterator[tuple[Item, Item, Item]]:
-    """Yield each frame between the one before and the one after; at an end, where there is none, itself again.
-
-    Two are held while it waits.
-    """
+    """Yield each frame between the one before and the one after; at an end, where there is none, itself again."""
     coming = iter(frames)
     before = here = next(coming)
     for after in coming:
-        yield before, (before := here), (here := after)
+        yield before, (before := here), (here := after)  # so that two are held while it waits
     yield before, here, here
 
 
@@ -140,10 +129,7 @@ def shift_frames(x: Tensor, frames: int, channels: int) -> Tensor:
 
 def shifted(before: Tensor, x: Tensor, after: Tensor, channels: int) -> Tensor:
     """The same for one frame x [1, C, h, w] between its neighbours."""
-    moved = x.clone()
-    moved[:, :channels] = before[:, :channels]
-    moved[:, channels : 2 * channels] = after[:, channels : 2 * channels]
-    return moved
+    return torch.cat([before[:, :channels], after[:, channels : 2 * channels], x[:, 2 * channels :]], 1)
 
 
 def detail_and_tone(latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,8 +209,7 @@ class Restorer(nn.Module):
         scales = cast(Tensor, conditioning.pooled).float().to(latents.device)  # weights may lie on the host
         scales = scales.repeat_interleave(batch // len(scales), 0)
         embedding = self._embedding(timestep, scales)
-        threshold = 0.0 if self.training else CORING
-        least = threshold * (2 - 2**scales).clamp(min=0)[:, :, None, None]
+        least = (0.0 if self.training else CORING) * (2 - 2**scales).clamp(min=0)[:, :, None, None]
         noisy = as_frames(latents)  # [N, C, h, w]
         shown = as_frames(source.expand_as(latents)) if isinstance(source, Tensor) else [*source] * batch
         given = [frame.unsqueeze(0) for frame in shown]  # N times [1, C, h, w]

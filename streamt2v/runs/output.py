@@ -95,8 +95,7 @@ class Output:
         if group.start != self.num_frames:
             raise ValueError(f"frames {group.start}.. cannot follow {self.num_frames} frames")
         if not finished.more and (finished.state is None or began >= self._due):
-            state = {} if finished.state is None else finished.state()
-            tensors = {name: tensor.cpu() for name, tensor in state.items()}
+            tensors = {name: tensor.cpu() for name, tensor in (finished.state or dict)().items()}
         write = partial(self._write, group, tensors, time.monotonic() - began)
         if self._beside is None:
             with self.networks.pixels():

@@ -29,8 +29,8 @@ from streamt2v.models.restorer import RestorerConfig
 from streamt2v.models.unet3d import Conditioning, TextContext
 from streamt2v.stages.denoise import Predict, guided, reusing
 
-Encode = Callable[[int, int], Tensor]
-"""(start, stop) -> clean latents [F, C, h, w] of these frames of the source; asked once for every frame, in order."""
+Encode = Callable[[int], Tensor]
+"""Clean latents [C, h, w] of a frame of the source; asked once for every frame, in order."""
 
 
 class Told(Protocol):
@@ -116,9 +116,7 @@ class RefineState:
     def tensors(self) -> dict[str, Tensor]:
         """Return the state as named tensors, for a file: those of frames and chunks one by one, as they are."""
         named = {"steps_done": torch.tensor(self.steps_done), "counts": torch.tensor([self.finished, self.encoded])}
-        for name in _HELD:
-            named |= {f"{name}.{number}": tensor for number, tensor in getattr(self, name).items()}
-        return named
+        return named | {f"{name}.{at}": held for name in _HELD for at, held in getattr(self, name).items()}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], device: str = "cpu") -> "RefineState":
@@ -215,7 +213,7 @@ class Refiner:
         state, places = self.state, list[Tensor]()
         new = range(state.encoded, self.plan[covering(self.plan, state.encoded)[0]].stop)
         for frame in new:
-            clean = self.encode(frame, frame + 1)[0]
+            clean = self.encode(frame)
             # One by one, as a part would keep all of them in memory, but side by side: else what encoding takes and
             # frees again would lie between them, and be too small for anything.
             places = places or [torch.empty_like(clean) for _ in new for _ in range(1 + self.denoiser.sees_source)]
@@ -262,7 +260,9 @@ class Refiner:
     def _chunk_estimate(self, chunk: Chunk, step: int) -> Tensor:
         """Return the clean estimate [F, C, h, w] of a chunk, with its deep features of the last whole step."""
         interval, whole, index = self.settings.reuse_interval, self.state.whole, chunk.index
-        predictor = partial(self.denoiser.predictor, chunk, self._source(chunk))
+        clean = self.state.clean  # as it is kept: a clip of its own would be a tenth of all memory
+        source = [clean[frame] for frame in range(chunk.start, chunk.stop)] if self.denoiser.sees_source else None
+        predictor = partial(self.denoiser.predictor, chunk, source)
         if interval == 1:
             return self._clean_estimate(predictor(), self._input(chunk, step), step)
         since, kept = step % interval, self.deep.pop(index, {})
@@ -282,11 +282,6 @@ class Refiner:
         scale = self.denoiser.schedule.input_scale(self.rho[step])
         # Scaled one by one: a second clip of full size would be a tenth of all memory.
         return torch.stack([self.state.latents[frame] / scale for frame in range(chunk.start, chunk.stop)])
-
-    def _source(self, chunk: Chunk) -> list[Tensor] | None:
-        """Return the source's latents of a chunk for a network that sees them, frame by frame: never a second time."""
-        frames = range(chunk.start, chunk.stop)
-        return [self.state.clean[frame] for frame in frames] if self.denoiser.sees_source else None
 
     def _clean_estimate(self, predict: Predict, latents: Tensor, step: int) -> Tensor:
         """Predict the clean latents of one chunk from its input: [F, C, h, w] -> [F, C, h, w]."""

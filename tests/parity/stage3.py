@@ -301,7 +301,7 @@ def chain(report: Report, file: str, facts: Facts, tensors: Tensors, setting: Se
         )  # fmt: skip
         refiner = kind(
             Denoiser(watched.run, made, lambda _: text), plan, settings, draws,  # type: ignore[arg-type]
-            lambda first, stop: clean[:, first:stop].transpose(0, 1),
+            lambda number: clean[:, number],
         )  # fmt: skip
         if extra:
             refiner.timesteps, refiner.rho = torch.tensor(facts["model_t"]), recorded

@@ -452,8 +452,8 @@ def refined(
         branches = [stand_in(clip[None], told.index, scale) for clip, scale in zip(latents, (0, 1), strict=True)]
         return torch.cat(branches), latents
 
-    def encode(start: int, stop: int) -> Tensor:  # noised without noise, they are at the start
-        return noisy[0, :, start:stop].transpose(0, 1) / schedule.alphas[int(timesteps[0])]
+    def encode(number: int) -> Tensor:  # noised without noise, they are at the start
+        return noisy[0, :, number] / schedule.alphas[int(timesteps[0])]
 
     stage = Refiner(Denoiser(run, schedule, Numbered), plan, settings, RecordedCuts(cuts), encode)
     return torch.cat(list(stage.run())).transpose(0, 1)[None]

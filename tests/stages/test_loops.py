@@ -129,8 +129,8 @@ def test_rolling_a_loop_and_its_draws_rolls_the_refined_loop(
     def refined(clip: Tensor, by: int) -> Tensor:
         denoiser = Denoiser(Toy().run, NoiseSchedule(ScheduleConfig(prediction="v")), lambda chunk: Conditioning(()))
 
-        def encode(start: int, stop: int) -> Tensor:
-            return torch.stack([clip[around.frame(frame)] for frame in range(start, stop)])
+        def encode(number: int) -> Tensor:
+            return clip[around.frame(number)]
 
         draws = _Rolled(by, around, step)
         made = Refiner(denoiser, plan, config(size, overlap, steps), draws, encode, around=around)

@@ -66,7 +66,7 @@ def refiner(
     denoiser = Denoiser(run, schedule, lambda chunk: Conditioning(()), sees_source=looks)
     source = torch.randn(num_frames, 2, 1, 2, generator=torch.Generator().manual_seed(1))
     plan = refinement_plan(num_frames, config.chunk, config.overlap, config.shift_back)
-    return kind(denoiser, plan, config, SeededDraws(seed), lambda start, stop: source[start:stop], state)
+    return kind(denoiser, plan, config, SeededDraws(seed), source.__getitem__, state)
 
 
 def config(chunk: int, overlap: int, steps: int, **more: Any) -> RefineConfig:
