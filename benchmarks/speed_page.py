@@ -79,7 +79,7 @@ def peer_section(result: Mapping[str, Any]) -> list[str]:
 def change_section(result: Mapping[str, Any], name: str) -> list[str]:
     """The lines of what a change brought: medians of both sides, measured in turn."""
     lines = [
-        f"## Old against new, {name[:10]}",
+        f"## Old against new, {name.removesuffix('.json').replace('-old-against-new-', ', ')}",
         "",
         f"{result['machine']}. {result['how'].capitalize()}: `{name}`.",
         "",

@@ -5,7 +5,7 @@ Peaks were counted on the networks of the published sizes (tensors without data,
 cut into slices of rows.
 The VAE works on one frame at a time and holds 6 features of its size; a temporal decoder on several, and holds 8. A
 restoration network works on a few frames at a time where it is widest; what its stage holds of a chunk was measured:
-RESTORING_LATENTS times the latents, and AHEAD_LATENTS times those of frames that several steps keep, and save, besides.
+RESTORING_LATENTS times the latents, and AHEAD_LATENTS times those of frames that several steps keep besides.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 UNET_FEATURES, FEATURES_BESIDE_FEED_FORWARD, CAM_FEATURES, VAE_FEATURES = 14, 6.5, 4, 6
-TEMPORAL_VAE_FEATURES, RESTORING_LATENTS, AHEAD_LATENTS = 8, 4, 7.3
+TEMPORAL_VAE_FEATURES, RESTORING_LATENTS, AHEAD_LATENTS = 8, 3, 3
 LIBRARY_UNET_FEATURES = 15.5
 INTERPOLATING_VALUES = 280  # of 16 bit, for every pixel of a frame between two: 130 of 32 bit, and the frames
 FEED_FORWARD_WIDTH = 16  # inside of a gated feed-forward: projection 8, gate 4, product 4 times as wide as its input

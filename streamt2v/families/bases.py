@@ -121,7 +121,8 @@ def refine(networks: Networks, name: str, given: Enlarged) -> Iterator[Refined]:
     said = texts(networks, name)
     model: Base = base(networks, name)
     per, side = model.frames_per_latent, folders.layout(name).size_multiple
-    plan = refinement_plan(packed(num_frames, per), packed(settings.chunk, per), packed(settings.overlap, per))
+    sizes = packed(num_frames, per), packed(settings.chunk, per), packed(settings.overlap, per)
+    plan = refinement_plan(*sizes, settings.shift_back)
     canvas = (-(-given.size[0] // side) * side, -(-given.size[1] // side) * side)
     state = RefineState.from_tensors(given.state, device) if given.state else None
     encoded, context = 0, torch.empty(0)
