@@ -95,7 +95,7 @@ class Output:
         if group.start != self.num_frames:
             raise ValueError(f"frames {group.start}.. cannot follow {self.num_frames} frames")
         if not finished.more and (finished.state is None or began >= self._due):
-            tensors = {name: tensor.cpu() for name, tensor in (finished.state or dict)().items()}
+            tensors = {} if finished.state is None else _taken(finished.state)
         write = partial(self._write, group, tensors, time.monotonic() - began)
         if self._beside is None:
             with self.networks.pixels():
@@ -140,6 +140,13 @@ class Output:
                 self.writer.finish(job.output, json.dumps(recipe), extras)
             else:
                 exports.write(self.writer, job.output, json.dumps(recipe), extras)
+
+
+def _taken(state: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    taken = dict[str, Tensor]()
+    for name, tensor in state().items():
+        taken[name] = tensor.cpu()
+    return taken
 
 
 class _Sheet:
