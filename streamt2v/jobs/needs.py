@@ -184,7 +184,11 @@ def disk_bytes(config: RunConfig) -> int:
 
 
 def _state_bytes(config: RunConfig) -> int:
-    """Bytes of the refiner's state: of every frame in flight the latents, the last and the next estimate."""
+    """Bytes of the refiner's state when frames were handed on.
+
+    Of every frame in flight the latents, the last and the next estimate (a refiner of pixels keeps the source as well,
+    but half of it all in 16 bit); of chunks whose deep layers are to be used again, their input.
+    """
     refine, output, family = config.refine, config.output, weights.family(config.model)
     own = refine.model == choose.OWN
     if not refine.enabled or (own and not (family.has("refine.vae") or family.pipeline)):
@@ -196,6 +200,8 @@ def _state_bytes(config: RunConfig) -> int:
     else:
         sizes = _sizes(config, "refine")
         factor, channels = sizes.latent_factor, sizes.vae.get("latent_channels", 4)
+        channels = sizes.unet["out_channels"] if sizes.unet_class == "Restorer" else channels
     cells: int = -(-output.height // factor) * -(-output.width // factor)
-    in_flight = refine.chunk + (refine.num_inference_steps - 1) * (refine.chunk - refine.overlap)
+    in_flight = refine.overlap + (refine.num_inference_steps - 1) * (refine.chunk - refine.overlap)
+    in_flight += refine.chunk * (refine.reuse_interval > 1)
     return min(config.made, in_flight) // frames * 3 * channels * cells * 4

@@ -1,13 +1,15 @@
 """`refine` of a video from elsewhere: by the small network on pixels, which makes none itself."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from streamt2v import weights
-from streamt2v.jobs import shown
+from streamt2v.config import merge
+from streamt2v.jobs import needs, shown
 from streamt2v.jobs.recipe import describe_video
 from streamt2v.media import reading
 from streamt2v.media.frames import resize, to_float
@@ -68,6 +70,26 @@ def test_a_killed_run_of_footage_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
         assert call("refine", footage, "-o", out, *options) == 130
     assert call("resume", out) == 0
     assert digest(out) == digest(whole)
+
+
+@pytest.mark.parametrize("strength", ["faithful", "balanced", "creative"])
+def test_the_disk_that_its_states_need_is_known(strength: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from streamt2v.jobs.run_directory import RunDirectory
+    from streamt2v.runs import output
+
+    save, sizes = RunDirectory.save_state, [0]
+
+    def measured(directory: RunDirectory, name: str, tensors: Any, meta: Any) -> None:
+        sizes.append(sum(tensor.nbytes for tensor in tensors.values()))
+        save(directory, name, tensors, meta)
+
+    monkeypatch.setattr(RunDirectory, "save_state", measured)
+    monkeypatch.setattr(output, "SAVING", 1e9)  # after every group
+    out = tmp_path / "out.mp4"
+    given = ["--size", "48x32", "--strength", strength, "-q"]
+    assert call("refine", made(tmp_path / "in.mp4", 90), "-o", out, *given) == 0
+    config = merge(describe_video(out)["recipe"]["config"])
+    assert max(sizes) <= needs._state_bytes(config) + 1000 <= 2 * max(sizes) + 1000
 
 
 def test_it_makes_no_videos_and_refuses_what_it_does_not_read(
