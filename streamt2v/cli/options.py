@@ -245,11 +245,11 @@ class LeveledCommand(typer.core.TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help."""
         rare = [p for p in self.params if getattr(p, "rich_help_panel", None) in (ADVANCED, RUNNING)]
-        if ctx.find_root().obj != ALL:
-            for parameter in rare:
-                vars(parameter)["hidden"] = True
+        short = ctx.find_root().obj != ALL
+        for parameter in rare:
+            vars(parameter)["hidden"] = short
         super().format_help(ctx, formatter)
-        if rare and ctx.find_root().obj != ALL:
+        if rare and short:
             print(f"{len(rare)} more options: {ctx.command_path} --help-all")
 
 

@@ -28,6 +28,7 @@ from streamt2v.models.clip import (
 )
 from streamt2v.models.dit import SpacetimeConfig, SpacetimeTransformer
 from streamt2v.models.interpolator import Interpolator, InterpolatorConfig
+from streamt2v.models.prior import EmbeddingPrior, PriorConfig
 from streamt2v.models.restorer import PixelCodec, PixelCodecConfig, Restorer, RestorerConfig
 from streamt2v.models.unet3d import UNet3D, UNet3DConfig
 from streamt2v.models.vae import AutoencoderConfig, AutoencoderKL
@@ -62,6 +63,7 @@ def small_networks() -> dict[str, torch.nn.Module]:
     return {
         "UNet3D": UNet3D(UNET),
         "SpacetimeTransformer": SpacetimeTransformer(SpacetimeConfig(width=12, depth=1, heads=1, text_dim=4)),
+        "EmbeddingPrior": EmbeddingPrior(PriorConfig(text_dim=4, image_dim=4, width=8, depth=1)),
         "Restorer": Restorer(RestorerConfig(block_out_channels=(8,), blocks=2, embedding=8)),
         "PixelCodec": PixelCodec(PixelCodecConfig()),
         "ConditionalAttention": ConditionalAttention(cam),
