@@ -302,11 +302,16 @@ _REMOVED = {"stream.solver": ("ddim",), "refine.blending": ("randomized",), "ref
 """Settings of earlier versions, with those of their values whose frames are still made."""
 
 
-def without_removed(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe without the removed settings that change nothing; `merge` refuses those that would."""
+def up_to_date(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe with the settings that there are now.
+
+    Removed ones that change nothing are left out; `merge` refuses those that would. New ones have their defaults, which
+    are what always happened before.
+    """
     if not isinstance(config := recipe.get("config"), dict):
         return recipe
-    return recipe | {"config": {key: value for key, value in config.items() if value not in _REMOVED.get(key, ())}}
+    kept = {key: value for key, value in config.items() if value not in _REMOVED.get(key, ())}
+    return recipe | {"config": {**to_flat(merge()), **kept} if "model" in kept else kept}
 
 
 def _describe(key: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 UNET_FEATURES, FEATURES_BESIDE_FEED_FORWARD, CAM_FEATURES, VAE_FEATURES = 14, 6.5, 4, 6
-TEMPORAL_VAE_FEATURES, RESTORING_LATENTS, AHEAD_LATENTS = 8, 3, 3
+TEMPORAL_VAE_FEATURES, RESTORING_LATENTS, AHEAD_LATENTS = 8, 3.2, 3
 LIBRARY_UNET_FEATURES = 15.5
 INTERPOLATING_VALUES = 280  # of 16 bit, for every pixel of a frame between two: 130 of 32 bit, and the frames
 FEED_FORWARD_WIDTH = 16  # inside of a gated feed-forward: projection 8, gate 4, product 4 times as wide as its input

@@ -123,3 +123,12 @@ def test_unknown_preset_quality_and_file(tmp_path: Path) -> None:
             config.read_toml(tmp_path / "bad.toml")
     with pytest.raises(ConfigError, match="must be of type float"):
         config.merge({"stream.guidance_scale": 10**400})
+
+
+def test_a_recipe_of_before_a_setting_means_its_default() -> None:
+    """So a run begun before can be continued; what is no recipe of a run stays as it is."""
+    now = config.to_flat(config.merge(config.preset("restore"), {"refine.shift_back": True}))
+    before = {key: value for key, value in now.items() if key != "refine.shift_back"}
+    assert config.up_to_date({"config": before, "seed": 1}) == {"config": now, "seed": 1}
+    assert config.up_to_date({"config": {"a": 1}}) == {"config": {"a": 1}}
+    assert config.up_to_date({"config": None}) == {"config": None}

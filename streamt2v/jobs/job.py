@@ -13,7 +13,7 @@ from streamt2v import devices, files
 from streamt2v.config import RunConfig, maker, to_flat
 from streamt2v.jobs import run_directory
 
-_REFINED = ("enabled", "model", "solver", "chunk", "overlap", "num_inference_steps", "reuse_interval")
+_REFINED = ("enabled", "model", "solver", "chunk", "overlap", "shift_back", "num_inference_steps", "reuse_interval")
 # What fixes the number and the sizes of frames and states: no run goes on after a change there.
 _FIXED = (
     *("command", "source", "refiner", "config.model", "config.num_frames", "config.output"),

@@ -187,7 +187,7 @@ def _state_bytes(config: RunConfig) -> int:
     """Bytes of the refiner's state when frames were handed on.
 
     Of every frame in flight the latents, the last and the next estimate (a refiner of pixels keeps the source as well,
-    but half of it all in 16 bit); of chunks whose deep layers are to be used again, their input.
+    but with the latents in 16 bit); of chunks whose deep layers are to be used again, their input.
     """
     refine, output, family = config.refine, config.output, weights.family(config.model)
     own = refine.model == choose.OWN
@@ -202,6 +202,9 @@ def _state_bytes(config: RunConfig) -> int:
         factor, channels = sizes.latent_factor, sizes.vae.get("latent_channels", 4)
         channels = sizes.unet["out_channels"] if sizes.unet_class == "Restorer" else channels
     cells: int = -(-output.height // factor) * -(-output.width // factor)
-    in_flight = refine.overlap + (refine.num_inference_steps - 1) * (refine.chunk - refine.overlap)
+    stride = refine.chunk - refine.overlap
+    sharing = -(-refine.chunk // stride) - 1  # later chunks that have frames of a chunk
+    in_flight = refine.chunk if refine.shift_back else refine.overlap
+    in_flight += (refine.num_inference_steps - 1) * stride * sharing
     in_flight += refine.chunk * (refine.reuse_interval > 1)
     return min(config.made, in_flight) // frames * 3 * channels * cells * 4

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamt2v import weights
-from streamt2v.config import RunConfig, exact_rate, merge, without_removed
+from streamt2v.config import RunConfig, exact_rate, merge, up_to_date
 from streamt2v.errors import ConfigError, StreamT2VError, VideoError
 from streamt2v.jobs import run_directory
 from streamt2v.media.clock import Clock
@@ -87,7 +87,7 @@ def recipe_of(comment: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     whole = isinstance(recipe, dict) and "streamt2v" in recipe and isinstance(recipe.get("config"), dict)
-    return without_removed(recipe) if whole and not _deeper(recipe, MAX_DEPTH) else {}
+    return up_to_date(recipe) if whole and not _deeper(recipe, MAX_DEPTH) else {}
 
 
 def _deeper(value: Any, depth: int) -> bool:

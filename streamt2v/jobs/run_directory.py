@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from streamt2v import files
-from streamt2v.config import without_removed
+from streamt2v.config import up_to_date
 from streamt2v.errors import BusyError, OutputError, ResumeError, VideoError
 from streamt2v.jobs import states
 from streamt2v.jobs.states import State
@@ -100,7 +100,7 @@ def recorded(path: Path) -> Record:
         raise ResumeError(f"{path / 'run.json'} cannot be read: {error}", "start again with --overwrite") from error
     if schema != SCHEMA or not isinstance(found.recipe, dict):
         raise ResumeError(f"{path} has run format {schema}, this version reads {SCHEMA}", "use a newer version")
-    return found._replace(recipe=without_removed(found.recipe))
+    return found._replace(recipe=up_to_date(found.recipe))
 
 
 def recorded_seed(output: Path) -> int | None:

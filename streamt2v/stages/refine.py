@@ -24,7 +24,7 @@ from streamt2v.devices import send
 from streamt2v.diffusion import blend, solvers
 from streamt2v.diffusion.noise import Draws
 from streamt2v.diffusion.schedules import NoiseSchedule
-from streamt2v.errors import ConfigError, NumericsError, ResumeError
+from streamt2v.errors import ConfigError, NumericsError
 from streamt2v.models.restorer import RestorerConfig
 from streamt2v.models.unet3d import Conditioning, TextContext
 from streamt2v.stages.denoise import Predict, guided, reusing
@@ -120,9 +120,11 @@ class RefineState:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], device: str = "cpu") -> "RefineState":
-        """Rebuild a state from `tensors`, taking them out of there. Raises ResumeError where older code wrote them."""
-        if "latents.slots" in tensors:
-            raise ResumeError("the refiner's state is of an earlier version", "start again with --overwrite")
+        """Rebuild a state from `tensors`, taking them out of there; older code wrote each kind in one piece."""
+        for name in _HELD:
+            if (numbers := tensors.pop(f"{name}.slots", None)) is not None:
+                stacked = zip(numbers.tolist(), tensors.pop(name), strict=True)
+                tensors |= {f"{name}.{number}": tensor for number, tensor in stacked}
         finished, encoded = tensors["counts"].tolist()
         state = cls(tensors["steps_done"].tolist(), finished, encoded)
         for key in [*tensors]:

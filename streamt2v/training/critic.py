@@ -21,6 +21,8 @@ WARM_UP = 100  # steps until the critic has its full say
 class Critic(nn.Module):
     """Scores patches of about 30 pixels, high for true ones.
 
+    In every run it gets its say little by little, also where one goes on.
+
     Args:
         channels: of a picture; several frames may lie in one.
     """

@@ -24,6 +24,7 @@ from streamt2v.training.sheets import sharpness, write_sheet
 from streamt2v.training.world.clips import LATEST, SIZE, decode, encode, normal_like, scenes_of
 from streamt2v.training.world.drawing import render
 from streamt2v.training.world.scenes import ASPECT, Scenes, positions, sample_scenes
+from streamt2v.training.world.vae import build_vae
 
 if TYPE_CHECKING:
     from streamt2v.training.parts import Workshop
@@ -40,8 +41,8 @@ AROUND = 3
 class DrawnPatches:
     """Patches of small pictures as the codec leaves them, enlarged, and of true renderings of the same size.
 
-    The latents of two clips in three are a little wrong, in a way that stays and one that changes from frame to frame,
-    as those of a stream are.
+    Latents are a little wrong as those of a stream are: of two clips in three in a way that stays, of two in three in
+    one that changes from frame to frame.
     """
 
     def __init__(self, vae: Any, generator: torch.Generator, folder: Path | None = None, first: int = 256) -> None:
@@ -150,13 +151,13 @@ class Examples:
 def refiner_job(shop: Workshop) -> Job:
     """The demo's refiner, on what the codec leaves of small pictures."""
     network = shop.resumed("refiner", Restorer(REFINER))
-    vae = shop.lesson().vae
+    vae = shop.frozen("vae", build_vae())
     source = DrawnPatches(vae, shop.generator, shop.out / "state" / "rings", max(2, int(256 * shop.first)))
     examples, schedule = Examples(vae, max(2, int(8 * shop.first))), NoiseSchedule(SCHEDULE)
     batch, critic = shop.many(3), Critic(9).to(shop.device)
 
     def loss(progress: float) -> Tensor:
-        with torch.autocast("cpu", enabled=False):  # pictures are made in full precision
+        with torch.autocast(torch.device(shop.device).type, enabled=False):  # pictures are made in full precision
             patches = source.draw(batch)
         error, made = restoring_loss(network, patches, schedule, shop.generator)
         return critic.loss(error, in_threes(made.float()), in_threes(patches.truth), network.conv_out.weight)
@@ -171,5 +172,6 @@ def refiner_job(shop: Workshop) -> Job:
         average=0.999,
         samples=batch,
         device=shop.device,
+        half=True,
         keep=source.clips.save,
     )

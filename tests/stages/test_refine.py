@@ -15,7 +15,6 @@ from streamt2v.chunks import Chunk, refinement_plan
 from streamt2v.config import RefineConfig
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.diffusion.schedules import NoiseSchedule, ScheduleConfig
-from streamt2v.errors import ResumeError
 from streamt2v.memory import chunks_kept
 from streamt2v.models.unet3d import Conditioning
 from streamt2v.stages.refine import Denoiser, Refiner, RefineState
@@ -193,10 +192,14 @@ def test_resume_after_any_group_is_exact(
     assert torch.equal(torch.cat([*done, *again.run()]), whole)
 
 
-def test_a_state_of_frames_in_one_piece_is_refused() -> None:
-    tensors = {"latents": torch.zeros(2, 3), "latents.slots": torch.arange(2)}
-    with pytest.raises(ResumeError, match="earlier version"):
-        RefineState.from_tensors(tensors)
+def test_a_state_of_frames_in_one_piece_is_read() -> None:
+    tables = {"steps_done": torch.tensor([2, 1]), "counts": torch.tensor([3, 7])}
+    latents = torch.rand(2, 4, 1, 1)
+    state = RefineState.from_tensors(tables | {"latents": latents.clone(), "latents.slots": torch.tensor([5, 6])})
+    now = RefineState.from_tensors(tables | {"latents.5": latents[0], "latents.6": latents[1]})
+    assert list(state.latents) == list(now.latents) == [5, 6]
+    assert all(torch.equal(state.latents[at], now.latents[at]) for at in (5, 6))
+    assert (state.steps_done, state.finished, state.encoded) == ([2, 1], 3, 7) == (now.steps_done, 3, 7)
 
 
 @pytest.mark.parametrize(
