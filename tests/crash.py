@@ -93,8 +93,14 @@ class Run:
         """What it wrote to stdout and stderr."""
         return self.log.read_text(errors="replace")
 
-    def survivors(self) -> list[int]:
-        """Processes of its session that are still there."""
+    def survivors(self, seconds: float = 2) -> list[int]:
+        """Processes of its session that are still there after so long: on a busy machine a kill takes a moment."""
+        deadline = time.monotonic() + seconds
+        while (found := self._session()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return found
+
+    def _session(self) -> list[int]:
         found = []
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
