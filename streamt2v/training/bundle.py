@@ -52,10 +52,16 @@ def read(folder: Path, name: str, network: Network) -> Network:
 
 
 def write_words(folder: Path) -> PreTrainedTokenizerFast:
-    """Write tokenizer.json and vocabulary.json; returns the tokenizer."""
+    """Write tokenizer.json and vocabulary.json, where they are not there yet; returns the tokenizer."""
     tokenizer = build_tokenizer()
-    files.write_bytes(folder / "tokenizer.json", tokenizer.backend_tokenizer.to_str(pretty=True).encode())
-    files.write_bytes(folder / "vocabulary.json", (json.dumps(vocabulary(), indent=1) + "\n").encode())
+    words = {
+        "tokenizer": tokenizer.backend_tokenizer.to_str(pretty=True),
+        "vocabulary": json.dumps(vocabulary(), indent=1) + "\n",
+    }
+    for name, text in words.items():
+        path = folder / f"{name}.json"
+        if not path.is_file() or path.read_text("utf-8") != text:  # another part may be trained beside this one
+            files.write_bytes(path, text.encode())
     return tokenizer
 
 
