@@ -122,7 +122,10 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         if self.live is not None:
-            self.live.stop()
+            try:
+                self.live.stop()
+            finally:  # also where a signal arrives while it stops
+                self.live.console.show_cursor()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
