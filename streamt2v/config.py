@@ -311,7 +311,8 @@ def up_to_date(recipe: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(config := recipe.get("config"), dict):
         return recipe
     kept = {key: value for key, value in config.items() if value not in _REMOVED.get(key, ())}
-    return recipe | {"config": {**to_flat(merge()), **kept} if "model" in kept else kept}
+    whole = "model" in kept  # as every run records it; a part of a recipe stays one
+    return recipe | {"config": {**to_flat(merge()), **kept} if whole else kept}
 
 
 def _describe(key: str) -> dict[str, Any]:

@@ -19,7 +19,16 @@ from streamt2v.training import bundle
 from streamt2v.training.batches import Ring, Rows
 from streamt2v.training.critic import Critic
 from streamt2v.training.engine import Job
-from streamt2v.training.restorer import PATCH_FRAMES, SCHEDULE, Patches, log_error, restored, restoring_loss, save
+from streamt2v.training.restorer import (
+    DECIBELS,
+    PATCH_FRAMES,
+    SCHEDULE,
+    Patches,
+    log_error,
+    restored,
+    restoring_loss,
+    save,
+)
 from streamt2v.training.sheets import sharpness, write_sheet
 from streamt2v.training.world.clips import LATEST, SIZE, decode, encode, normal_like, scenes_of
 from streamt2v.training.world.drawing import render
@@ -65,13 +74,14 @@ class DrawnPatches:
     def draw(self, count: int) -> Patches:
         """Draw patches of various scales, half of them where the light is."""
         scale = SCALES[int(torch.randint(len(SCALES), (), generator=self.generator))]
-        return self.patches(self.clips.draw(count, fresh=count / 8), count, scale)
+        return self.patches(self.clips.draw(count, fresh=count / 8), scale)
 
-    def patches(self, rows: Rows, count: int, scale: int) -> Patches:
+    def patches(self, rows: Rows, scale: int) -> Patches:
         """Return a patch of every clip, `scale` times as large as in the small picture."""
-        pairs = [self._pair({name: column[at : at + 1] for name, column in rows.items()}, scale) for at in range(count)]
+        each = range(len(rows["start"]))
+        pairs = [self._pair({name: column[at : at + 1] for name, column in rows.items()}, scale) for at in each]
         truth, source = (torch.cat(parts).transpose(1, 2) for parts in zip(*pairs, strict=True))
-        return Patches(truth, source, torch.full((count,), float(scale), device=truth.device))
+        return Patches(truth, source, torch.full((len(truth),), float(scale), device=truth.device))
 
     def _pair(self, row: Rows, scale: int) -> tuple[Tensor, Tensor]:
         """Return truth and source [1, F, 3, H, W] of a clip at some place."""
@@ -131,12 +141,12 @@ def in_threes(clips: Tensor) -> Tensor:
 
 
 class Examples:
-    """Pairs that training does not see, around lights, and what the refiner makes of them."""
+    """Pairs that training does not see, half of them around lights, and what the refiner makes of them."""
 
     def __init__(self, vae: Any, count: int = 8) -> None:
         generator = torch.Generator().manual_seed(77)
         source = DrawnPatches(vae, generator, first=count)
-        self.patches = source.patches(source.clips.draw(count, 0.0), count, 10)
+        self.patches = source.patches(source.clips.draw(count, 0.0), 10)
 
     @torch.no_grad()
     def report(self, network: Restorer, schedule: NoiseSchedule, path: Path) -> str:
@@ -144,7 +154,7 @@ class Examples:
         truth, source = self.patches.truth, self.patches.source
         made = restored(network, self.patches, schedule)
         write_sheet(path, torch.stack([clips[:, :, 2] for clips in (source, made, truth)]))
-        gain = 4.343 * float((log_error(source - truth) - log_error(made - truth)).mean())
+        gain = DECIBELS * float((log_error(source - truth) - log_error(made - truth)).mean())
         return f"{gain:+.2f} dB, sharpness {sharpness(made, truth):.2f}, before {sharpness(source, truth):.2f}"
 
 

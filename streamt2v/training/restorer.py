@@ -43,6 +43,8 @@ EPSILON = (1 / 255) ** 2
 """Square of half a level: errors far below what eight bits can show do not count."""
 SLIGHT = (2 / 127.5) ** 2
 """Square of two levels: a row whose source is no further from the truth counts half or less."""
+DECIBELS = 10 / math.log(10)
+"""Of a natural logarithm of squared errors."""
 FLICKER = 0.3
 """Weight of errors that change from frame to frame, beside that of all errors."""
 FAITHFUL_SHARE, FAITHFUL_LEVELS, LEVELS = 0.8, 20, 700
@@ -231,7 +233,7 @@ class Judge:
                 patches = Patches(truth, source, torch.tensor([JUDGED[kind].scale], device=device))
                 error = restored(network, patches, schedule) - truth
                 gains.append(float(log_error(source - truth) - log_error(error)))
-            found[kind] = 10 / math.log(10) * sum(gains) / len(gains)
+            found[kind] = DECIBELS * sum(gains) / len(gains)
         return found
 
 
