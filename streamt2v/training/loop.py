@@ -29,8 +29,8 @@ def train(
     """Train one part and write its weights into `out`; called again, it goes on where the last run stopped.
 
     Later parts build on earlier ones: vae, text and vision come first, then images, base, decoder, and cam and apm, or
-    joint for all three; image_to_video needs base, prior text and vision, refiner vae, restore and interpolate
-    nothing. What `out` lacks comes from the package.
+    joint for all three; image_to_video needs base, prior text and vision, dit vae and text, refiner decoder,
+    restore and interpolate nothing. What `out` lacks comes from the package.
 
     Args:
         part: a name of `jobs`.

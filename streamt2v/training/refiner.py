@@ -140,6 +140,13 @@ def in_threes(clips: Tensor) -> Tensor:
     return torch.cat([frames[:, at : clips.shape[2] - 2 + at] for at in range(3)], 2).flatten(0, 1)
 
 
+def judged(clips: Tensor, generator: torch.Generator) -> tuple[Any, ...]:
+    """Draw what the critic, which takes longer than the refiner, sees of clips [..., H, W]: at most half of a patch."""
+    side = PATCH // 2
+    rooms = (max(extent - side, 0) + 1 for extent in clips.shape[-2:])
+    return ..., *(slice(begin := int(torch.randint(room, (), generator=generator)), begin + side) for room in rooms)
+
+
 class Examples:
     """Pairs that training does not see, half of them around lights, and what the refiner makes of them."""
 
@@ -170,7 +177,9 @@ def refiner_job(shop: Workshop) -> Job:
         with torch.autocast(torch.device(shop.device).type, enabled=False):  # pictures are made in full precision
             patches = source.draw(batch)
         error, made = restoring_loss(network, patches, schedule, shop.generator)
-        return critic.loss(error, in_threes(made.float()), in_threes(patches.truth), network.conv_out.weight)
+        part = judged(made, shop.generator)
+        pair = in_threes(made.float()[part]), in_threes(patches.truth[part])
+        return critic.loss(error, *pair, network.conv_out.weight)
 
     return Job(
         loss,

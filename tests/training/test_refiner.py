@@ -65,3 +65,15 @@ def test_frames_lie_in_threes() -> None:
     assert threes.shape == (6, 9, 2, 2)
     assert torch.equal(threes[1], clips[0, :, 1:4].transpose(0, 1).flatten(0, 1))
     assert torch.equal(threes[3], clips[1, :, :3].transpose(0, 1).flatten(0, 1))
+
+
+def test_the_critic_sees_the_same_part_of_both() -> None:
+    clips = torch.arange(144.0 * 256).view(1, 144, 256)
+    corners = set[float]()
+    for seed in range(40):
+        part = refiner.judged(clips, torch.Generator().manual_seed(seed))
+        assert clips[part].shape == (1, 128, 128)
+        corners.add(float(clips[part][0, 0, 0]))
+    assert max(corners) // 256 in range(10, 17)
+    assert min(corners) // 256 in range(5)
+    assert len(corners) > 30

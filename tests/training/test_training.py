@@ -42,7 +42,7 @@ from streamt2v.training.parts import JOBS
 from streamt2v.training.world import clips, vae
 from streamt2v.training.world.captions import build_tokenizer, parse
 from streamt2v.training.world.encoders import build_text, build_vision
-from streamt2v.training.world.scenes import Scenes, framed, subject_mask
+from streamt2v.training.world.scenes import LEFT, RIGHT, RISING, Scenes, framed, subject_mask
 from streamt2v.training.world.vae import altered, build_vae, disturbed, held_out
 from tests.cli.helpers import call
 
@@ -279,7 +279,7 @@ def small_source(seed: int = 0) -> clips.WorldSource:
 
 
 def test_pairs_differ_in_the_direction_alone() -> None:
-    source = small_source()
+    source = small_source(2)
     seen = 0
     for _ in range(6):
         batch = source.clips(4, pairs=1)
@@ -479,6 +479,36 @@ def test_rows_of_a_batch_join_to_the_batch() -> None:
     assert joined.captions == batch.captions
 
 
+def test_known_frames_that_move_slowly_lead_to_true_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, frames = small_source(), 30 + torch.arange(16).expand(300, -1)
+    found, slow = source._slowed(frames)
+    assert 0.16 < slow.float().mean() < 0.34
+    assert torch.equal(found[:, 7:], frames[:, 7:].float())
+    assert torch.allclose(found[~slow], frames[~slow].float())
+    steps = found[slow, :8].diff(dim=1)
+    assert (steps >= 0).all()
+    assert (steps < 1).all()
+    assert 0.3 < (steps == 0).all(dim=1).float().mean() < 0.7  # half of them stand still
+    monkeypatch.setattr(source, "_slowed", lambda frames: (torch.full_like(frames, 9), torch.tensor([False, True])))
+    monkeypatch.setattr(source, "_conditioning", lambda _, latents, __: (None, latents))
+    changes = source.chunks(2).latents.diff(dim=2).abs().amax(dim=(1, 3, 4))  # [B, F-1]
+    assert changes[1, :7].max() < 1e-5
+    assert changes[0, :7].min() > 1e-3
+
+
+def test_lights_that_leave_are_seen_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = small_source(3)
+    monkeypatch.setattr(source, "_drawn", lambda scenes, frames, _: torch.zeros(*frames.shape, 3, 8, 8))
+    rows = source._make_clips(800, late=1.0)
+    scenes = clips.scenes_of(rows)
+    frames = rows["start"][:, None] + torch.arange(16)
+    jumps = (clips.positions(scenes, frames).diff(dim=1).abs() > 0.5).any(2).any(1)
+    through = scenes.motion.unsqueeze(1).eq(torch.tensor([LEFT, RIGHT, RISING])).any(1)
+    assert not jumps[~through].any()
+    assert 0.55 < jumps[through].float().mean() < 0.75  # half, and those by chance
+    assert rows["start"].min() >= 0
+
+
 def test_mistakes_stay_near_the_clip_they_began_from() -> None:
     clean = torch.randn(2, 4, 4, 9, 16, generator=torch.Generator().manual_seed(0))
     schedule = NoiseSchedule(losses.DEMO_SCHEDULE)
@@ -596,7 +626,7 @@ def test_what_follows_disturbed_conditioning_frames_joins_them_and_ends_nearly_r
     plain = rows["latents"].float()
     changed = []
     for _ in range(8):
-        pixels, latents = source._conditioning(rows, plain)
+        pixels, latents = source._conditioning(rows, plain, clips._frames(rows))
         assert pixels.shape == (2, 8, 3, 72, 128)
         assert latents.shape == plain.shape
         off = (latents - plain).abs().mean((0, 1, 3, 4))

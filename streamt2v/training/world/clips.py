@@ -23,6 +23,7 @@ from streamt2v.training.world.scenes import (
     Scenes,
     framed,
     join_scenes,
+    positions,
     sample_scenes,
     subject_mask,
 )
@@ -63,6 +64,11 @@ def normal_like(values: Tensor, generator: torch.Generator) -> Tensor:
 
 def _columns(latents: Tensor, scenes: Scenes, start: Tensor) -> Rows:
     return {"latents": latents.half(), "start": start, **vars(scenes)}
+
+
+def _frames(rows: Rows) -> Tensor:
+    """Frame indices [B, F] of clips."""
+    return rows["start"][:, None] + torch.arange(rows["latents"].shape[2], device=rows["start"].device)
 
 
 def scenes_of(rows: Rows) -> Scenes:
@@ -113,13 +119,22 @@ class WorldSource:
     def _make_clips(
         self, count: int, late: float, length: int = CLIP_FRAMES, size: tuple[int, int] = SIZE, loop: bool = False
     ) -> Rows:
-        """Clips and their mirror images, side by side; a share `late` of the pairs starts at a random frame."""
+        """Clips and their mirror images, side by side; a share `late` of the pairs starts at a random frame.
+
+        Half of these in which the light passes through the picture are placed so that it leaves or comes back in them:
+        that is what streams lose first.
+        """
         count = max(1, count // 2)
         one = sample_scenes(count, self.generator)
         one = one.looping(length) if loop else one
         order = torch.arange(2 * count).view(2, count).T.flatten()
         scenes = join_scenes([one, one.mirrored()]).take(order).to(self.device)
         start = torch.randint(0, LATEST, (count,), generator=self.generator)
+        passing = (positions(one, torch.arange(LATEST)).diff(dim=1).abs() > 0.5).any(-1)  # where it jumps
+        passing &= torch.rand(count, 1, generator=self.generator) < 0.5
+        for row in passing.any(1).nonzero()[:, 0].tolist():
+            jump = int(passing[row].float().multinomial(1, generator=self.generator))
+            start[row] = (jump - start[row] % length).clamp(min=0)
         start[torch.rand(count, generator=self.generator) >= late] = 0
         start = start.repeat_interleave(2).to(self.device)
         frames = start[:, None] + torch.arange(length, device=self.device)
@@ -130,10 +145,10 @@ class WorldSource:
     def _drawn(self, scenes: Scenes, frames: Tensor, size: tuple[int, int]) -> Tensor:
         return render(scenes, frames, *size, framed(*size))
 
-    def _batch(self, rows: Rows, captions: list[str]) -> Batch:
+    def _batch(self, rows: Rows, captions: list[str], frames: Tensor | None = None) -> Batch:
         latents = rows["latents"].float()
         size = (latents.shape[3], latents.shape[4])
-        frames = rows["start"][:, None] + torch.arange(latents.shape[2], device=self.device)
+        frames = _frames(rows) if frames is None else frames
         return Batch(latents, captions, subject_mask(scenes_of(rows), frames, *size, framed(*size)))
 
     def _captions(self, rows: Rows) -> list[str]:
@@ -174,8 +189,12 @@ class WorldSource:
     def chunks(self, count: int) -> Batch:
         """Clips that start anywhere, with the frames that CAM and APM see."""
         rows = self._late.draw(count, fresh=count / 16)
-        batch = self._batch(rows, self._captions(rows))
-        shown, latents = self._conditioning(rows, batch.latents)
+        frames, slow = self._slowed(_frames(rows))
+        batch = self._batch(rows, self._captions(rows), frames)
+        if slow.any():
+            known = encode(self.vae, render(scenes_of(rows).take(slow), frames[slow, :COND_FRAMES]))
+            batch.latents[slow, :, :COND_FRAMES] = known.to(batch.latents)
+        shown, latents = self._conditioning(rows, batch.latents, frames)
         back = torch.randint(0, 200, (count, 1), generator=self.generator).to(self.device)
         anchors = render(scenes_of(rows), rows["start"][:, None] - back)[:, 0]
         return replace(batch, latents=latents, shown=shown, anchors=anchors)
@@ -198,8 +217,7 @@ class WorldSource:
     def pictured(self, count: int) -> Batch:
         """Clips as from `clips`, with all of their frames as pixels."""
         rows = self._early.draw(count, fresh=count / 16)
-        frames = rows["start"][:, None] + torch.arange(CLIP_FRAMES, device=self.device)
-        return replace(self._batch(rows, self._captions(rows)), shown=render(scenes_of(rows), frames))
+        return replace(self._batch(rows, self._captions(rows)), shown=render(scenes_of(rows), _frames(rows)))
 
     def first_frames(self, count: int, loop: bool = False) -> Batch:
         """Clips that start anywhere, with their first frame as anchor: a picture to start from.
@@ -210,7 +228,21 @@ class WorldSource:
         batch = self._batch(rows, self._captions(rows))
         return replace(batch, anchors=render(scenes_of(rows), rows["start"][:, None])[:, 0])
 
-    def _conditioning(self, rows: Rows, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def _slowed(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """In one clip of four the known frames stand still, or move more slowly than they should, up to the last one.
+
+        A stream that has slowed down, as it does where a light leaves the picture, must find back to the motion that
+        the text names: who only ever saw true motion keeps what is there.
+
+        Returns:
+            Frame indices [B, F] with fractions, rows [B] that are slow.
+        """
+        chance, rate = torch.rand(2, len(frames), 1, generator=self.generator).to(self.device)
+        rate = torch.where(chance < 1 / 4, (2 * rate - 1).clamp(min=0), 1.0)
+        ago = torch.arange(frames.shape[1], device=self.device) - (COND_FRAMES - 1)
+        return frames[:, COND_FRAMES - 1 :][:, :1] + torch.where(ago < 0, rate * ago, ago), rate[:, 0] < 1
+
+    def _conditioning(self, rows: Rows, latents: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
         """The first frames of clips as CAM will meet them, and the latents to learn after them.
 
         While streaming, CAM sees what the model itself made. So some are rendered, some decoded from disturbed latents,
@@ -228,7 +260,6 @@ class WorldSource:
             return bool(torch.rand((), generator=generator) < p)
 
         share = fading(COND_FRAMES, latents.shape[2]).to(latents)
-        frames = rows["start"][:, None] + torch.arange(latents.shape[2], device=self.device)
         if chance(0.35):
             steady, restless = (0.35 * torch.rand(2, generator=generator)).tolist()
             latents = latents + share[:, None, None] * steady * normal_like(latents[:, :, :1], generator)
