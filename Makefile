@@ -9,7 +9,7 @@
 
 VENV ?= .venv
 TORCH_INDEX ?=
-PROMPT ?= a red ball bouncing over the sea at sunset
+PROMPT ?= a red ball floating over the sea at sunset
 BIN := $(VENV)/bin
 ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \

@@ -38,6 +38,7 @@ import numpy as np
 import torch
 from score import HERE, WEIGHTS, collect, judged, load, machine, measured, options, refine, scene
 
+from streamt2v import config
 from streamt2v.chunks import Chunk, refinement_plan, seams, streaming_plan
 from streamt2v.media.frames import Frames, to_u8
 from streamt2v.models.encoders import encode_frames
@@ -123,7 +124,8 @@ def ablate(index: int, seed: int, frames: int, concatenated: Path | None, sheets
             }
             if (start, name) == ("text", "full"):
                 base = shown
-    refined_plan = refinement_plan(frames, 24, 8)
+    own = config.merge(config.preset("demo")).refine
+    refined_plan = refinement_plan(frames, own.chunk, own.overlap, own.shift_back)
     for level, settings in LEVELS.items():
         row[level] = {}
         for name in blending.WAYS:

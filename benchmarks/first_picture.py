@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked, more = parser.parse_known_args()
-    found = follow(["a red ball bouncing over the sea at sunset", "--duration", "10s", "--seed", "1", *more])
+    found = follow(["a red ball floating over the sea at sunset", "--duration", "10s", "--seed", "1", *more])
     record = {
         "date": f"{datetime.date.today()}", "machine": platform.machine(), "cores": os.cpu_count(),
         "load": os.getloadavg()[0], "options": more,

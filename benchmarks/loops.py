@@ -8,6 +8,10 @@ frames), a ring of windows, and a stream that comes home (--frames); "plain" is 
 loop. wrap is the change from the last frame to the first over the median change, motion the median change over that of
 the plain video.
 
+picture: one window from the first frame of the plain video, by the picture-to-video network told that it is a loop, as
+it learned (LoopAnimate); "rolled" is the same network, not told, its latents rolled. Both are compared with what it
+makes of the picture without a loop.
+
 until: the stream ends on a picture, the last frame of another video: of the same prompt, or of the next one. psnr
 compares the last frame with the picture as the VAE draws it, vae_psnr that with the picture; 99 means the same.
 
@@ -30,6 +34,7 @@ from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -38,7 +43,7 @@ import torch
 
 from streamt2v import devices, memory, weights
 from streamt2v.cli.progress import Progress
-from streamt2v.families import makers
+from streamt2v.families import makers, streamingt2v
 from streamt2v.families.networks import Networks
 from streamt2v.jobs import asked as options
 from streamt2v.jobs.job import Job
@@ -53,7 +58,8 @@ from streamt2v.stages.stream import StreamState
 from streamt2v.timeline import home_frames
 from streamt2v.weights import vocabulary
 
-LOOPS, PICTURES = ("window", "ring", "home"), ("until same", "until next")
+LOOPS, PICTURED, PICTURES = ("window", "ring", "home"), ("picture", "picture rolled"), ("until same", "until next")
+WAYS = (*LOOPS, *PICTURED, *PICTURES)
 WINDOW, QUALITY, BETWEEN = 16, "balanced", 500  # BETWEEN: from a seed to that of the other video
 BARS = {"wrap": 1.3, "jump": 1.4, "motion": 0.85, "psnr": 30.0}
 AT_MOST = ("wrap", "jump")
@@ -84,14 +90,28 @@ class Maker:
         self.asked = {"prompt": prompt, "seed": seed, "refine.enabled": False, **dict(settings)}
         self.begun: dict[int, Any] = {}  # by the frame at which a chunk starts
 
+    def _networks(self, row: Mapping[str, Any], here: dict[Path, Any]) -> tuple[Prepared, Networks]:
+        known = Prepared(Job("generate", options.resolve(row=row, quality=QUALITY), Path("loop.mp4")))
+        run, watch = known.job.config, Watch(Progress(quiet=True), known, None)
+        return known, Networks(run, [run.prompt], devices.resolve("cpu"), memory.ladder("cpu")[0], here, watch)
+
+    def from_picture(self, picture: Frames, loop: str = "no", rolled: bool = False) -> Frames:
+        """Return one window [F, H, W, 3] from a picture [H, W, 3]."""
+        row = {**self.asked, "num_frames": WINDOW, "loop": loop, "image": "picture.png"}
+        _, networks = self._networks(row, loaded())
+        sampled = streamingt2v._sampled
+
+        def rolling(*given: Any, **_: Any) -> torch.Tensor:
+            return sampled(*given, rolling=True)
+
+        with mock.patch.object(streamingt2v, "_sampled", rolling if rolled else sampled):
+            return to_u8(makers.build(networks, None).first(networks.run.prompt, to_float(picture[None])[0]))
+
     def video(self, num_frames: int, loop: str = "no", shown: Mapping[int, Frames] | None = None) -> Frames:
         """Return frames [F, H, W, 3]; those of `shown` are pictures [1, H, W, 3]."""
         named = {f"pictures.{frame}": "picture.png" for frame in shown or {}}
-        row = {**self.asked, "num_frames": num_frames, "loop": loop, **named}
-        known = Prepared(Job("generate", options.resolve(row=row, quality=QUALITY), Path("loop.mp4")))
-        run, plan, watch = known.job.config, known.stream_plan, Watch(Progress(quiet=True), known, None)
-        networks = Networks(run, [run.prompt], devices.resolve("cpu"), memory.ladder("cpu")[0], loaded(), watch)
-        making = makers.build(networks, None)
+        known, networks = self._networks({**self.asked, "num_frames": num_frames, "loop": loop, **named}, loaded())
+        run, plan, making = known.job.config, known.stream_plan, makers.build(networks, None)
         if len(plan) == 1 and loop != "no":
             return to_u8(making.first(run.prompt, None))
         if not self.begun:
@@ -193,6 +213,11 @@ def measure(
         elif way in LOOPS:
             made = maker.video(frames, {"ring": "ring", "home": "stream"}[way])
             row[way] = looped(made, plain) | (way_there(made, plain, made[0]) if way == "home" else {})
+        elif way in PICTURED:
+            made = (
+                maker.from_picture(plain[0], "no", True) if "rolled" in way else maker.from_picture(plain[0], "stream")
+            )
+            row[way] = looped(made, maker.from_picture(plain[0]))
         else:
             if way == "until same":
                 other = maker_of(prompt, seed + index + BETWEEN, settings)
@@ -210,7 +235,7 @@ def measure(
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return for each way and score how it is distributed, and for how many prompts it reaches its bar."""
     found: dict[str, Any] = {}
-    for way in (way for way in (*LOOPS, *PICTURES) if way in rows[0]):
+    for way in (way for way in WAYS if way in rows[0]):
         found[way] = {}
         for name in rows[0][way]:
             values = [row[way][name] for row in rows]
@@ -239,7 +264,7 @@ def table(found: Mapping[str, Any], prompts: int) -> str:
 def main() -> None:
     """Measure, store after every prompt, add the summary and print it."""
     parser = score.options(__doc__, prompts=20, frames=48, seed=9000)
-    parser.add_argument("--ways", nargs="+", default=[*LOOPS, *PICTURES], choices=[*LOOPS, *PICTURES])
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=NUMBER", help="other settings")
     asked = parser.parse_args()
     settings = tuple((key, json.loads(value)) for key, value in (pair.split("=") for pair in asked.set))

@@ -1,14 +1,11 @@
-"""What do near gains change? Each stage of the demo by each way, from the same frames with the same seeds.
+"""What do near gains change? The streaming stage of the demo by each way, from the same frames with the same seeds.
 
     python benchmarks/near.py --prompts 50 --frames 104 --jobs 2
-    python benchmarks/near.py --ways reuse overlap                   # these, and what they are compared with
-    python benchmarks/near.py --noise-level 400 --out FILE           # the refiner decides more
+    python benchmarks/near.py --ways reuse                           # these, and what they are compared with
 
-The streaming stage goes on from the same first chunk, and the refiner refines its plain video. Every way is compared
-with the plain one of as many steps; "another seed" says how far apart two plain videos are. The judge of docs/demo.md
-looks at the last 16 frames, the rest is what `streamt2v evaluate` measures; refiner seams as in ablation.py. With 104
-frames no chunk of the refiner shifts back at either overlap. Writes
-benchmarks/results/DATE-near-FRAMES.json after each prompt and goes on with it when run again.
+It goes on from the same first chunk. Every way is compared with the plain one of as many steps; "another seed" says how
+far apart two plain videos are. The judge of docs/demo.md looks at the last 16 frames, the rest is what `streamt2v
+evaluate` measures. Writes benchmarks/results/DATE-near-FRAMES.json after each prompt; run again, it goes on.
 """
 
 import datetime
@@ -21,9 +18,8 @@ from typing import Any
 import numpy as np
 import score
 import torch
-from ablation import overlap_score
 
-from streamt2v.chunks import refinement_plan, seams, streaming_plan
+from streamt2v.chunks import seams, streaming_plan
 from streamt2v.config import merge, preset
 from streamt2v.diffusion.noise import SeededDraws
 from streamt2v.families.streamingt2v import from_text
@@ -44,13 +40,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "replacement, nothing carried": {"replacement_carry": 0.0},
     "no replacement": {"replacement": False},
 }
-REFINER_WAYS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    ANOTHER_SEED: {},
-    "reuse_interval 2": {"refine.reuse_interval": 2},
-    "overlap 4": {"refine.overlap": 4},
-    "reuse_interval 2, overlap 4": {"refine.reuse_interval": 2, "refine.overlap": 4},
-}
 
 
 def psnr(frames: Frames, plain: Frames) -> float:
@@ -60,7 +49,7 @@ def psnr(frames: Frames, plain: Frames) -> float:
 
 
 @torch.inference_mode()
-def compare(index: int, seed: int, frames: int, wanted: list[str], level: int) -> dict[str, Any]:
+def compare(index: int, seed: int, frames: int, wanted: list[str]) -> dict[str, Any]:
     """Make and measure the videos of one random prompt, by the ways with `wanted` in their names."""
     torch.set_num_threads(1)
     models, text = score.load(score.WEIGHTS)
@@ -72,7 +61,6 @@ def compare(index: int, seed: int, frames: int, wanted: list[str], level: int) -
     )
     first = from_text(models, context, Sampling.of(demo.initialize), noise, CLIP_FRAMES)
     row: dict[str, Any] = {"index": index, "prompt": prompt}
-    base: Frames | None = None
     for steps in (8, 5):
         plain: Frames | None = None
         for name, change in chosen(WAYS, wanted).items():
@@ -84,17 +72,12 @@ def compare(index: int, seed: int, frames: int, wanted: list[str], level: int) -
             seconds = (time.process_time() - began) / (len(plan) - 1)
             shown = to_u8(torch.cat([first, new]))
             plain = shown if plain is None else plain
-            base = shown if base is None else base
             row[f"{steps} steps, {name}"] = {
                 "seconds_per_chunk": seconds,
                 "right": float(np.equal(score.judged(shown[-CLIP_FRAMES:]), asked).mean()),
                 "psnr": None if name == "plain" else psnr(shown[CLIP_FRAMES:], plain[CLIP_FRAMES:]),
                 **score.measured(shown, seams(plan)),
             }  # fmt: skip
-    assert base is not None
-    for steps in (8, 3):
-        given = {"refine.num_inference_steps": steps, "refine.noise_level": level}
-        row |= compare_refined(base[:frames], prompt, seed + index, given, chosen(REFINER_WAYS, wanted))
     return row
 
 
@@ -102,26 +85,6 @@ def chosen(ways: dict[str, dict[str, Any]], wanted: list[str]) -> dict[str, dict
     """Those whose names contain one of some words, and what they are compared with."""
     always = ("plain", ANOTHER_SEED)
     return {name: way for name, way in ways.items() if name in always or any(word in name for word in wanted)}
-
-
-def compare_refined(
-    base: Frames, prompt: str, seed: int, given: dict[str, Any], ways: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
-    """Refine a video by each way and measure it."""
-    row: dict[str, Any] = {}
-    plain: Frames | None = None
-    for name, change in ways.items():
-        asked = {**given, **change}
-        shown = score.refine(base, prompt, seed + 500 * (name == ANOTHER_SEED), asked)
-        plain = shown if plain is None else plain
-        refine = merge(preset("demo"), asked).refine
-        chunks = refinement_plan(len(base), refine.chunk, refine.overlap)
-        row[f"refiner, {given['refine.num_inference_steps']} steps, {name}"] = {
-            "psnr": None if name == "plain" else psnr(shown, plain),
-            "overlap_seam": overlap_score(shown, chunks),
-            **score.measured(shown),
-        }
-    return row
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -137,12 +100,10 @@ def main() -> None:
     """Compare, store after every prompt, add the summary and print it."""
     parser = score.options(__doc__, prompts=50, frames=104, seed=8000)
     parser.add_argument("--ways", nargs="+", default=[""], metavar="WORD", help="those with such a word in their names")
-    parser.add_argument("--noise-level", type=int, default=merge(preset("demo")).refine.noise_level, metavar="T")
     asked = parser.parse_args()
     path = asked.out or score.HERE / "results" / f"{datetime.date.today()}-near-{asked.frames}.json"
-    known = {"noise_level": asked.noise_level, "ways": asked.ways}  # others begin a new file
-    header = {**score.machine(asked.frames, score.WEIGHTS), **known}
-    work = partial(compare, seed=asked.seed, frames=asked.frames, wanted=asked.ways, level=asked.noise_level)
+    header = {**score.machine(asked.frames, score.WEIGHTS), "ways": asked.ways}  # others begin a new file
+    work = partial(compare, seed=asked.seed, frames=asked.frames, wanted=asked.ways)
     rows = score.collect(path, header, work, asked.prompts, asked.jobs)
     path.write_text(json.dumps({**header, "summary": summary(rows), "rows": rows}, indent=1) + "\n")
     print(json.dumps(summary(rows), indent=1))

@@ -22,11 +22,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from streamt2v.chunks import evenly
-from streamt2v.media import reading
+from streamt2v.media import preview, reading
 from streamt2v.media.frames import Frames
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PROMPT = "a red ball bouncing over the sea at sunset"
+PROMPT = "a red ball floating over the sea at sunset"
+WIDTH = 256  # of what is shown
 MOST_BYTES, QUALITIES = 200_000, (90, 80, 70, 60, 50, 40, 30, 20)
 
 
@@ -93,7 +94,7 @@ def main() -> None:
     for group in reading.read_frames(video):
         found |= {start + index: group[index] for index in range(len(group)) if start + index in wanted}
         start += len(group)
-    shown = np.stack([found[number] for number in numbers])
+    shown = np.stack([preview.shrink(found[number][None], WIDTH)[0] for number in numbers])
     data, quality = encode(numbered(shown, numbers, num_frames), asked.fps)
     asked.out.write_bytes(data)
     print(

@@ -24,7 +24,7 @@ from streamt2v.stages.denoise import Sampling
 from streamt2v.stages.refine import Denoiser, Refiner, refiner_conditioning, sees_source
 from streamt2v.weights import convert, published
 
-PROMPT = "a red ball bouncing over the sea at sunset"
+PROMPT = "a red ball floating over the sea at sunset"
 Work = Callable[[], Tensor]
 
 

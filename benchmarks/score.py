@@ -6,8 +6,8 @@
 
 Makes the first two stages' video of every prompt and writes benchmarks/results/DATE-demo-FRAMES.json after each; run
 again, it goes on. The judge of docs/demo.md says what the first and the last 16 frames show; the rest is what
-`streamt2v evaluate` measures (flow at 144x144). With --refine the same is said of the refined video, too. With --model
-the videos are those of `generate`, unrefined: so is judged what `train dit` wrote, at any settings.
+`streamt2v evaluate` measures (flow at 144x144). With --refine the same is said of the video refined to 256x144, too.
+With --model the videos are those of `generate`, unrefined: so is judged what `train dit` wrote, at any settings.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ HERE = Path(__file__).parent
 WEIGHTS = HERE.parent / "streamt2v" / "demo"
 FLOW_SIZE = 144
 Work = Callable[[int], dict[str, Any]]
+SMALL = {"output.height": 144, "output.width": 256}  # of 1200 frames all are in memory
 SCORES = ("scene_cuts", "seam_score", "seam_score_refine", "stagnation", "flow_deviation", "flicker")
 
 
@@ -133,8 +134,8 @@ def score(index: int, seed: int, frames: int, weights: Path, refined: bool, shee
     row = {"index": index, "prompt": prompt, "seed": seed + index, **described(shown, asked, seams(plan))}
     if refined:
         demo = config.merge(config.preset("demo")).refine
-        borders = seams(refinement_plan(frames, demo.chunk, demo.overlap))
-        row["refined"] = described(refine(shown, prompt, seed + index, {}), asked, seams(plan), borders)
+        borders = seams(refinement_plan(frames, demo.chunk, demo.overlap, demo.shift_back))
+        row["refined"] = described(refine(shown, prompt, seed + index, SMALL), asked, seams(plan), borders)
     return row
 
 

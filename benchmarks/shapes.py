@@ -35,9 +35,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from streamt2v.chunks import streaming_plan
+from streamt2v.models.encoders import decode_latents, encode_frames
 from streamt2v.training import sheets
 from streamt2v.training.world.captions import canonical
-from streamt2v.training.world.clips import CLIP_FRAMES, decode, encode
+from streamt2v.training.world.clips import CLIP_FRAMES
 from streamt2v.training.world.drawing import PAINT, render, screen, shape
 from streamt2v.training.world.scenes import ASPECT, Scenes, join_scenes, sample_scenes
 
@@ -246,7 +247,9 @@ def main() -> None:
             sheets.write_sheet(asked.sheets / f"{row:03d}.png", made[-1][None, :: max(1, asked.frames // 12)])
     videos = torch.stack(made)
     true, again = (truth(scenes, asked.frames, seed) for seed in (1, 2))
-    coded = decode(models.vae, encode(models.vae, true[:, :CLIP_FRAMES]))
+    with torch.inference_mode():
+        coded = decode_latents(models.vae, encode_frames(models.vae, true[:, :CLIP_FRAMES].flatten(0, 1)))
+    coded = coded.unflatten(0, (len(true), CLIP_FRAMES))
     seen = [features(judge, group) for group in (videos, true, again)]
     first, last = (fitted(part, scenes) for part in (videos[:, :CLIP_FRAMES], videos[:, -CLIP_FRAMES:]))
     both = Fit(first.iou + last.iou, first.deviations + last.deviations, first.lost + last.lost)

@@ -221,7 +221,7 @@ def totals(found: Mapping[str, Mapping[str, Any]], model: str, given: Mapping[st
                  for index, branches in enumerate(guided))  # fmt: skip
         times = {
             "stage 2": chunks * found[f"{CHUNK}, {quality}"]["seconds"],
-            "refiner": len(refinement_plan(LENGTH, refine.chunk, refine.overlap)) * sum(steps),
+            "refiner": len(refinement_plan(LENGTH, refine.chunk, refine.overlap, refine.shift_back)) * sum(steps),
             "VAE of the refiner": LENGTH * sum(found[f"{way}, canvas"]["seconds"] for way in (ENCODE, DECODE)),
         }
         result[quality] = {**times, "together": sum(times.values())}
@@ -324,6 +324,8 @@ def gains(networks: Networks, compiled: bool) -> Iterator[tuple[str, Work, Work]
     fast = replace(models, step=compile(stream.network_step, graphs=True))
     yield "compiled, stage 2", partial(step, predict), partial(step, stream.predictor(fast, *prepared, shown))
     yield "compiled, refiner", networks.chunk_step(canvas), networks.chunk_step(canvas, lambda unet: compile(unet.run))
+    if not hasattr(vae, "encoder"):  # cells of pixels are only moved
+        return
     fast_vae = copy.deepcopy(vae)
     for half in (fast_vae.get_submodule("encoder"), fast_vae.get_submodule("decoder")):
         half.forward = compile(half.forward)
@@ -384,8 +386,9 @@ def measure_profile(networks: Networks, tools: Instruments) -> dict[str, dict[st
     text, shown = networks.text(models.unet), networks.base_frames(config.stream.overlap)
     prepared = models.unet.prepare(text, stream.anchor_tokens(models, shown[0])), models.cam.prepare(text)
     predict = stream.predictor(models, *prepared, shown)
-    shape = (unet.config.out_channels, config.stream.chunk, *latent_size(models.vae, *config.stream.size))
-    latents, cells = networks.random(1, *shape), networks.random(1, shape[0], *latent_size(vae, *canvas))
+    shape = (models.unet.config.out_channels, config.stream.chunk, *latent_size(models.vae, *config.stream.size))
+    latents = networks.random(1, *shape)
+    cells = networks.random(1, unet.config.out_channels, *latent_size(vae, *canvas))
     works: dict[str, Work] = {
         "stage 2, a step": lambda: torch.cat(both_branches(predict, latents, 500, True)),
         CHUNK_STEP: networks.chunk_step(canvas),

@@ -125,7 +125,7 @@ def section(result: Mapping[str, Any]) -> list[str]:
         f"## {result['model']} on {result['device']}, {result['date']}", "",
         f"{result['dtype']}, torch {result['versions']['torch']}. {ceiling} at {rate:.3g} TFLOP/s. "
         f"Times are {result['clock']}; "
-        "all networks stay loaded.", "",
+        f"all networks stay loaded. {result.get('note', '')}".strip(), "",
         f"| part | size | seconds | TFLOP | TFLOP/s | share of {of} | peak GB |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, row in result["parts"].items():

@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=240)
     parser.add_argument("--fresh", action="store_true", help="know no earlier run")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--prompt", default="a red ball bouncing over the sea at sunset")
+    parser.add_argument("--prompt", default="a red ball floating over the sea at sunset")
     asked, more = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as home:
         arguments = [asked.prompt, "--frames", str(asked.frames), "--seed", "1", *more]

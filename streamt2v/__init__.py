@@ -2,9 +2,9 @@
 
     import streamt2v
 
-    video = streamt2v.generate("a red ball bouncing over the sea at sunset", "ball.mp4", frames=48, seed=1)
+    video = streamt2v.generate("a red ball floating over the sea at sunset", "ball.mp4", frames=48, seed=1)
     longer = streamt2v.extend(video, frames="15s")
-    larger = streamt2v.refine(longer, size="512x288")
+    larger = streamt2v.refine(longer, size="1920x1080")
     for image in larger.frames():  # PIL images, decoded one by one
         ...
     print(larger.path, larger.recipe["config"])

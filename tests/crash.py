@@ -27,6 +27,7 @@ from streamt2v.cli import app
 from streamt2v.jobs import run_directory
 from streamt2v.media import ffmpeg, writing
 from streamt2v.media.frames import Frames
+from streamt2v.models.restorer import Restorer
 from streamt2v.models.unet3d import UNet3D
 from streamt2v.models.vae import AutoencoderKL
 from streamt2v.runs import pipeline  # noqa: F401
@@ -271,7 +272,7 @@ class FailingSegment:
 
 @dataclass
 class Denoising:
-    """The n-th call of a denoiser, and so many more, fail or return NaN. The refiner's is the one without CAM."""
+    """The n-th call of the streaming stage's denoiser or of the refiner, and so many more, fail or return NaN."""
 
     refiner: bool
     call: int
@@ -279,17 +280,18 @@ class Denoising:
     times: int = 1
 
     def __call__(self) -> None:
-        real, calls = UNet3D.run, count()
+        denoiser: Any = Restorer if self.refiner else UNet3D
+        real, calls = denoiser.run, count()
 
-        def run(network: UNet3D, *arguments: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        def run(network: Any, *arguments: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
             output, deep = real(network, *arguments, **named)
-            if network.config.cam == self.refiner or not self.call <= next(calls) < self.call + self.times:
+            if not self.call <= next(calls) < self.call + self.times:
                 return output, deep
             if self.error is not None:
                 raise self.error("so it is said")
             return output * torch.nan, deep
 
-        UNet3D.run = run  # type: ignore[method-assign, assignment]
+        denoiser.run = run
 
 
 @dataclass

@@ -389,7 +389,7 @@ def frames_of(path: Path, policy: MemoryPolicy, monkeypatch: pytest.MonkeyPatch,
 
     with monkeypatch.context() as patch:
         patch.setattr(memory, "choose", lambda *_: policy)
-        options = ["--set", "output.crf=1", "--set", "refine.guidance_scale=2"]
+        options = ["--set", "output.crf=1"]
         assert generate(path, frames, *options) == 0
     return np.concatenate(list(reading.read_frames(path))).astype(int)
 
@@ -438,7 +438,7 @@ def test_an_interrupted_run_keeps_its_policy(tmp_path: Path, monkeypatch: pytest
         written.append(len(frames))
         return append(writer, frames)
 
-    options = ["--set", "output.crf=1", "--set", "refine.guidance_scale=2"]
+    options = ["--set", "output.crf=1"]
     with monkeypatch.context() as patch:
         patch.setattr(memory, "choose", lambda *_: POLICIES["one stage"])
         patch.setattr(writing.SegmentWriter, "append", stop)

@@ -30,8 +30,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help", "--help-all"]},
     help="Make long videos from text on your own machine, with the StreamingT2V method.\n\n"
-    '[b]streamt2v generate "a red ball bouncing over the sea at sunset" --frames 240 -o ball.mp4[/b]\n\n'
-    "[b]streamt2v refine ball.mp4 -o ball_hd.mp4 --size 1280x720[/b]",
+    '[b]streamt2v generate "a red ball floating over the sea at sunset" --frames 240 -o ball.mp4[/b]\n\n'
+    "[b]streamt2v refine holiday.mp4 -o holiday_hd.mp4 --size 1280x720[/b]",
 )
 weights_app = typer.Typer(no_args_is_help=True, help="The installed weights, and whether they are intact.")
 app.add_typer(weights_app, name="weights")

@@ -47,11 +47,13 @@ def generate(
 ) -> None:
     """Make a video from a prompt.
 
-    The demo model knows red, green, blue, yellow, purple and white; ball, star, cube and fish;
+    The demo model knows red, green, blue, yellow, purple and white; ball, star, lantern and moon;
 
-    drifting left or right, bouncing, rising and circling; sea, meadow, desert and city; day, sunset and night.
+    drifting left or right, floating, rising and circling; sea, hills, desert and city; day, sunset and night;
 
-    [b]streamt2v generate "a red ball bouncing over the sea at sunset" --frames 240 -o ball.mp4[/b]
+    clear, clouds, mist and snow.
+
+    [b]streamt2v generate "a red ball floating over the sea at sunset" --frames 240 -o ball.mp4[/b]
 
     [b]streamt2v generate "a red ball over the sea" --at 10s "a blue ball over the sea" --frames 240[/b]
 
@@ -77,7 +79,7 @@ def refine(
 
     [b]streamt2v refine holiday.mp4 -o holiday_hd.mp4 --size 1920x1080[/b]
 
-    [b]streamt2v refine ball.mp4 --strength creative -o other.mp4[/b]
+    [b]streamt2v refine ball.mp4 --refiner i2vgen-xl --strength creative -o other.mp4[/b]
     """
     output = output or beside(source, "refine")
     more: dict[str, Any] = {"refine.guidance_scale": guidance}
@@ -226,7 +228,7 @@ def _end(job: Job, result: Result, progress: Progress, as_json: bool) -> None:
     made = f"{result.width}x{result.height}, {result.frames} frames ({result.frames / result.fps:.4g} s){size}"
     progress.say(f"{made} {took}, seed {result.seed}")
     name = shlex.quote(result.output if result.output[0] != "-" else f"./{result.output}")
-    others = ["refine"] * (job.command != "refine")
+    others = ["refine"] * (not job.config.refine.enabled)
     if job.command != "refine" or job.config.prompt:  # else it has to be said what is shown
         others.append(f"extend --frames {2 * result.frames}")
     others.append("rerun" if job.source is None else f"rerun --source {shlex.quote(str(job.source))}")
@@ -467,7 +469,7 @@ def bench(
     """
     progress, as_json = _talking(given)
     device, threads, memory = given["device"], given.pop("threads"), given.pop("memory")
-    resolved = asked.resolve(prompt="a red ball bouncing over the sea at sunset", frames=frames, **given)
+    resolved = asked.resolve(prompt="a red ball floating over the sea at sunset", frames=frames, **given)
     short = dataclasses.replace(resolved, num_frames=forecast.short_length(resolved))
     with TemporaryDirectory(prefix="streamt2v-") as folder, terminable():
         job = Job("generate", short, Path(folder) / "bench.mp4", device=device, threads=threads, memory=memory)

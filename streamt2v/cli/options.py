@@ -157,7 +157,7 @@ def knows(*groups: Callable[..., None], without: Sequence[str] = ()) -> Callable
 def placing(
     size: Annotated[
         str | None,
-        option("--size", "Box WxH to fit into. Default: the model's; 256x144 for demo, 1280x720 for footage."),
+        option("--size", "Box WxH to fit into. Default: the model's; 1280x720 for demo and footage."),
     ] = None,
     width: Annotated[
         int | None, option("--width", "Width instead of --size; alone it keeps the shape.", parser=_SIDE)

@@ -181,9 +181,8 @@ def from_image(
     """Sample the first chunk from a picture the way SVD does, or from its embedding: frames [F, 3, H, W] in [-1, 1].
 
     The picture's latents are concatenated to every frame's noisy latents, its CLIP embedding joins the text as one
-    more token. The unconditional branch sees zeros for both, the other one zeros for latents that nobody knows. A
-    network with one more channel is told there that the clip is a loop, and closes it by itself; the frames of others
-    are rolled.
+    more token. The unconditional branch sees zeros for both, the other one zeros for latents that nobody knows. One
+    more channel says whether the clip is a loop: the network closes it by itself.
 
     Sources: arXiv 2311.15127 section 4.2 (image-to-video by concatenation and CLIP context), 2204.06125 (the embedding
     alone, as a prior draws it).
@@ -194,10 +193,9 @@ def from_image(
     pictures = torch.zeros_like(given.initial).repeat(2, 1, 1, 1, 1)  # [2, C, F, h, w]
     if seen.latents is not None:
         pictures[1] = seen.latents[0, :, None]
-    told = pictures[:, : unet.config.in_channels - 2 * pictures.shape[1]]  # [2, 1 or 0, F, h, w]
-    pictures = torch.cat([pictures, torch.full_like(told, float(loop))], dim=1)
+    pictures = torch.cat([pictures, torch.full_like(pictures[:, :1], float(loop))], dim=1)
 
     def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
         return unet(torch.cat([latents, pictures[rows]], dim=1), timestep, conditioning.rows(rows))  # type: ignore[no-any-return]
 
-    return _sampled(models, predict, sampling, given, observe, rolling=loop and not told.shape[1])
+    return _sampled(models, predict, sampling, given, observe, rolling=False)

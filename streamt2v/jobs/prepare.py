@@ -90,7 +90,7 @@ def check_wishes(config: RunConfig, prompt_needed: bool = True) -> None:
     prompts, reads_text = (config.prompt, *config.prompts.values()), weights.family(config.model).reads_text
     needed = prompts[0 if prompt_needed and (reads_text or not config.image) else 1 :]
     if not all(text.strip() for text in needed):
-        raise ConfigError("the prompt is empty", 'try "a red ball bouncing over the sea at sunset"')
+        raise ConfigError("the prompt is empty", 'try "a red ball floating over the sea at sunset"')
     for text in (*prompts, config.negative_prompt):
         _check_text(text)
     size = sum(len(json.dumps(text)) + 24 for text in prompts)  # with its key

@@ -119,7 +119,7 @@ class UNet3DConfig(Table):
 def legal_canvas(height: int, width: int, config: Any, latent_factor: int = 8) -> tuple[int, int]:
     """Return the smallest canvas (H, W) in pixels, at least height x width, that VAE and network accept.
 
-    The published refiner wants H = 16 (mod 64) and W = 0 (mod 64), the restoration network of pixels multiples of 16.
+    The published refiner wants H = 16 (mod 64) and W = 0 (mod 64), the networks of pixels multiples of a cell.
 
     Args:
         height, width: of the content, pixels.

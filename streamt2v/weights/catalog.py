@@ -170,17 +170,12 @@ def _inside(root: Path, path: str) -> str:
 
 def _file(row: Mapping[str, Any], root: Path, recorded: Mapping[str, Any] | None) -> WeightFile:
     """Return a file with its parts under `root`, by its row or as recorded when it was converted."""
-    own = {key: value for key, value in row.items() if key not in ("bytes", "sha256", "optional")}
+    own = {key: value for key, value in row.items() if key not in ("bytes", "sha256")}
     if "bytes" in row:
         return WeightFile(**own, parts={_inside(root, row["path"]): Recorded(row["bytes"], row["sha256"])})
     made = {"parts": {}} if recorded is None else recorded
     parts = {_inside(root, name): Recorded.from_json(part) for name, part in made["parts"].items()}
     return WeightFile(**own, parts=parts, source=made.get("source", ""))
-
-
-def _left_out(row: Mapping[str, Any], root: Path) -> bool:
-    """Return whether the package goes without a bundled file that is `optional`: no family has its role then."""
-    return row.get("optional", False) and not (root / _inside(root, row["path"])).is_file()
 
 
 def families(root: Path = PACKAGE) -> dict[str, Family]:
@@ -215,7 +210,6 @@ def _read(root: Path, manifest: Path, pulled: Path, _stamps: object) -> dict[str
         tables = [(kind, *row) for kind in found for row in raw.get(kind, {}).items()]
         for kind, name, table in tables:
             roles = config.flatten(table["components"])
-            roles = {role: path for role, path in roles.items() if not _left_out(rows[path], root)}
             used = dict.fromkeys([*roles.values(), *filter(None, [table["vocabulary"]])])
             known_keys = ("title", "licence", "preset", "vocabulary", "builder", "footage", "refines_only")
             head = {key: table[key] for key in known_keys if key in table}

@@ -27,7 +27,7 @@ from tests.cli.helpers import PROMPT, TINY, call, digest, made, start
 
 needs_ray = pytest.mark.skipif(not find_spec("ray"), reason="the extra ray is not installed")
 SCHEMA = json.loads((resources.files("streamt2v") / "event.schema.json").read_text())
-SUBJECTS = ("ball", "star", "cube", "fish")
+SUBJECTS = ("ball", "star", "lantern", "moon")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
 PROMPTS = [f"a {colour} {subject} rising over the sea" for colour in COLOURS for subject in SUBJECTS]
 BAD = [{"prompt": PROMPT, "fames": 8}, {"prompt": PROMPT, "frames": "many"}, {"prompt": "  "}]

@@ -23,7 +23,7 @@ from streamt2v.media import reading, writing
 SCHEMA = jsonschema.Draft202012Validator(
     json.loads(files("streamt2v").joinpath("event.schema.json").read_text("utf-8"))
 )
-PROMPT = "a red ball bouncing over the sea at sunset"
+PROMPT = "a red ball floating over the sea at sunset"
 # Two steps at a thumbnail's size: every part of the machinery runs, nothing worth looking at comes out.
 TINY = [
     *("--steps", "1", "--refine-steps", "2", "--overlap", "8", "--size", "80x48", "--seed", "7"),

@@ -152,7 +152,7 @@ def test_every_option_changes_something(
     demo = scores(capsys, clip, "--clip", "demo")
     assert demo["clip_text"] > 0 and plain["clip_text"] is None
     assert scores(capsys, clip, "--clip", "demo", "--clip-every", 16)["clip_text"] != demo["clip_text"]
-    assert scores(capsys, clip, "--clip", "demo", "--prompt", "a green fish")["clip_text"] != demo["clip_text"]
+    assert scores(capsys, clip, "--clip", "demo", "--prompt", "a green moon")["clip_text"] != demo["clip_text"]
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
     for quiet in ((), ("--quiet",)):
         capsys.readouterr()

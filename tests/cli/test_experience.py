@@ -56,10 +56,12 @@ def test_the_ending_says_what_was_made_and_what_comes_next(tmp_path: Path, capsy
     made, following = said.err.splitlines()[-2:]
     assert made.startswith("64x32, 20 frames (2.5 s), 0.0")
     assert made.endswith("frames/s, seed 7")
-    assert following == f"next: streamt2v preview '{path}'; or refine, extend --frames 40, rerun"
+    assert following == f"next: streamt2v preview '{path}'; or extend --frames 40, rerun"
     again = tmp_path / "again.mp4"
     assert call("refine", path, "-o", again, *TOY) == 0
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"rerun --source '{path}'")
+    assert call("generate", "abc", "--frames", 20, "-o", tmp_path / "base.mp4", *TOY, "--no-refine") == 0
+    assert "; or refine, extend" in capsys.readouterr().err
     assert call("generate", "abc", "--frames", 20, "-o", tmp_path / "quiet.mp4", *TOY, "--quiet") == 0
     assert capsys.readouterr().err == ""
 
@@ -107,7 +109,7 @@ def test_ctrl_c_says_what_can_be_watched_and_how_to_go_on(
         chunk=st.integers(0, 9999), chunks=st.integers(0, 9999), step=st.integers(0, 50), steps=st.integers(0, 50),
         share=st.floats(0, 1), seconds_left=st.none() | st.floats(0, 1e6), memory_mb=st.floats(0, 1e5),
     ),
-    name=st.sampled_from(["", "3/12 a-red-ball-bouncing-over-the-sea-at-sunset"]),
+    name=st.sampled_from(["", "3/12 a-red-ball-floating-over-the-sea-at-sunset"]),
     width=st.integers(20, 200),
 )  # fmt: skip
 def test_a_line_fits_the_terminal(status: Status, name: str, width: int) -> None:

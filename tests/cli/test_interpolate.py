@@ -212,7 +212,7 @@ def test_a_stopped_run_goes_on_with_the_same_frames(
     def stopping(self: output.Output, finished: output.Finished) -> None:
         append(self, finished)
         calls.append(self.num_frames)
-        if len(calls) in (2, 4):
+        if len(calls) in (1, 3):
             raise NumericsError("stopped")
 
     monkeypatch.setattr(output.Output, "append", stopping)
@@ -220,7 +220,7 @@ def test_a_stopped_run_goes_on_with_the_same_frames(
     assert call("resume", path, "-q") == 7
     assert call("resume", path, "-q") == 0
     assert digest(path) == digest(whole)
-    assert len(calls) > 4
+    assert len(calls) > 3
 
 
 def test_a_run_whose_file_is_complete_only_needs_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,22 +70,6 @@ def test_a_killed_loop_resumes_to_the_same_frames(tmp_path: Path) -> None:
     assert digest(path) == digest(whole)
 
 
-def test_a_refined_loop_goes_round(tmp_path: Path) -> None:
-    """Its first frames see its last ones, and those of a video that is no loop do not."""
-    base, other = tmp_path / "base.mp4", tmp_path / "other.mp4"
-    assert generate(base, 30, *BASE) == generate(other, 30, *BASE, "--at", 20, "a blue star rising") == 0
-    tiny = ["--size", "80x48", "--refine-steps", 1, "--seed", 7, "--threads", 1, "--quiet", "--set", "output.crf=0"]
-    found = {}
-    for name, source in {"base": base, "other": other}.items():
-        for how in ([], ["--loop"]):
-            path = tmp_path / f"{name}{len(how)}.mp4"
-            assert call("refine", source, "-o", path, "--prompt", PROMPT, *tiny, *how) == 0
-            found[name, len(how)] = pixels(path)
-    assert {len(frames) for frames in found.values()} == {30}
-    assert (found["base", 0][0] == found["other", 0][0]).all()
-    assert (found["base", 1][0] != found["other", 1][0]).any()
-
-
 def test_a_video_is_brought_home(tmp_path: Path) -> None:
     base, path, plain = (tmp_path / f"{name}.mp4" for name in ("base", "loop", "plain"))
     assert generate(base, 20, *BASE) == 0

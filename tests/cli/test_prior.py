@@ -1,53 +1,22 @@
-"""`--init prior`: first frames from an embedding that a prior draws, by a copy of the demo that has a random one."""
+"""`--init prior`: first frames from an embedding that a prior draws, by the one of the demo."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from streamt2v import weights
 from streamt2v.errors import NumericsError
 from streamt2v.families import streamingt2v
 from streamt2v.media import reading
-from streamt2v.models.prior import EmbeddingPrior, PriorConfig
 from streamt2v.stages.stream import Streamer
-from streamt2v.training.prior import PRIOR_SCHEDULE
-from streamt2v.weights import catalog
-from streamt2v.weights.networks import save_module
 from tests.cli.helpers import PROMPT, TINY, call, digest, generate, result
 
 PRIOR = ["--no-refine", "--init", "prior"]
 
 
-@pytest.fixture
-def package(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the package's weights, in whose place it is read."""
-    root, read = tmp_path_factory.mktemp("package"), catalog._read
-    (root / "weights.toml").write_bytes(catalog._manifest(catalog.PACKAGE).read_bytes())
-    for name in ("demo", "restore"):
-        (root / name).mkdir()
-        for path in (catalog.PACKAGE / name).iterdir():
-            (root / name / path.name).symlink_to(path)
-    (root / "demo" / "prior.safetensors").unlink(missing_ok=True)
-    monkeypatch.setattr(catalog, "_read", lambda _, manifest, *rest: read(root, root / "weights.toml", *rest))
-    return root
-
-
-@pytest.fixture
-def with_prior(package: Path) -> Path:
-    """The same with a random prior, recorded as after training."""
-    torch.manual_seed(0)
-    save_module(package / "demo" / "prior.safetensors", EmbeddingPrior(PriorConfig()), asdict(PRIOR_SCHEDULE))
-    assert catalog.record(package) == ["demo/prior.safetensors"]
-    return package
-
-
-def test_the_prior_decides_and_a_broken_run_goes_on_exactly(
-    with_prior: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_prior_decides_and_a_broken_run_goes_on_exactly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole, broken, own = (tmp_path / f"{name}.mp4" for name in ("whole", "broken", "own"))
     assert generate(whole, 20, *PRIOR, "--json") == 0
     assert result(capsys)["frames"] == 20
@@ -76,9 +45,7 @@ def _fail(*_: object, **__: object) -> None:
     raise NumericsError("as asked")
 
 
-def test_a_plan_and_rows_of_a_batch_know_it(
-    with_prior: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_plan_and_rows_of_a_batch_know_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("plan", PROMPT, *PRIOR, "--device", "cpu") == 0
     assert "start    prior" in capsys.readouterr().out
     rows = tmp_path / "jobs.jsonl"
@@ -98,7 +65,7 @@ def test_a_plan_and_rows_of_a_batch_know_it(
     ],
 )
 def test_mistakes_are_said_before_anything_loads(
-    asked: list[str], said: str, with_prior: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    asked: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = tmp_path / "picture.png"
     Image.new("RGB", (64, 36)).save(picture)
@@ -108,11 +75,6 @@ def test_mistakes_are_said_before_anything_loads(
     assert not (tmp_path / "out.mp4").exists()
 
 
-@pytest.mark.parametrize("model", ["demo", "wan"])
-def test_a_family_without_a_prior_says_so(
-    model: str, package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert not weights.family("demo").has("initialize.prior")
-    assert generate(tmp_path / "out.mp4", 20, *PRIOR, "--model", model, "--offline") == 2
-    assert f"model {model} has no prior" in capsys.readouterr().err
-    assert generate(tmp_path / "own.mp4", 8, "--no-refine") == 0 if model == "demo" else True
+def test_a_family_without_a_prior_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(tmp_path / "out.mp4", 20, *PRIOR, "--model", "wan", "--offline") == 2
+    assert "model wan has no prior" in capsys.readouterr().err

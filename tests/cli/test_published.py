@@ -2,15 +2,18 @@
 
 import socket
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from streamt2v import weights
+from streamt2v.media import reading, writing
 from streamt2v.weights import convert as checkpoints
 from streamt2v.weights import hub
 from tests import checkpoints as published
@@ -59,6 +62,19 @@ def make(path: Path, *more: object, frames: int = 17, prompt: str = PROMPT) -> t
     return digest(path)
 
 
+@pytest.fixture(scope="module")
+def base(family: Path) -> Path:
+    """A base video, not refined."""
+    make(family / "base.mp4", "--no-refine", "--init", "own", frames=21)
+    return family / "base.mp4"
+
+
+@pytest.fixture(scope="module")
+def refined_plainly(base: Path) -> tuple[int, str]:
+    assert call("refine", base, "-o", base.with_name("refined.mp4"), *SMALL) == 0
+    return digest(base.with_name("refined.mp4"))
+
+
 OFTEN = ("own", "modelscope", "svd, sdxl")  # the deep suite takes all; each start alone is tested with the demo
 
 
@@ -78,11 +94,8 @@ def test_a_refined_video_from_every_start(
         assert make(tmp_path / "c.mp4", *options, "--seed", 8) != plain
 
 
-def test_every_option_reaches_the_later_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_option_reaches_the_later_stages(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Extending has no first stage, refining only the last one."""
-    base = tmp_path / "base.mp4"
-    assert make(base, "--no-refine", "--init", "own", frames=21)[0] == 21
-    capsys.readouterr()
     changes = {"--seed": 8, "--guidance": 2, "--negative": "fog", "--prompt": "b"}
     extend: list[object] = ["extend", base, "--frames", 29, *SMALL, *BASE, "--no-refine"]
     refine: list[object] = ["refine", base, *SMALL]
@@ -96,6 +109,44 @@ def test_every_option_reaches_the_later_stages(tmp_path: Path, capsys: pytest.Ca
             made.append(digest(path))
         assert made[0] == made[1]
         assert len(set(made)) == len(made) - 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["refine.guidance_scale=3", "refine.guidance_stop=1", "refine.posterior=published", "refine.reuse_interval=2"],
+)
+def test_every_setting_of_a_refiner_that_reads_text_changes_the_frames(
+    change: str, base: Path, tmp_path: Path, refined_plainly: tuple[int, str]
+) -> None:
+    assert call("refine", base, "-o", tmp_path / "changed.mp4", *SMALL, "--set", change) == 0
+    assert digest(tmp_path / "changed.mp4") != refined_plainly
+
+
+def test_the_refiner_follows_a_prompt_over_time(base: Path, tmp_path: Path) -> None:
+    """A chunk follows the prompt of its first new frame: 12 for 8..15, which owns frames from its cut on."""
+    plain, changed = tmp_path / "plain.mp4", tmp_path / "changed.mp4"
+    options = [*SMALL, "--refine-steps", 1, "--chunk", 8, "--overlap", 4, "--set", "output.crf=0"]
+    assert call("refine", base, "-o", plain, *options) == 0
+    assert call("refine", base, "-o", changed, *options, "--set", "prompts.10=a blue star") == 0
+    one, other = (np.concatenate(list(reading.read_frames(path))) for path in (plain, changed))
+    assert 8 <= (one != other).any(axis=(1, 2, 3)).argmax() <= 12
+
+
+def test_a_refined_loop_goes_round(tmp_path: Path) -> None:
+    """Its first frames see its last ones, and those of a video that is no loop do not."""
+    options = [*SMALL, "--refine-steps", 1, "--chunk", 8, "--overlap", 4, "--set", "output.crf=0", "--prompt", PROMPT]
+    equal = []
+    for how in ([], ["--loop"]):
+        begun = []
+        for number, ending in enumerate((0, 200)):
+            source, path = tmp_path / f"clip{number}.mp4", tmp_path / f"{number}{len(how)}.mp4"
+            writer = writing.SegmentWriter(tmp_path / "growing", 16, 32, Fraction(8), crf=0)
+            writer.append(np.repeat([100] * 16 + [ending] * 5, 16 * 32 * 3).astype(np.uint8).reshape(21, 16, 32, 3))
+            writer.finish(source, "")
+            assert call("refine", source, "-o", path, *options, *how) == 0
+            begun.append(np.concatenate(list(reading.read_frames(path)))[:3])
+        equal.append(bool((begun[0] == begun[1]).all()))
+    assert equal == [True, False]
 
 
 def test_entities_in_a_prompt_are_read_as_the_published_tokenizer_does(tmp_path: Path) -> None:

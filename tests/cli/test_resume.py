@@ -296,7 +296,7 @@ def test_resume_anyway_is_recorded(tmp_path: Path, work: Work, capsys: pytest.Ca
     assert generate(path, FRAMES, *SMALL, "--resume", "--guidance", 3) == 5
     assert "--resume-anyway" in capsys.readouterr().err
     settings = (
-        ["--set", "stream.overlap=4"], ["--set", "refine.reuse_interval=2"], ["--set", "refine.shift_back=false"]
+        ["--set", "stream.overlap=4"], ["--set", "refine.reuse_interval=2"], ["--set", "refine.shift_back=true"]
     )  # fmt: skip
     for fixed in (["--chunk", 12], ["--size", "80x48"], ["--no-refine"], *settings):
         assert generate(path, FRAMES, *SMALL, "--resume-anyway", *fixed) in (2, 5)

@@ -37,17 +37,6 @@ def test_frames_follow_the_new_prompt_from_its_chunk_on(tmp_path: Path) -> None:
     assert json.loads(reading.probe(changed).comment)["config"]["prompts.20"] == LATER
 
 
-def test_the_refiner_follows_too(tmp_path: Path) -> None:
-    """A refiner chunk follows the prompt of its first new frame: 40 for 32..55, which owns frames from its cut on."""
-    base, plain, changed = (tmp_path / f"{name}.mp4" for name in ("base", "plain", "changed"))
-    assert generate(base, 56, "--no-refine") == 0
-    tiny = ["--size", "80x48", "--refine-steps", 1, "--seed", 7, "--threads", 1, "--quiet", *LOSSLESS]
-    guided = [*tiny, "--guidance", 5]
-    assert call("refine", base, "-o", plain, *guided) == 0
-    assert call("refine", base, "-o", changed, *guided, "--set", f"prompts.30={LATER}") == 0
-    assert 32 <= first_difference(plain, changed) <= 40
-
-
 def test_a_stored_timeline_is_followed_by_refine_and_extend(tmp_path: Path) -> None:
     made, again, refined, extended = (tmp_path / f"{name}.mp4" for name in ("made", "again", "refined", "extended"))
     file = tmp_path / "times.json"
@@ -79,7 +68,7 @@ def test_a_killed_run_resumes_on_its_timeline(tmp_path: Path) -> None:
     assert digest(path) == digest(whole)
 
 
-def test_a_text_is_encoded_once_a_stage_and_a_moved_change_is_said(
+def test_a_text_is_encoded_once_and_a_moved_change_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: list[str] = []
@@ -92,7 +81,7 @@ def test_a_text_is_encoded_once_a_stage_and_a_moved_change_is_said(
     loud = [option for option in TINY if option != "--quiet"]
     turns, long = ["--at", 20, LATER, "--at", 28, PROMPT], "ball " * 4000
     assert call("generate", PROMPT, "--frames", 48, "-o", tmp_path / "out.mp4", *loud, *turns, "--at", 40, long) == 0
-    assert encoded == [PROMPT, LATER, long] * 2
+    assert encoded == [PROMPT, LATER, long]
     said = capsys.readouterr().err
     assert re.search(r"reads \d+ of 400\d tokens, the rest is cut off: 'ball ball ball", said)
     assert max(map(len, said.splitlines())) < 300

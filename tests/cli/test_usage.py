@@ -213,7 +213,8 @@ def test_damaged_timings_are_forgotten(text: str, tmp_path: Path, monkeypatch: p
 
 def test_of_two_stages_at_once_the_longer_one_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STREAMT2V_HOME", str(tmp_path))
-    wish = merge(preset("demo"), {"prompt": "a red ball", "num_frames": 240, "refine.num_inference_steps": 3})
+    asked = {"refine.num_inference_steps": 3, "refine.overlap": 8, "refine.shift_back": True}
+    wish = merge(preset("demo"), {"prompt": "a red ball", "num_frames": 240, **asked})
 
     def plan(threads: int, gigabytes: float | None = None) -> forecast.Plan:
         job = Job("generate", wish, tmp_path / "out.mp4", device="cpu", threads=threads, memory=gigabytes)

@@ -445,7 +445,7 @@ def recipe(command: str = "generate", **more: Any) -> dict[str, Any]:
 def test_chunks_are_read_from_the_settings() -> None:
     stream, refine = seams_of(recipe(), 60)
     assert stream == seams(streaming_plan(60, 16, 8)) == (16, 24, 32, 40, 48, 56)
-    assert refine == seams(refinement_plan(60, 24, 8)) == (24, 40, 56)
+    assert refine == seams(refinement_plan(60, 24, 2, shift_back=False)) == (24, 46)
     assert seams_of(recipe("refine"), 60) == ((), refine)
     assert seams_of(recipe(**{"refine.enabled": False, "stream.chunk": 20}), 40) == ((20, 32), ())
     extended = recipe("extend") | {"source": {"name": "a.mp4", "frames": 40}}

@@ -180,7 +180,7 @@ def test_a_run_compiles_what_takes_its_time(tmp_path: Path, monkeypatch: pytest.
     assert not asked
     make("compiled.mp4", True)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "home" / "compiled")
-    names = ["Decoder.forward", "Encoder.forward", "UNet3D.run", "network_step"]
+    names = ["Decoder.forward", "Encoder.forward", "Restorer.run", "network_step"]
     assert sorted(asked) == [(name, name == "network_step") for name in names]
     assert sorted(called) == names
     asked.clear()

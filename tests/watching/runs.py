@@ -34,7 +34,8 @@ class Growing:
 
     def __init__(self, output: Path, frames: int = 64, prompt: str = "a red ball", **more: object) -> None:
         self.output, self.frames = output, frames
-        self.run = config.merge({"prompt": prompt, "num_frames": frames, **config.preset("demo"), **more})
+        small = {"prompt": prompt, "num_frames": frames, "output.height": 144, "output.width": 256}
+        self.run = config.merge(config.preset("demo"), small, more)
         recipe = {"command": "generate", "config": config.to_flat(self.run), "source": None}
         self.directory = RunDirectory.open(run_directory.directory_for(output), recipe, resume=False)
         size = self.run.output.height, self.run.output.width

@@ -60,8 +60,7 @@ def test_the_shipped_list_is_sound() -> None:
     everything = known | catalog.helpers()
     used = {file.path for chosen in everything.values() for file in chosen.files}
     listed = tomllib.loads(catalog._manifest(catalog.PACKAGE).read_text())["files"]
-    here = [row["path"] for row in listed if not row.get("optional") or (catalog.PACKAGE / row["path"]).is_file()]
-    assert sorted(used) == sorted(here)
+    assert sorted(used) == sorted(row["path"] for row in listed)
     for chosen in known.values():
         assert (catalog.PACKAGE / "presets" / f"{chosen.preset}.toml").is_file()
         assert all(file.licence and file.what for file in chosen.files)
