@@ -9,7 +9,7 @@ loop. wrap is the change from the last frame to the first over the median change
 the plain video.
 
 picture: one window from the first frame of the plain video, by the picture-to-video network told that it is a loop, as
-it learned (LoopAnimate); "rolled" is the same network, not told, its latents rolled. Both are compared with what it
+it learned (LoopAnimate), and its latents rolled; "told" and "rolled" are one of both. They are compared with what it
 makes of the picture without a loop.
 
 until: the stream ends on a picture, the last frame of another video: of the same prompt, or of the next one. psnr
@@ -58,7 +58,11 @@ from streamt2v.stages.stream import StreamState
 from streamt2v.timeline import home_frames
 from streamt2v.weights import vocabulary
 
-LOOPS, PICTURED, PICTURES = ("window", "ring", "home"), ("picture", "picture rolled"), ("until same", "until next")
+LOOPS, PICTURED, PICTURES = (
+    ("window", "ring", "home"),
+    ("picture", "picture told", "picture rolled"),
+    ("until same", "until next"),
+)
 WAYS = (*LOOPS, *PICTURED, *PICTURES)
 WINDOW, QUALITY, BETWEEN = 16, "balanced", 500  # BETWEEN: from a seed to that of the other video
 BARS = {"wrap": 1.3, "jump": 1.4, "motion": 0.85, "psnr": 30.0}
@@ -95,16 +99,16 @@ class Maker:
         run, watch = known.job.config, Watch(Progress(quiet=True), known, None)
         return known, Networks(run, [run.prompt], devices.resolve("cpu"), memory.ladder("cpu")[0], here, watch)
 
-    def from_picture(self, picture: Frames, loop: str = "no", rolled: bool = False) -> Frames:
+    def from_picture(self, picture: Frames, told: bool, rolled: bool) -> Frames:
         """Return one window [F, H, W, 3] from a picture [H, W, 3]."""
-        row = {**self.asked, "num_frames": WINDOW, "loop": loop, "image": "picture.png"}
+        row = {**self.asked, "num_frames": WINDOW, "loop": "stream" if told else "no", "image": "picture.png"}
         _, networks = self._networks(row, loaded())
         sampled = streamingt2v._sampled
 
         def rolling(*given: Any, **_: Any) -> torch.Tensor:
-            return sampled(*given, rolling=True)
+            return sampled(*given, rolling=rolled)
 
-        with mock.patch.object(streamingt2v, "_sampled", rolling if rolled else sampled):
+        with mock.patch.object(streamingt2v, "_sampled", rolling):
             return to_u8(makers.build(networks, None).first(networks.run.prompt, to_float(picture[None])[0]))
 
     def video(self, num_frames: int, loop: str = "no", shown: Mapping[int, Frames] | None = None) -> Frames:
@@ -214,10 +218,8 @@ def measure(
             made = maker.video(frames, {"ring": "ring", "home": "stream"}[way])
             row[way] = looped(made, plain) | (way_there(made, plain, made[0]) if way == "home" else {})
         elif way in PICTURED:
-            made = (
-                maker.from_picture(plain[0], "no", True) if "rolled" in way else maker.from_picture(plain[0], "stream")
-            )
-            row[way] = looped(made, maker.from_picture(plain[0]))
+            made = maker.from_picture(plain[0], told="rolled" not in way, rolled="told" not in way)
+            row[way] = looped(made, maker.from_picture(plain[0], told=False, rolled=False))
         else:
             if way == "until same":
                 other = maker_of(prompt, seed + index + BETWEEN, settings)

@@ -182,7 +182,7 @@ def from_image(
 
     The picture's latents are concatenated to every frame's noisy latents, its CLIP embedding joins the text as one
     more token. The unconditional branch sees zeros for both, the other one zeros for latents that nobody knows. One
-    more channel says whether the clip is a loop: the network closes it by itself.
+    more channel says whether the clip is a loop; as the network does not yet close it by that alone, it is rolled, too.
 
     Sources: arXiv 2311.15127 section 4.2 (image-to-video by concatenation and CLIP context), 2204.06125 (the embedding
     alone, as a prior draws it).
@@ -198,4 +198,4 @@ def from_image(
     def predict(latents: Tensor, timestep: int, rows: slice) -> Tensor:
         return unet(torch.cat([latents, pictures[rows]], dim=1), timestep, conditioning.rows(rows))  # type: ignore[no-any-return]
 
-    return _sampled(models, predict, sampling, given, observe, rolling=False)
+    return _sampled(models, predict, sampling, given, observe, rolling=loop)
