@@ -94,15 +94,15 @@ class Maker:
         self.asked = {"prompt": prompt, "seed": seed, "refine.enabled": False, **dict(settings)}
         self.begun: dict[int, Any] = {}  # by the frame at which a chunk starts
 
-    def _networks(self, row: Mapping[str, Any], here: dict[Path, Any]) -> tuple[Prepared, Networks]:
+    def _networks(self, row: Mapping[str, Any]) -> tuple[Prepared, Networks]:
         known = Prepared(Job("generate", options.resolve(row=row, quality=QUALITY), Path("loop.mp4")))
         run, watch = known.job.config, Watch(Progress(quiet=True), known, None)
-        return known, Networks(run, [run.prompt], devices.resolve("cpu"), memory.ladder("cpu")[0], here, watch)
+        return known, Networks(run, [run.prompt], devices.resolve("cpu"), memory.ladder("cpu")[0], loaded(), watch)
 
     def from_picture(self, picture: Frames, told: bool, rolled: bool) -> Frames:
         """Return one window [F, H, W, 3] from a picture [H, W, 3]."""
         row = {**self.asked, "num_frames": WINDOW, "loop": "stream" if told else "no", "image": "picture.png"}
-        _, networks = self._networks(row, loaded())
+        _, networks = self._networks(row)
         sampled = streamingt2v._sampled
 
         def rolling(*given: Any, **_: Any) -> torch.Tensor:
@@ -114,7 +114,7 @@ class Maker:
     def video(self, num_frames: int, loop: str = "no", shown: Mapping[int, Frames] | None = None) -> Frames:
         """Return frames [F, H, W, 3]; those of `shown` are pictures [1, H, W, 3]."""
         named = {f"pictures.{frame}": "picture.png" for frame in shown or {}}
-        known, networks = self._networks({**self.asked, "num_frames": num_frames, "loop": loop, **named}, loaded())
+        known, networks = self._networks({**self.asked, "num_frames": num_frames, "loop": loop, **named})
         run, plan, making = known.job.config, known.stream_plan, makers.build(networks, None)
         if len(plan) == 1 and loop != "no":
             return to_u8(making.first(run.prompt, None))
@@ -208,6 +208,8 @@ def measure(
     prompt = prompt_of(index, seed)
     maker = maker_of(prompt, seed + index, settings)
     plain = maker.video(frames)
+    if set(ways) & set(PICTURED):
+        straight = maker.from_picture(plain[0], told=False, rolled=False)
     row: dict[str, Any] = {"index": index, "prompt": prompt}
     rows = [plain]
     for way in ways:
@@ -219,7 +221,7 @@ def measure(
             row[way] = looped(made, plain) | (way_there(made, plain, made[0]) if way == "home" else {})
         elif way in PICTURED:
             made = maker.from_picture(plain[0], told="rolled" not in way, rolled="told" not in way)
-            row[way] = looped(made, maker.from_picture(plain[0], told=False, rolled=False))
+            row[way] = looped(made, straight)
         else:
             if way == "until same":
                 other = maker_of(prompt, seed + index + BETWEEN, settings)

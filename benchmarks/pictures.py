@@ -94,7 +94,7 @@ def main() -> None:
     for group in reading.read_frames(video):
         found |= {start + index: group[index] for index in range(len(group)) if start + index in wanted}
         start += len(group)
-    shown = np.stack([preview.shrink(found[number][None], WIDTH)[0] for number in numbers])
+    shown = preview.shrink(np.stack([found[number] for number in numbers]), WIDTH)
     data, quality = encode(numbered(shown, numbers, num_frames), asked.fps)
     asked.out.write_bytes(data)
     print(
