@@ -165,7 +165,12 @@ def compare(path: Path, again: Path) -> list[str]:
     if isolated.digest(path) == isolated.digest(again):
         return []
     first, second = (recipe_of(isolated.probe(each).comment) for each in (path, again))
-    return [said for _, said in run_directory.differences(first, second)] or ["by the same recipe"]
+    said = dict(run_directory.differences(first, second))
+    others = [name.removeprefix("weights.") for name in said if name.startswith("weights.")]
+    found = [text for name, text in said.items() if not name.startswith("weights.")]
+    if others:  # digests say nothing to anyone
+        found.append(f"other weights of {', '.join(others)}")
+    return found or ["by the same recipe"]
 
 
 def recorded_seed(output: Path) -> int | None:

@@ -453,6 +453,19 @@ def test_a_video_without_a_recipe_cannot_be_made_again(
     assert "no recipe" in capsys.readouterr().err
 
 
+def test_other_weights_are_named_without_their_digests(tmp_path: Path) -> None:
+    paths = [tmp_path / "first.mp4", tmp_path / "second.mp4"]
+    for number, path in enumerate(paths):
+        weights = {"unet.safetensors": f"{number:064}", "cam.safetensors": f"{number:064}", "vae.safetensors": "0" * 64}
+        recipe = {"streamt2v": "1", "command": "generate", "config": {"seed": number}, "weights": weights}
+        writer = writing.SegmentWriter(path.with_suffix(""), 16, 32, Fraction(8))
+        writer.append(np.full((3, 16, 32, 3), 90 * number, np.uint8))
+        writer.finish(path, json.dumps(recipe))
+    assert again.compare(paths[0], paths[0]) == []
+    differences = ["config.seed = 0, now it is 1", "other weights of unet.safetensors, cam.safetensors"]
+    assert again.compare(*paths) == differences
+
+
 def test_prompts_over_time_are_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.mp4"
     assert generate(path, 32, "--no-refine", "--at", 24, "a blue ball over the sea") == 0
