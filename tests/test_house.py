@@ -46,7 +46,7 @@ def test_imports_point_down_only() -> None:
 
 def test_the_package_stays_small() -> None:
     lines = [line for path in SOURCES for line in path.read_text("utf-8").splitlines() if line.strip()]
-    assert len(lines) <= 22_150
+    assert len(lines) <= 22_300
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())

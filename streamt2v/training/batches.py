@@ -28,7 +28,7 @@ class Batch:
     shown: Tensor | None = None  # [B, Fc, 3, H, W]: the first frames, as CAM will meet them
     anchors: Tensor | None = None  # [B, 3, H, W]: a frame of the past
     own: Tensor | None = None  # [B, C, F, h, w]: what the network itself made of the clips
-    pairs: Tensor | None = None  # rows [P, 2] of clips that differ in direction and its word only
+    pairs: Tensor | None = None  # rows [P, 2] of clips that differ in the motion and its word only
 
     def __len__(self) -> int:
         return len(self.captions)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from streamt2v import files
-from streamt2v.errors import WeightsError
+from streamt2v.errors import OutputError, WeightsError
 from streamt2v.training.losses import DEMO_SCHEDULE
 from streamt2v.training.world.captions import PAD, build_tokenizer, vocabulary
 from streamt2v.weights import save_module
@@ -60,8 +60,16 @@ def write_words(folder: Path) -> PreTrainedTokenizerFast:
     }
     for name, text in words.items():
         path = folder / f"{name}.json"
-        if not path.is_file() or path.read_text("utf-8") != text:  # another part may be trained beside this one
-            files.write_bytes(path, text.encode())
+
+        def written(path: Path = path, text: str = text) -> bool:
+            return path.is_file() and path.read_text("utf-8") == text
+
+        if not written():
+            try:
+                files.write_bytes(path, text.encode())
+            except OutputError:
+                if not written():  # by another part, which is trained beside this one and began at the same moment
+                    raise
     return tokenizer
 
 

@@ -126,7 +126,7 @@ def image_loss(unet: UNet3D, batch: Batch, lesson: Lesson) -> Tensor:
 def video_loss(unet: UNet3D, batch: Batch, lesson: Lesson) -> Tensor:
     """Loss on clips, or on what the network made of them where `batch.own` holds that (see `own_states`).
 
-    Mirrored pairs, if there are any, learn the difference that the direction's word makes. Timesteps 999 u^p favour
+    Pairs, if there are any, learn the difference that the motion's word makes. Timesteps 999 u^p favour
     high noise, where the text decides on motion.
     """
     pairs, generator = batch.pairs, lesson.generator
@@ -270,7 +270,9 @@ def streaming_loss(
 ) -> Tensor:
     """Loss of CAM (apm None, the paper's first phase) or of CAM and APM together (its second phase).
 
-    A chunk, or what the network made of it (`batch.own`), is denoised while CAM sees its first frames as pixels.
+    A chunk, or what the network made of it (`batch.own`), is denoised while CAM sees its first frames as pixels. Errors
+    count more where the light is, and where it was in the last of these: else to keep one that should leave would cost
+    a fifth of what it costs to lose one.
     """
     generator = lesson.generator
     timesteps = draw_timesteps(len(batch), generator, power=0.7).to(batch.latents.device)
@@ -278,8 +280,10 @@ def streaming_loss(
     noisy, timesteps, target, factor = _noised(batch.latents, batch.own, timesteps, noise, generator)
     prediction, target = factor * streamed(unet, cam, apm, batch, lesson)(noisy, timesteps), factor * target
     counts = importance(COND_FRAMES, batch.latents.shape[2]).to(batch.latents)
-    loss = weighted_error(prediction, target, batch.mask, counts, lesson.channels)
-    loss = loss + flicker_error(prediction, target, batch.mask, counts[1:], lesson.channels)
+    known, new = batch.mask.split([COND_FRAMES, batch.mask.shape[1] - COND_FRAMES], 1)
+    mask = torch.cat([known, new.maximum(known[:, -1:])], 1)
+    loss = weighted_error(prediction, target, mask, counts, lesson.channels)
+    loss = loss + flicker_error(prediction, target, mask, counts[1:], lesson.channels)
     return loss + tone_error(prediction, target, counts)
 
 

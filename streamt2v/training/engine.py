@@ -27,7 +27,8 @@ from streamt2v.errors import NumericsError, WeightsError
 from streamt2v.training.optimizer import Muon
 
 Log = Callable[[str], None]
-REPORT_MINUTES = 10.0  # between two savings
+SAVE_MINUTES = 10.0  # between two savings
+LOOK_EVERY = 3  # at so many of them: sample sheets take a minute or two
 
 
 @dataclass
@@ -216,7 +217,8 @@ def run(
     before, steps_before = done.seconds, done.steps
     device = Device(job.device)
     narrow = device.kind == "cuda" or (job.half and has_bfloat16(device))
-    start = last_report = time.monotonic()
+    start = last_saved = time.monotonic()
+    savings = 0
     while True:
         now, step = time.monotonic(), done.steps - steps_before
         by_time = (now - start) / (60 * minutes) if minutes else 0.0
@@ -228,13 +230,15 @@ def run(
         done.seconds = before + now - start
         if step + 1 in (20, 100):
             log(f"step {done.steps}  {now - start:.0f} s  loss {done.smooth:.4f}")
-        if now - last_report > 60 * REPORT_MINUTES:
-            last_report = now
+        if now - last_saved > 60 * SAVE_MINUTES:
+            last_saved = now
             if checkpoint is not None:
                 checkpoint.save(done)
             with average.swapped():
                 job.save(out)
-                log(f"step {done.steps}  {now - start:.0f} s  loss {done.smooth:.4f}  {job.report(out)}")
+                found = job.report(out) if savings % LOOK_EVERY == 0 else ""
+                log(f"step {done.steps}  {now - start:.0f} s  loss {done.smooth:.4f}  {found}".rstrip())
+            savings += 1
     done.seconds = before + time.monotonic() - start
     if checkpoint is not None:
         checkpoint.save(done)

@@ -1,4 +1,4 @@
-"""Losses of the denoisers: velocity error, heavier on the subject, and the contrast of mirrored pairs."""
+"""Losses of the denoisers: velocity error, heavier on the subject, and the contrast of pairs."""
 # The libraries' modules are typed as Any.
 # mypy: disable-error-code="no-any-return, no-untyped-call"
 
@@ -104,12 +104,12 @@ def tone_error(prediction: Tensor, target: Tensor, frames: Tensor) -> Tensor:
 
 
 def pair_contrast(prediction: Tensor, target: Tensor, pairs: Tensor, timesteps: Tensor, mask: Tensor) -> Tensor:
-    """How wrongly the prediction changes between the two clips of a mirrored pair.
+    """How wrongly the prediction changes between the two clips of a pair.
 
     Args:
         prediction: [B, C, F, h, w].
         target: like prediction.
-        pairs: rows [P, 2] of clips that differ only in direction and its word, and share noise and timestep.
+        pairs: rows [P, 2] of clips that differ only in the motion and its word, and share noise and timestep.
         timesteps: [B]; only pairs above timestep 500 count, below it the layout is visible in the input.
         mask: [B, F, h, w] in [0, 1].
 

@@ -29,6 +29,7 @@ from streamt2v.training.prior import prior_job
 from streamt2v.training.refiner import refiner_job
 from streamt2v.training.restorer import restore_job
 from streamt2v.training.sheets import decoder_sheet, image_sheet, models, spacetime_sheet, streaming_sheet, text_sheet
+from streamt2v.training.streams import OwnStreams, plain_or_own
 from streamt2v.training.world import vae
 from streamt2v.training.world.captions import build_tokenizer
 from streamt2v.training.world.clips import CLIP_FRAMES, LONGEST, SIZES, WorldSource, encode
@@ -256,7 +257,8 @@ def decoder_job(shop: Workshop) -> Job:
         assert clips.shown is not None and clips.own is not None
         latents = torch.cat([clips.latents[:, :, frames[0]], clips.own[:, :, frames[1]]])
         pixels, masks = (torch.cat([clip[:, frame] for frame in frames]) for clip in (clips.shown, clips.mask))
-        made = network.decode(latents).sample.float()
+        made = vae.lightened(network.decode(latents).sample.float())
+        pixels = vae.lightened(pixels)
         error = vae.picture_error(made, pixels, masks[:, None])
         return critic.loss(error, made, pixels, network.decoder.conv_out.weight)
 
@@ -317,13 +319,17 @@ def _streaming_job(shop: Workshop, with_apm: bool, with_base: bool = False) -> J
 
     own_chunks = OwnStates(continued_wrongly, shop.generator)
     own_clips = _mistakes(unet, lambda: source.clips(batch), lesson)
+    own_streams = OwnStates(OwnStreams(models(unet, lesson.vae, cam, parts), lesson).make, shop.generator)
 
     def loss(progress: float) -> torch.Tensor:
         index = next(turn)
         if with_base and index % 4 == 0:
             clips = own_clips.draw(batch) if index % 8 == 4 else source.clips(batch, pairs=1)
             return denoisers.video_loss(unet, clips, lesson)
-        chunks = own_chunks.draw(batch) if index % 4 == 2 else source.chunks(batch)
+        if with_base and index % 4 == 3:
+            chunks = plain_or_own(own_streams.draw(batch), shop.generator)
+        else:
+            chunks = own_chunks.draw(batch) if index % 4 == 2 else source.chunks(batch)
         return denoisers.streaming_loss(unet, cam, parts, chunks, lesson)
 
     adam = [*_rims(cam), *bundle.parameters_in(cam, "_codes"), *bundle.parameters_in(unet, MIXING, "_codes")]

@@ -61,12 +61,19 @@ def stream_video(
 
     `settings` are changes of the demo's settings for the stage.
     """
-    demo = merge(preset("demo"), {f"stream.{name}": value for name, value in settings.items()})
-    context = text.encode([demo.negative_prompt, prompt])
     plan = streaming_plan(CLIP_FRAMES + OVERLAP * chunks, CLIP_FRAMES, OVERLAP)
-    streamer = Streamer(models, context, first[0], Sampling.of(demo.stream), _noise(models, seed))
+    streamer = demo_streamer(models, text, prompt, first[0], seed, **settings)
     state = StreamState.after_first_chunk(first, OVERLAP)
     return torch.cat([first, *(new for new, _ in continued(streamer.new_frames, state, plan[1:]))])
+
+
+def demo_streamer(
+    models: StreamModels, text: TextSource, prompt: str, anchor: Tensor, seed: int, **settings: Any
+) -> Streamer:
+    """Return the streaming stage with the demo's settings and some changes of them, for an anchor [3, H, W]."""
+    demo = merge(preset("demo"), {f"stream.{name}": value for name, value in settings.items()})
+    context = text.encode([demo.negative_prompt, prompt])
+    return Streamer(models, context, anchor, Sampling.of(demo.stream), _noise(models, seed))
 
 
 def _noise(models: StreamModels, seed: int) -> NoiseOfChunk:

@@ -23,6 +23,7 @@ from streamt2v.models.unet3d import TextContext
 from streamt2v.training import (
     PARTS,
     batches,
+    bundle,
     denoisers,
     engine,
     interpolation,
@@ -42,7 +43,7 @@ from streamt2v.training.parts import JOBS
 from streamt2v.training.world import clips, vae
 from streamt2v.training.world.captions import build_tokenizer, parse
 from streamt2v.training.world.encoders import build_text, build_vision
-from streamt2v.training.world.scenes import LEFT, RIGHT, RISING, Scenes, framed, subject_mask
+from streamt2v.training.world.scenes import CIRCLING, FLOATING, LEFT, RIGHT, RISING, Scenes, framed, subject_mask
 from streamt2v.training.world.vae import altered, build_vae, disturbed, held_out
 from tests.cli.helpers import call
 
@@ -164,6 +165,23 @@ def test_the_parts_that_only_benchmarks_use_train_too(tmp_path: Path, monkeypatc
     assert after["conv_in.weight"][:, 4:].abs().max() > 0  # the new channels learn
 
 
+@pytest.mark.parametrize("other", [True, False])
+def test_parts_that_begin_at_one_moment_share_their_words(
+    other: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken(path: Path, text: bytes) -> None:
+        if other:
+            path.write_bytes(text)
+        raise OutputError("the temporary file is gone")
+
+    monkeypatch.setattr(bundle.files, "write_bytes", taken)
+    if other:
+        assert len(bundle.write_words(tmp_path)) > 50
+    else:
+        with pytest.raises(OutputError):
+            bundle.write_words(tmp_path)
+
+
 def test_images_leave_the_temporal_layers_alone(tmp_path: Path) -> None:
     for part in ("vae", "text", "vision", "images"):
         train(part, minutes=None, steps=1, out=tmp_path, seed=1)
@@ -243,6 +261,17 @@ def test_the_loop_lowers_the_loss_and_leaves_the_average_in_place(tmp_path: Path
     assert all(p.isfinite().all() for p in network.parameters())
 
 
+def test_weights_are_looked_at_less_often_than_they_are_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "SAVE_MINUTES", 0.0)
+    _, job = regression()
+    saved, lines = [], list[str]()
+    job.save = lambda folder: saved.append(folder)
+    job.report = lambda folder: "looked"
+    engine.run(job, tmp_path, None, 7, lines.append, torch.Generator())
+    assert len(saved) == 8  # after every step, and at the end
+    assert [line.endswith("looked") for line in lines] == [True, False, False, True, False, False, True, True]
+
+
 def test_a_diverging_run_stops(tmp_path: Path) -> None:
     _, job = regression()
     job.loss = lambda progress: job.trained[0].sum() * float("nan")
@@ -278,20 +307,22 @@ def small_source(seed: int = 0) -> clips.WorldSource:
     return clips.WorldSource(build_vae().eval(), torch.Generator().manual_seed(seed), first=0.05)
 
 
-def test_pairs_differ_in_the_direction_alone() -> None:
+def test_pairs_differ_in_the_motion_alone() -> None:
     source = small_source(2)
-    seen = 0
-    for _ in range(6):
+    seen = set()
+    for _ in range(12):
         batch = source.clips(4, pairs=1)
         assert len(batch.captions) == 4
         if batch.pairs is not None:
-            seen += 1
             first, second = (parse(batch.captions[row]) for row in batch.pairs[0].tolist())
             assert first[:2] == second[:2]
             assert first[3:] == second[3:]
-            assert {first[2], second[2]} in ({0, 1}, {-1})
-            assert torch.allclose(batch.mask[0].flip(-1), batch.mask[1], atol=1e-3)
-    assert seen
+            motions = frozenset((first[2], second[2]))
+            assert motions in ({LEFT, RIGHT}, {FLOATING, CIRCLING}, {-1})
+            seen.add(motions)
+            if motions == {LEFT, RIGHT}:
+                assert torch.allclose(batch.mask[0].flip(-1), batch.mask[1], atol=1e-3)
+    assert len(seen) > 1
 
 
 @pytest.mark.parametrize("size", clips.SIZES)

@@ -9,6 +9,11 @@ from streamt2v.training.world.drawing import render
 from streamt2v.training.world.scenes import (
     ASPECT,
     ATTRIBUTES,
+    CIRCLING,
+    FLOATING,
+    LEFT,
+    RIGHT,
+    RISING,
     Scenes,
     framed,
     in_period,
@@ -60,6 +65,21 @@ def test_a_frame_is_in_range_and_has_the_asked_size() -> None:
     clip = render(scenes(3), torch.arange(2), 36, 64)
     assert clip.shape == (3, 2, 3, 36, 64)
     assert -1 <= clip.min() < clip.max() <= 1
+
+
+def test_twins_differ_in_the_motion_alone() -> None:
+    many = scenes(200)
+    twins, mirrored = many.twins(), many.mirrored()
+    for name, value in vars(twins).items():
+        in_place = (many.motion == FLOATING) | (many.motion == CIRCLING)
+        if name != "motion":
+            expected = torch.where(in_place, getattr(many, name), getattr(mirrored, name))
+            assert torch.equal(value, expected), name
+    expected = torch.tensor([RIGHT, LEFT, CIRCLING, RISING, FLOATING])[many.motion]
+    assert torch.equal(twins.motion, expected)
+    again = twins.twins()
+    assert torch.equal(again.motion, many.motion)
+    assert torch.equal(again.mirror, many.mirror)
 
 
 def test_a_mirrored_scene_is_the_mirrored_picture_and_swaps_the_direction() -> None:

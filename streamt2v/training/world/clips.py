@@ -19,7 +19,6 @@ from streamt2v.training.world.captions import compose
 from streamt2v.training.world.drawing import render
 from streamt2v.training.world.scenes import (
     ATTRIBUTES,
-    FLOATING,
     Scenes,
     framed,
     join_scenes,
@@ -119,7 +118,7 @@ class WorldSource:
     def _make_clips(
         self, count: int, late: float, length: int = CLIP_FRAMES, size: tuple[int, int] = SIZE, loop: bool = False
     ) -> Rows:
-        """Clips and their mirror images, side by side; a share `late` of the pairs starts at a random frame.
+        """Clips and their twins, side by side; a share `late` of the pairs starts at a random frame.
 
         Half of these in which the light passes through the picture are placed so that it leaves or comes back in them:
         that is what streams lose first.
@@ -128,7 +127,7 @@ class WorldSource:
         one = sample_scenes(count, self.generator)
         one = one.looping(length) if loop else one
         order = torch.arange(2 * count).view(2, count).T.flatten()
-        scenes = join_scenes([one, one.mirrored()]).take(order).to(self.device)
+        scenes = join_scenes([one, one.twins()]).take(order).to(self.device)
         start = torch.randint(0, LATEST, (count,), generator=self.generator)
         passing = (positions(one, torch.arange(LATEST)).diff(dim=1).abs() > 0.5).any(-1)  # where it jumps
         passing &= torch.rand(count, 1, generator=self.generator) < 0.5
@@ -160,15 +159,15 @@ class WorldSource:
         return self._batch(rows, self._captions(rows))
 
     def clips(self, count: int, pairs: int = 0) -> Batch:
-        """Clips that mostly start at frame 0; mirrored pairs have one wording but for the direction."""
+        """Clips that mostly start at frame 0; pairs of twins have one wording but for the motion."""
         rows = self._early.draw(count, fresh=count / 16)
         captions = self._captions(rows)
         ring = self._early.rows
-        drifting = (ring["motion"][::2] < FLOATING).nonzero()[:, 0]
-        if not pairs or not len(drifting):
+        differing = (ring["motion"][::2] != ring["motion"][1::2]).nonzero()[:, 0]
+        if not pairs or not len(differing):
             return self._batch(rows, captions)
-        choice = torch.randint(len(drifting), (pairs,), generator=self.generator).to(self.device)
-        first = 2 * drifting[choice]
+        choice = torch.randint(len(differing), (pairs,), generator=self.generator).to(self.device)
+        first = 2 * differing[choice]
         index = torch.stack([first, first + 1], 1).flatten()
         for name, column in rows.items():
             column[: 2 * pairs] = ring[name][index]

@@ -29,6 +29,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 LEFT, RIGHT, FLOATING, RISING, CIRCLING = range(5)
 MIRRORED_MOTION = (RIGHT, LEFT, FLOATING, RISING, CIRCLING)  # the motion that a left-right mirrored clip shows
+IN_PLACE = {FLOATING: CIRCLING, CIRCLING: FLOATING}  # motions around one place; to the eye they are near each other
 Window = tuple[float, float, float, float]
 """Part of the canvas: (left, top, right, bottom) as fractions of it."""
 WHOLE: Window = (0.0, 0.0, 1.0, 1.0)
@@ -71,6 +72,16 @@ class Scenes:
         """The same clips seen in a mirror: left and right motions swap names."""
         table = torch.tensor(MIRRORED_MOTION, device=self.motion.device)
         return replace(self, mirror=1 - self.mirror, motion=table[self.motion])
+
+    def twins(self) -> Scenes:
+        """Scenes that differ in the motion: mirrored ones, or, of motions in place, the same with the other motion."""
+        mirrored, other = self.mirrored(), self.motion.clone()
+        for motion, exchanged in IN_PLACE.items():
+            other[self.motion == motion] = exchanged
+        changed = replace(self, motion=other)
+        in_place = other != self.motion
+        pairs = {f.name: (getattr(changed, f.name), getattr(mirrored, f.name)) for f in fields(self)}
+        return Scenes(**{name: torch.where(in_place, *pair) for name, pair in pairs.items()})
 
     def looping(self, frames: int) -> Scenes:
         """The same scenes with speeds changed a little, so that frame n and frame n + `frames` are the same."""
