@@ -60,17 +60,17 @@ def write_words(folder: Path) -> PreTrainedTokenizerFast:
     }
     for name, text in words.items():
         path = folder / f"{name}.json"
-
-        def written(path: Path = path, text: str = text) -> bool:
-            return path.is_file() and path.read_text("utf-8") == text
-
-        if not written():
+        if not _holds(path, text):
             try:
                 files.write_bytes(path, text.encode())
             except OutputError:
-                if not written():  # by another part, which is trained beside this one and began at the same moment
+                if not _holds(path, text):  # another part, which began at the same moment, may have written it
                     raise
     return tokenizer
+
+
+def _holds(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text("utf-8") == text
 
 
 def freeze(network: Network, device: str = "cpu") -> Network:

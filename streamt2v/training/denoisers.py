@@ -270,9 +270,7 @@ def streaming_loss(
 ) -> Tensor:
     """Loss of CAM (apm None, the paper's first phase) or of CAM and APM together (its second phase).
 
-    A chunk, or what the network made of it (`batch.own`), is denoised while CAM sees its first frames as pixels. Errors
-    count more where the light is, and where it was in the last of these: else to keep one that should leave would cost
-    a fifth of what it costs to lose one.
+    A chunk, or what the network made of it (`batch.own`), is denoised while CAM sees its first frames as pixels.
     """
     generator = lesson.generator
     timesteps = draw_timesteps(len(batch), generator, power=0.7).to(batch.latents.device)
@@ -280,11 +278,19 @@ def streaming_loss(
     noisy, timesteps, target, factor = _noised(batch.latents, batch.own, timesteps, noise, generator)
     prediction, target = factor * streamed(unet, cam, apm, batch, lesson)(noisy, timesteps), factor * target
     counts = importance(COND_FRAMES, batch.latents.shape[2]).to(batch.latents)
-    known, new = batch.mask.split([COND_FRAMES, batch.mask.shape[1] - COND_FRAMES], 1)
-    mask = torch.cat([known, new.maximum(known[:, -1:])], 1)
+    mask = lasting(batch.mask)
     loss = weighted_error(prediction, target, mask, counts, lesson.channels)
     loss = loss + flicker_error(prediction, target, mask, counts[1:], lesson.channels)
     return loss + tone_error(prediction, target, counts)
+
+
+def lasting(mask: Tensor) -> Tensor:
+    """A chunk's mask [B, F, h, w] that marks in new frames also where the light was in the last known one.
+
+    Without it, keeping a light that should leave would cost a fifth of what losing one costs.
+    """
+    new = mask[:, COND_FRAMES:].maximum(mask[:, COND_FRAMES - 1 : COND_FRAMES])
+    return torch.cat([mask[:, :COND_FRAMES], new], 1)
 
 
 def importance(frames: int, length: int) -> Tensor:

@@ -28,7 +28,7 @@ from streamt2v.training.optimizer import Muon
 
 Log = Callable[[str], None]
 SAVE_MINUTES = 10.0  # between two savings
-LOOK_EVERY = 3  # at so many of them: sample sheets take a minute or two
+LOOK_EVERY = 3  # savings from one look at the weights to the next: sample sheets take a minute or two
 
 
 @dataclass

@@ -31,14 +31,14 @@ from streamt2v.training.world.scenes import Scenes, sample_scenes, subject_mask
 
 SHORTEST, LONGEST = 3, 20  # chunks of a stream
 NEAR = 28  # frames around the expected moment in which the likest one is sought: a round of a light takes up to 60
-BEFORE = 3
+BEFORE = 3  # frames back to the second one that is compared
 
 
 def likest(scene: Scenes, known: Tensor, expected: int) -> int:
     """Return the frame of one scene, of those near the expected one, that looks most like the last of known frames.
 
-    What counts is where the light might be in any of them, as clouds move too, but for a tint, and roughly: one that is
-    a little beside its path is there. A look at the frame `BEFORE` tells whether it went up or down.
+    Only places where the light might be in one of them are compared, as clouds move too; without their mean colour, as
+    streams are tinted; and coarsely, as the light may be a little off its path. The frame `BEFORE` tells up from down.
 
     Args:
         scene: one scene.

@@ -527,6 +527,23 @@ def test_known_frames_that_move_slowly_lead_to_true_ones(monkeypatch: pytest.Mon
     assert changes[0, :7].min() > 1e-3
 
 
+def test_a_light_counts_where_it_was_last_known_too() -> None:
+    mask = torch.zeros(1, 16, 2, 3)
+    mask[:, :7, 0, 0], mask[:, 7, 0, 1], mask[:, 8:, 0, 2] = 1.0, 0.5, 0.8
+    found = denoisers.lasting(mask)
+    assert torch.equal(found[:, :8], mask[:, :8])
+    assert (found[:, 8:, 0] == torch.tensor([0.0, 0.5, 0.8])).all()
+    assert not found[:, 8:, 1].any()
+
+
+def test_darks_are_drawn_apart() -> None:
+    levels = torch.tensor([0.0, 5.0, 200.0, 205.0, 255.0]) / 127.5 - 1
+    seen = vae.lightened(levels)
+    assert (seen.diff() > 0).all()
+    assert seen[1] - seen[0] > 3 * (seen[3] - seen[2])
+    assert torch.isfinite(vae.lightened(torch.tensor([-3.0, 3.0]))).all()  # of what a decoder may make
+
+
 def test_lights_that_leave_are_seen_often(monkeypatch: pytest.MonkeyPatch) -> None:
     source = small_source(3)
     monkeypatch.setattr(source, "_drawn", lambda scenes, frames, _: torch.zeros(*frames.shape, 3, 8, 8))

@@ -75,13 +75,11 @@ class Scenes:
 
     def twins(self) -> Scenes:
         """Scenes that differ in the motion: mirrored ones, or, of motions in place, the same with the other motion."""
-        mirrored, other = self.mirrored(), self.motion.clone()
+        other = self.motion.clone()
         for motion, exchanged in IN_PLACE.items():
             other[self.motion == motion] = exchanged
-        changed = replace(self, motion=other)
-        in_place = other != self.motion
-        pairs = {f.name: (getattr(changed, f.name), getattr(mirrored, f.name)) for f in fields(self)}
-        return Scenes(**{name: torch.where(in_place, *pair) for name, pair in pairs.items()})
+        changed, mirrored = vars(replace(self, motion=other)), vars(self.mirrored())
+        return Scenes(**{name: torch.where(other != self.motion, changed[name], mirrored[name]) for name in changed})
 
     def looping(self, frames: int) -> Scenes:
         """The same scenes with speeds changed a little, so that frame n and frame n + `frames` are the same."""
